@@ -1,0 +1,165 @@
+"""The stages of the method, one file each, in the order in which a recipe usually runs them.
+
+A stage file has a config class, which says *what* the stage does and is part of its fingerprint, and a function
+`run(config, context) -> dict`, which does it and returns its figures for the run's `summary.json`. No stage imports
+another; they meet in the rows they write and read. Stage files import torch, transformers and trl inside their functions,
+so that checking a recipe needs none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cai.records import HELD_OUT, Prompt, read_rows, stable_seed
+
+if TYPE_CHECKING:
+    from cai.checkpoint import Model
+    from cai.constitution import Constitution
+    from cai.engines import Engine
+    from cai.journal import Journal
+    from cai.profile import Profile
+    from cai.templates import TemplateSet
+
+STAGES = {
+    "sample": "cai.stages.sample",
+    "revise": "cai.stages.revise",
+    "sft": "cai.stages.sft",
+    "judge": "cai.stages.judge",
+    "prefer": "cai.stages.prefer",
+    "reward": "cai.stages.reward",
+    "dpo": "cai.stages.dpo",
+    "compare": "cai.stages.compare",
+}
+"""Kind of stage to the module that defines it."""
+
+Rows = Literal["texts", "votes", "preferences", "policy", "reward", "comparison"]
+"""What a stage leaves behind: rows of one type, a model that generates, one that scores, or a comparison."""
+
+
+class StageConfig(BaseModel):
+    """What every stage says about itself. A subclass adds its own keys, each default in this one place."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+    gives: ClassVar[Rows]
+    takes: ClassVar[tuple[Rows, ...]] = ()
+    """Row types that `from:` may name."""
+    revision: ClassVar[int] = 1
+    """Raised when the stage's code changes what it computes: earlier outputs are then not reused."""
+    asks: ClassVar[tuple[str, ...]] = ()
+    """Templates that reach a model here, and with them the principles' requests of the same name."""
+    uses_weights: ClassVar[bool] = False
+    """Whether principles' weights matter here."""
+    train_class: ClassVar[str | None] = None
+    """`module:Class` of the library's config that `train:` is checked against and handed to."""
+
+    id: str = Field(description="Name of the stage in the recipe.")
+    kind: str = Field(description="Which stage this is.")
+
+
+class FeedbackConfig(StageConfig):
+    """A stage whose work is a list of items, journaled a batch at a time."""
+
+    journal_batch: int = Field(64, ge=1, description="Items that are computed and written together.")
+    retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
+
+
+class LoRA(BaseModel):
+    """Trains a low-rank adapter instead of all weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: float = Field(32.0, gt=0, description="Scale: the update is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter.")
+
+
+class TrainingConfig(StageConfig):
+    """A stage that trains a model with one of TRL's trainers."""
+
+    model: str | None = Field(None, description="Starting model or stage; absent = the recipe's model.")
+    batch_size: int = Field(32, ge=1, description="Examples a step over all devices; the profile splits it.")
+    lora: LoRA | None = Field(None, description="Adapter to train; absent = all weights.")
+    max_length: int = Field(1024, ge=8, description="Tokens; a longer example is left out and counted, never cut.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Fields of the trainer's own config class.")
+
+
+class Progress(Protocol):
+    """What a stage tells while it works."""
+
+    def start(self, total: int, unit: str, done: int = 0) -> None: ...
+
+    def advance(self, items: int = 1, tokens: int = 0) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is given to work with, all names of the recipe resolved."""
+
+    stage_id: str
+    folder: Path
+    seed: int
+    profile: Profile
+    progress: Progress
+    journal: Journal
+    constitution: Constitution | None
+    inputs: Mapping[str, Path]
+    """Folder of each stage that this one reads."""
+    prompt_sets: Mapping[str, list[Prompt]]
+    models: Mapping[str, Model]
+    """Every model this stage uses, by the name the config gives it; `""` is the recipe's own."""
+    report_to: tuple[str, ...] = ()
+
+    def rows(self, stages: str | Iterable[str]) -> list[Any]:
+        """The records of one or several input stages, in the order named."""
+        names = [stages] if isinstance(stages, str) else stages
+        return [row for name in names for row in read_rows(self.inputs[name] / "records.jsonl")]
+
+    def prompts(self, sets: Sequence[str]) -> list[Prompt]:
+        """The prompts of the named sets, in order."""
+        return [prompt for name in sets for prompt in self.prompt_sets[name]]
+
+    def model(self, name: str | None) -> Model:
+        """The model of that name in the recipe; the recipe's own for None."""
+        return self.models[name or ""]
+
+    def templates(self, name: str | None) -> TemplateSet:
+        """The template set that goes with a model."""
+        from cai.templates import load_templates
+
+        return load_templates(self.model(name).templates)
+
+    def engine(self, name: str | None) -> AbstractContextManager[Engine]:
+        """An engine for the model of that name; weights are loaded on first use."""
+        from cai.engines import open_engine
+
+        return open_engine(self.model(name), self.profile)
+
+    def seed_for(self, *parts: object) -> int:
+        """The seed of one item of this stage, independent of when and with what it is computed."""
+        return stable_seed(self.seed, self.stage_id, *parts)
+
+
+def is_held_out(row: Mapping[str, Any]) -> bool:
+    """Whether the row's prompt is reserved for evaluation."""
+    return HELD_OUT in row["tags"]
+
+
+def config_class(kind: str) -> type[StageConfig]:
+    """The config class of a kind of stage; raises KeyError for an unknown kind."""
+    return importlib.import_module(STAGES[kind]).Config  # type: ignore[no-any-return]
+
+
+def run_function(kind: str) -> Callable[[Any, Context], dict[str, Any]]:
+    """The function that does the work of a kind of stage."""
+    return importlib.import_module(STAGES[kind]).run  # type: ignore[no-any-return]
