@@ -1,0 +1,102 @@
+"""Profiles: where and with how much a recipe runs, and nothing that changes what it computes.
+
+A profile names the device, the precision, the size of one forward batch and, for several processes, a standard
+accelerate file. The recipe owns the global batch size; the micro-batch here and the number of processes split it, and
+gradient accumulation follows. A profile is not part of a stage's fingerprint.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cai.document import fail, load_document, validate
+from cai.errors import BadInput, nearest
+from cai.shipped import shipped, shipped_names
+
+DEFAULT = "cpu"
+
+
+class Profile(BaseModel):
+    """One file in `configs/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("cpu", description="What the profile is called in reports.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = a GPU where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of forward passes; auto = bfloat16 where the device is faster with it."
+    )
+    processes: int = Field(1, ge=1, description="Processes of a training stage, over all machines.")
+    accelerate: Path | None = Field(
+        None, description="accelerate config file for several processes, relative to the profile; absent = none."
+    )
+    micro_batch: int = Field(8, ge=1, description="Examples in one forward pass of one process in training.")
+    token_budget: int = Field(16384, ge=256, description="Tokens in one forward batch of an engine, padding included.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
+    offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a process; absent = as many as cores.")
+
+    @property
+    def inline(self) -> bool:
+        """Whether stages run in the process of `cai run`: one process on a CPU, where starting another costs most."""
+        return self.processes == 1 and self.accelerate is None and not self.uses_gpu
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether stages run on a GPU. Looked up without torch, so that the parent process stays small."""
+        return self.device == "cuda" or (self.device == "auto" and _gpu_present())
+
+    def accumulation(self, batch_size: int) -> tuple[int, int]:
+        """(micro-batch, accumulation steps) with `batch_size` = processes x micro-batch x steps.
+
+        The micro-batch is lowered to the largest that divides. Raises BadInput where the processes do not.
+        """
+        share, rest = divmod(batch_size, self.processes)
+        if rest or not share:
+            raise BadInput(f"batch_size {batch_size} cannot be split over the {self.processes} processes of profile "
+                           f"{self.name!r}; choose a multiple of {self.processes}")
+        micro = next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
+        return micro, share // micro
+
+
+def load_profile(name: str | None = None) -> Profile:
+    """The profile in a file, or the shipped one of that name. Raises BadInput, with the position, for a wrong one."""
+    path = find(name or DEFAULT, "configs", "profile")
+    document = load_document(path)
+    profile = validate(document, Profile)
+    if "name" not in document.value:
+        profile = profile.model_copy(update={"name": path.stem})
+    if profile.accelerate is not None:
+        accelerate = (path.parent / profile.accelerate).resolve()
+        if not accelerate.is_file():
+            raise fail(document, ("accelerate",), f"no such file: {accelerate}")
+        profile = profile.model_copy(update={"accelerate": accelerate})
+    elif profile.processes > 1:
+        raise fail(document, ("processes",), f"found {profile.processes}, expected 1 or an `accelerate:` file that "
+                                             "says how to start them")
+    return profile
+
+
+def find(name: str, folder: str, what: str) -> Path:
+    """The file `name`, or the shipped one that is called so. Raises BadInput, naming the shipped ones, for neither."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = shipped_names(folder)
+    if path.name == name and path.stem in known and path.suffix in {"", ".yaml"}:
+        return shipped(folder) / f"{path.stem}.yaml"
+    if path.suffix or path.name != name:
+        raise BadInput(f"{name}: no such file" + nearest(path.stem, known))
+    raise BadInput(f"no {what} {name!r}, expected a file or one of {', '.join(known)}" + nearest(name, known))
+
+
+@functools.cache
+def _gpu_present() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
