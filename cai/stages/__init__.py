@@ -2,8 +2,8 @@
 
 A stage file has a config class, which says *what* the stage does and is part of its fingerprint, and a function
 `run(config, context) -> dict`, which does it and returns its figures for the run's `summary.json`. No stage imports
-another; they meet in the rows they write and read. Stage files import torch, transformers and trl inside their functions,
-so that checking a recipe needs none of them.
+another; they meet in the rows they write and read. Stage files import torch, transformers and trl inside their
+functions, so that checking a recipe needs none of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from cai.records import HELD_OUT, Prompt, read_rows, stable_seed
 
@@ -41,6 +41,14 @@ STAGES = {
 
 Rows = Literal["texts", "votes", "preferences", "policy", "reward", "comparison"]
 """What a stage leaves behind: rows of one type, a model that generates, one that scores, or a comparison."""
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_as_list)]
+"""One name or several."""
 
 
 class StageConfig(BaseModel):
@@ -83,13 +91,66 @@ class LoRA(BaseModel):
 
 
 class TrainingConfig(StageConfig):
-    """A stage that trains a model with one of TRL's trainers."""
+    """A stage that trains a model with one of TRL's trainers.
 
+    `train` comes out complete: what the recipe says over the stage's own defaults, so that a stage's folder tells
+    everything it was trained with and a changed default is another experiment.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `train_class` that differ from the library's defaults here."""
+    fixed: ClassVar[Mapping[str, str]] = {}
+    """Fields of `train_class` that a recipe may not set, and what to do instead."""
+
+    from_: Names = Field(alias="from", min_length=1, description="Stages whose rows are learned from.")
     model: str | None = Field(None, description="Starting model or stage; absent = the recipe's model.")
     batch_size: int = Field(32, ge=1, description="Examples a step over all devices; the profile splits it.")
     lora: LoRA | None = Field(None, description="Adapter to train; absent = all weights.")
     max_length: int = Field(1024, ge=8, description="Tokens; a longer example is left out and counted, never cut.")
-    train: dict[str, Any] = Field(default_factory=dict, description="Fields of the trainer's own config class.")
+    train: dict[str, Any] = Field(
+        default_factory=dict, validate_default=True, description="Fields of the trainer's own config class."
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _complete(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for key in given:
+            if instead := {**TRAIN_FIXED, **cls.fixed}.get(key):
+                raise ValueError(f"`{key}` cannot be set under `train:`: {instead}")
+        defaults = {**TRAIN_DEFAULTS, **cls.defaults}
+        if info.data.get("lora") is not None:
+            defaults["learning_rate"] *= LORA_LEARNING_RATE
+        return {**defaults, **given}
+
+
+TRAIN_DEFAULTS = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 2}
+"""For every training stage: each step is logged, so that a resumed run logs what an undisturbed one does."""
+
+LORA_LEARNING_RATE = 10.0
+"""An adapter's best learning rate over that of full training (Schulman et al. 2025, LoRA Without Regret)."""
+
+TRAIN_FIXED = {
+    "output_dir": "the run's folder decides",
+    "seed": "set the recipe's `seed`",
+    "data_seed": "set the recipe's `seed`",
+    "max_length": "set the stage's `max_length`",
+    "truncation_mode": "examples are never cut; too long ones are left out and counted",
+    "report_to": "use `cai run --report-to`",
+    "run_name": "the stage's id is used",
+    "disable_tqdm": "use the pipeline's own progress display",
+    "push_to_hub": "nothing is uploaded; push the stage's `model` folder yourself",
+    "model_init_kwargs": "set `model` and the profile's `dtype`",
+    "trust_remote_code": "code from a model's folder is never run",
+    "auto_find_batch_size": "set the profile's `micro_batch`",
+    "train_sampling_strategy": "batches are already sorted by length within a step",
+    "remove_unused_columns": "the rows are already tokenised",
+    "dataset_kwargs": "the rows are already tokenised",
+    "chat_template_path": "set the recipe's `chat_template`",
+    "eos_token": "the tokenizer's chat template decides",
+    "pad_token": "the tokenizer's pad token is used, never its end of text",
+    "resume_from_checkpoint": "a stage resumes by itself",
+}
+"""Fields that no recipe sets for any training stage, and what to do instead."""
 
 
 class Progress(Protocol):
