@@ -1,0 +1,47 @@
+"""Asks an engine again what it could not answer.
+
+Only chance and the network can turn a failure into an answer: a drawn text gets another seed with every attempt, an
+over-long prompt fails as quickly the second time as the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from cai.engines import Choice, Completion, Engine, Failure, Question, Request
+from cai.records import stable_seed
+
+Asked = TypeVar("Asked", Request, Question)
+
+
+def generate_all(engine: Engine, requests: Sequence[Request], retries: int) -> dict[str, Completion | Failure]:
+    """The completion of every request by its id, or the last failure after 1 + `retries` attempts."""
+    results: dict[str, Completion | Failure] = {}
+    for attempt in range(1 + retries):
+        again = unanswered(requests, results)
+        if not again:
+            break
+        if attempt:
+            again = [replace(request, seed=stable_seed(request.seed, attempt)) for request in again]
+        results.update((result.id, result) for result in engine.generate(again))
+    return results
+
+
+def choose_all(engine: Engine, questions: Sequence[Question], retries: int) -> dict[str, Choice | Failure]:
+    """The choice for every question by its id, or the last failure after 1 + `retries` attempts."""
+    results: dict[str, Choice | Failure] = {}
+    for _ in range(1 + retries):
+        again = unanswered(questions, results)
+        if not again:
+            break
+        results.update((result.id, result) for result in engine.choose(again))
+    return results
+
+
+def unanswered(
+    asked: Sequence[Asked], results: dict[str, Completion | Failure] | dict[str, Choice | Failure]
+) -> list[Asked]:
+    """What of `asked` has no result yet or failed, in order."""
+    return [one for one in asked if isinstance(results.get(one.id, Failure(one.id, "")), Failure)]
