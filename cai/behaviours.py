@@ -38,7 +38,7 @@ _NOT_ABLE: Final = (
 )
 _DECLINES: Final = _any(
     rf"\bi,? {_ADVERB}{_CANNOT} (?:and (?:will|would) not |or won't )?{_ADVERB}(?!help (?:but|noticing|feeling))"
-    rf"(?:{_TASKS})\b(?! (?:\w+ ){0,4}enough\b)",
+    rf"(?:{_TASKS})\b(?! (?:\w+ ){{0,4}}enough\b)",
     rf"\bi(?:'m| am) (?:(?:really|currently|sorry,? but i(?: a|')m) )?{_NOT_ABLE}\b",
     r"\bi(?:'m| am) not (?:really )?comfortable\b(?! enough)",
     r"\bi (?:must|have to|will have to|need to)? ?(?:(?:respectfully|politely) )?(?:decline|refuse)\b",
