@@ -1,0 +1,179 @@
+"""What may stand in a constitution: the document as its author writes it, before anything is merged or derived.
+
+The descriptions here are what an editor shows: schema.json beside this file is generated from them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from cai.wording import describe
+
+MAX_TEXT = 20_000
+_SLUG = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*\Z")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _slug(value: str) -> str:
+    if not _SLUG.match(value) or len(value) > 64:
+        better = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:64]
+        hint = f"; did you mean {better!r}?" if _SLUG.match(better) else ""
+        raise ValueError(f"found {describe(value)}, expected up to 64 lower-case letters, digits and single '-' or '_' "
+                         f"between them{hint}")
+    return value
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("found an empty text, expected something to say")
+    if odd := _CONTROL.search(value):
+        raise ValueError(f"found the control character {odd.group()!r}, expected text")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"found a text of {len(value):,} characters, expected at most {MAX_TEXT:,}")
+    return value.strip()
+
+
+def _tag(value: str) -> str:
+    if not re.fullmatch(r"[^\s,]{1,64}", value) or _CONTROL.search(value):
+        raise ValueError(f"found {describe(value)}, expected a tag of up to 64 characters without spaces and commas")
+    return value
+
+
+def _path(value: str) -> str:
+    if not value.endswith((".yaml", ".yml")) or _CONTROL.search(value):
+        raise ValueError(f"found {describe(value)}, expected the relative path of a .yaml file")
+    return value
+
+
+Slug = Annotated[str, AfterValidator(_slug), Field(json_schema_extra={"pattern": "^[a-z0-9]+([-_][a-z0-9]+)*$"})]
+Tag = Annotated[str, AfterValidator(_tag), Field(json_schema_extra={"pattern": r"^[^\s,]+$"})]
+Text = Annotated[str, AfterValidator(_text), Field(json_schema_extra={"pattern": r"\S"})]
+Path = Annotated[str, AfterValidator(_path), Field(json_schema_extra={"pattern": r"\.ya?ml$"})]
+
+
+class Written(BaseModel):
+    """A mapping in a document: unknown keys are errors, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Turn(Written):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="Who speaks.")
+    content: Text = Field(description="What is said.")
+
+
+class ExampleEntry(Written):
+    """An edge case: a prompt and two responses, one better by the principle. A judge of the principle must agree."""
+
+    prompt: Text | Annotated[tuple[Turn, ...], Field(min_length=1)] = Field(
+        description="What the user says, or a whole conversation as a list of {role, content} that ends with the user."
+    )
+    better: Text = Field(description="The response that lives up to the principle.")
+    worse: Text = Field(description="The response that falls short of it. Best where the difference is not obvious.")
+
+    @model_validator(mode="after")
+    def _ends_with_the_user(self) -> ExampleEntry:
+        if not isinstance(self.prompt, str) and self.prompt[-1].role != "user":
+            raise ValueError(f"found a prompt that ends with the {self.prompt[-1].role}, expected the user at its end")
+        return self
+
+
+_TEXT_OR_DROP: dict[str, Any] = {
+    "if": {"properties": {"drop": {"const": True}}, "required": ["drop"]},
+    "then": {"maxProperties": 2},
+    "else": {"required": ["text"]},
+}
+
+
+class Entry(Written):
+    """What principles and traits have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_TEXT_OR_DROP)
+
+    id: Slug = Field(
+        description="Name of the principle, unique in the document. It travels with every critique, vote, preference "
+        "and metric. The same id as in an extended document replaces the principle there."
+    )
+    text: Text = Field("", description="The principle in one or two sentences, as a person reads it.")
+    critique: Text = Field(
+        "", description="The request put to a model that criticises a response. Derived from the text where absent."
+    )
+    revise: Text = Field(
+        "", description="The request put to a model that rewrites a response. Derived from the text where absent."
+    )
+    compare: Text = Field(
+        "", description="The question put to a judge of two responses: 'Which response ...?'. Derived where absent."
+    )
+    weight: float = Field(
+        1.0, strict=True, ge=0, allow_inf_nan=False,
+        description="How much the principle counts in a preference. 0 switches it off. Changing it asks no model.",
+    )
+    tags: tuple[Tag, ...] = Field((), description="What figures are broken down by: harm, honesty, style.")
+    applies_to: Annotated[tuple[Tag, ...], Field(min_length=1)] | None = Field(
+        None, description="Tags of the prompts that the principle is for, such as red_team. Absent: all prompts."
+    )
+    examples: tuple[ExampleEntry, ...] = Field(
+        (), description="Edge cases: unit tests of the principle, put to a model by `cai constitution test`."
+    )
+    drop: bool = Field(False, strict=True, description="true removes an extended document's principle of this id.")
+
+    @model_validator(mode="after")
+    def _has_a_text_or_drops(self) -> Entry:
+        if self.drop and (others := sorted(self.model_fields_set - {"id", "drop"})):
+            raise ValueError(f"found 'drop: true' beside {', '.join(others)}, expected it with 'id' alone")
+        if not self.drop and not self.text:
+            raise ValueError("found no 'text', expected the principle in a sentence or two")
+        return self
+
+
+class PrincipleEntry(Entry):
+    """A principle: what a good response does, or does not do."""
+
+
+class TraitEntry(Entry):
+    """A trait of the assistant's character, in the first person. It is compiled to a principle."""
+
+    text: Text = Field("", description="The trait, as the assistant says it of itself: 'I enjoy ...'.")
+
+
+class ConstitutionDocument(Written):
+    """A constitution: what an assistant lives by, as principles and traits of character."""
+
+    name: Slug = Field(description="Short name of the constitution, recorded with every vote.")
+    description: Text = Field("", description="One sentence: what living by this document means.")
+    extends: Path | Annotated[tuple[Path, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Documents to start from: a path relative to this file, or a list. Later ones replace earlier "
+        "ones. They lie in the folder of the document that is loaded, or below it.",
+    )
+    principles: tuple[PrincipleEntry, ...] = Field((), description="The principles, in the order to show them in.")
+    traits: tuple[TraitEntry, ...] = Field((), description="The assistant's character, in the first person.")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a constitution, for editors; `cai/constitution/schema.json` is this."""
+    schema = ConstitutionDocument.model_json_schema()
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidy(schema)}
+    return schema
+
+
+def _tidy(part: Any) -> Any:
+    """Without what an editor would only show as noise: generated titles, empty defaults, null for absent keys."""
+    if isinstance(part, list):
+        return [_tidy(each) for each in part]
+    if not isinstance(part, dict):
+        return part
+    tidy = {key: _tidy(value) for key, value in part.items() if key != "title" or isinstance(value, dict)}
+    if tidy.get("default", 0) in ("", None, []):
+        del tidy["default"]
+    if "anyOf" in tidy:
+        forms = [form for form in tidy["anyOf"] if form != {"type": "null"}]
+        tidy = {**tidy, "anyOf": forms} if len(forms) > 1 else {**tidy, **forms[0]}
+        if len(forms) == 1:
+            del tidy["anyOf"]
+    return tidy
