@@ -13,13 +13,14 @@ Left out: quantised loading, remote code, pickled weights.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +183,8 @@ def save_checkpoint(
     card.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=state_dict)
+    with _quietly():
+        model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     if (folder / ADAPTER).is_file():
         # Absolute for PEFT's own loaders; `cai.json` has the way there should both folders move together.
@@ -322,9 +324,26 @@ def _from_pretrained(loader: Any, folder: Path, model: Model, **options: object)
         raise BadInput(
             f"model {model.name!r}: this version of transformers does not know the type {kind!r} in config.json"
         )
-    return loader.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
-    )
+    with _quietly():
+        return loader.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+        )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bars and its report on a head that is new by intention."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _free_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -349,7 +368,7 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
                 weight: torch.Tensor = layer.weight.data
                 weight[rows:] = weight[:rows].mean(dim=0)
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
