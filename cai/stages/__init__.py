@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from cai.engines import Sampling
 from cai.records import HELD_OUT, Prompt, read_rows, stable_seed
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class StageConfig(BaseModel):
     """Templates that reach a model here, and with them the principles' requests of the same name."""
     uses_weights: ClassVar[bool] = False
     """Whether principles' weights matter here."""
+    names_models: ClassVar[tuple[str, ...]] = ("model", "models", "judge")
+    """Keys whose values, or values' values, name models or stages that train one. The recipe's model and judge stand in
+    where `model` or `judge` is absent, and `judge: self` is resolved, before a stage sees its config."""
     train_class: ClassVar[str | None] = None
     """`module:Class` of the library's config that `train:` is checked against and handed to."""
 
@@ -77,6 +81,21 @@ class FeedbackConfig(StageConfig):
 
     journal_batch: int = Field(64, ge=1, description="Items that are computed and written together.")
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
+
+
+class WritingConfig(FeedbackConfig):
+    """A stage in which a model writes texts."""
+
+    max_new_tokens: int = Field(256, ge=1, description="Tokens at which a text is cut off.")
+    temperature: float = Field(1.0, ge=0, description="0 always takes the likeliest token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draws from the likeliest tokens that hold this much; 1 = all.")
+    top_k: int = Field(0, ge=0, description="Draws from this many of the likeliest tokens; 0 = all.")
+    stop: tuple[str, ...] = Field((), description="Strings that end a text, besides the model's own end of turn.")
+
+    @property
+    def sampling(self) -> Sampling:
+        """The fields above as an engine takes them."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.stop)
 
 
 class LoRA(BaseModel):
@@ -99,8 +118,8 @@ class TrainingConfig(StageConfig):
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Fields of `train_class` that differ from the library's defaults here."""
-    fixed: ClassVar[Mapping[str, str]] = {}
-    """Fields of `train_class` that a recipe may not set, and what to do instead."""
+    owned: ClassVar[tuple[str, ...]] = ()
+    """Fields of `train_class` that this stage sets itself: `cai.train_fields` refuses them under `train:`."""
 
     from_: Names = Field(alias="from", min_length=1, description="Stages whose rows are learned from.")
     model: str | None = Field(None, description="Starting model or stage; absent = the recipe's model.")
@@ -114,9 +133,6 @@ class TrainingConfig(StageConfig):
     @field_validator("train")
     @classmethod
     def _complete(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        for key in given:
-            if instead := {**TRAIN_FIXED, **cls.fixed}.get(key):
-                raise ValueError(f"`{key}` cannot be set under `train:`: {instead}")
         defaults = {**TRAIN_DEFAULTS, **cls.defaults}
         if info.data.get("lora") is not None:
             defaults["learning_rate"] *= LORA_LEARNING_RATE
@@ -128,29 +144,6 @@ TRAIN_DEFAULTS = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 0.
 
 LORA_LEARNING_RATE = 10.0
 """An adapter's best learning rate over that of full training (Schulman et al. 2025, LoRA Without Regret)."""
-
-TRAIN_FIXED = {
-    "output_dir": "the run's folder decides",
-    "seed": "set the recipe's `seed`",
-    "data_seed": "set the recipe's `seed`",
-    "max_length": "set the stage's `max_length`",
-    "truncation_mode": "examples are never cut; too long ones are left out and counted",
-    "report_to": "use `cai run --report-to`",
-    "run_name": "the stage's id is used",
-    "disable_tqdm": "use the pipeline's own progress display",
-    "push_to_hub": "nothing is uploaded; push the stage's `model` folder yourself",
-    "model_init_kwargs": "set `model` and the profile's `dtype`",
-    "trust_remote_code": "code from a model's folder is never run",
-    "auto_find_batch_size": "set the profile's `micro_batch`",
-    "train_sampling_strategy": "batches are already sorted by length within a step",
-    "remove_unused_columns": "the rows are already tokenised",
-    "dataset_kwargs": "the rows are already tokenised",
-    "chat_template_path": "set the recipe's `chat_template`",
-    "eos_token": "the tokenizer's chat template decides",
-    "pad_token": "the tokenizer's pad token is used, never its end of text",
-    "resume_from_checkpoint": "a stage resumes by itself",
-}
-"""Fields that no recipe sets for any training stage, and what to do instead."""
 
 
 class Progress(Protocol):
