@@ -11,7 +11,6 @@ ranks could be merged by it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from cai.engines import Failure
 from cai.errors import StageFailed
+from cai.files import replacing
 from cai.records import canonical_json, read_rows, row_lines, stable_id
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Journal:
             raise AssertionError(f"{len(self._written)} of {self._n_batches} batches are complete")
         counts: list[int] = []
         failures: list[dict[str, Any]] = []
-        with _replacing(self.folder / RECORDS) as records, self.path.open("rb") as journal:
+        with replacing(self.folder / RECORDS) as records, self.path.open("rb") as journal:
             for number in range(self._n_batches):
                 journal.seek(self._written[number])
                 entry = json.loads(journal.readline())
@@ -123,10 +123,10 @@ class Journal:
                     records.write(line.encode())
                 counts.append(len(entry["rows"]))
                 failures += [{**failure, "batch": number} for failure in entry["failures"]]
-        with _replacing(self.folder / FAILURES) as file:
+        with replacing(self.folder / FAILURES) as file:
             file.writelines(line.encode() for line in row_lines(failures))
         plan = {"plan": self._plan, "rows": counts, "tokens": self.tokens, "attempts": self._attempts}
-        with _replacing(self.folder / PLAN) as file:
+        with replacing(self.folder / PLAN) as file:
             file.write(canonical_json(plan).encode())
         return Finished(sum(counts), [Failure(failure["id"], failure["reason"]) for failure in failures])
 
@@ -156,7 +156,7 @@ class Journal:
             os.truncate(self.path, end)
 
     def _start(self, attempts: dict[str, int]) -> None:
-        with _replacing(self.path) as file:
+        with replacing(self.path) as file:
             file.write(_head(self._plan, attempts))
 
 
@@ -170,7 +170,7 @@ def reopen(folder: Path) -> int:
     if not failed:
         return 0
     attempts = plan["attempts"] | {str(number): plan["attempts"].get(str(number), 0) + 1 for number in failed}
-    with _replacing(folder / JOURNAL) as file, (folder / RECORDS).open(encoding="utf-8") as records:
+    with replacing(folder / JOURNAL) as file, (folder / RECORDS).open(encoding="utf-8") as records:
         file.write(_head(plan["plan"], attempts))
         for number, count in enumerate(plan["rows"]):
             rows = [json.loads(records.readline()) for _ in range(count)]
@@ -200,14 +200,3 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is whole and on the disk."""
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
