@@ -44,4 +44,5 @@ def direct_preference(
 
 def label_entropy(p_chosen: Tensor) -> Tensor:
     """The least that either loss can be for these labels, in nats. (pairs,) → (pairs,)"""
-    return torch.special.entr(p_chosen) + torch.special.entr(1 - p_chosen)
+    entropy: Tensor = torch.special.entr(p_chosen) + torch.special.entr(1 - p_chosen)
+    return entropy

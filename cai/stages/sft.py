@@ -1,0 +1,137 @@
+"""Supervised fine-tuning on the model's own revisions, mixed with its answers to harmless prompts: SL-CAI.
+
+Bai et al. 2022 (arXiv 2212.08073), section 3: one epoch over critiqued and revised responses together with samples to
+helpfulness prompts, so that the model becomes harmless without becoming evasive. Only responses are learned, their
+end-of-turn token included.
+
+What must not be learned is left out and counted: prompts that are held out, revisions that came to nothing (the
+response is still the original), what the model was cut off in, and examples that do not fit. A prompt belongs to the
+first stage in `from` that had it, so that the raw answer to a red-team prompt never comes back beside its revision, nor
+in place of one that failed.
+
+Left out: packing, and several turns learned at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from cai.errors import StageFailed
+from cai.journal import FAILURES
+from cai.records import Revision, Sample, read_rows
+from cai.stages import Context, Rows, TrainingConfig, is_held_out
+
+if TYPE_CHECKING:
+    from cai.chat import Chat
+
+class Config(TrainingConfig):
+    gives: ClassVar[Rows] = "policy"
+    takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    train_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
+    owned: ClassVar[tuple[str, ...]] = (
+        "packing", "packing_strategy", "eval_packing", "padding_free", "shuffle_dataset", "loss_type",
+    )  # fmt: skip
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 1,  # the paper's; its rate is half the pre-training rate
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 0.03,  # below 1: of all steps
+    }
+
+    kind: Literal["sft"] = "sft"
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Trains the model on the responses to prompts that are not held out. Raises StageFailed where none is left."""
+    from cai import checkpoint, training
+    from cai.chat import Chat
+    from cai.trainers import SupervisedTrainer
+
+    start = context.model(config.model)
+    chat = Chat.load(start)
+    stages = {name: context.rows(name) for name in config.from_}
+    kept, left_out = select(stages, {name: _failed_ids(context, name) for name in stages})
+    examples, too_long = tokenised([row for rows in kept.values() for row in rows], chat,
+                                   training.longest(chat, config.max_length))  # fmt: skip
+    left_out["too_long"] += too_long
+    if not examples:
+        raise StageFailed(f"stage {config.id!r}: no response to learn from; left out: {training.reasons(left_out)}")
+
+    with training.quiet(context):
+        trainer = SupervisedTrainer(
+            model=checkpoint.load_causal_lm(start, device=context.profile.device),
+            args=training.arguments(config, context, max_length=None),
+            train_dataset=training.dataset(examples),
+            processing_class=chat.tokenizer,
+            peft_config=training.adapter(config.lora, "CAUSAL_LM"),
+        )
+        figures = training.train(trainer, context)
+        training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(examples)})
+    return {
+        "training": {
+            config.id: {
+                **figures,
+                "examples": len(examples),
+                "tokens_learned": sum(label != -100 for example in examples for label in example["labels"]),
+                "fitting_by_stage": {name: len(rows) for name, rows in kept.items()},
+                "left_out": +left_out,
+            }
+        }
+    }
+
+
+def select(
+    stages: Mapping[str, Sequence[Sample | Revision]], failed: Mapping[str, set[str]]
+) -> tuple[dict[str, list[Sample | Revision]], Counter[str]]:
+    """The rows of each stage that may be learned from, and how many were left out for which reason.
+
+    `failed` names the items that a stage has no row for. Those of a stage that revises are samples of a later one.
+    """
+    kept: dict[str, list[Sample | Revision]] = {name: [] for name in stages}
+    left_out: Counter[str] = Counter()
+    taken: set[str] = set()
+    lost: set[str] = set()
+    for name, rows in stages.items():
+        for row in rows:
+            if reason := _unfit(row, taken, lost):
+                left_out[reason] += 1
+            else:
+                kept[name].append(row)
+        taken |= {row["prompt_id"] for row in rows}
+        lost |= failed[name]
+    return kept, left_out
+
+
+def _unfit(row: Sample | Revision, taken: set[str], lost: set[str]) -> str | None:
+    if is_held_out(row):
+        return "held_out"
+    if row["prompt_id"] in taken:
+        return "superseded"
+    if row["id"] in lost:
+        return "revision_failed"
+    if row.get("rounds") and row["response"] == row.get("original"):
+        return "not_revised"
+    if row["finish_reason"] == "length":
+        return "cut_off"
+    if not row["response"].strip():
+        return "empty"
+    return None
+
+
+def tokenised(rows: Sequence[Sample | Revision], chat: Chat, longest: int) -> tuple[list[dict[str, Any]], int]:
+    """Each row as token ids with the prompt's labels masked, and how many rows are longer than `longest` tokens."""
+    examples: list[dict[str, Any]] = []
+    for row in rows:
+        prompt_ids, response_ids = chat.example(row["prompt"], row["response"])
+        ids = prompt_ids + response_ids
+        if len(ids) <= longest:
+            labels = [-100] * len(prompt_ids) + response_ids
+            examples.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+    return examples, len(rows) - len(examples)
+
+
+def _failed_ids(context: Context, stage: str) -> set[str]:
+    path = context.inputs[stage] / FAILURES
+    return {row["id"] for row in read_rows(path)} if path.exists() else set()

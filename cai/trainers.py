@@ -1,0 +1,192 @@
+"""TRL's SFT, reward and DPO trainers, changed only where they must be.
+
+What is different here: rows arrive tokenised, so nothing is rendered, truncated or dropped inside; the label of a pair
+is a probability and reaches the loss through the collator as `p_chosen` (a column named `margin` would be subtracted by
+TRL's reward loss); the batches of a step are sorted by length, which changes neither the step's examples nor its
+gradient but saves padding; and nothing is sent or written but checkpoints and logs. TRL's private names used here are
+held by tests/test_trainers.py, so that an upgrade fails there and not in somebody's weights.
+
+Left out: DPO's other losses. What a soft label means for them is not settled, and `train:` refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
+from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
+
+from cai import losses
+
+LENGTH = "length"
+"""Column with the tokens of a row, for sorting."""
+
+
+class LengthSortedSteps(Sampler[int]):
+    """A shuffle that depends on seed and epoch alone, each optimizer step's examples sorted by length within it."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.batch_size):
+            yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
+
+
+class _Quiet:
+    """What the three trainers share. Stands before TRL's class in the order of inheritance."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        args = self.args  # type: ignore[attr-defined]
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthSortedSteps(self.train_dataset[LENGTH], step, args.data_seed)  # type: ignore[attr-defined]
+
+    def _send_telemetry(self) -> None:
+        """TRL tells its makers which trainer runs on which model; this package tells nobody."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """`cai.checkpoint` writes the card."""
+
+
+class _Pairs(_Quiet):
+    """A loss is the mean over a step's pairs, however the micro-batches and ranks split them, the last step's too.
+
+    TRL averages the micro-batches' means, which weighs the pairs of a small last one more.
+    """
+
+    loss_is_scaled_for_ga = True
+    """Tells Trainer that `_mean` has divided by the whole step already."""
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """Pairs in all micro-batches of this optimizer step, over all ranks."""
+        pairs = torch.tensor(sum(len(batch["p_chosen"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(pairs).sum()  # type: ignore[attr-defined, no-any-return]
+
+    def _mean(self, per_pair: Tensor, pairs: Tensor | None) -> Tensor:
+        """This rank's share of the mean, times the ranks, as gradients are averaged over them."""
+        if pairs is None:
+            return per_pair.mean()
+        return per_pair.sum() / pairs * self.accelerator.num_processes  # type: ignore[attr-defined, no-any-return]
+
+
+class SupervisedTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
+    """Rows: `input_ids`, and `labels` with -100 for what is not learned. The loss is TRL's mean over learned tokens."""
+
+
+@dataclass
+class LabelledRewardCollator(RewardCollator):  # type: ignore[misc]
+    """TRL's batch of chosen then rejected sequences, with their labels `p_chosen` (pairs,)."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        return batch | {"p_chosen": _labels(examples)}
+
+
+class SoftRewardTrainer(_Pairs, RewardTrainer):  # type: ignore[misc]
+    """Rows: `chosen_ids` and `rejected_ids`, each a whole conversation up to its end-of-turn token, and `p_chosen`."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "p_chosen"]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        p_chosen = inputs.pop("p_chosen")
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True)  # for TRL's metrics; its loss is hard
+        chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)
+        per_pair = losses.bradley_terry(chosen - rejected, p_chosen)
+        if self.args.center_rewards_coefficient is not None:
+            per_pair = per_pair + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
+        loss = self._mean(per_pair, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+@dataclass
+class LabelledDPOCollator(DPOCollator):  # type: ignore[misc]
+    """TRL's batch of prompt + chosen then prompt + rejected, with their labels `p_chosen` (pairs,)."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        return batch | {"p_chosen": _labels(examples)}
+
+
+class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
+    """Rows: `prompt_ids`, `chosen_ids`, `rejected_ids` and `p_chosen`. The reference is what the trainer is given."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset  # TRL would render and tokenise even rows that are tokenised
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [
+            "prompt_ids", "chosen_ids", "rejected_ids", "p_chosen", "ref_chosen_logps", "ref_rejected_logps",
+        ]  # fmt: skip
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "p_chosen"})  # type: ignore[no-any-return]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        mask = inputs["completion_mask"]  # (2 x pairs, seq): the responses' tokens, chosen first
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels,
+            use_cache=False, fused_lm_head=True, **router,
+        )  # fmt: skip
+        chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)  # (pairs,) each, in nats over the whole response
+        if self.precompute_ref_logps:
+            ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or model, inputs)
+        chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
+        per_pair = losses.direct_preference(chosen_ratios, rejected_ratios, inputs["p_chosen"], self.beta)
+        if self.aux_loss_enabled:  # a mixture of experts' own loss for balance, one number a micro-batch
+            per_pair = per_pair + self.router_aux_loss_coef * outputs.aux_loss
+        loss = self._mean(per_pair, num_items_in_batch)
+        lengths = mask.sum(dim=1).float()
+        self._record(chosen, rejected, chosen_ratios, rejected_ratios, lengths)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record(
+        self, chosen: Tensor, rejected: Tensor, chosen_ratios: Tensor, rejected_ratios: Tensor, lengths: Tensor
+    ) -> None:
+        """Diagnostics of one batch, averaged over all ranks.
+
+        A falling `log_prob/chosen` and a `length/…` that pulls apart are how DPO goes wrong while its loss looks well.
+        """
+        chosen_length, rejected_length = lengths.chunk(2)
+        values = {
+            "log_prob/chosen": chosen,
+            "log_prob/rejected": rejected,
+            "log_ratio/chosen": chosen_ratios,
+            "log_ratio/rejected": rejected_ratios,
+            "reward/margin": self.beta * (chosen_ratios - rejected_ratios),
+            "reward/accuracy": (chosen_ratios > rejected_ratios).float(),
+            "length/chosen": chosen_length,
+            "length/rejected": rejected_length,
+        }
+        names, stacked = list(values), torch.stack([value.float() for value in values.values()], dim=1)
+        means = self.accelerator.gather_for_metrics(stacked).mean(dim=0).tolist()
+        mode = "train" if self.model.training else "eval"
+        for name, mean in zip(names, means, strict=True):
+            self._metrics[mode][name].append(mean)
+
+
+def _labels(examples: list[dict[str, Any]]) -> Tensor:
+    return torch.tensor([example["p_chosen"] for example in examples], dtype=torch.float32)

@@ -1,0 +1,262 @@
+"""What the training stages share: the trainer's config, tokenised rows, metrics on disk, resuming and saving.
+
+A trainer's checkpoints lie in the stage's folder until its model does. Killed anywhere, a stage goes on from its newest
+complete checkpoint, or from its start where there is none, and on one CPU process ends with the same weights, byte for
+byte, and the same `metrics.jsonl` as an undisturbed run.
+
+Training keeps weights in float32 and computes in the profile's precision (autocast). Left out: loading weights in half
+precision, quantised bases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from cai import checkpoint
+from cai.errors import StageFailed
+from cai.records import Preference, canonical_json, stable_seed
+from cai.stages import Context, LoRA, TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from cai.chat import Chat
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where installed, warns that it had to guess
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+COMPLETE = "COMPLETE"
+"""Written into a checkpoint's folder when all its other files are there."""
+_NOT_METRICS = ("_runtime", "_per_second", "num_tokens")
+"""Ends of logged names that differ from run to run, or that a resumed run counts anew."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference as token ids. The responses end with the end-of-turn token."""
+
+    row: Preference
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer conversation."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def tokenised_pairs(rows: Iterable[Preference], chat: Chat, max_length: int) -> tuple[list[Pair], Counter[str]]:
+    """Pairs that can be learned from, and how many were left out for which reason."""
+    pairs: list[Pair] = []
+    left_out: Counter[str] = Counter()
+    limit = longest(chat, max_length)
+    for row in rows:
+        prompt_ids, chosen_ids = chat.example(row["prompt"], row["chosen"][-1]["content"])
+        _, rejected_ids = chat.example(row["prompt"], row["rejected"][-1]["content"])
+        pair = Pair(row, prompt_ids, chosen_ids, rejected_ids)
+        if chosen_ids == rejected_ids:
+            left_out["identical"] += 1
+        elif pair.length > limit:
+            left_out["too_long"] += 1
+        else:
+            pairs.append(pair)
+    return pairs, left_out
+
+
+def longest(chat: Chat, max_length: int) -> int:
+    """Tokens that an example may have: the stage's limit, or the model's where that is lower."""
+    return min(max_length, chat.context_length or max_length)
+
+
+def reasons(left_out: Counter[str]) -> str:
+    """What was left out, in words."""
+    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in sorted(left_out.items()) if n) or "nothing"
+
+
+def arguments(config: TrainingConfig, context: Context, **more: Any) -> TrainingArguments:
+    """The library's config: `train:` for what is learned, the profile for where, and what a stage needs for itself."""
+    assert config.train_class is not None
+    module, _, name = config.train_class.partition(":")
+    profile = context.profile
+    device = checkpoint.pick_device(profile.device)
+    micro_batch, accumulation = profile.accumulation(config.batch_size)
+    seed = stable_seed(context.seed, context.stage_id) % 2**31  # numpy takes 32 bits
+    where = {
+        "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": profile.gradient_checkpointing,
+        "bf16": checkpoint.pick_dtype(profile.dtype, device) == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type != "cpu",
+    }
+    own = {
+        "output_dir": str(context.folder / CHECKPOINTS),
+        "run_name": context.stage_id,
+        "report_to": list(context.report_to) or "none",
+        "seed": seed,
+        "data_seed": seed,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would log the mean of earlier losses in place of a NaN
+        "include_num_input_tokens_seen": "non_padding",
+    }
+    return getattr(importlib.import_module(module), name)(**{**config.train, **where, **own, **more})  # type: ignore[no-any-return]
+
+
+def adapter(lora: LoRA | None, task: str, trained_whole: Sequence[str] = ()) -> Any:
+    """peft's config for a stage's `lora:`; None where all weights are trained."""
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=list(trained_whole) or None,
+        task_type=task,
+    )
+
+
+def train(trainer: Trainer, context: Context) -> dict[str, Any]:
+    """Trains, from the newest complete checkpoint if there is one. Returns the first and the last logged step's loss.
+
+    Raises StageFailed where the loss stops being a number.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Recorder(context))
+    resume = newest_checkpoint(context.folder)
+    if resume is not None:
+        context.progress.note(f"resuming from {resume.name}")
+    elif trainer.is_world_process_zero():
+        shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    logged = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
+    return {"steps": trainer.state.global_step, "loss": {"first": logged[0], "last": logged[-1]}}
+
+
+def save(trainer: Trainer, context: Context, chat: Chat, name: str | None, facts: Mapping[str, object]) -> None:
+    """Writes `<stage folder>/model` and removes the checkpoints. `name` is the starting model's in the recipe."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
+    if trainer.is_world_process_zero():
+        facts = {"stage": context.stage_id, "steps": trainer.state.global_step, **facts}
+        if context.constitution is not None:
+            facts = {**facts, "constitution": context.constitution.name}
+        checkpoint.save_checkpoint(
+            context.folder / "model", trainer.model, chat.tokenizer, context.model(name), facts, state_dict=state
+        )
+        shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Writes `metrics.jsonl`, drives the progress display and marks checkpoints as complete."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.path = context.folder / METRICS
+        self.tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tokens = state.num_input_tokens_seen
+        if state.is_world_process_zero:
+            known = [entry for entry in read_metrics(self.context.folder) if entry["step"] <= state.global_step]
+            self.path.write_text("".join(canonical_json(entry) + "\n" for entry in known), encoding="utf-8")
+            self.context.progress.start(total=state.max_steps, unit="steps", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seen = int(state.num_input_tokens_seen)
+        if state.is_world_process_zero:
+            self.context.progress.advance(1, tokens=seen - self.tokens)
+        self.tokens = seen
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        entry = {key: value for key, value in (logs or {}).items() if not key.endswith(_NOT_METRICS)}
+        if "train_loss" in entry:
+            return  # the library's summary of this process's part of the run
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(entry.get(key, 0.0)):
+                raise StageFailed(
+                    f"stage {self.context.stage_id!r}: `{key}` is {entry[key]} at step {state.global_step}; "
+                    f"lower `learning_rate` under `train:` or use a profile with dtype float32"
+                )
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(canonical_json({"step": state.global_step, **entry}) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint a stage goes on from; half-written ones do not count."""
+    found = [path.parent for path in (folder / CHECKPOINTS).glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """One object a logging step. A line that a kill cut short is dropped."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """Rows in memory, as the trainers take them."""
+    return Dataset.from_list(list(rows))
+
+
+@contextlib.contextmanager
+def quiet(context: Context) -> Iterator[None]:
+    """The libraries show errors only: progress and what a user can act on is told by the stage itself."""
+    import datasets
+    import transformers
+
+    environment = {"TQDM_DISABLE": "1", "TENSORBOARD_LOGGING_DIR": str(context.folder / "tensorboard")}
+    before = {name: os.environ.get(name) for name in environment}
+    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "peft")]
+    levels = [logger.level for logger in loggers]
+    verbosity = transformers.logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    os.environ.update(environment)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            for module in ("trl", "transformers", "accelerate", "peft", "torch", "datasets"):
+                warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
