@@ -1,0 +1,154 @@
+"""Reads what a critic or reviser wrote: did it do its task, and where in its text is the revision?
+
+Models talk around their work: "Sure! Here is the revised response:", quotation marks or a code fence around the whole,
+"Note: I removed …" at the end. `unwrapped` takes that away, unless the text being revised had it too: then it belongs
+to the answer. Only English, and only what stands at the very start or end: a revision that discusses itself in the
+middle ("The assistant should have said …") is not recognised.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+from cai.behaviours import declines
+
+_REVISED: Final = (
+    r"(?:revis|rewrit|rewrote|re-?phras|re-?word|updat|improv|edit|correct|modif|re-?fram|adjust|alternativ|better"
+    r"|safer|harmless|new|final|suggested|possible)\w*"
+)
+_TEXT: Final = r"(?:response|answer|reply|version|revision|rewrite|rewording|message)"
+_OTHERS_TEXT: Final = rf"\byour (?!(?:previous |original |last )?{_TEXT})"
+_END: Final = r"(?::[*_]{0,3}[ \t]*\n*\s*|[.!]?[*_]{0,3}[ \t]*\n\s*)"
+_PREAMBLE: Final = re.compile(
+    r"\A[*_#\s]{0,4}(?:[^\n:]{0,160}?[.!,;] )?"
+    r"(?:(?:here(?:'s| is)|below is|the following is|this is|i would (?:say|suggest|write))\b"
+    rf"[^\n:.]{{0,80}}?\b(?:{_REVISED}\b[^\n:.]{{0,60}}?\b{_TEXT}\b|revision\b|rewrite\b|rewording\b)"
+    r"|(?:here(?:'s| is)) (?:my|the|an?) (?:response|answer|reply)(?=\s*:)"
+    rf"|i(?:'ve| have)(?: now)? {_REVISED}\b[^\n:.]{{0,60}}?\b(?:{_TEXT}|it)\b)"
+    rf"[^\n:.]{{0,160}}?{_END}",
+    re.IGNORECASE,
+)
+_LABEL: Final = re.compile(
+    r"\A[*_#\s]{0,6}(?:"
+    rf"{_REVISED} (?:assistant )?{_TEXT}|(?:assistant(?:'s)? )?(?:response|revision|rewrite)|assistant|ai"
+    rf")(?: \([^)\n]{{0,40}}\))?(?::[*_]{{0,3}}|[*_]{{1,3}}:?[ \t]*\n)\s*",
+    re.IGNORECASE,
+)
+_REMARK: Final = re.compile(
+    r"\n\s*\n?[*_(\[\s]{0,4}(?:note|explanation|changes(?: made)?|rationale)?[*_]{0,3}:?[*_]{0,3} ?"
+    rf"(?:(?:in )?(?:this|the|my) (?:{_REVISED} {_TEXT}|revision|rewrite)\b"
+    r"|i(?:'ve| have)? (?:also )?"
+    r"(?:removed|revised|rewritten|rewrote|rephrased|replaced|reworded|changed the|made the)\b"
+    r"|(?:please )?let me know if (?:you(?:'d| would)? ?(?:need|want|like)|there are)[^\n.]{0,40}"
+    r"(?:changes|revisions|adjustments|edits|modifications)\b)[^\n]*\s*\Z",
+    re.IGNORECASE,
+)
+_FENCE: Final = re.compile(r"\A```[\w-]*\n(.*?)\n?```\Z", re.DOTALL)
+_QUOTES: Final = {'"': '"', "“": "”", "«": "»", "„": "“"}
+
+_TASK: Final = (
+    r"\b(?:revis|rewrit|rewrot|re-?phras|re-?word|edit|modif|improv|chang|updat|correct|critiqu|critici[sz]|evaluat|assess"
+    r"|review)\w*\b"
+)
+_ABOUT_THE_RESPONSE: Final = re.compile(
+    rf"{_TASK}[^.!?\n]{{0,80}}\b(?:response|answer|reply|conversation|dialogue|assistant|critique|content|output)\b"
+    r"|\b(?:revised|rewritten|new|alternative|different|updated|improved) (?:\w+ )?(?:response|answer|reply|version)\b"
+    r"|\ba (?:revision|rewrite|critique)\b"
+)
+_ABOUT_THIS: Final = re.compile(rf"{_TASK} (?:this|that|it|any of (?:this|that|it))\b")
+_NO_CHANGE: Final = re.compile(
+    r"\b(?:no|not|n't|without) (?:\w+ ){0,4}(?:revis|rewrit|chang|edit|modif|correct)\w*(?: \w+){0,3}"
+    r" (?:needed|necessary|required|called for)\b"
+    r"|\b(?:response|answer|reply) (?:does not|doesn't|did not) (?:\w+ )?(?:need|require)\b"
+    r"|\bno (?:revisions?|changes?|edits?)[.!]?\Z"
+)
+_SPEAKER: Final = re.compile(r"\A(?:i\b|sorry|unfortunately|as an? |(?:my )?apologies|no[,. ]|that(?: i|')s not)")
+
+
+class Unwrapped(NamedTuple):
+    """A revision without the talk around it."""
+
+    text: str
+    stripped: bool
+    """Whether anything was taken away."""
+
+
+def unwrapped(text: str, before: str) -> Unwrapped:
+    """The revision in a reviser's text. `before` is what was to be revised: habits it has as well are left alone."""
+    whole = text.strip()
+    kept = whole
+    for _ in range(4):  # "Sure! Here it is:", then a label, then quotation marks
+        shorter = _without_talk(kept, before.strip())
+        if shorter == kept:
+            break
+        kept = shorter
+    return Unwrapped(kept, kept != whole)
+
+
+def _without_talk(text: str, before: str) -> str:
+    for pattern in (_PREAMBLE, _LABEL):
+        match = pattern.match(_straight(text))
+        if match and not pattern.match(_straight(before)) and not re.search(_OTHERS_TEXT, match[0], re.IGNORECASE):
+            return text[match.end() :].strip()
+    if (match := _REMARK.search(_straight(text))) and not _REMARK.search(_straight(before)):
+        return text[: match.start()].strip()
+    if (match := _FENCE.match(text)) and not before.startswith("```"):
+        return match[1].strip()
+    close = _QUOTES.get(text[:1])
+    if close and len(text) > 1 and text.endswith(close) and not before.startswith(text[0]):
+        inner = text[1:-1]
+        if close not in inner and text[0] not in inner:
+            return inner.strip()
+    return text
+
+
+def refuses_to_criticise(critique: str) -> bool:
+    """Whether a critic declines instead of criticising, or says nothing.
+
+    Looks at its first two sentences where the critic speaks of itself. "I cannot find a fault" is a critique.
+    """
+    if not critique.strip():
+        return True
+    sentences = _sentences(critique)[:2]
+    return any(_SPEAKER.match(sentence) and declines(sentence) for sentence in sentences)
+
+
+def refuses_to_revise(revision: str, request: str) -> bool:
+    """Whether a reviser declines its own task, rather than what the user asked for in `request`.
+
+    Sees refusals that name the task: "I can't rewrite this response". Where the user asks for a rewriting too, "I can't
+    rewrite this" is taken as addressed to the user. A bare "I can't help with that" is never seen.
+    """
+    task = [_ABOUT_THE_RESPONSE] if _asks_for_changes(request) else [_ABOUT_THE_RESPONSE, _ABOUT_THIS]
+    return any(
+        declines(sentence) and any(pattern.search(sentence) for pattern in task)
+        for sentence in _sentences(revision)[:3]
+    )
+
+
+def declares_no_change(revision: str, request: str) -> bool:
+    """Whether a reviser only says that nothing need be changed; not seen where the user asked about changes too."""
+    if len(revision) >= 300 or _asks_for_changes(request):
+        return False
+    return any(_NO_CHANGE.search(sentence) for sentence in _sentences(revision)[:2])
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two texts differ in nothing but spaces and capitals."""
+    return one.casefold().split() == other.casefold().split()
+
+
+def _asks_for_changes(request: str) -> bool:
+    return re.search(_TASK, _straight(request).lower()) is not None
+
+
+def _straight(text: str) -> str:
+    """Straight apostrophes; as long as before, so that positions hold."""
+    return text.replace("’", "'").replace("‘", "'")
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences in lower case with straight apostrophes; a new line ends one too."""
+    parts = re.split(r"(?<=[.!?])\s+|\n+", _straight(text).lower().strip())
+    return [part for part in parts if part]

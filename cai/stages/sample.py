@@ -1,0 +1,100 @@
+"""Samples responses: `n` for each prompt, from one model, as the first step of both halves of Constitutional AI
+(Bai et al. 2022, arXiv 2212.08073).
+
+Left out: best-of-n, system prompts that change from sample to sample, and reuse of a sample by another stage. Text that
+the model cut off at `max_new_tokens` is kept with `finish_reason: length`; who trains on it decides.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from cai.engines import Completion, Failure, Request
+from cai.engines.retry import generate_all
+from cai.errors import StageFailed
+from cai.journal import RECORDS
+from cai.records import Prompt, Sample, read_rows, stable_id
+from cai.stages import Context, Names, Rows, WritingConfig
+
+
+class Config(WritingConfig):
+    gives: ClassVar[Rows] = "texts"
+
+    kind: Literal["sample"] = "sample"
+    model: str | None = Field(None, description="Model or stage that responds; absent = the recipe's model.")
+    prompts: Names = Field(min_length=1, description="Prompt sets that are responded to.")
+    n: int = Field(1, ge=1, description="Responses for each prompt.")
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Writes one Sample for each response. A prompt that does not fit, or fails otherwise, is a failure by name."""
+    prompts = each_once(context.prompts(config.prompts))
+    items = [
+        {"id": stable_id(context.stage_id, prompt["id"], number), "prompt": prompt}
+        for prompt in prompts
+        for number in range(config.n)
+    ]
+    model = context.model(config.model).name
+    with context.engine(config.model) as engine:
+        for batch in context.journal.batches(items, size=config.journal_batch, unit="responses"):
+            requests = [
+                Request(
+                    item["id"], item["prompt"]["messages"], context.seed_for(item["id"], batch.attempt), config.sampling
+                )
+                for item in batch.items
+            ]
+            results = generate_all(engine, requests, config.retries)
+            rows, failures = [], []
+            for item, request in zip(batch.items, requests, strict=True):
+                result = results[item["id"]]
+                if isinstance(result, Failure):
+                    failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {result.reason}"))
+                else:
+                    rows.append(to_row(item["prompt"], result, request.seed, model))
+            context.journal.append(batch, rows, failures)
+    _, failed = context.journal.finish()
+    responses: list[Sample] = read_rows(context.folder / RECORDS)
+    if not responses:
+        raise StageFailed(f"none of {len(items)} responses came about; {failed[0].reason}")
+    return {
+        "samples": {
+            context.stage_id: {
+                "prompts": len(prompts),
+                "responses": len(responses),
+                "failed": len(failed),
+                "cut_off": sum(row["finish_reason"] == "length" for row in responses),
+                "mean_tokens": fmean(row["n_tokens"] for row in responses),
+            }
+        }
+    }
+
+
+def each_once(prompts: list[Prompt]) -> list[Prompt]:
+    """A prompt that is in several sets is answered once and carries the tags of all of them."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if earlier := found.get(prompt["id"]):
+            prompt = {**earlier, "tags": list(dict.fromkeys([*earlier["tags"], *prompt["tags"]]))}
+        found[prompt["id"]] = prompt
+    return list(found.values())
+
+
+def to_row(prompt: Prompt, completion: Completion, seed: int, model: str) -> Sample:
+    """`seed` is the item's; a second attempt derives its own from it."""
+    row: Sample = {
+        "id": completion.id,
+        "prompt_id": prompt["id"],
+        "prompt": prompt["messages"],
+        "tags": prompt["tags"],
+        "response": completion.text,
+        "finish_reason": completion.finish_reason,
+        "n_tokens": len(completion.token_ids),
+        "model": model,
+        "seed": seed,
+    }
+    if completion.reasoning is not None:
+        row["reasoning"] = completion.reasoning
+    return row
