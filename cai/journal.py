@@ -109,6 +109,13 @@ class Journal:
         if self._progress:
             self._progress.advance(items=len(batch.items), tokens=tokens)
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of every batch on disk, in the plan's order: what a later part of the same plan builds on."""
+        with self.path.open("rb") as journal:
+            for number in sorted(self._written):
+                journal.seek(self._written[number])
+                yield from json.loads(journal.readline())["rows"]
+
     def finish(self) -> Finished:
         """Writes `records.jsonl` and `failures.jsonl` in the plan's order. Every batch must have been appended."""
         if self._plan is None or len(self._written) != self._n_batches:
