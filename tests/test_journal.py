@@ -99,6 +99,17 @@ def test_tokens_of_earlier_processes_are_counted(tmp_path):
     assert journal.tokens == 35
 
 
+def test_rows_of_earlier_batches_can_be_read_while_later_ones_are_computed(tmp_path):
+    run(tmp_path, stop_after=1)
+    journal = Journal(tmp_path)
+    seen = []
+    for batch in journal.batches(ITEMS, size=2):
+        seen.append([row["id"] for row in journal.rows()])
+        journal.append(batch, [{"id": item["id"]} for item in batch.items], [])
+    assert seen[0] == ["item-0/0", "item-0/1"]
+    assert seen[1] == [*seen[0], "item-2", "item-3"]
+
+
 def test_no_items_give_empty_records(tmp_path):
     assert run(tmp_path, items=[]) == []
     assert outputs(tmp_path) == {RECORDS: b"", FAILURES: b""}
