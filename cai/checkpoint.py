@@ -110,6 +110,13 @@ def identity(model: Model, *, offline: bool = True) -> str:
     return parts[1] if len(parts) == 2 and not parts[0] and "@" in parts[1] else stable_id(*parts)
 
 
+def settings(model: Model, name: str) -> dict[str, Any]:
+    """The object in the JSON file `name` of the model's folder, or of its base's; empty where neither has one."""
+    folder = fetch(model)
+    base = None if (folder / name).is_file() else _base_of(model, folder)
+    return _json(folder / name) if base is None else settings(base, name)
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, its pad token not eos, with the chat template that the model is used with."""
     from transformers import AutoTokenizer
@@ -123,8 +130,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         home = fetch(base)
     tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
     tokenizer.chat_template = model.chat_template or tokenizer.chat_template or _set_template(model)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": _free_token(tokenizer) or ADDED_PAD})
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    if tokenizer.pad_token in (None, tokenizer.eos_token) or tokenizer.pad_token in template:
+        tokenizer.add_special_tokens({"pad_token": _free_token(tokenizer, template) or ADDED_PAD})
     return tokenizer
 
 
@@ -346,9 +354,8 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _free_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _free_token(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     """A special token that stands for nothing in this tokenizer's texts, to be used as padding."""
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     known = [token for token in _PADS if token in special]

@@ -1,0 +1,236 @@
+"""One tokenisation: it is the template's own, and no text in it becomes a special token."""
+
+from __future__ import annotations
+
+import functools
+
+import models
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cai.chat import Chat
+from cai.checkpoint import load_tokenizer
+from cai.errors import BadInput
+
+FAMILIES = [family for family, facts in models.FAMILIES.items() if "template" in facts]
+SENTENCEPIECE = ["mistral:sentencepiece"]
+NATURAL = st.text(st.sampled_from("abc ABC é 你\n\t'.,:?1ß🙂"), max_size=40)
+FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@functools.cache
+def chat(family: str) -> Chat:
+    name, _, kind = family.partition(":")
+    tokenizer = models.build_tokenizer(name, sentencepiece=bool(kind))
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return Chat(tokenizer, name=family)
+
+
+def spelled(family: str) -> st.SearchStrategy[str]:
+    """Texts full of what a special token looks like, whole and in pieces."""
+    tokenizer = chat(family).tokenizer
+    names = sorted({token.content for token in tokenizer.added_tokens_decoder.values()})
+    names += [
+        "<|im_end|>",
+        "<think>",
+        "</think>",
+        "[/INST]",
+        "\n\nHuman:",
+        "<|user|>",
+        "<",
+        "|>",
+        "<|",
+        "</s",
+        ">",
+        "im_end",
+    ]
+    return st.lists(st.one_of(st.sampled_from(names), NATURAL), max_size=6).map("".join)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, texts: st.SearchStrategy[str], system: bool) -> list[dict[str, str]]:
+    turns = draw(st.integers(0, 2))
+    roles = ["user", *["assistant", "user"] * turns]
+    if system and draw(st.booleans()):
+        roles.insert(0, "system")
+    return [{"role": role, "content": draw(texts)} for role in roles]
+
+
+@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+@given(data=st.data())
+@FAST
+def test_ids_are_those_of_the_chat_template_for_texts_that_spell_no_token(family: str, data: st.DataObject) -> None:
+    one = chat(family)
+    messages = data.draw(conversations(NATURAL, system="no_system" not in family))
+    theirs = one.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert one.prompt_ids(messages) == theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+@given(data=st.data())
+@FAST
+def test_no_text_becomes_a_special_token_and_none_is_lost(family: str, data: st.DataObject) -> None:
+    one = chat(family)
+    messages = data.draw(conversations(spelled(family), system="no_system" not in family))
+    special = {
+        n for n, token in one.tokenizer.added_tokens_decoder.items() if token.special or "think" in token.content
+    }
+    bare = [{**message, "content": "x" if message["content"].strip() else ""} for message in messages]
+
+    def specials(ids: list[int]) -> list[int]:
+        return [token for token in ids if token in special]
+
+    assert specials(one.prompt_ids(messages)) == specials(one.prompt_ids(bare))
+    response = messages[0]["content"].strip()
+    prompt, answer = one.example(messages, response)
+    assert prompt == one.prompt_ids(messages)
+    assert specials(answer) == specials(one.example(bare, response and "x")[1])
+    assert answer[-1] == one.end_of_turn
+    assert one.text(answer).text == response or (one.thinks and "think>" in response)
+    assert one.text(one.response_ids(response)).text == response or (one.thinks and "think>" in response)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+@FAST
+def test_contents_come_back_from_the_ids_of_the_whole_conversation(family: str, data: st.DataObject) -> None:
+    one = chat(family)
+    content = data.draw(spelled(family)).strip()
+    ids = one.prompt_ids([{"role": "user", "content": content}])
+    whole = one.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert content in whole
+
+
+@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+def test_an_example_is_the_templates_own_rendering_of_the_answered_conversation(family: str) -> None:
+    one = chat(family)
+    messages = [{"role": "user", "content": "What is the capital?"}]
+    prompt, response = one.example(messages, "Paris, of course.")
+    answered = [*messages, {"role": "assistant", "content": "Paris, of course."}]
+    theirs = one.tokenizer.apply_chat_template(answered, return_dict=False)
+    ours = prompt + response
+    if ours[: len(theirs)] != theirs[: len(ours)]:  # what closes the opened reasoning is encoded by itself
+        assert one.thinks
+        assert one.tokenizer.decode(ours) == one.tokenizer.decode(theirs)[: len(one.tokenizer.decode(ours))]
+    assert response == one.response_ids("Paris, of course.")
+
+
+def test_end_of_turn_is_what_the_template_writes_there() -> None:
+    def token(family: str) -> str:
+        return chat(family).tokenizer.convert_ids_to_tokens(chat(family).end_of_turn)
+
+    assert token("llama") == "<|eot_id|>"
+    assert token("no_system") == "<end_of_turn>"
+    assert token("gpt_neox") == "<|endoftext|>"
+    assert {"<eos>", "<end_of_turn>"} == {
+        chat("no_system").tokenizer.convert_ids_to_tokens(end) for end in chat("no_system").end_ids
+    }
+    assert chat("gpt_neox").stop == ("\n\nHuman:",)
+    assert chat("llama").stop == ()
+
+
+def test_a_system_message_goes_in_front_of_the_first_turn_where_there_is_no_such_role() -> None:
+    one = chat("no_system")
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "Hi"}
+    joined = {"role": "user", "content": "Be brief.\n\nHi"}
+    assert one.prompt_ids([system, user]) == one.prompt_ids([joined])
+
+
+def test_turns_of_one_role_in_a_row_are_joined_where_the_template_wants_them_to_alternate() -> None:
+    one = chat("mistral")
+    twice = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "there"}]
+    assert one.prompt_ids(twice) == one.prompt_ids([{"role": "user", "content": "Hi\n\nthere"}])
+    with pytest.raises(BadInput, match=r"refuses a conversation: roles must alternate"):
+        one.prompt_ids([{"role": "assistant", "content": "Hi"}])
+
+
+def test_a_template_that_drops_the_system_message_silently_gets_it_in_the_first_turn() -> None:
+    tokenizer = models.build_tokenizer("qwen2")
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    one = Chat(tokenizer)
+    ids = one.prompt_ids([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    assert "Be brief.\n\nHi" in tokenizer.decode(ids)
+
+
+def test_reasoning_is_kept_apart_from_the_response() -> None:
+    one = chat("thinking")
+    vocabulary = one.tokenizer.get_vocab()
+
+    def ids(text: str) -> list[int]:
+        return one.tokenizer.encode(text, add_special_tokens=False)
+
+    prompt = one.prompt_ids([{"role": "user", "content": "Hi"}])
+    assert one.tokenizer.decode(prompt).endswith("assistant\n<think>\n")
+    assert one.text(ids("They greet me.\n</think>\n\nHello!<|im_end|>")) == ("Hello!", "They greet me.")
+    assert one.text(ids("They greet")) == ("", "They greet")
+    assert one.text(ids("\n</think>\n\nHello!<|im_end|>")) == ("Hello!", None)
+    _, response = one.example([{"role": "user", "content": "Hi"}], "Hello!")
+    assert response.count(vocabulary["</think>"]) == 1
+    assert vocabulary["<think>"] not in response
+    assert one.text(response) == ("Hello!", None)
+    _, response = one.example([{"role": "user", "content": "Hi"}], "Hello!", reasoning="They greet me.")
+    assert one.text(response) == ("Hello!", "They greet me.")
+    asked, _ = one.question([{"role": "user", "content": "A or B?"}], ["A", "B"])
+    assert one.tokenizer.decode(asked).endswith("<think>\n\n</think>\n\n")
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "a </think> b"},
+        {"role": "user", "content": "?"},
+    ]
+    assert "a </think> b" in one.tokenizer.decode(one.prompt_ids(history))
+
+
+@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+def test_options_are_the_tokens_that_an_answer_begins_with(family: str) -> None:
+    one = chat(family)
+    messages = [{"role": "user", "content": "A or B?"}]
+    prompt, options = one.question(messages, ["A", "B"])
+    assert len(set(options)) == 2
+    if not one.thinks:
+        for option, token in zip("AB", options, strict=True):
+            asked, answer = one.example(messages, option)
+            assert (asked + answer)[: len(prompt) + 1] == [*prompt, token]
+    with pytest.raises(BadInput, match="token of their own"):
+        one.question(messages, ["Absolutely not", "B"])
+    with pytest.raises(BadInput, match="token of their own"):
+        one.question(messages, ["A", "A"])
+
+
+def test_a_vocabulary_that_spells_its_special_tokens_out_is_not_fooled() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), *((letter, -5.0) for letter in "</s>abc")]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(kinds.Unigram(pieces, unk_id=0)),
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    ids = Chat(tokenizer).prompt_ids([{"role": "user", "content": "a</s>b</s>"}])
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_base_model_without_a_chat_template_is_refused_with_what_to_do(tiny) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(BadInput, match=r"no chat template: set `chat_template:`.*`templates: fewshot`"):
+        Chat.load(tiny("base"))
+    one = Chat.load(tiny("base", chat_template=models.PLAIN))
+    assert one.stop == ("\n\nHuman:",)
+    assert one.context_length == 4096
+
+
+def test_pad_is_never_the_end_of_a_turn(tiny) -> None:  # type: ignore[no-untyped-def]
+    for family in [*FAMILIES, "lora"]:
+        one = Chat.load(tiny(family))
+        assert one.pad_id == one.tokenizer.pad_token_id
+        assert one.pad_id not in (one.end_of_turn, one.tokenizer.eos_token_id)
+    assert load_tokenizer(tiny("pad_is_eos")).pad_token == "<|pad|>"
+    assert load_tokenizer(tiny("llama")).pad_token == "<|finetune_right_pad_id|>"
