@@ -141,7 +141,11 @@ def paired_difference(
     p_value = _score_p_value(table, 0.5)
     difference = 2 * table.mean - 1
     return Difference(
-        difference, table.n, table.topics, (float(2 * low - 1), float(2 * high - 1)), p_value,
+        difference,
+        table.n,
+        table.topics,
+        (float(2 * low - 1), float(2 * high - 1)),
+        p_value,
         verdict(difference, p_value, level),
     )
 
@@ -156,9 +160,7 @@ def win_rate(outcomes: Sequence[float], clusters: Sequence[str] | None = None, *
     wins, losses = (sum(1 for value in outcomes if value == end) for end in (1, 0))
     p_value = 1.0 if table is None else _score_p_value(table, 0.5)
     lead = 0.0 if estimate.value is None else estimate.value - 0.5
-    return WinRate(
-        estimate, wins, len(outcomes) - wins - losses, losses, p_value, verdict(lead, p_value, level)
-    )
+    return WinRate(estimate, wins, len(outcomes) - wins - losses, losses, p_value, verdict(lead, p_value, level))
 
 
 def outcome(log_odds_ab: float, log_odds_ba: float, tie_below: float = 0.0) -> float:

@@ -20,7 +20,8 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 columns = st.lists(
     st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from("abcdefgh")),
-    min_size=1, max_size=60,
+    min_size=1,
+    max_size=60,
 )
 
 

@@ -1,0 +1,86 @@
+"""One pair of responses put to a judge, principle by principle, in both orders: the questions, and the votes they give.
+
+The judge's log-odds that *a* is better is the difference of the next-token log-probabilities of the two options (Lee et
+al. 2023, arXiv 2309.00267). Left out: which pairs and principles are asked about (stages choose) and what votes mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from cai.constitution import Principle
+from cai.engines import Choice, Failure, Question
+from cai.records import Message, PrincipleVote
+from cai.templates import OPTIONS, TemplateSet
+
+ORDERS: tuple[Literal["ab", "ba"], ...] = ("ab", "ba")
+"""Which response is shown first."""
+
+
+class Pair(NamedTuple):
+    """Two responses to one conversation. `id` is unique among what is asked at once."""
+
+    id: str
+    messages: Sequence[Message]
+    a: str
+    b: str
+
+
+def to_questions(pair: Pair, principles: Sequence[Principle], templates: TemplateSet) -> Iterator[Question]:
+    """Questions with a common beginning stand side by side: pair, then order, then principle."""
+    texts = {"a": pair.a, "b": pair.b}
+    for order in ORDERS:
+        first, second = (texts[side] for side in order)
+        for principle in principles:
+            yield Question(
+                _question_id(pair, order, principle),
+                templates.compare(pair.messages, first, second, principle),
+                OPTIONS,
+            )
+
+
+def to_votes(
+    pair: Pair, principles: Sequence[Principle], answers: Mapping[str, Choice | Failure], min_mass: float
+) -> tuple[list[PrincipleVote], list[Failure]]:
+    """Votes of the principles that were answered in both orders, and what failed; the pair itself where none was.
+
+    One order alone leaks the judge's preference for a position, so a principle's votes are kept together or not at all.
+    Options that hold less than `min_mass` of the probability between them are no answer.
+    """
+    votes: list[PrincipleVote] = []
+    failures: list[Failure] = []
+    for principle in principles:
+        both = [_to_vote(pair, order, principle, answers, min_mass) for order in ORDERS]
+        failed = [vote for vote in both if isinstance(vote, Failure)]
+        failures += failed
+        if not failed:
+            votes += [vote for vote in both if not isinstance(vote, Failure)]
+    if failures and not votes:
+        reason = f"no principle was answered in both orders; first of {len(failures)}: {failures[0].reason}"
+        failures = [Failure(pair.id, reason)]
+    return votes, failures
+
+
+def _to_vote(
+    pair: Pair,
+    order: Literal["ab", "ba"],
+    principle: Principle,
+    answers: Mapping[str, Choice | Failure],
+    min_mass: float,
+) -> PrincipleVote | Failure:
+    """The log-odds that *a* is better, whichever was shown first."""
+    answer = answers[_question_id(pair, order, principle)]
+    where = f"pair {pair.id}, {principle.id!r}, order {order}"
+    if isinstance(answer, Failure):
+        return Failure(answer.id, f"{where}: {answer.reason}")
+    if answer.mass < min_mass:
+        held = f"the options hold {answer.mass:.3g} of the probability, less than min_mass {min_mass:g}"
+        return Failure(answer.id, f"{where}: {held}")
+    first_better = answer.log_probs[0] - answer.log_probs[1]
+    log_odds = first_better if order == "ab" else -first_better
+    return PrincipleVote(principle=principle.id, order=order, log_odds=log_odds, mass=answer.mass)
+
+
+def _question_id(pair: Pair, order: str, principle: Principle) -> str:
+    return f"{pair.id}/{order}/{principle.id}"
