@@ -1,9 +1,12 @@
 """What a model is asked, as Jinja text in files: one folder a template set.
 
-A set has `critique.jinja`, `revise.jinja` and `compare.jinja`; each renders the text of one user message. A set for base
-models also has `chat.jinja`, a chat template in plain text, and names the strings that end a turn. Texts from models and
-users are inserted as values and never parsed as templates. Templates put what questions share first: the conversation,
-then the two responses, then the principle.
+A set has `critique.jinja`, `revise.jinja` and `compare.jinja`; each renders one user message, or a short conversation
+where lines `{# user #}` and `{# assistant #}` part it into turns. A set for base models also has `chat.jinja`, a chat
+template in plain text, and `stop.txt`: the strings that end a turn, one a line, `\\n` for a line break. Templates put
+what questions share first: the conversation, then the two responses, then the principle.
+
+Texts from models and users are inserted as values and never parsed as templates. The filter `fenced` keeps them from
+closing the tags that they stand between, `unlabelled` from opening a new part where parts begin with `Response A:`.
 
 `micro` is frozen with the weights that were trained on it; `default` is for instruction-tuned models; `fewshot` is for
 base models without a chat template.
@@ -12,20 +15,30 @@ base models without a chat template.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cai.errors import BadInput, nearest
 from cai.records import Message, stable_id
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from cai.constitution import Principle
 
 FOLDER = Path(__file__).parent
 OPTIONS = ("A", "B")
 """How a comparison is answered: the first response shown is A."""
+
+_TURN = re.compile(r"^\{# (user|assistant) #\}\n", re.MULTILINE)
+_TAG = re.compile(r"<(?=\s*/?\s*(?:conversation|system|user|assistant|response(?:_[ab])?|critique)\b)", re.IGNORECASE)
+_LABEL = re.compile(
+    r"^(?=(?:conversation|system|user|assistant|human|response(?: [ab])?|critique|question|task)\s*:)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,8 @@ class TemplateSet:
     @property
     def stop(self) -> tuple[str, ...]:
         """Strings that end a turn where no token does."""
-        return tuple(line for line in dict(self.sources).get("stop.txt", "").splitlines() if line)
+        lines = dict(self.sources).get("stop.txt", "").split("\n")
+        return tuple(line.replace("\\n", "\n") for line in lines if line)
 
     def digest(self, *names: str) -> str:
         """Hash of the named templates' text: what of the set reaches a model in one stage."""
@@ -68,8 +82,10 @@ class TemplateSet:
         return stable_id(*(texts[f"{name}.jinja"] for name in names))
 
     def _ask(self, name: str, **values: object) -> list[Message]:
-        text = _compiled(dict(self.sources)[f"{name}.jinja"]).render(**values)
-        return [{"role": "user", "content": text.strip()}]
+        return [
+            {"role": role, "content": template.render(**values).strip()}
+            for role, template in _compiled(dict(self.sources)[f"{name}.jinja"])
+        ]
 
 
 def template_sets() -> list[str]:
@@ -87,12 +103,29 @@ def load_templates(name: str) -> TemplateSet:
     return TemplateSet(name, tuple((path.name, path.read_text(encoding="utf-8")) for path in files))
 
 
+def fenced(text: str) -> str:
+    """`text` with the `<` of every tag that templates use as structure exchanged for a look-alike."""
+    return _TAG.sub("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", text)
+
+
+def unlabelled(text: str) -> str:
+    """`text` with every line indented by a space that begins like the label of a part."""
+    return _LABEL.sub(" ", text)
+
+
 @functools.cache
-def _compiled(source: str):  # type: ignore[no-untyped-def]
+def _compiled(source: str) -> list[tuple[Literal["user", "assistant"], Template]]:
+    """(role, template) of each turn. Turns are parted before anything is inserted, so no value can begin one."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
     )
-    return environment.from_string(source)
+    environment.filters.update(fenced=fenced, unlabelled=unlabelled)
+    first, *rest = _TURN.split(source)
+    if not rest:
+        return [("user", environment.from_string(source))]
+    assert not first.strip(), "text before the first turn"
+    turns = zip(rest[::2], rest[1::2], strict=True)
+    return [("user" if role == "user" else "assistant", environment.from_string(text)) for role, text in turns]
