@@ -288,6 +288,8 @@ class _Builder:
         if self.open and isinstance(self.open[-1].node.value, dict) and self.open[-1].key is None:
             self._key(event, scalar(event.value) if plain else event.value)
             return
+        if plain and not event.value and self.open and self.open[-1].key is not None:
+            line, column = self.open[-1].node.keys[self.open[-1].key]  # the parser may place nothing past the end
         node = Node(scalar(event.value) if plain else event.value, line, column)
         if event.anchor:
             self.anchors[event.anchor] = _Anchored(node, 1, len(event.value), 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -160,6 +160,8 @@ pieces = st.sampled_from(["a", ": ", "- ", "\n", "  ", "\t", "&a ", "*a", "[", "
 
 
 @settings(max_examples=300, deadline=None)
+@example("? ;")
+@example("a:\n-")
 @given(st.one_of(st.text(), st.lists(pieces, max_size=40).map("".join)))
 def test_any_text_is_a_document_or_is_refused_with_a_position(text: str) -> None:
     outcome = outcome_of(lambda: parse_document(text, HERE))

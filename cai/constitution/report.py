@@ -12,9 +12,9 @@ from cai.wording import printable
 if TYPE_CHECKING:
     from cai.templates import TemplateSet
 
-PLACEHOLDER = Example((("user", "<what the user says>"),), "<a response>", "<another response>")
+PLACEHOLDER = Example((("user", "[what the user says]"),), "[a response]", "[another response]")
 """Stands for an example where a principle has none."""
-CRITIQUE = "<what the critic wrote>"
+CRITIQUE = "[what the critic wrote]"
 
 
 def summary(constitution: Constitution) -> dict[str, object]:
