@@ -164,23 +164,27 @@ class Chat:
                     return prompt, whole[len(prompt) :] + ([] if self._end else [self.end_of_turn])
         return prompt, self.response_ids(response, reasoning)
 
-    def text(self, ids: Sequence[int]) -> TextAndReasoning:
-        """What generated ids say, without control tokens and whitespace around it; reasoning apart.
+    def text(self, ids: Sequence[int], *, stop: Sequence[str] = ()) -> TextAndReasoning:
+        """What generated ids say up to the first of `stop`, without control tokens and whitespace around it.
 
-        Reasoning that was never closed is all there is: the text is then empty.
+        Reasoning stands apart. Where it was never closed it is all there is, and the text is empty.
         """
-        said = self._encoder.decode(ids)
-        if not self.thinks:
-            return TextAndReasoning(said.strip(), None)
+        said, thought = self._encoder.decode(ids), ""
         opening, close = (self._encoder.control.get(markup) for markup in (THINK, THINK_END))
-        if close is not None and close in ids:
+        if self.thinks and close is not None and close in ids:
             cut = list(ids).index(close)
             thought, said = self._encoder.decode(ids[:cut]), self._encoder.decode(ids[cut + 1 :])
-        elif self._opens or (opening is not None and opening in ids[:3]) or said.lstrip().startswith(THINK):
+        elif self.thinks and (
+            self._opens or (opening is not None and opening in ids[:3]) or said.lstrip().startswith(THINK)
+        ):
             thought, _, said = said.partition(THINK_END)
-        else:
-            thought = ""
+        for text in stop:
+            said = said.partition(text)[0]
         return TextAndReasoning(said.strip(), thought.strip().removeprefix(THINK).strip() or None)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids as it stands; control tokens leave nothing."""
+        return self._encoder.decode(ids)
 
     def question(self, messages: Sequence[Message], options: Sequence[str]) -> tuple[list[int], list[int]]:
         """(prompt ids, the id of each option as the next token). A thinking model is asked to answer at once.
