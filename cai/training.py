@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from cai import checkpoint
-from cai.errors import StageFailed
+from cai.errors import BadInput, StageFailed
 from cai.records import Preference, canonical_json, stable_seed
 from cai.stages import Context, LoRA, TrainingConfig
 
@@ -71,8 +71,12 @@ def tokenised_pairs(rows: Iterable[Preference], chat: Chat, max_length: int) -> 
     left_out: Counter[str] = Counter()
     limit = longest(chat, max_length)
     for row in rows:
-        prompt_ids, chosen_ids = chat.example(row["prompt"], row["chosen"][-1]["content"])
-        _, rejected_ids = chat.example(row["prompt"], row["rejected"][-1]["content"])
+        try:
+            prompt_ids, chosen_ids = chat.example(row["prompt"], row["chosen"][-1]["content"])
+            _, rejected_ids = chat.example(row["prompt"], row["rejected"][-1]["content"])
+        except BadInput:  # a conversation that the model's template does not take
+            left_out["refused_by_template"] += 1
+            continue
         pair = Pair(row, prompt_ids, chosen_ids, rejected_ids)
         if chosen_ids == rejected_ids:
             left_out["identical"] += 1

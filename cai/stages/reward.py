@@ -21,7 +21,6 @@ from pydantic import Field
 from cai.errors import StageFailed
 from cai.records import Preference, row_lines, stable_seed, topic_of
 from cai.stages import Context, Rows, TrainingConfig, is_held_out
-from cai.statistics import rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +40,6 @@ class Config(TrainingConfig):
         "num_train_epochs": 1,  # more than one overfits (Ouyang et al. 2022, arXiv 2203.02155)
         "learning_rate": 1e-5,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 0.03,  # below 1: of all steps
     }
 
     kind: Literal["reward"] = "reward"
@@ -156,6 +154,8 @@ def measure(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _accuracy(graded: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:
     """How often the margin has the sign of the truth."""
+    from cai.statistics import rate
+
     right = [float(row["margin"] * truth > 0) for row, truth in graded]
     return rate(right, [row["topic"] for row, _ in graded]).as_json()
 

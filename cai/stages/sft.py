@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cai.errors import StageFailed
+from cai.errors import BadInput, StageFailed
 from cai.journal import FAILURES
 from cai.records import Revision, Sample, read_rows
 from cai.stages import Context, Rows, TrainingConfig, is_held_out
@@ -36,8 +36,7 @@ class Config(TrainingConfig):
     defaults: ClassVar[Mapping[str, Any]] = {
         "num_train_epochs": 1,  # the paper's; its rate is half the pre-training rate
         "learning_rate": 1e-5,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 0.03,  # below 1: of all steps
+        "lr_scheduler_type": "constant",
     }
 
     kind: Literal["sft"] = "sft"
@@ -53,9 +52,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     chat = Chat.load(start)
     stages = {name: context.rows(name) for name in config.from_}
     kept, left_out = select(stages, {name: _failed_ids(context, name) for name in stages})
-    examples, too_long = tokenised([row for rows in kept.values() for row in rows], chat,
-                                   training.longest(chat, config.max_length))  # fmt: skip
-    left_out["too_long"] += too_long
+    rows = [row for rows in kept.values() for row in rows]
+    examples, unusable = tokenised(rows, chat, training.longest(chat, config.max_length))
+    left_out += unusable
     if not examples:
         raise StageFailed(f"stage {config.id!r}: no response to learn from; left out: {training.reasons(left_out)}")
 
@@ -120,16 +119,29 @@ def _unfit(row: Sample | Revision, taken: set[str], lost: set[str]) -> str | Non
     return None
 
 
-def tokenised(rows: Sequence[Sample | Revision], chat: Chat, longest: int) -> tuple[list[dict[str, Any]], int]:
-    """Each row as token ids with the prompt's labels masked, and how many rows are longer than `longest` tokens."""
+def tokenised(
+    rows: Sequence[Sample | Revision], chat: Chat, longest: int
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Each row as token ids with the prompt's labels masked, and how many were left out for which reason.
+
+    What a thinking model thought is learned with its own response, and not with a revision, which it is not about.
+    """
     examples: list[dict[str, Any]] = []
+    left_out: Counter[str] = Counter()
     for row in rows:
-        prompt_ids, response_ids = chat.example(row["prompt"], row["response"])
+        reasoning = None if row.get("rounds") else row.get("reasoning")
+        try:
+            prompt_ids, response_ids = chat.example(row["prompt"], row["response"], reasoning)
+        except BadInput:  # a conversation that the model's template does not take
+            left_out["refused_by_template"] += 1
+            continue
         ids = prompt_ids + response_ids
-        if len(ids) <= longest:
+        if len(ids) > longest:
+            left_out["too_long"] += 1
+        else:
             labels = [-100] * len(prompt_ids) + response_ids
             examples.append({"input_ids": ids, "labels": labels, "length": len(ids)})
-    return examples, len(rows) - len(examples)
+    return examples, left_out
 
 
 def _failed_ids(context: Context, stage: str) -> set[str]:

@@ -1,0 +1,121 @@
+"""Runs one training stage on rows that a test makes, as the pipeline would, and can die in the middle of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cai.checkpoint import Model, resolve
+from cai.journal import Journal
+from cai.profile import Profile
+from cai.records import row_lines, stable_id
+from cai.stages import Context, config_class, run_function
+
+torch.set_num_threads(1)  # two threads that wait for each other cost a tiny model more than they do
+
+CPU = Profile(device="cpu", dtype="float32", micro_batch=4)
+WORDS = ("alpha", "beta", "gamma", "delta", "lock", "sea", "poem", "Paris", "France", "door", "fish", "wave")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no code of the stage runs after it but what the interpreter insists on."""
+
+
+class Steps:
+    """A progress display that counts, and dies where it is told to."""
+
+    def __init__(self, die_at: int | None = None) -> None:
+        self.total, self.done, self.tokens, self.die_at = 0, 0, 0, die_at
+        self.notes: list[str] = []
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        self.total, self.done = total, done
+
+    def advance(self, items: int = 1, tokens: int = 0) -> None:
+        self.done += items
+        self.tokens += tokens
+        if self.done == self.die_at:
+            raise Killed
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def stage_context(
+    folder: Path, rows: Mapping[str, Sequence[Any]], model: Model, *, profile: Profile = CPU, progress: Any = None
+) -> Context:
+    """What the stage `folder.name` is given. `rows` are those of each stage that it reads."""
+    inputs = {name: folder.parent / f"{folder.name}-{name}" for name in rows}
+    for name, path in inputs.items():
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "records.jsonl").write_text("".join(row_lines(rows[name])), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    return Context(
+        stage_id="stage", folder=folder, seed=0, profile=profile, progress=progress or Steps(), journal=Journal(folder),
+        constitution=None, inputs=inputs, prompt_sets={}, models={"": model},
+    )  # fmt: skip
+
+
+def run_stage(
+    kind: str, folder: Path, rows: Sequence[Any] | Mapping[str, Sequence[Any]], model: Model, *,
+    profile: Profile = CPU, progress: Any = None, **config: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of a training stage that runs in `folder`."""
+    stages = rows if isinstance(rows, Mapping) else {"rows": rows}
+    settings = {"id": "stage", "kind": kind, "from": list(stages), "batch_size": 8, **config}
+    context = stage_context(folder, stages, model, profile=profile, progress=progress)
+    return run_function(kind)(config_class(kind).model_validate(settings), context)
+
+
+def trained(folder: Path) -> Model:
+    """The model that a stage left in `folder`."""
+    return resolve(str(folder / "model"), folder=folder)
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def sample(number: int, response: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A Sample row. Rows of one number are about one prompt."""
+    return {
+        "id": stable_id("sample", number, response),
+        "prompt_id": stable_id("prompt", number),
+        "prompt": ask(f"What is {WORDS[number % len(WORDS)]} {number}?"),
+        "tags": [],
+        "response": f"It is {WORDS[(number * 5 + 3) % len(WORDS)]}." if response is None else response,
+        "finish_reason": "stop",
+        "n_tokens": 5,
+        "model": "tiny",
+        "seed": number,
+        **fields,
+    }
+
+
+def preference(
+    number: int, chosen: str | None = None, rejected: str | None = None, p: float = 1.0, **fields: Any
+) -> dict[str, Any]:
+    """A Preference row; without texts, the better response is the one that says yes."""
+    return {
+        "id": stable_id("preference", number),
+        "pair_id": stable_id("pair", number),
+        "prompt_id": stable_id("prompt", number),
+        "prompt": ask(f"What is {WORDS[number % len(WORDS)]} {number}?"),
+        "chosen": [{"role": "assistant", "content": chosen or _reply("yes", number)}],
+        "rejected": [{"role": "assistant", "content": rejected or _reply("no", number + 1)}],
+        "p_chosen": p,
+        "log_odds": 0.0,
+        "source": "ai",
+        "tags": [],
+        "judge": "tiny",
+        "constitution": "none",
+        **fields,
+    }
+
+
+def _reply(word: str, number: int) -> str:
+    words = [WORDS[(number * 7 + 5 * place) % len(WORDS)] for place in range(1 + number % 4)]
+    return " ".join([*words, word, WORDS[number * 3 % len(WORDS)]])
