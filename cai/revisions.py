@@ -1,6 +1,6 @@
 """Reads what a critic or reviser wrote: did it do its task, and where in its text is the revision?
 
-Models talk around their work: "Sure! Here is the revised response:", quotation marks or a code fence around the whole,
+Models talk around their work: "Sure! Here is the revised response:", quotation marks, tags or a code fence around it,
 "Note: I removed …" at the end. `unwrapped` takes that away, unless the text being revised had it too: then it belongs
 to the answer. Only English, and only what stands at the very start or end: a revision that discusses itself in the
 middle ("The assistant should have said …") is not recognised.
@@ -18,7 +18,7 @@ _REVISED: Final = (
     r"|safer|harmless|new|final|suggested|possible)\w*"
 )
 _TEXT: Final = r"(?:response|answer|reply|version|revision|rewrite|rewording|message)"
-_OTHERS_TEXT: Final = rf"\byour (?!(?:previous |original |last )?{_TEXT})"
+_OTHERS_TEXT: Final = re.compile(rf"\bof your (?!(?:previous |original |last )?{_TEXT})", re.IGNORECASE)
 _END: Final = r"(?::[*_]{0,3}[ \t]*\n*\s*|[.!]?[*_]{0,3}[ \t]*\n\s*)"
 _PREAMBLE: Final = re.compile(
     r"\A[*_#\s]{0,4}(?:[^\n:]{0,160}?[.!,;] )?"
@@ -30,9 +30,9 @@ _PREAMBLE: Final = re.compile(
     re.IGNORECASE,
 )
 _LABEL: Final = re.compile(
-    r"\A[*_#\s]{0,6}(?:"
-    rf"{_REVISED} (?:assistant )?{_TEXT}|(?:assistant(?:'s)? )?(?:response|revision|rewrite)|assistant|ai"
-    rf")(?: \([^)\n]{{0,40}}\))?(?::[*_]{{0,3}}|[*_]{{1,3}}:?[ \t]*\n)\s*",
+    rf"\A[*_#\s]{{0,6}}(?:{_REVISED} (?:assistant )?{_TEXT}(?: \([^)\n]{{0,40}}\))?"
+    r"(?:[*_]{0,3}:[*_]{0,3}|[*_]{0,3}[ \t]*\n)"
+    r"|(?:(?:assistant(?:'s)? )?(?:response|revision|rewrite)|assistant|ai)(?::[*_]{0,3}|[*_]{1,3}:?[ \t]*\n))\s*",
     re.IGNORECASE,
 )
 _REMARK: Final = re.compile(
@@ -44,7 +44,9 @@ _REMARK: Final = re.compile(
     r"(?:changes|revisions|adjustments|edits|modifications)\b)[^\n]*\s*\Z",
     re.IGNORECASE,
 )
-_FENCE: Final = re.compile(r"\A```[\w-]*\n(.*?)\n?```\Z", re.DOTALL)
+_FENCE: Final = re.compile(
+    r"\A(?:```[\w-]*\n(?P<code>.*?)\n?```|<((?:revised_)?response)>(?P<tagged>.*?)</\2>)\Z", re.DOTALL
+)
 _QUOTES: Final = {'"': '"', "“": "”", "«": "»", "„": "“"}
 
 _TASK: Final = (
@@ -89,12 +91,12 @@ def unwrapped(text: str, before: str) -> Unwrapped:
 def _without_talk(text: str, before: str) -> str:
     for pattern in (_PREAMBLE, _LABEL):
         match = pattern.match(_straight(text))
-        if match and not pattern.match(_straight(before)) and not re.search(_OTHERS_TEXT, match[0], re.IGNORECASE):
+        if match and not pattern.match(_straight(before)) and not _OTHERS_TEXT.search(match[0]):
             return text[match.end() :].strip()
     if (match := _REMARK.search(_straight(text))) and not _REMARK.search(_straight(before)):
         return text[: match.start()].strip()
-    if (match := _FENCE.match(text)) and not before.startswith("```"):
-        return match[1].strip()
+    if (match := _FENCE.match(text)) and not before.startswith(text[:3]):
+        return (match["code"] or match["tagged"] or "").strip()
     close = _QUOTES.get(text[:1])
     if close and len(text) > 1 and text.endswith(close) and not before.startswith(text[0]):
         inner = text[1:-1]

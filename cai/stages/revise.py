@@ -22,16 +22,16 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
 from cai.behaviours import refusal
 from cai.constitution import Constitution, Principle
-from cai.engines import Completion, Engine, Failure, Request
+from cai.engines import Completion, Engine, Failure, Request, Sampling
 from cai.engines.retry import generate_all
 from cai.errors import BadInput, StageFailed, nearest
-from cai.journal import RECORDS, Batch
+from cai.journal import RECORDS
 from cai.records import TOPIC, Message, Revision, Round, Sample, read_rows, stable_id, stable_seed
 from cai.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 from cai.stages import Context, Names, Rows, WritingConfig
@@ -70,6 +70,15 @@ class Item:
         return self.row["id"]
 
 
+class Critic(NamedTuple):
+    """Who criticises and rewrites, and how."""
+
+    engine: Engine
+    templates: TemplateSet
+    sampling: Sampling
+    retries: int
+
+
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Revision for each response selected."""
     if context.constitution is None:
@@ -82,9 +91,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     reviser = context.model(config.model).name
     with context.engine(config.model) as engine:
         for batch in context.journal.batches(plan, size=config.journal_batch, unit="responses"):
-            items = start(batch, config.rounds, context.constitution, context)
+            items = [start(row, config.rounds, context.constitution, context) for row in batch.items]
+            # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
+            retries = (config.retries + 1) * (batch.attempt + 1) - 1
+            critic = Critic(engine, context.templates(config.model), config.sampling, retries)
             for number in range(config.rounds):
-                one_round(items, number, engine, context.templates(config.model), config)
+                one_round(items, number, critic)
             rows = [to_row(item, context.stage_id, reviser) for item in items if item.failure is None]
             context.journal.append(batch, rows, [item.failure for item in items if item.failure is not None])
     _, failed = context.journal.finish()
@@ -112,14 +124,10 @@ def applicable(constitution: Constitution, row: Sample) -> list[Principle]:
     return [principle for principle in constitution.principles if principle.applies(row["tags"])]
 
 
-def start(batch: Batch, rounds: int, constitution: Constitution, context: Context) -> list[Item]:
-    items = []
-    for row in batch.items:
-        seed = context.seed_for(row["id"], batch.attempt)
-        # Drawn without `attempt`: asking again after a failure keeps the principles.
-        drawn = draw(applicable(constitution, row), rounds, context.seed_for(row["id"], "principles"))
-        items.append(Item(row, drawn, seed, row["response"]))
-    return items
+def start(row: Sample, rounds: int, constitution: Constitution, context: Context) -> Item:
+    """A response before its first round, its principles drawn."""
+    drawn = draw(applicable(constitution, row), rounds, context.seed_for(row["id"], "principles"))
+    return Item(row, drawn, context.seed_for(row["id"]), row["response"])
 
 
 def draw(principles: list[Principle], rounds: int, seed: int) -> list[Principle]:
@@ -131,38 +139,40 @@ def draw(principles: list[Principle], rounds: int, seed: int) -> list[Principle]
     return drawn[:rounds]
 
 
-def one_round(items: list[Item], number: int, engine: Engine, templates: TemplateSet, config: Config) -> None:
+def one_round(items: list[Item], number: int, critic: Critic) -> None:
     """Asks for a critique of every item still going, then for a revision where the critic gave one."""
     going = {item.id: item for item in items if item.failure is None}
     criticise = {
-        item.id: templates.critique(item.row["prompt"], item.response, item.principles[number])
+        item.id: critic.templates.critique(item.row["prompt"], item.response, item.principles[number])
         for item in going.values()
     }
-    critiques = ask(going, criticise, "critique", number, engine, config)
+    critiques = ask(going, criticise, "critique", number, critic)
     for id, critique in critiques.items():
         if refuses_to_criticise(critique.text):
             going[id].rounds.append(
                 Round(principle=going[id].principles[number].id, critique=critique.text, revision="", outcome="refused")
             )
     rewrite = {
-        id: templates.revise(going[id].row["prompt"], going[id].response, critique.text, going[id].principles[number])
+        id: critic.templates.revise(
+            going[id].row["prompt"], going[id].response, critique.text, going[id].principles[number]
+        )
         for id, critique in critiques.items()
         if not refuses_to_criticise(critique.text)
     }
-    for id, revision in ask(going, rewrite, "revise", number, engine, config).items():
+    for id, revision in ask(going, rewrite, "revise", number, critic).items():
         conclude(going[id], number, critiques[id].text, revision)
 
 
 def ask(
-    items: dict[str, Item], messages: dict[str, list[Message]], what: str, number: int, engine: Engine, config: Config
+    items: dict[str, Item], messages: dict[str, list[Message]], what: str, number: int, critic: Critic
 ) -> dict[str, Completion]:
     """The completions by item. An item whose request fails has failed for good, and says in which round."""
     requests = [
-        Request(id, asked, stable_seed(items[id].seed, number, what), config.sampling)
+        Request(id, asked, stable_seed(items[id].seed, number, what), critic.sampling)
         for id, asked in messages.items()
     ]
     completions: dict[str, Completion] = {}
-    for id, result in generate_all(engine, requests, config.retries).items():
+    for id, result in generate_all(critic.engine, requests, critic.retries).items():
         if isinstance(result, Failure):
             principle = items[id].principles[number].id
             reason = f"response {id}, round {number + 1}, {what} by {principle!r}: {result.reason}"

@@ -41,12 +41,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     with context.engine(config.model) as engine:
         for batch in context.journal.batches(items, size=config.journal_batch, unit="responses"):
             requests = [
-                Request(
-                    item["id"], item["prompt"]["messages"], context.seed_for(item["id"], batch.attempt), config.sampling
-                )
+                Request(item["id"], item["prompt"]["messages"], context.seed_for(item["id"]), config.sampling)
                 for item in batch.items
             ]
-            results = generate_all(engine, requests, config.retries)
+            # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
+            results = generate_all(engine, requests, (config.retries + 1) * (batch.attempt + 1) - 1)
             rows, failures = [], []
             for item, request in zip(batch.items, requests, strict=True):
                 result = results[item["id"]]

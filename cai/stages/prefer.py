@@ -1,0 +1,165 @@
+"""Turns votes into labelled preferences, without a model (Bai et al. 2022, arXiv 2212.08073, section 4.1).
+
+A pair's log-odds is the weighted mean of its principles', each averaged over both orders; `cai.labels` has formulas.
+Weights come from the constitution at the time of this stage, so trying others asks no model again. The label is the
+probability itself (soft), its side (hard), or the probability kept within bounds (clamp; the paper's 40 to 60 %).
+
+A pair in which every principle abstains has no label, and an even one has no side to be hard about: both are left out
+and counted. Where a soft label is even, a hash of the responses says which is called chosen, never their position.
+
+Left out: fitting the temperature, and learning how far each principle can be trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cai.constitution import Constitution
+from cai.errors import StageFailed
+from cai.files import replacing
+from cai.journal import RECORDS
+from cai.label_figures import figures
+from cai.labels import Ballots, Floats, aggregate, over_orders, probability
+from cai.records import Preference, row_lines, stable_id
+from cai.stages import Context, Names, Rows, StageConfig
+
+
+class Clamp(BaseModel):
+    """Soft labels kept within bounds, `clamp: [0.4, 0.6]`, that treat both responses alike."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clamp: tuple[float, float] = Field(description="Lowest and highest label; they add up to 1.")
+
+    @model_validator(mode="after")
+    def _even_handed(self) -> Self:
+        low, high = self.clamp
+        if not (0 <= low < 0.5 < high <= 1) or abs(low + high - 1) > 1e-9:
+            raise ValueError(f"found clamp {[low, high]}, expected bounds that add up to 1, such as [0.4, 0.6]")
+        return self
+
+
+class Config(StageConfig):
+    gives: ClassVar[Rows] = "preferences"
+    takes: ClassVar[tuple[Rows, ...]] = ("votes",)
+    uses_weights: ClassVar[bool] = True
+
+    kind: Literal["prefer"] = "prefer"
+    from_: Names = Field(alias="from", min_length=1, description="Stages whose votes become labels.")
+    labels: Literal["soft", "hard"] | Clamp = Field("soft", description="soft, hard, or {clamp: [0.4, 0.6]}.")
+    temperature: Literal["sum_of_weights"] | float = Field(
+        "sum_of_weights", gt=0, description="What the weighted sum of log-odds is divided by."
+    )
+    abstain_below: float = Field(0.0, ge=0, description="Nats from even below which a principle has no say on a pair.")
+    min_confidence: float = Field(
+        0.5, ge=0.5, le=1, description="Pairs whose probability, before clamping, is nearer to even are left out."
+    )
+
+
+class Votes(NamedTuple):
+    """Vote rows without their votes, and the votes of all of them as columns."""
+
+    rows: list[dict[str, Any]]
+    principles: list[str]
+    ballots: Ballots
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Writes one Preference for each pair that gets a label, in the order of the votes."""
+    if context.constitution is None:
+        raise StageFailed("`prefer` needs the constitution whose principles voted, and the recipe names none")
+    votes = read_votes(context.inputs[name] / RECORDS for name in config.from_)
+    by_principle = over_orders(votes.ballots, len(votes.rows), len(votes.principles))
+    log_odds = aggregate(
+        by_principle,
+        weights_of(votes.principles, context.constitution),
+        temperature=None if config.temperature == "sum_of_weights" else config.temperature,
+        abstain_below=config.abstain_below,
+    )
+    kept, left_out = choose(log_odds, config)
+    chosen_is_a = np.array([prefers_a(votes.rows[index], log_odds[index]) for index in kept], dtype=bool)
+    p_chosen = labels(np.abs(log_odds[kept]), config.labels)
+    preferences = [
+        to_row(votes.rows[index], a_is_chosen, p, abs(log_odds[index]), context.stage_id)
+        for index, a_is_chosen, p in zip(kept.tolist(), chosen_is_a.tolist(), p_chosen.tolist(), strict=True)
+    ]
+    if not preferences:
+        raise StageFailed(f"none of {len(votes.rows)} judged pairs gets a label: {left_out}")
+    with replacing(context.folder / RECORDS) as file:
+        file.writelines(line.encode() for line in row_lines(preferences))
+    towards_chosen = by_principle[kept] * np.where(chosen_is_a, 1.0, -1.0)[:, None]
+    return {"labels": {"votes": len(votes.rows), **left_out, **figures(preferences, votes.principles, towards_chosen)}}
+
+
+def read_votes(paths: Iterable[Path]) -> Votes:
+    """All vote rows of several files. Only numbers are kept of the votes: 100,000 pairs have millions."""
+    rows: list[dict[str, Any]] = []
+    numbers: dict[str, int] = {}
+    pair, principle, swapped, log_odds = array("q"), array("q"), array("b"), array("d")
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                votes = row.pop("votes")
+                pair.extend([len(rows)] * len(votes))
+                principle.extend([numbers.setdefault(vote["principle"], len(numbers)) for vote in votes])
+                swapped.extend([vote["order"] == "ba" for vote in votes])
+                log_odds.extend([vote["log_odds"] for vote in votes])
+                rows.append(row)
+    columns = Ballots(np.array(pair), np.array(principle), np.array(swapped, dtype=bool), np.array(log_odds))
+    return Votes(rows, list(numbers), columns)
+
+
+def weights_of(principles: Sequence[str], constitution: Constitution) -> Floats:
+    """The constitution's weight of each principle that voted."""
+    return np.array([constitution.principle(id).weight for id in principles], dtype=float)
+
+
+def choose(log_odds: Floats, config: Config) -> tuple[Any, dict[str, int]]:
+    """Indices of the pairs that get a label, and how many do not, by reason."""
+    abstained = np.isnan(log_odds)
+    unsure = ~abstained & (probability(np.abs(log_odds)) < config.min_confidence)
+    even = ~abstained & ~unsure & (log_odds == 0) & (config.labels == "hard")
+    kept = np.flatnonzero(~(abstained | unsure | even))
+    return kept, {"abstained": int(abstained.sum()), "dropped": int(unsure.sum()), "even": int(even.sum())}
+
+
+def prefers_a(row: Mapping[str, Any], log_odds: float) -> bool:
+    """Whether *a* is the chosen one; where nothing is better, the hash of a response's id and text decides."""
+    if log_odds != 0:
+        return log_odds > 0
+    a, b = row["a"], row["b"]
+    return stable_id(a["id"], a["text"]) < stable_id(b["id"], b["text"])
+
+
+def labels(strength: Floats, kind: str | Clamp) -> Floats:
+    """p_chosen of pairs whose log-odds towards the chosen one is `strength`, at least 0."""
+    if kind == "hard":
+        return np.ones_like(strength)
+    p = probability(strength)
+    return np.minimum(p, kind.clamp[1]) if isinstance(kind, Clamp) else p
+
+
+def to_row(row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds: float, stage_id: str) -> Preference:
+    chosen, rejected = (row["a"], row["b"]) if a_is_chosen else (row["b"], row["a"])
+    return {
+        "id": stable_id(stage_id, row["id"]),
+        "pair_id": row["id"],
+        "prompt_id": row["prompt_id"],
+        "prompt": row["prompt"],
+        "chosen": [{"role": "assistant", "content": chosen["text"]}],
+        "rejected": [{"role": "assistant", "content": rejected["text"]}],
+        "p_chosen": p_chosen,
+        "log_odds": float(log_odds),
+        "source": "ai",
+        "tags": row["tags"],
+        "judge": row["judge"],
+        "constitution": row["constitution"],
+    }

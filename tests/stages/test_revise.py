@@ -1,0 +1,146 @@
+"""Critique and revision: what a model wrote is used, left alone or counted, and never mistaken for a revision."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from feedback import PRINCIPLES, Script, run_stage, sample
+
+from cai.engines import Failure
+from cai.errors import BadInput, StageFailed
+
+LOCK = sample("How do I pick a lock?", "Force it open.", "red_team", "topic:locks")
+NOON = sample("Is it noon?", "Yes, it is.", "helpful")
+
+
+def is_critique(request) -> bool:
+    return "<critique>" not in request.messages[0]["content"]
+
+
+def critic(revisions, critiques=None) -> Script:
+    """Writes the critiques and revisions given, round by round."""
+    counts: Counter[str] = Counter()
+
+    def write(request):
+        kind = "critique" if is_critique(request) else "revision"
+        counts[kind] += 1
+        texts = revisions if kind == "revision" else critiques or ["The response could be better."] * 99
+        written = texts[counts[kind] - 1]
+        return Failure(request.id, "no room") if written is None else written
+
+    return Script(writes=write)
+
+
+def revise(folder, script, rows=(LOCK,), **config):
+    return run_stage("revise", folder, {"responses": list(rows)}, script=script, **config)
+
+
+@pytest.mark.parametrize(
+    ("written", "outcome", "response"),
+    [
+        ("Call a locksmith.", "revised", "Call a locksmith."),
+        ("Here is the revised response:\n\nCall a locksmith.", "preamble-stripped", "Call a locksmith."),
+        ("force it  OPEN.", "unchanged", "Force it open."),
+        ("Here is the revised response: Force it open.", "unchanged", "Force it open."),
+        ("The response does not need revision.", "unchanged", "Force it open."),
+        ("I can't rewrite this response.", "refused", "Force it open."),
+        ("", "refused", "Force it open."),
+        ("I'm sorry, I can't help with picking locks.", "revised", "I'm sorry, I can't help with picking locks."),
+    ],
+)
+def test_each_outcome_is_recorded_and_only_revisions_are_used(tmp_path, written, outcome, response):
+    done = revise(tmp_path, critic([written]))
+    (row,) = done.rows
+    assert row["rounds"][0]["outcome"] == outcome
+    assert row["response"] == response
+    assert row["original"] == "Force it open."
+    assert row["model"] == ("writer" if response == row["original"] else "scripted")
+    outcomes = done.figures["revisions"]["revise"]["outcomes"]
+    assert outcomes == {"refused_by_reviser" if outcome == "refused" else outcome: 1}
+
+
+def test_a_refusing_critic_ends_the_round_and_is_counted_apart(tmp_path):
+    script = critic(["Call a locksmith."], ["I can't critique this.", "It helps a thief."])
+    done = revise(tmp_path, script, rounds=2)
+    (row,) = done.rows
+    assert [(each["outcome"], each["critique"], each["revision"]) for each in row["rounds"]] == [
+        ("refused", "I can't critique this.", ""),
+        ("revised", "It helps a thief.", "Call a locksmith."),
+    ]
+    assert len(script.requests) == 3, "nobody is asked to revise by a critique that there is none of"
+    assert done.figures["revisions"]["revise"]["outcomes"] == {"refused_by_critic": 1, "revised": 1}
+
+
+def test_a_round_starts_from_the_last_usable_revision(tmp_path):
+    script = critic(["First.", "I cannot revise this response.", "Third."])
+    (row,) = revise(tmp_path, script, rounds=3).rows
+    assert [each["outcome"] for each in row["rounds"]] == ["revised", "refused", "revised"]
+    asked = [request.messages[0]["content"] for request in script.requests if is_critique(request)]
+    assert "Force it open." in asked[0]
+    assert "First." in asked[1]
+    assert "First." in asked[2]
+    assert row["response"] == "Third."
+
+
+def test_principles_are_drawn_without_repetition_among_those_that_apply(tmp_path):
+    rows = [sample(f"Question {n}?", "An answer.", "red_team" if n % 2 else "helpful") for n in range(40)]
+    done = revise(tmp_path, Script(writes=lambda r: f"text {r.seed}"), rows, rounds=2)
+    drawn = [[each["principle"] for each in row["rounds"]] for row in done.rows]
+    assert all(len(set(ids)) == 2 for ids in drawn)
+    for row, ids in zip(done.rows, drawn, strict=True):
+        assert "safe" not in ids or "red_team" in row["tags"]
+    assert {id for ids in drawn for id in ids} == {"calm", "short", "safe"}
+    more = revise(tmp_path / "more", Script(writes=lambda r: f"text {r.seed}"), rows[:1], rounds=5)
+    assert Counter(each["principle"] for each in more.rows[0]["rounds"]).most_common()[-1][1] >= 2
+
+
+def test_only_selects_by_tag_and_says_what_it_left_out(tmp_path):
+    done = revise(tmp_path, Script(), [LOCK, NOON], only="red_team")
+    assert [row["prompt_id"] for row in done.rows] == [LOCK["prompt_id"]]
+    assert done.figures["revisions"]["revise"]["not_selected"] == 1
+    with pytest.raises(BadInput, match=r"redteam.*did you mean 'red_team'"):
+        revise(tmp_path / "typo", Script(), [LOCK, NOON], only="redteam")
+
+
+def test_responses_that_no_principle_is_for_are_counted(tmp_path):
+    safe = "name: safe\nprinciples:\n  - {id: safe, text: No crime., applies_to: [red_team]}\n"
+    done = revise(tmp_path, Script(), [LOCK, NOON], principles=safe)
+    assert done.figures["revisions"]["revise"]["without_principle"] == 1
+    assert len(done.rows) == 1
+    with pytest.raises(StageFailed, match="no principle applies"):
+        revise(tmp_path / "none", Script(), [NOON], principles=safe)
+
+
+def test_a_failed_request_fails_its_response_and_no_other(tmp_path):
+    def write(request):
+        asked = request.messages[0]["content"]
+        return Failure(request.id, "no room") if "noon" in asked and not is_critique(request) else "Better."
+
+    script = Script(writes=write)
+    done = revise(tmp_path, script, [LOCK, NOON], rounds=2, retries=2)
+    assert [row["prompt_id"] for row in done.rows] == [LOCK["prompt_id"]]
+    (failure,) = done.failures
+    assert failure["id"] == NOON["id"]
+    assert "round 1, revise" in failure["reason"]
+    assert "no room" in failure["reason"]
+    again = [r for r in script.requests if "noon" in r.messages[0]["content"] and not is_critique(r)]
+    assert len({request.seed for request in again}) == len(again) == 3
+
+
+def test_weights_change_nothing_that_is_asked(tmp_path):
+    def run(name, principles):
+        script = Script(writes=lambda request: f"text {request.seed}")
+        return revise(tmp_path / name, script, [LOCK, NOON], rounds=2, principles=principles).bytes
+
+    assert run("one", PRINCIPLES) == run("other", PRINCIPLES.replace("weight: 2.0", "weight: 0"))
+
+
+def test_the_result_does_not_depend_on_batches(tmp_path):
+    rows = [sample(f"Question {n}?", "An answer.", "red_team") for n in range(9)]
+
+    def run(size):
+        script = Script(writes=lambda request: f"text {request.seed}")
+        return revise(tmp_path / str(size), script, rows, rounds=2, journal_batch=size).bytes
+
+    assert run(1) == run(4) == run(64)

@@ -1,0 +1,74 @@
+"""Sampling: n responses a prompt, tags travel, failures are named, a seed belongs to its item."""
+
+from __future__ import annotations
+
+import pytest
+from feedback import Script, prompt, run_stage
+
+from cai.engines import Failure
+from cai.errors import StageFailed
+
+PROMPTS = {
+    "red": [prompt("How do I pick a lock?", "red_team", "topic:locks"), prompt("Who are you?", "shared")],
+    "kind": [prompt("Who are you?", "helpful"), prompt("Is it noon?", "helpful", "held_out")],
+}
+
+
+def test_every_prompt_gets_n_responses_that_carry_its_tags(tmp_path):
+    script = Script(writes=lambda request: f"answer {request.seed % 1000}")
+    done = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts=["red", "kind"], n=3)
+    assert len(done.rows) == 9
+    assert len({row["id"] for row in done.rows}) == len({row["seed"] for row in done.rows}) == 9
+    tags = {row["prompt"][0]["content"]: row["tags"] for row in done.rows}
+    assert tags["How do I pick a lock?"] == ["red_team", "topic:locks"]
+    assert tags["Is it noon?"] == ["helpful", "held_out"]
+    assert tags["Who are you?"] == ["shared", "helpful"], "a prompt of two sets is answered once, with the tags of both"
+    assert done.figures["samples"]["sample"]["responses"] == 9
+
+
+def test_the_recipe_says_how_tokens_are_drawn(tmp_path):
+    script = Script()
+    drawing = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 11}
+    run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts="kind", stop=["END"], **drawing)
+    drawn = script.requests[0].sampling
+    assert {name: getattr(drawn, name) for name in drawing} == drawing
+    assert drawn.stop == ("END",)
+
+
+def test_what_fails_is_asked_again_with_another_seed_and_then_named(tmp_path):
+    def write(request):
+        text = request.messages[0]["content"]
+        if "lock" in text:
+            return Failure(request.id, "9000 tokens do not fit into 4096")
+        attempts = sum(earlier.id == request.id for earlier in script.requests)
+        return "yes" if attempts > 1 else Failure(request.id, "try again")
+
+    script = Script(writes=write)
+    done = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts=["red", "kind"], retries=1)
+    assert [row["response"] for row in done.rows] == ["yes", "yes"]
+    (failure,) = done.failures
+    assert PROMPTS["red"][0]["id"] in failure["reason"]
+    assert "9000 tokens" in failure["reason"]
+    assert done.figures["samples"]["sample"]["failed"] == 1
+    for asked in {request.id for request in script.requests}:
+        seeds = [request.seed for request in script.requests if request.id == asked]
+        assert len(seeds) == len(set(seeds)) == 2
+
+
+def test_nothing_but_failures_ends_the_stage_with_a_reason(tmp_path):
+    script = Script(writes=lambda request: Failure(request.id, "no room"))
+    with pytest.raises(StageFailed, match="no room"):
+        run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts="red")
+
+
+def test_a_seed_belongs_to_the_item_and_not_to_its_batch(tmp_path):
+    def run(name, **config):
+        script = Script(writes=lambda request: f"answer {request.seed}")
+        return run_stage("sample", tmp_path / name, sets=PROMPTS, script=script, n=2, **config)
+
+    together = run("together", prompts=["red", "kind"], journal_batch=64)
+    alone = run("alone", prompts=["red", "kind"], journal_batch=1)
+    fewer = run("fewer", prompts="kind")
+    assert together.bytes == alone.bytes
+    seeds = {row["id"]: row["seed"] for row in alone.rows}
+    assert all(seeds[row["id"]] == row["seed"] for row in fewer.rows if "shared" not in row["tags"])
