@@ -92,7 +92,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     missing = [name for name in config.names if not any(row.get("checkpoint") == name for row in records)]
     if missing:
         why = failures[0].reason if failures else "there are no prompts"
-        raise StageFailed(f"stage {config.id}: no response of {', '.join(missing)} came about: {why}")
+        raise StageFailed(f"no response of {', '.join(missing)} came about: {why}")
     planned = {"sample": len(samples), "vote": len(votes)}
     return _write_up(config, context, records, principles, failures, planned)
 
