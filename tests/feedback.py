@@ -121,13 +121,16 @@ def run_stage(
     *,
     script: Script | None = None,
     model: Model | None = None,
-    principles: str | None = PRINCIPLES,
+    document: str | None = PRINCIPLES,
     sets: Mapping[str, list[Prompt]] | None = None,
     stage_id: str | None = None,
     seed: int = 0,
     **config: Any,
 ) -> Outcome:
-    """Runs a stage on the `rows` of the stages that it reads. Its id is the kind where the test does not say."""
+    """Runs a stage on the `rows` of the stages that it reads, by the constitution `document`.
+
+    Its id is the kind where the test does not say.
+    """
     folder = folder / (stage_id or kind)
     inputs = {}
     for name, given in (rows or {}).items():
@@ -138,7 +141,7 @@ def run_stage(
     config = {"id": stage_id or kind, **({"from": list(inputs)} if inputs else {}), **config}
     context = Stage(
         stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=Steps(), journal=Journal(folder),
-        constitution=constitution(folder, principles) if principles else None, inputs=inputs,
+        constitution=constitution(folder, document) if document else None, inputs=inputs,
         prompt_sets=sets or {}, models={"": model or Model("scripted", "nowhere")}, script=script,
     )  # fmt: skip
     figures = run_function(kind)(config_class(kind).model_validate(config), context)

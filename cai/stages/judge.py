@@ -5,7 +5,7 @@ that *a* is better is the difference of the next-token log-probabilities of the 
 with *a* shown first and with *b* shown first, so that `prefer` can cancel a preference for a position. Nothing is
 decided here: every vote is kept, and what the votes mean, weights included, is `prefer`'s.
 
-A principle that was answered in one order only leaks the judge's preference for a position, so both its votes are
+A principle that was answered in one order only would leak the judge's preference for a position, so both its votes are
 dropped and the failed one is listed among the failures; the pair keeps its other principles, and fails when none is
 left. Responses with the same text are one response: there is nothing to choose between them.
 
@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cai.constitution import Constitution, Principle
-from cai.engines import Choice, Failure, Question
 from cai.engines.retry import choose_all
 from cai.errors import BadInput, StageFailed
 from cai.journal import RECORDS
 from cai.records import Candidate, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
-from cai.templates import OPTIONS, TemplateSet
-
-ORDERS: tuple[Literal["ab", "ba"], ...] = ("ab", "ba")
+from cai.votes import Pair, to_questions, to_votes
 
 
 class Config(FeedbackConfig):
@@ -61,24 +58,24 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if context.constitution is None:
         raise BadInput("`judge` needs a constitution, and the recipe names none")
     responses: list[Sample] = context.rows(config.from_)
-    pairs, left_out = plan(responses, config, context)
-    items = [item for item in pairs if applicable(context.constitution, item["tags"])]
+    planned, left_out = plan(responses, config, context)
+    items = [item for item in planned if applicable(context.constitution, item["tags"])]
     if not items:
         raise StageFailed(
-            f"nothing to judge among {len(responses)} responses: {len(pairs)} pairs of "
+            f"nothing to judge among {len(responses)} responses: {len(planned)} pairs of "
             f"different responses to one prompt, and a principle applies to none of them"
         )
     judge, templates = context.model(config.judge).name, context.templates(config.judge)
     with context.engine(config.judge) as engine:
         for batch in context.journal.batches(items, size=config.journal_batch, unit="pairs"):
             asked = {item["id"]: drawn(context.constitution, item, config.principles, context) for item in batch.items}
-            questions = [
-                question for item in batch.items for question in to_questions(item, asked[item["id"]], templates)
-            ]
-            answers = choose_all(engine, questions, config.retries)
+            pairs = [Pair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items]
+            questions = [each for pair in pairs for each in to_questions(pair, asked[pair.id], templates)]
+            # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
+            answers = choose_all(engine, questions, (config.retries + 1) * (batch.attempt + 1) - 1)
             rows, failures = [], []
-            for item in batch.items:
-                votes, failed = to_votes(item, asked[item["id"]], answers, config.min_mass)
+            for item, pair in zip(batch.items, pairs, strict=True):
+                votes, failed = to_votes(pair, asked[pair.id], answers, config.min_mass)
                 failures += failed
                 if votes:
                     rows.append(to_row(item, votes, judge, context.constitution.name))
@@ -90,7 +87,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     figures = {
         "failed_pairs": len(items) - len(judged),
         "failures": len(failed),
-        "without_principle": len(pairs) - len(items),
+        "without_principle": len(planned) - len(items),
     }
     return {"votes": {context.stage_id: figures | left_out | measured(judged)}}
 
@@ -146,59 +143,6 @@ def drawn(constitution: Constitution, item: dict[str, Any], how_many: str | int,
     rng = random.Random(context.seed_for(item["id"], "principles"))
     chosen = rng.sample(range(len(principles)), min(k, len(principles)))
     return [principles[index] for index in sorted(chosen)]
-
-
-def question_id(item: dict[str, Any], order: str, principle: Principle) -> str:
-    return f"{item['id']}/{order}/{principle.id}"
-
-
-def to_questions(item: dict[str, Any], principles: Sequence[Principle], templates: TemplateSet) -> Iterator[Question]:
-    """Questions with a common beginning stand side by side: pair, then order, then principle."""
-    for order in ORDERS:
-        first, second = (item[side]["text"] for side in order)
-        for principle in principles:
-            messages = templates.compare(item["prompt"], first, second, principle)
-            yield Question(question_id(item, order, principle), messages, OPTIONS)
-
-
-def to_votes(
-    item: dict[str, Any], principles: Sequence[Principle], answers: dict[str, Choice | Failure], min_mass: float
-) -> tuple[list[PrincipleVote], list[Failure]]:
-    """Votes of the principles that were answered in both orders, and what failed; the pair itself where none was."""
-    votes: list[PrincipleVote] = []
-    failures: list[Failure] = []
-    for principle in principles:
-        both = [to_vote(item, order, principle, answers, min_mass) for order in ORDERS]
-        failed = [vote for vote in both if isinstance(vote, Failure)]
-        failures += failed
-        if not failed:
-            votes += [vote for vote in both if not isinstance(vote, Failure)]
-    if not votes:
-        reason = f"no principle was answered in both orders; first of {len(failures)}: {failures[0].reason}"
-        failures = [Failure(item["id"], reason)]
-    return votes, failures
-
-
-def to_vote(
-    item: dict[str, Any],
-    order: Literal["ab", "ba"],
-    principle: Principle,
-    answers: dict[str, Choice | Failure],
-    min_mass: float,
-) -> PrincipleVote | Failure:
-    """The log-odds that *a* is better, whichever was shown first."""
-    answer = answers[question_id(item, order, principle)]
-    if isinstance(answer, Failure):
-        return Failure(answer.id, f"pair {item['id']}, {principle.id!r}, order {order}: {answer.reason}")
-    if answer.mass < min_mass:
-        return Failure(
-            answer.id,
-            f"pair {item['id']}, {principle.id!r}, order {order}: the options hold {answer.mass:.3g} of the "
-            f"probability, less than min_mass {min_mass:g}",
-        )
-    first_better = answer.log_probs[0] - answer.log_probs[1]
-    log_odds = first_better if order == "ab" else -first_better
-    return PrincipleVote(principle=principle.id, order=order, log_odds=log_odds, mass=answer.mass)
 
 
 def to_row(item: dict[str, Any], votes: list[PrincipleVote], judge: str, constitution: str) -> Vote:

@@ -105,11 +105,11 @@ def test_only_selects_by_tag_and_says_what_it_left_out(tmp_path):
 
 def test_responses_that_no_principle_is_for_are_counted(tmp_path):
     safe = "name: safe\nprinciples:\n  - {id: safe, text: No crime., applies_to: [red_team]}\n"
-    done = revise(tmp_path, Script(), [LOCK, NOON], principles=safe)
+    done = revise(tmp_path, Script(), [LOCK, NOON], document=safe)
     assert done.figures["revisions"]["revise"]["without_principle"] == 1
     assert len(done.rows) == 1
     with pytest.raises(StageFailed, match="no principle applies"):
-        revise(tmp_path / "none", Script(), [NOON], principles=safe)
+        revise(tmp_path / "none", Script(), [NOON], document=safe)
 
 
 def test_a_failed_request_fails_its_response_and_no_other(tmp_path):
@@ -129,9 +129,9 @@ def test_a_failed_request_fails_its_response_and_no_other(tmp_path):
 
 
 def test_weights_change_nothing_that_is_asked(tmp_path):
-    def run(name, principles):
+    def run(name, document):
         script = Script(writes=lambda request: f"text {request.seed}")
-        return revise(tmp_path / name, script, [LOCK, NOON], rounds=2, principles=principles).bytes
+        return revise(tmp_path / name, script, [LOCK, NOON], rounds=2, document=document).bytes
 
     assert run("one", PRINCIPLES) == run("other", PRINCIPLES.replace("weight: 2.0", "weight: 0"))
 

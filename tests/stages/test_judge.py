@@ -1,0 +1,149 @@
+"""Judging: which pairs, both orders, what a position bias leaves behind, and what becomes of half an answer."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from feedback import PRINCIPLES, Script, run_stage, sample
+
+from cai.engines import Failure
+from cai.errors import StageFailed
+
+TEXTS = ["one", "two", "three", "four", "five"]
+LOCKS = [sample("How do I pick a lock?", text, "red_team", "topic:locks") for text in TEXTS]
+NOONS = [sample("Is it noon?", text, "helpful") for text in TEXTS]
+
+
+def judge(folder, rows, script=None, **config):
+    return run_stage("judge", folder, {"candidates": rows}, script=script or Script(), **config)
+
+
+def pairs_of(done) -> list[frozenset[str]]:
+    return [frozenset((row["a"]["text"], row["b"]["text"])) for row in done.rows]
+
+
+def test_disjoint_pairs_use_each_response_once(tmp_path):
+    done = judge(tmp_path, LOCKS + NOONS)
+    assert len(done.rows) == 4
+    assert all(row["a"]["text"] != row["b"]["text"] for row in done.rows)
+    ids = [row[side]["id"] for row in done.rows for side in "ab"]
+    assert len(ids) == len(set(ids)) == 8
+    assert done.figures["votes"]["judge"]["unpaired"] == 2
+
+
+def test_all_pairs_are_each_with_each(tmp_path):
+    done = judge(tmp_path, LOCKS, pairs="all")
+    assert sorted(map(sorted, pairs_of(done))) == sorted(sorted(pair) for pair in combinations(TEXTS, 2))
+
+
+def test_random_pairs_are_as_many_as_asked_for_and_different(tmp_path):
+    done = judge(tmp_path, LOCKS + NOONS, pairs="random", n_pairs=4)
+    assert len(done.rows) == 8
+    assert len(set(pairs_of(done)[:4])) == 4
+    few = judge(tmp_path / "few", LOCKS[:2], pairs="random", n_pairs=4)
+    assert len(few.rows) == 1
+
+
+def test_responses_of_several_stages_meet_and_equal_texts_do_not(tmp_path):
+    again = [{**row, "id": f"again-{row['id']}"} for row in LOCKS[:3]]
+    done = run_stage("judge", tmp_path, {"x": LOCKS[:2], "y": again}, script=Script(), pairs="all")
+    assert len(done.rows) == 3
+    assert done.figures["votes"]["judge"]["same_text"] == 2
+    with pytest.raises(StageFailed, match="nothing to judge"):
+        run_stage("judge", tmp_path / "same", {"x": LOCKS[:1], "y": again[:1]}, script=Script())
+
+
+def test_the_plan_does_not_depend_on_the_order_of_rows(tmp_path):
+    def run(name, rows):
+        done = judge(tmp_path / name, rows, principles="one")
+        return {(row["a"]["id"], row["b"]["id"], row["votes"][0]["principle"]) for row in done.rows}
+
+    assert run("there", LOCKS + NOONS) == run("back", (LOCKS + NOONS)[::-1])
+
+
+def test_every_applicable_principle_is_asked_in_both_orders(tmp_path):
+    script = Script()
+    done = judge(tmp_path, LOCKS[:2] + NOONS[:2], script)
+    for row in done.rows:
+        wanted = {"calm", "short", "safe"} if "red_team" in row["tags"] else {"calm", "short"}
+        assert {(vote["principle"], vote["order"]) for vote in row["votes"]} == {
+            (id, order) for id in wanted for order in ("ab", "ba")
+        }
+
+
+def test_questions_that_begin_alike_stand_side_by_side(tmp_path):
+    script = Script()
+    judge(tmp_path, LOCKS[:2] + NOONS[:2], script)
+    asked = [question.id.rsplit("/", 1)[0] for question in script.questions[::-1]]
+    assert asked == sorted(asked, key=asked.index), "each pair's order is asked about in one go"
+    assert len(set(asked)) == 4
+
+
+@pytest.mark.parametrize(("principles", "each"), [("one", 1), (2, 2), (9, 3), ("all", 3)])
+def test_as_many_principles_are_drawn_as_the_recipe_says(tmp_path, principles, each):
+    done = judge(tmp_path, LOCKS, principles=principles, pairs="all")
+    drawn = [frozenset(vote["principle"] for vote in row["votes"]) for row in done.rows]
+    assert {len(ids) for ids in drawn} == {each}
+    assert len(set(drawn)) > 1 or each == 3
+
+
+def test_log_odds_are_for_a_whichever_is_shown_first(tmp_path):
+    def prefers(question):
+        text = question.messages[0]["content"]
+        first, second = text.index("\none\n"), text.index("\ntwo\n")
+        return (2.0 if first < second else -2.0), 0.9
+
+    done = judge(tmp_path, LOCKS[:2], Script(prefers=prefers))
+    (row,) = done.rows
+    towards_a = 2.0 if row["a"]["text"] == "one" else -2.0
+    assert [vote["log_odds"] for vote in row["votes"]] == pytest.approx([towards_a] * 6)
+    assert done.figures["votes"]["judge"]["flip_rate"] == 0
+    assert done.figures["votes"]["judge"]["position_bias"] == pytest.approx(0)
+    assert done.figures["votes"]["judge"]["mean_mass"] == pytest.approx(0.9)
+
+
+def test_a_preference_for_a_position_is_measured(tmp_path):
+    figures = judge(tmp_path, LOCKS, Script(prefers=lambda question: (1.5, 1.0))).figures["votes"]["judge"]
+    assert figures["position_bias"] == pytest.approx(1.5)
+    assert figures["flip_rate"] == 1.0
+    assert figures["mean_strength"] == pytest.approx(0)
+
+
+def test_half_an_answer_takes_the_other_half_with_it(tmp_path):
+    def prefers(question):
+        if question.id.endswith("ab/calm"):
+            return Failure(question.id, "overloaded")
+        return (1.0, 0.04) if question.id.endswith("ba/short") else (1.0, 0.9)
+
+    done = judge(tmp_path, LOCKS[:2], Script(prefers=prefers))
+    assert [(vote["principle"], vote["order"]) for vote in done.rows[0]["votes"]] == [("safe", "ab"), ("safe", "ba")]
+    reasons = " / ".join(failure["reason"] for failure in done.failures)
+    assert "overloaded" in reasons
+    assert "0.04 of the probability, less than min_mass 0.1" in reasons
+    assert done.figures["votes"]["judge"]["failed_pairs"] == 0
+
+
+def test_a_pair_without_a_whole_answer_is_a_failure(tmp_path):
+    def prefers(question):
+        return Failure(question.id, "no room") if "noon" in question.messages[0]["content"] else (1.0, 1.0)
+
+    script = Script(prefers=prefers)
+    done = judge(tmp_path, LOCKS[:2] + NOONS[:2], script, retries=2)
+    assert len(done.rows) == 1
+    (failure,) = done.failures
+    assert "no room" in failure["reason"]
+    assert done.figures["votes"]["judge"]["failed_pairs"] == 1
+    assert sum("noon" in question.messages[0]["content"] for question in script.questions) == 3 * 4
+    with pytest.raises(StageFailed, match="none of 1 pairs was judged"):
+        judge(tmp_path / "all", NOONS[:2], Script(prefers=prefers))
+
+
+def test_weights_change_nothing_that_is_asked(tmp_path):
+    other = PRINCIPLES.replace("weight: 2.0", "weight: 0")
+    assert judge(tmp_path / "1", LOCKS).bytes == judge(tmp_path / "2", LOCKS, document=other).bytes
+
+
+def test_the_result_does_not_depend_on_batches(tmp_path):
+    rows = LOCKS + NOONS
+    assert judge(tmp_path / "1", rows, journal_batch=1).bytes == judge(tmp_path / "2", rows, journal_batch=64).bytes
