@@ -114,7 +114,7 @@ def test_micro_is_a_prompt_set(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": 3}\n', r"a\.jsonl:1: found the number 3 in 'prompt', expected a text or a list"),
         ("a.jsonl", '{"prompt": " "}\n', r"a\.jsonl:1: found an empty text in 'prompt'"),
         ("a.jsonl", '{"prompt": "\\ud800"}\n', r"a\.jsonl:1: found half of a surrogate pair"),
-        ("a.jsonl", '{"messages": [{"role": "usr", "content": "Hi"}]}\n', r"jsonl:1: message 1 .* did you mean 'user'\?"),
+        ("a.jsonl", '{"messages": [{"role": "usr", "content": "Hi"}]}\n', r"message 1 .* did you mean 'user'\?"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "Hi"}]}\n', r"last message .* is no user's"),
         ("a.jsonl", "", r"a\.jsonl: found no rows, expected prompts"),
         ("a.csv", 'prompt,n\n"two\nlines",1\nHi\n', r"a\.csv:4: found 1 columns, expected 2 as in the first line"),
