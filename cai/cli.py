@@ -6,15 +6,28 @@ Heavy imports stand inside their commands, so that `cai --help` and `cai constit
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import cai
-from cai.errors import BadInput, CaiError
+from cai.errors import BadInput, CaiError, Terminated
+
+if TYPE_CHECKING:
+    from cai.pipeline import Options
 
 INTERRUPTED = 130
+TERMINATED = 143
+EXAMPLES = """\b
+Author   cai init my-project
+         cai constitution check my-project/constitutions/micro.yaml
+Run      cai run quickstart
+         cai show quickstart --random
+Compare  cai compare base=micro policy=runs/quickstart/policy-.../model --prompts micro:test
+"""
+"""The three things that its users do."""
 
 
 class Commands(click.Group):
@@ -26,15 +39,185 @@ class Commands(click.Group):
         except CaiError as error:
             click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             click.echo("Interrupted. What was finished is kept; the same command goes on from there.", err=True)
-            ctx.exit(INTERRUPTED)
+            ctx.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.version_option(cai.__version__, prog_name="cai")
 def main() -> None:
-    """Constitutional AI and RLAIF: author a constitution, run a recipe, compare checkpoints."""
+    """Constitutional AI and RLAIF: author a constitution, run a recipe, compare checkpoints.
+
+    Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 a stage failed, 130 or 143 interrupted (resumable).
+    """
+
+
+RUNS = click.option(
+    "--runs", "runs_folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True,
+    metavar="DIR", help="Folder that runs lie in.",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+PROFILE = click.option("--on", "on", metavar="PROFILE", help="Where to run: a profile's file or name. [default: cpu]")
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
+@PROFILE
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option("--from", "redo_from", metavar="STAGE", help="Run this stage and all that depends on it again.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, what is reused, and why; run nothing.")
+@click.option("--retry-failures", is_flag=True, help="Ask again what failed in stages that are done.")
+@click.option("--report-to", metavar="NAMES", help="Trackers of training, comma-separated: tensorboard,wandb,trackio.")
+@RUNS
+@JSON
+def run(
+    recipe: str, overrides: tuple[str, ...], on: str | None, until: str | None, redo_from: str | None, dry_run: bool,
+    retry_failures: bool, report_to: str | None, runs_folder: Path, as_json: bool,
+) -> None:
+    """Run a recipe: a file, or the name of a shipped one. Stages whose inputs have not changed are reused.
+
+    \b
+    cai run quickstart
+    cai run quickstart --set stages.policy.train.beta=0.2 --dry-run
+    cai run my-project/recipes/quickstart.yaml --on 8gpu-zero3 --until preferences
+    """
+    from cai.pipeline import Options
+
+    trackers = tuple(name.strip() for name in (report_to or "").split(",") if name.strip())
+    options = Options(until, redo_from, retry_failures, trackers)
+    _run(recipe, overrides, on, options, dry_run, runs_folder, as_json)
+
+
+def _run(
+    name: str | Path, overrides: tuple[str, ...], on: str | None, options: Options, dry_run: bool, runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Runs or plans a recipe and says what came of it."""
+    from cai import pipeline, progress, tables
+    from cai.profile import load_profile
+    from cai.recipe import load_recipe
+
+    profile = load_profile(on)
+    recipe = load_recipe(name, overrides)
+    folder = runs_folder / recipe.name
+    if dry_run:
+        steps = pipeline.plan_recipe(recipe, profile, folder, options)
+        click.echo(json.dumps({"stages": tables.plan_json(steps)}) if as_json else "\n".join(tables.plan_lines(steps)))
+        return
+    summary = pipeline.run_recipe(recipe, profile, folder, options, progress.display())
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    if lines := tables.figure_lines(summary):
+        click.echo("\n".join(lines))
+    _echo_comparison(summary)
+    click.echo("\n".join(tables.where_lines(folder, summary)))
+
+
+def _echo_comparison(summary: Mapping[str, Any]) -> None:
+    """The checkpoints that a run compared, as a table."""
+    if not summary.get("checkpoints"):
+        return
+    from rich.console import Console
+
+    from cai.report import table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print()
+    console.print(table(summary))
+
+
+@main.command()
+@click.argument("run", required=False)
+@RUNS
+@JSON
+def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
+    """Show what of a run is done: its name or folder; the newest where none is given.
+
+    \b
+    cai status quickstart
+    """
+    from cai import tables
+    from cai.files import read_json
+    from cai.runs import SUMMARY, find_run
+
+    folder = find_run(run, runs_folder)
+    if as_json:
+        click.echo(json.dumps({"run": str(folder), "stages": tables.status_rows(folder)}))
+        return
+    click.echo("\n".join(tables.status_lines(folder)))
+    _echo_comparison(read_json(folder / SUMMARY) or {})
+
+
+@main.command()
+@click.argument("run")
+@click.argument("item", required=False)
+@click.option("--random", "at_random", is_flag=True, help="Pick a prompt.")
+@RUNS
+@JSON
+def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json: bool) -> None:
+    """Show one item's life: prompt, responses, critiques, revisions, votes, preference.
+
+    ITEM is the id of a prompt, response, pair or preference in records.jsonl, or its first characters.
+
+    \b
+    cai show quickstart 3f9a
+    cai show quickstart --random
+    """
+    from cai.runs import find_run
+    from cai.show import life, life_lines
+
+    if (item is None) != at_random:
+        raise BadInput("cai show RUN ITEM shows an item, cai show RUN --random picks one; give one of the two")
+    found = life(find_run(run, runs_folder), item)
+    click.echo(json.dumps(found) if as_json else "\n".join(life_lines(found)))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@RUNS
+def clean(run: str, yes: bool, runs_folder: Path) -> None:
+    """Remove the stage folders of a run that no current stage stands on: results of earlier recipes.
+
+    \b
+    cai clean quickstart
+    """
+    import shutil
+
+    from cai.runs import find_run, locked, unused
+
+    folder = find_run(run, runs_folder)
+    with locked(folder):
+        old = unused(folder)
+        for path, size in old:
+            click.echo(f"{size / 1e6:10,.1f} MB  {path}")
+        if not old:
+            click.echo(f"{folder}: nothing to remove")
+        elif yes or click.confirm(f"Remove {len(old)} folders?"):
+            for path, _ in old:
+                shutil.rmtree(path)
+            click.echo(f"removed {len(old)} folders")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def init(folder: Path) -> None:
+    """Copy a starter constitution, recipe and profile into a folder, to be changed there.
+
+    \b
+    cai init my-project
+    cai run my-project/recipes/quickstart.yaml
+    """
+    from cai.shipped import copy_starter
+
+    for path in copy_starter(folder):
+        click.echo(path)
+    click.echo(f"\nNext: cai run {folder / 'recipes' / 'quickstart.yaml'}")
 
 
 @main.group()
@@ -112,6 +295,86 @@ def constitution_schema(write: Path | None) -> None:
         click.echo(text)
     else:
         write.write_text(text + "\n", encoding="utf-8")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="NAME=MODEL...")
+@click.option("--prompts", required=True, metavar="SET", help="micro:SPLIT, or a file of prompts.")
+@click.option("--constitution", "document", metavar="FILE",
+              help="What the judge goes by. [default: micro for micro:SPLIT, else harmlessness]")
+@click.option("--judge", metavar="MODEL", help="Who judges. [default: the first model]")
+@click.option("--limit", type=click.IntRange(1), help="Take this many of the prompts.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Change the recipe: --set stages.comparison.n=4; repeatable.")
+@PROFILE
+@RUNS
+@JSON
+def compare(
+    models: tuple[str, ...], prompts: str, document: str | None, judge: str | None, limit: int | None,
+    overrides: tuple[str, ...], on: str | None, runs_folder: Path, as_json: bool,
+) -> None:
+    """Compare checkpoints on prompts: rates with intervals, head to head by a judge, a page to read.
+
+    The first model is the baseline. The same command again reuses what it computed.
+
+    \b
+    cai compare base=micro policy=runs/quickstart/policy-.../model --prompts micro:test
+    """
+    from cai.comparing import comparison_recipe
+    from cai.pipeline import Options
+
+    recipe = comparison_recipe(models, prompts, document, judge, limit, runs_folder)
+    _run(recipe, overrides, on, Options(), False, runs_folder, as_json)
+
+
+@main.group()
+def micro() -> None:
+    """Train and measure the embedded model."""
+
+
+@micro.command("pretrain")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--size", default="large", show_default=True, type=click.Choice(["small", "medium", "large"]))
+@click.option("--steps", default=2000, show_default=True, type=click.IntRange(1), help="Steps of 4,096 tokens.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--device", metavar="DEVICE", help="Torch device. [default: a GPU where there is one]")
+@JSON
+def micro_pretrain(folder: Path, size: str, steps: int, seed: int, device: str | None, as_json: bool) -> None:
+    """Train the embedded model from scratch into a folder; started again, it goes on from its last checkpoint.
+
+    \b
+    cai micro pretrain my-micro
+    cai run quickstart --set model=my-micro
+    """
+    from cai.micro.pretrain import Training, pretrain
+
+    facts = pretrain(folder, training=Training(seed=seed, steps=steps, size=size), device=device, log=_to_stderr)
+    click.echo(json.dumps(facts) if as_json else f"{folder}: {json.dumps(facts)}")
+
+
+@micro.command("evaluate")
+@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
+              help="A checkpoint. [default: the embedded model]")
+@click.option("--n", default=300, show_default=True, type=click.IntRange(1), help="Prompts of each split.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@PROFILE
+@JSON
+def micro_evaluate(model: Path | None, n: int, seed: int, on: str | None, as_json: bool) -> None:
+    """Measure a model of the embedded world against its oracle: as an assistant, judge, critic and reviser.
+
+    \b
+    cai micro evaluate --json
+    """
+    from cai import tables
+    from cai.micro.evaluate import evaluate
+    from cai.profile import load_profile
+
+    figures = evaluate(model, n=n, seed=seed, profile=load_profile(on), log=_to_stderr)
+    click.echo(json.dumps(figures) if as_json else "\n".join(tables.nested_lines(figures)))
+
+
+def _to_stderr(text: str) -> None:
+    click.echo(text, err=True)
 
 
 if __name__ == "__main__":

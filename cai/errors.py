@@ -33,6 +33,10 @@ class StageFailed(CaiError):
     exit_code = 3
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a run like Ctrl-C does, with an exit code of its own."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name most like `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

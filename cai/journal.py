@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from cai.engines import Failure
 from cai.errors import StageFailed
-from cai.files import replacing
+from cai.files import read_json, replacing
 from cai.records import canonical_json, read_rows, row_lines, stable_id
 
 if TYPE_CHECKING:
@@ -170,9 +170,10 @@ class Journal:
 def reopen(folder: Path) -> int:
     """Turns a finished stage's records back into a journal without the batches that hold failures; their number.
 
-    The records stay as they are until the stage is finished again.
+    The records stay as they are until the stage is finished again. A stage without a journal has no such batches.
     """
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    if (plan := read_json(folder / PLAN)) is None:
+        return 0
     failed = {failure["batch"] for failure in read_rows(folder / FAILURES)}
     if not failed:
         return 0

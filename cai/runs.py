@@ -9,8 +9,8 @@
             records.jsonl, failures.jsonl | model/ | metrics.jsonl
             DONE         written last: the digest of the outputs
 
-A stage's folder counts only with its DONE. One process works on a run at a time; the lock belongs to the process and goes
-with it, however it ends.
+A stage's folder counts only with its DONE. One process works on a run at a time; the lock belongs to the process and
+goes with it, however it ends.
 """
 
 from __future__ import annotations
@@ -152,3 +152,10 @@ def merged(into: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         old = into.get(key)
         into[key] = merged(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return into
+
+
+def unused(run: Path) -> list[tuple[Path, int]]:
+    """Stage folders that latest.json does not name, and their bytes."""
+    kept = set(latest(run).values())
+    found = [path.parent for path in sorted(run.glob(f"*/{STAGE}")) if path.parent not in kept]
+    return [(path, sum(each.stat().st_size for each in path.rglob("*") if each.is_file())) for path in found]

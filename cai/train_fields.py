@@ -2,8 +2,8 @@
 
 Importing trl takes seconds and a recipe is checked in milliseconds, so the class and those it inherits from are read as
 text: names, annotations and, where an annotation is an enumeration, its values. A test compares the result with
-`dataclasses.fields` of the imported classes. Fields that say *where* belong to the profile, others to `cai` itself; both
-are refused with a pointer. Values are checked where the annotation is plain enough to decide.
+`dataclasses.fields` of the imported classes. Fields that say *where* belong to the profile, others to `cai` itself;
+both are refused with a pointer. Values are checked where the annotation is plain enough to decide.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ WHERE = {
         ("tf32", "bf16_full_eval", "fp16_full_eval", "gradient_checkpointing_kwargs", "activation_checkpointing",
          "activation_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend",
          "torch_compile_mode", "auto_find_batch_size", "local_rank", "accelerator_config", "parallelism_config",
-         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-         "dataloader_multiprocessing_context", "dataset_num_proc", "eval_accumulation_steps", "eval_use_gather_object",
+         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+         "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc",
+         "eval_accumulation_steps", "eval_use_gather_object",
          "torch_empty_cache_steps", "use_liger_kernel", "liger_kernel_config", "precompute_ref_batch_size",
          "skip_memory_metrics", "save_on_each_node", "log_on_each_node"),
         PROFILE,
@@ -52,7 +53,7 @@ OWNED = {
     "data_seed": "is the recipe's seed",
     "max_length": "stands in the stage itself, not under train",
     **dict.fromkeys(("run_name", "project"), "is the name of the recipe and the stage"),
-    **dict.fromkeys(("pad_token", "eos_token", "chat_template_path"), "is the model's own; see the recipe's chat_template"),
+    **dict.fromkeys(("pad_token", "eos_token", "chat_template_path"), "is the model's own; see chat_template:"),
     **dict.fromkeys(
         ("truncation_mode", "model_init_kwargs", "dataset_text_field", "dataset_kwargs", "remove_unused_columns",
          "label_names", "length_column_name", "completion_only_loss", "assistant_only_loss", "do_train", "do_eval",
@@ -102,7 +103,8 @@ def fields(train_class: str) -> dict[str, Field]:
 
 
 def _mapping(document: Document, keys: tuple[Key, ...]) -> dict[str, object]:
-    value = document.node(keys).value
+    around = document.node(keys[:-1])
+    value = around.children[keys[-1]].value if keys[-1] in around.children else None
     return dict(value) if isinstance(value, dict) else {}
 
 
@@ -132,9 +134,10 @@ def _class_fields(module: str, name: str) -> dict[str, Field]:
         if isinstance(base, ast.Name) and base.id != "object":
             found |= _class_fields(_origin(module, tree, base.id), base.id)
     for node in definition.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            if "ClassVar" not in ast.dump(node.annotation):
-                found[node.target.id] = _field(module, tree, node.annotation)
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        if "ClassVar" not in ast.dump(node.annotation):
+            found[node.target.id] = _field(module, tree, node.annotation)
     return found
 
 

@@ -1,0 +1,58 @@
+"""The recipe of `cai compare`: one stage over models that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from cai.errors import BadInput
+from cai.files import replacing
+from cai.records import stable_id
+
+
+def comparison_recipe(
+    models: Sequence[str], prompts: str, constitution: str | None, judge: str | None, limit: int | None, runs: Path
+) -> Path:
+    """Writes the recipe into the folder of its run, which is named by what is compared on what; its path.
+
+    `models` are NAME=MODEL, `prompts` is micro:SPLIT or a file. Raises BadInput for anything else.
+    """
+    named: dict[str, str] = {}
+    for text in models:
+        name, equals, model = text.partition("=")
+        if not equals or not name or not model:
+            raise BadInput(f"found {text!r}, expected NAME=MODEL as in base=micro")
+        if name in named:
+            raise BadInput(f"found the name {name!r} a second time, expected each once")
+        named[name] = _absolute(model)
+    source, colon, split = prompts.partition(":")
+    prompt_set: dict[str, object]
+    if source == "micro" and colon:
+        prompt_set = {"source": "micro", "split": split}
+    elif Path(prompts).exists():
+        prompt_set = {"source": str(Path(prompts).resolve())}
+    else:
+        raise BadInput(f"--prompts {prompts}: no such file, and not micro:SPLIT as in micro:test")
+    if limit is not None:
+        prompt_set["limit"] = limit
+    first = next(iter(named.values()))
+    recipe = {
+        "model": first,
+        "judge": _absolute(judge) if judge else first,
+        "constitution": _absolute(constitution or ("micro" if source == "micro" else "harmlessness")),
+        "prompts": {"prompts": prompt_set},
+        "stages": [{"id": "comparison", "kind": "compare", "models": named, "prompts": "prompts"}],
+    }
+    name = f"compare-{stable_id(recipe)[:8]}"
+    path = runs / name / "recipe.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True).encode())
+    return path
+
+
+def _absolute(name: str) -> str:
+    """A path that holds from any folder; a name that is none is left as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

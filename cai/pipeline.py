@@ -1,0 +1,312 @@
+"""Runs a recipe: each stage after what it needs, reused where nothing that it depends on has changed.
+
+A stage works in a folder named by its fingerprint. What it writes counts once DONE lies beside it; until then the same
+command goes on where it was stopped. Stages run in this process on a CPU with one process, and in processes of their
+own otherwise. What is to be done is decided in `cai.plan`, and what lies on disk is described in `cai.runs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cai import runs
+from cai.errors import BadInput, CaiError, StageFailed, Terminated, nearest
+from cai.files import write_json
+from cai.journal import Journal, reopen
+from cai.launch import Spec, launch
+from cai.plan import Planner, Step
+from cai.profile import Profile
+from cai.progress import Display, StageLine
+from cai.recipe import Recipe, inputs_of, models_of, needs, prompt_sets_of
+from cai.records import stable_seed
+from cai.stages import Context, StageConfig, TrainingConfig, run_function
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a recipe is run this time."""
+
+    until: str | None = None
+    """The last stage to run."""
+    redo_from: str | None = None
+    """This stage and all that depends on it run again."""
+    retry_failures: bool = False
+    """Stages with failed items are reopened."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that trainers report to."""
+
+
+def plan_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options) -> list[Step]:
+    """What would be done about every stage, without doing any of it."""
+    planner = Planner(recipe, run, profile.offline)
+    planner.check_prompts()
+    again = _redone(recipe, options)
+    done: dict[str, runs.Finished] = {}
+    steps = []
+    for config in _selected(recipe, options):
+        step = planner.step(config, done)
+        if step.folder and config.id in again:
+            step = replace(step, status="runs", reason=again[config.id], done=None)
+        elif step.done and options.retry_failures and (failures := runs.n_failures(step.done.folder)):
+            step = replace(step, status="continues", reason=f"{failures} failed items are asked again", done=None)
+        if step.done:
+            done[config.id] = step.done
+        steps.append(step)
+    return steps
+
+
+def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, display: Display) -> dict[str, Any]:
+    """Runs what has to run. Returns the run's summary, which is on disk after every stage.
+
+    Raises BadInput before anything runs, StageFailed where a stage could not finish, KeyboardInterrupt when stopped.
+    """
+    configs = _selected(recipe, options)
+    for config in configs:
+        if isinstance(config, TrainingConfig):
+            profile.accumulation(config.batch_size)
+    again = _redone(recipe, options)
+    _prepare(profile)
+    with runs.locked(run), _terminable(), display:
+        planner = Planner(recipe, run, profile.offline)
+        planner.check_prompts()
+        for note in planner.notes:
+            display.say(note)
+        write_json(run / runs.RUN, {
+            "recipe": str(recipe.path.resolve()), "name": recipe.name, "overrides": list(recipe.overrides),
+            "profile": profile.name, "stages": [config.id for config in recipe.stages.values()],
+        })
+        done: dict[str, runs.Finished] = {}
+        reused: list[str] = []
+        for config in configs:
+            step = planner.step(config, done)
+            assert step.folder is not None, "what it needs is done"
+            folder = step.folder
+            if config.id in again:
+                shutil.rmtree(folder, ignore_errors=True)
+                step = replace(step, done=None)
+            elif step.done and options.retry_failures and reopen(folder):
+                (folder / runs.DONE).unlink()
+                step = replace(step, done=None)
+            if step.done:
+                reused.append(config.id)
+            else:
+                _say_reused(display, reused)
+            done[config.id] = step.done or _run(planner, step, profile, done, options.report_to, display)
+            runs.set_latest(run, config.id, folder)
+            summary = _summary(recipe, run, done)
+            write_json(run / runs.SUMMARY, summary)
+        _say_reused(display, reused)
+    return summary
+
+
+def run_stage_in_child(
+    recipe: Recipe, profile: Profile, run: Path, stage: str, folder: Path, line: StageLine, report_to: tuple[str, ...]
+) -> dict[str, Any]:
+    """One stage, in a process that `cai.launch` started, on the outputs that stand in latest.json."""
+    _prepare(profile)
+    planner = Planner(recipe, run, profile.offline)
+    config = recipe.stages[stage]
+    latest = runs.latest(run)
+    done = {name: found for name in needs(config, set(recipe.stages)) if (found := runs.finished(latest[name]))}
+    step = planner.step(config, done)
+    if step.folder is None or step.folder.name != folder.name:
+        raise StageFailed(f"stage {stage!r}: the recipe, or what it reads, changed while it was running; run it again")
+    return _work(planner, step, profile, done, report_to, line, Journal(folder, line))
+
+
+def _selected(recipe: Recipe, options: Options) -> list[StageConfig]:
+    """The stages up to the last one wanted."""
+    ids = list(recipe.stages)
+    for option, name in (("--until", options.until), ("--from", options.redo_from)):
+        if name is not None and name not in ids:
+            raise BadInput(f"{option} {name}: no such stage, expected one of {', '.join(ids)}{nearest(name, ids)}")
+    last = ids.index(options.until) if options.until else len(ids) - 1
+    return list(recipe.stages.values())[: last + 1]
+
+
+def _redone(recipe: Recipe, options: Options) -> dict[str, str]:
+    """The stages that run again whatever lies on disk, and why."""
+    again: dict[str, str] = {}
+    for config in recipe.stages.values():
+        if config.id == options.redo_from:
+            again[config.id] = "asked for with --from"
+        elif above := [name for name in needs(config, set(recipe.stages)) if name in again]:
+            again[config.id] = f"because {above[0]} runs again"
+    return again
+
+
+def _run(
+    planner: Planner, step: Step, profile: Profile, done: Mapping[str, runs.Finished], report_to: tuple[str, ...],
+    display: Display,
+) -> runs.Finished:
+    """One stage from its start, or from where it was stopped, to its DONE."""
+    folder = step.folder
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = _facts(planner, step, profile, done)
+    write_json(folder / runs.STAGE, facts)
+    line = display.begin(step.id)
+    journal = Journal(folder, line)
+    began = time.monotonic()
+    try:
+        if profile.inline:
+            figures = _work(planner, step, profile, done, report_to, line, journal)
+        else:
+            spec = Spec(
+                str(planner.recipe.path), list(planner.recipe.overrides), str(planner.run), step.id, str(folder),
+                profile.model_dump(mode="json"), list(report_to), os.getpid(),
+            )
+            figures = launch(spec, profile, line, isinstance(step.config, TrainingConfig))
+    except CaiError as error:
+        raise _named(error, step.id) from error
+    failures = runs.n_failures(folder)
+    write_json(folder / runs.STAGE, {
+        **facts, "ended": _now(), "seconds": round(time.monotonic() - began, 2), "tokens": line.tokens,
+        "failures": failures, "figures": figures,
+    })
+    finished = runs.mark_done(folder, runs.output_digest(folder, figures, profile.offline))
+    journal.discard()
+    display.end(line, failures)
+    return finished
+
+
+def _work(
+    planner: Planner, step: Step, profile: Profile, done: Mapping[str, runs.Finished], report_to: tuple[str, ...],
+    line: StageLine, journal: Journal,
+) -> dict[str, Any]:
+    """Calls the stage, in this process, with the state that a fresh one has."""
+    config, recipe = step.config, planner.recipe
+    assert step.folder is not None
+    context = Context(
+        stage_id=config.id, folder=step.folder, seed=recipe.seed, profile=profile, progress=line, journal=journal,
+        constitution=recipe.constitution,
+        inputs={name: done[name].folder for name in inputs_of(config)},
+        prompt_sets={name: planner.prompts(name) for name in prompt_sets_of(config)},
+        models={"": recipe.models[recipe.model],
+                **{name: planner.model(name, done) for name in models_of(config).values()}},
+        report_to=report_to,
+        home=recipe.folder,
+    )
+    _reset_randomness(stable_seed(recipe.seed, config.id, "stage") % 2**32, isinstance(config, TrainingConfig))
+    try:
+        return run_function(config.kind)(config, context)
+    finally:
+        gc.collect()
+
+
+def _facts(planner: Planner, step: Step, profile: Profile, done: Mapping[str, runs.Finished]) -> dict[str, Any]:
+    """What is known of a stage before it runs."""
+    config = step.config
+    return {
+        "id": config.id,
+        "kind": config.kind,
+        "gives": config.gives,
+        "config": config.model_dump(mode="json", by_alias=True),
+        "seed": planner.recipe.seed,
+        "inputs": {name: {"folder": done[name].folder.name, "digest": done[name].digest}
+                   for name in needs(config, done)},
+        "parts": step.parts,
+        "profile": profile.model_dump(mode="json"),
+        "versions": _versions(),
+        "host": {"name": platform.node(), "machine": platform.machine(), "system": platform.platform(),
+                 "cores": os.cpu_count()},
+        "began": _now(),
+    }
+
+
+def _summary(recipe: Recipe, run: Path, done: Mapping[str, runs.Finished]) -> dict[str, Any]:
+    """The figures of all stages that are done, merged by key, with how long each took and what failed."""
+    summary: dict[str, Any] = {"recipe": recipe.name, "run": str(run), "stages": {}, "seconds": {}, "failures": {}}
+    for name, stage in done.items():
+        facts = stage.facts
+        runs.merged(summary, facts.get("figures", {}))
+        summary["stages"][name] = stage.folder.name
+        summary["seconds"][name] = facts.get("seconds")
+        summary["failures"][name] = facts.get("failures", 0)
+    return summary
+
+
+def _named(error: CaiError, stage: str) -> CaiError:
+    """The error with the stage's name in front, its exit code kept."""
+    message = str(error)
+    named = type(error)(message if repr(stage) in message else f"stage {stage!r}: {message}")
+    named.exit_code = error.exit_code
+    return named
+
+
+def _say_reused(display: Display, reused: list[str]) -> None:
+    if reused:
+        display.say(f"reused: {', '.join(reused)}")
+        reused.clear()
+
+
+def _prepare(profile: Profile) -> None:
+    """Sets what libraries read when they are first imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if profile.offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if profile.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(profile.threads)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(profile.threads)
+
+
+def _reset_randomness(seed: int, training: bool) -> None:
+    """Every stage begins with the same global random state, whichever stages ran before it in this process."""
+    random.seed(seed)
+    if "numpy" in sys.modules or training:
+        import numpy
+
+        numpy.random.seed(seed)
+    if "torch" in sys.modules or training:
+        import torch
+
+        torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C does."""
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever started it handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("cai", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,220 @@
+"""What would run, what is reused, and why: a stage's fingerprint and what of it has changed.
+
+A fingerprint covers what the stage computes from: its resolved config, the outputs of the stages that it reads, the
+principles' requests and templates that reach a model in it, the rows of its prompt sets, the identity of its models,
+the seed. It leaves out where it runs. Every part is kept by name in the stage's folder, so that a changed fingerprint
+can say what has changed. Opening an engine, and torch, are left out here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cai import runs
+from cai.checkpoint import Model, identity, resolve
+from cai.errors import BadInput
+from cai.files import file_digest, read_json
+from cai.prompts import read_prompt_set
+from cai.recipe import Recipe, inputs_of, models_of, needs, prompt_sets_of
+from cai.records import HELD_OUT, Prompt, canonical_json, stable_id
+from cai.stages import StageConfig
+from cai.templates import load_templates
+
+Parts = dict[str, Any]
+"""What a fingerprint is made of, by name: `config.n`, `input.votes`, `weight.no-crime` ..."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is to be done about one stage. `folder` is None while a stage that it needs has yet to run."""
+
+    config: StageConfig
+    status: Literal["reused", "runs", "continues", "waits"]
+    reason: str
+    folder: Path | None = None
+    parts: Parts = field(default_factory=dict)
+    done: runs.Finished | None = None
+
+    @property
+    def id(self) -> str:
+        """The stage's id."""
+        return self.config.id
+
+
+class Planner:
+    """Fingerprints the stages of one recipe against what lies in the folder of its run."""
+
+    def __init__(self, recipe: Recipe, run: Path, offline: bool = True) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.offline = offline
+        self.notes: list[str] = []
+        """What the user should know about the prompts."""
+        self._latest = runs.latest(run)
+        self._prompts: dict[str, list[Prompt]] = {}
+        self._prompt_digests: dict[str, str] = {}
+        self._identities: dict[str, str] = {}
+
+    def prompts(self, name: str) -> list[Prompt]:
+        """The prompts of a set, read once."""
+        if name not in self._prompts:
+            read = read_prompt_set(self.recipe.prompts[name], self.recipe.folder)
+            self._prompts[name] = read.prompts
+            self._prompt_digests[name] = stable_id(read.prompts)
+            if read.duplicates:
+                self.notes.append(f"prompts {name}: {read.duplicates:,} of {read.rows:,} rows are there more than once "
+                                  "and were taken once")
+        return self._prompts[name]
+
+    def step(self, config: StageConfig, done: Mapping[str, runs.Finished]) -> Step:
+        """What is to be done about a stage, given the stages that are done."""
+        waiting = [name for name in needs(config, set(self.recipe.stages)) if name not in done]
+        if waiting:
+            return Step(config, "waits", f"because {' and '.join(waiting)} would run")
+        parts = self.parts(config, done)
+        folder = self.run / f"{config.id}-{stable_id(parts)}"
+        if found := runs.finished(folder):
+            return Step(config, "reused", "", folder, parts, found)
+        if batches := runs.n_batches(folder):
+            return Step(config, "continues", f"{batches} batches are on disk", folder, parts)
+        if (folder / runs.STAGE).exists():
+            return Step(config, "runs", "it did not come to its end", folder, parts)
+        return Step(config, "runs", self._why(config, parts), folder, parts)
+
+    def model(self, name: str, done: Mapping[str, runs.Finished]) -> Model:
+        """The model that a name means: a finished stage's, called by the stage's id, or one from outside."""
+        if name not in done:
+            return self.recipe.models[name]
+        found = resolve(str(done[name].model.resolve()), templates=self.recipe.templates,
+                        chat_template=self.recipe.chat_template, folder=self.recipe.folder)
+        return dataclasses.replace(found, name=name)
+
+    def parts(self, config: StageConfig, done: Mapping[str, runs.Finished]) -> Parts:
+        """Everything that the stage's output depends on, by name. All that it needs must be done."""
+        parts: Parts = {"revision": config.revision, "seed": self.recipe.seed}
+        parts |= _flat("config", config.model_dump(mode="json", by_alias=True))
+        parts |= {f"input.{name}": done[name].digest for name in inputs_of(config)}
+        for name in prompt_sets_of(config):
+            self.prompts(name)
+            parts[f"prompts.{name}"] = self._prompt_digests[name]
+        for key in config.reads_files:
+            if (given := getattr(config, key)) is not None:
+                parts[f"file.{key}"] = _content_digest(self.recipe.folder / Path(given.source).expanduser())
+        for name in dict.fromkeys(models_of(config).values()):
+            model = self.model(name, done)
+            parts[f"model.{name}"] = done[name].digest if name in done else self._identity(model)
+            parts |= {f"template.{ask}.{model.templates}": load_templates(model.templates).digest(ask)
+                      for ask in config.asks}
+            if model.chat_template is not None:
+                parts["chat template"] = stable_id(model.chat_template)
+        return parts | self._constitution_parts(config)
+
+    def check_prompts(self) -> None:
+        """Refuses a conversation that is both learned from and held out, and says in which sets it is."""
+        used: dict[str, set[str]] = {}
+        for config in self.recipe.stages.values():
+            for name in prompt_sets_of(config):
+                used.setdefault(name, set()).add(config.gives)
+        where: dict[str, tuple[str, bool]] = {}
+        clashes: Counter[tuple[str, str]] = Counter()
+        for name, gives in used.items():
+            only_compared = gives == {"comparison"}
+            for prompt in self.prompts(name):
+                held_out = only_compared or HELD_OUT in prompt["tags"]
+                other, other_held_out = where.setdefault(canonical_json(prompt["messages"]), (name, held_out))
+                if held_out != other_held_out:
+                    clashes[(name, other) if held_out else (other, name)] += 1
+        if clashes:
+            (held, learned), count = clashes.most_common(1)[0]
+            raise BadInput(f"{self.recipe.path}: {count} prompts of the held-out set {held!r} are in {learned!r} too, "
+                           "word for word; take them out of one, or say `hold_out:` in one place")
+
+    def _constitution_parts(self, config: StageConfig) -> Parts:
+        constitution = self.recipe.constitution
+        if constitution is None or not (config.asks or config.uses_weights):
+            return {}
+        parts: Parts = {"constitution": constitution.name, "principles": [each.id for each in constitution.principles]}
+        for principle in constitution.principles:
+            for ask in config.asks:
+                parts[f"principle.{principle.id}.{ask}"] = getattr(principle, ask)
+            if config.asks:
+                parts[f"principle.{principle.id}.applies_to"] = principle.applies_to and list(principle.applies_to)
+            if config.uses_weights:
+                parts[f"weight.{principle.id}"] = principle.weight
+        return parts
+
+    def _identity(self, model: Model) -> str:
+        if model.path not in self._identities:
+            self._identities[model.path] = identity(model, offline=self.offline)
+        return self._identities[model.path]
+
+    def _why(self, config: StageConfig, parts: Parts) -> str:
+        """What differs from the stage's latest folder, in words."""
+        folder = self._latest.get(config.id)
+        before = (read_json(folder / runs.STAGE) or {}).get("parts") if folder else None
+        if before is None:
+            return "it has not run yet"
+        changed = {name for name in {*before, *parts} if before.get(name) != parts.get(name)}
+        return "; ".join(_in_words(changed, before, parts)) or "it was removed"
+
+
+def _content_digest(path: Path) -> str:
+    """What lies at a path that a recipe names: a file, a folder's files, or nothing."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return stable_id([(str(each.relative_to(path)), file_digest(each)) for each in files if each.is_file()])
+
+
+def _flat(prefix: str, value: Mapping[str, Any]) -> Parts:
+    parts: Parts = {}
+    for key, each in value.items():
+        name = f"{prefix}.{key}"
+        if isinstance(each, Mapping) and each:
+            parts |= _flat(name, each)
+        else:
+            parts[name] = each
+    return parts
+
+
+def _in_words(changed: set[str], before: Parts, parts: Parts) -> list[str]:
+    """Each kind of change as a phrase, those most likely to be meant first."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(changed):
+        kind, _, rest = name.partition(".")
+        groups.setdefault(kind, []).append(rest)
+    words = []
+    if "revision" in groups:
+        words.append("this version of cai computes it differently")
+    if "seed" in groups:
+        words.append(f"seed {before.get('seed')} -> {parts.get('seed')}")
+    for key in groups.get("config", []):
+        old, new = before.get(f"config.{key}"), parts.get(f"config.{key}")
+        words.append(f"{key} {_short(old)} -> {_short(new)}")
+    if "weight" in groups:
+        words.append(f"weight of {_some(groups['weight'])} changed")
+    if "principle" in groups:
+        ids = dict.fromkeys(rest.rpartition(".")[0] for rest in groups["principle"])
+        words.append(f"principle {_some(list(ids))} changed")
+    elif "principles" in groups:
+        words.append("principles came, went or moved")
+    if "constitution" in groups:
+        words.append("constitution has another name")
+    for kind, noun in (("input", "input"), ("model", "model"), ("prompts", "prompt set"), ("template", "template")):
+        if kind in groups:
+            words.append(f"{noun} {_some(groups[kind])} changed")
+    if "chat template" in groups:
+        words.append("chat template changed")
+    return words
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _short(value: object) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 30 else text[:29] + "…"

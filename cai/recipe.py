@@ -1,0 +1,348 @@
+"""The recipe: one YAML file that says what is done, checked as a whole before anything runs.
+
+Reading a recipe resolves every name in it: which stage feeds which, which model a stage uses, who judges, and in which
+order the stages run. All of it is checked here, without torch, so that a mistake in the last stage is found before the
+first one starts. Left out: what has already run and what that left behind (`cai.plan`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from cai.checkpoint import Model, resolve
+from cai.constitution import Constitution, load_constitution
+from cai.document import Document, Node, fail, load_document, parse_document, scalar, validate
+from cai.errors import BadInput, nearest
+from cai.profile import find
+from cai.prompts import MICRO, PromptSet
+from cai.stages import STAGES, StageConfig, TrainingConfig, config_class
+from cai.train_fields import check_train
+from cai.wording import Key, describe, printable
+
+SELF = "self"
+"""As a judge: whoever wrote the responses."""
+MODELS = ("policy", "reward")
+"""What a stage may give that is a model."""
+
+Slug = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+
+
+class StageEntry(BaseModel):
+    """What every stage has; the rest is checked by the stage's own config class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: Slug = Field(description="Name of the stage.")
+    kind: str = Field(description="Which stage it is.")
+
+
+class RecipeDocument(BaseModel):
+    """A recipe as it is written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name: Slug = Field(description="Name of the recipe; its runs lie in a folder called so.")
+    seed: int = Field(0, ge=0, description="What all randomness is derived from.")
+    model: str = Field(description="A Hugging Face id, a path, or `micro`: where stages start that name no model.")
+    judge: str = Field(SELF, description="Who judges: `self` = whoever wrote the responses, a model, or a stage.")
+    constitution: str | None = Field(None, description="A file, relative to the recipe, or a shipped name.")
+    templates: str = Field("auto", description="Template set; auto = the one recorded with the model, else `default`.")
+    chat_template: str | None = Field(None, description="Chat template, a file or Jinja text, for models without one.")
+    prompts: dict[str, PromptSet] = Field(default_factory=dict, description="Prompt sets by name.")
+    stages: list[StageEntry] = Field(min_length=1, description="The stages, in the order of the method.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe, its names resolved. `stages` are in the order in which they run."""
+
+    name: str
+    seed: int
+    model: str
+    judge: str
+    constitution: Constitution | None
+    templates: str
+    chat_template: str | None
+    prompts: Mapping[str, PromptSet]
+    stages: Mapping[str, StageConfig]
+    models: Mapping[str, Model]
+    """Every model that is not a stage of this recipe, by the name the recipe gives it."""
+    path: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """What paths in the recipe are relative to."""
+        return self.path.parent
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, or the shipped one of that name, with `a.b.c=value` overrides applied.
+
+    Raises BadInput with `file:line:column`, or the override, and one sentence for the first thing that is wrong.
+    """
+    path = find(str(name), "recipes", "recipe")
+    document = load_document(path)
+    for override in overrides:
+        document = override_value(document, override)
+    return read_recipe(document, tuple(overrides))
+
+
+def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe in a document that was read already."""
+    written = validate(document, RecipeDocument)
+    configs = _stage_configs(document)
+    for index, config in enumerate(configs):
+        _check_names(document, index, config, configs, written)
+    for name, prompt_set in written.prompts.items():
+        _check_source(document, ("prompts", name, "source"), prompt_set.source)
+    constitution = _constitution(document, written, configs)
+    configs = [_with_defaults(config, written) for config in configs]
+    ordered = _in_order(document, configs)
+    stages: dict[str, StageConfig] = {}
+    for config in ordered:
+        stages[config.id] = _with_judge(document, configs.index(config), config, stages, written)
+    return Recipe(
+        name=written.name, seed=written.seed, model=written.model, judge=written.judge, constitution=constitution,
+        templates=written.templates, chat_template=written.chat_template, prompts=written.prompts, stages=stages,
+        models=_resolved_models(document, written, configs, stages), path=document.path, overrides=overrides,
+    )
+
+
+def override_value(document: Document, override: str) -> Document:
+    """The document with `a.b.c=value` set. Stages are named by their id; the value is read as YAML."""
+    source = f"--set {override}"
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise BadInput(printable(f"{source}: expected key=value, as in --set stages.policy.train.beta=0.2"))
+    keys: tuple[Key, ...] = ()
+    for step in path.split("."):
+        node = document.node(keys) if keys else document.root
+        keys = (*keys, _step(node, step, keys, source))
+    value = text and text[0] in "[{\"'" and parse_document(f"value: {text}", Path(source)).value["value"]
+    return document.with_value(keys, value or scalar(text), source)
+
+
+def _step(node: Node, step: str, keys: tuple[Key, ...], source: str) -> Key:
+    """One step of an override's path into `node`: a mapping's key, a list's index, or a stage's id."""
+    if not isinstance(node.value, list):
+        return step
+    if keys == ("stages",):
+        ids = [each.get("id") if isinstance(each, dict) else None for each in node.value]
+        if step in ids:
+            return ids.index(step)
+        known = [each for each in ids if isinstance(each, str)]
+        raise BadInput(printable(f"{source}: no stage {step!r}, expected one of {', '.join(known)}"
+                                 + nearest(step, known)))
+    if not re.fullmatch(r"[0-9]{1,6}", step) or int(step) >= len(node.value):
+        raise BadInput(printable(f"{source}: found {step!r}, expected an index below {len(node.value)}"))
+    return int(step)
+
+
+def inputs_of(config: StageConfig) -> list[str]:
+    """The stages whose rows a stage reads, in the order named."""
+    return _as_list(getattr(config, "from_", None))
+
+
+def prompt_sets_of(config: StageConfig) -> list[str]:
+    """The prompt sets that a stage reads."""
+    return _as_list(getattr(config, "prompts", None))
+
+
+def models_of(config: StageConfig) -> dict[tuple[Key, ...], str]:
+    """Every model or stage that a stage names as a model, by where in its config it is named."""
+    named: dict[tuple[Key, ...], str] = {}
+    for field in type(config).names_models:
+        value = getattr(config, field, None)
+        if isinstance(value, Mapping):
+            named |= {(field, key): name for key, name in value.items()}
+        elif isinstance(value, str):
+            named[(field,)] = value
+    return named
+
+
+def needs(config: StageConfig, stages: Mapping[str, Any] | set[str]) -> list[str]:
+    """Every stage that must be done before this one."""
+    names = [*inputs_of(config), *(name for name in models_of(config).values() if name in stages)]
+    return list(dict.fromkeys(names))
+
+
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _stage_configs(document: Document) -> list[StageConfig]:
+    """Every stage as its own config class, `train:` checked against the library's."""
+    configs: list[StageConfig] = []
+    for index, entry in enumerate(document.value["stages"]):  # type: ignore[arg-type]
+        keys = ("stages", index)
+        kind = entry["kind"]  # type: ignore[index, call-overload]
+        if kind not in STAGES:
+            raise fail(document, (*keys, "kind"), f"found {kind!r}, expected one of {', '.join(STAGES)}"
+                                                  + nearest(str(kind), STAGES))
+        config = validate(document, config_class(kind), keys)
+        if isinstance(config, TrainingConfig) and config.train_class:
+            check_train(document, (*keys, "train"), config.train_class, config.owned)
+        configs.append(config)
+    return configs
+
+
+def _check_names(
+    document: Document, index: int, config: StageConfig, configs: Sequence[StageConfig], written: RecipeDocument
+) -> None:
+    """Refuses ids that are taken or could be a model, and names of stages, rows or prompt sets that do not fit."""
+    keys = ("stages", index)
+    by_id = {each.id: each for each in configs}
+    if (first := [each.id for each in configs].index(config.id)) < index:
+        raise fail(document, (*keys, "id"), f"found the id {config.id!r} a second time, expected it once; stage "
+                                            f"{first + 1} has it already")
+    if config.id in {SELF, MICRO, written.model} or _is_model_folder(config.id, document.path.parent):
+        raise fail(document, (*keys, "id"), f"{config.id!r} is the name of a model too; call the stage something else")
+    for at, name in _at(document, keys, "from", inputs_of(config)):
+        if name not in by_id:
+            raise fail(document, at, f"found {name!r}, expected a stage of this recipe{nearest(name, by_id)}")
+        if by_id[name].gives not in config.takes:
+            raise fail(document, at, f"stage {name!r} gives {by_id[name].gives}, but {config.kind} takes "
+                                     f"{' or '.join(config.takes) or 'no rows'}")
+    for at, name in _at(document, keys, "prompts", prompt_sets_of(config)):
+        if name not in written.prompts:
+            known = ", ".join(written.prompts) or "none is there"
+            raise fail(document, at, f"found {name!r}, expected a prompt set of this recipe: {known}"
+                                     + nearest(name, written.prompts))
+    for place, name in models_of(config).items():
+        _check_model_name(document, (*keys, *place), name, by_id)
+
+
+def _check_model_name(document: Document, at: tuple[Key, ...], name: str, by_id: Mapping[str, StageConfig]) -> None:
+    if name in by_id:
+        if by_id[name].gives not in MODELS:
+            models = [each.id for each in by_id.values() if each.gives in MODELS]
+            raise fail(document, at, f"stage {name!r} gives {by_id[name].gives}, expected a stage that trains a model"
+                                     + (f": {', '.join(models)}" if models else ""))
+    # An id on the hub may look like a stage's id, but so does a stage's id with a slip in it.
+    elif (
+        re.fullmatch(r"[\w.-]+", name)
+        and name not in {SELF, MICRO}
+        and (close := difflib.get_close_matches(name, by_id, n=1, cutoff=0.75))
+    ):
+        raise fail(document, at, f"found {name!r}, expected a model or a stage; did you mean {close[0]!r}?")
+
+
+def _at(
+    document: Document, keys: tuple[Key, ...], field: str, names: list[str]
+) -> Iterator[tuple[tuple[Key, ...], str]]:
+    """(position, name) of the names in a key that takes one or a list of them."""
+    single = not isinstance(document.node((*keys, field)).value, list)
+    for index, name in enumerate(names):
+        yield ((*keys, field) if single else (*keys, field, index)), name
+
+
+def _is_model_folder(name: str, folder: Path) -> bool:
+    return any((base / name / "config.json").is_file() for base in (folder, Path()))
+
+
+def _check_source(document: Document, keys: tuple[Key, ...], source: str) -> None:
+    path = document.path.parent / Path(source).expanduser()
+    if source != MICRO and not path.exists():
+        names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise fail(document, keys, f"no such file or folder {source!r}, relative to the recipe"
+                                   + nearest(path.name, names))
+
+
+def _constitution(
+    document: Document, written: RecipeDocument, configs: Sequence[StageConfig]
+) -> Constitution | None:
+    if written.constitution is None:
+        for index, config in enumerate(configs):
+            if config.asks or (config.uses_weights and inputs_of(config)):
+                raise fail(document, ("stages", index, "kind"), f"{config.kind} asks about principles, but the recipe "
+                                                                "names no `constitution:`")
+        return None
+    path = document.path.parent / written.constitution
+    if not path.exists() and Path(written.constitution).suffix:
+        names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise fail(document, ("constitution",), f"no such file {written.constitution!r}, relative to the recipe"
+                                                + nearest(path.name, names))
+    return load_constitution(path if path.exists() else written.constitution)
+
+
+def _with_defaults(config: StageConfig, written: RecipeDocument) -> StageConfig:
+    """The config with the recipe's model and judge where the stage names none, so that they are part of *what*."""
+    fields = type(config).model_fields
+    update = {}
+    if "model" in fields and getattr(config, "model", None) is None:
+        update["model"] = written.model
+    if "judge" in fields and ("judge" not in config.model_fields_set or getattr(config, "judge", None) is None):
+        update["judge"] = written.judge
+    return config.model_copy(update=update)
+
+
+def _with_judge(
+    document: Document, index: int, config: StageConfig, done: Mapping[str, StageConfig], written: RecipeDocument
+) -> StageConfig:
+    """The config with `judge: self` replaced by the model that wrote the responses; the recipe's where none did."""
+    if getattr(config, "judge", None) != SELF:
+        return config
+    writers = list(dict.fromkeys(writer for name in inputs_of(config) for writer in _writers(done, name)))
+    if len(writers) > 1:
+        raise fail(document, ("stages", index), f"judge: self means whoever wrote the responses, but here these are "
+                                                f"{' and '.join(writers)}; name one as `judge:`")
+    return config.model_copy(update={"judge": writers[0] if writers else written.model})
+
+
+def _writers(stages: Mapping[str, StageConfig], name: str) -> list[str]:
+    """The models that wrote the texts of a stage, or those of the stages it reads."""
+    config = stages[name]
+    if config.gives == "texts" and (model := getattr(config, "model", None)):
+        return [model]
+    return [writer for each in inputs_of(config) for writer in _writers(stages, each)]
+
+
+def _in_order(document: Document, configs: Sequence[StageConfig]) -> list[StageConfig]:
+    """The stages so that each comes after all it needs, otherwise as written. Raises BadInput for a circle."""
+    by_id = {config.id: config for config in configs}
+    ordered: dict[str, StageConfig] = {}
+
+    def visit(config: StageConfig, path: tuple[str, ...]) -> None:
+        if config.id in ordered:
+            return
+        if config.id in path:
+            circle = " -> ".join([*path[path.index(config.id) :], config.id])
+            raise fail(document, ("stages", configs.index(config)), f"stages wait for each other in a circle: {circle}")
+        for name in needs(config, by_id):
+            visit(by_id[name], (*path, config.id))
+        ordered[config.id] = config
+
+    for config in configs:
+        visit(config, ())
+    return list(ordered.values())
+
+
+def _resolved_models(
+    document: Document, written: RecipeDocument, configs: Sequence[StageConfig], stages: Mapping[str, StageConfig]
+) -> dict[str, Model]:
+    """Every model that is no stage, found or refused where it is named."""
+    named: dict[str, tuple[Key, ...]] = {written.model: ("model",)}
+    if written.judge not in stages and written.judge != SELF:
+        named.setdefault(written.judge, ("judge",))
+    for index, config in enumerate(configs):
+        for place, name in models_of(stages[config.id]).items():
+            if name not in stages:
+                named.setdefault(name, ("stages", index, *place))
+    if written.model in stages:
+        raise fail(document, ("model",), f"found {describe(written.model)}, a stage of this recipe, expected a model")
+    models = {}
+    for name, keys in named.items():
+        try:
+            models[name] = resolve(name, templates=written.templates, chat_template=written.chat_template,
+                                   folder=document.path.parent)
+        except BadInput as error:
+            raise fail(document, keys, str(error)) from None
+    return models

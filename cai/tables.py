@@ -1,0 +1,132 @@
+"""Runs as text: what would run, what has run, the figures of labels and reward model, where everything lies.
+
+Plain lines in columns, the same on a terminal and in a file. Left out: comparisons of checkpoints (`cai.report`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai import runs
+from cai.files import read_json
+from cai.progress import duration
+from cai.wording import printable
+
+if TYPE_CHECKING:
+    from cai.plan import Step
+
+_STATUS = {"reused": "reused", "runs": "would run", "continues": "would go on", "waits": "would run"}
+
+
+def plan_lines(steps: Sequence[Step]) -> list[str]:
+    """What a dry run says about each stage, and the sum of it."""
+    rows = [[step.id, step.config.kind, _STATUS[step.status], step.reason] for step in steps]
+    n = sum(step.status == "reused" for step in steps)
+    return [*table(["stage", "kind", "", "why"], rows), "", f"{n} reused, {len(steps) - n} would run"]
+
+
+def plan_json(steps: Sequence[Step]) -> list[dict[str, object]]:
+    """The same for a program."""
+    return [
+        {"stage": step.id, "kind": step.config.kind, "status": step.status, "reason": step.reason,
+         "folder": step.folder and str(step.folder)}
+        for step in steps
+    ]
+
+
+def figure_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Rates of the labels and of the reward model."""
+    rows = [[f"{part} {figure}".replace("_", " "), rate_text(value)]
+            for part in ("labels", "reward") for figure, value in summary.get(part, {}).items() if is_rate(value)]
+    return table(["", ""], rows)[1:] if rows else []
+
+
+def where_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:
+    """Where the run's results lie: summary, pages, models."""
+    rows = [["figures", str(run / runs.SUMMARY)]]
+    for stage, name in summary["stages"].items():
+        folder = run / name
+        rows += [["page", str(page)] for page in sorted(folder.glob("*.html"))]
+        if (folder / runs.MODEL).is_dir():
+            rows.append([f"model {stage}", str(folder / runs.MODEL)])
+    return table(["", ""], rows)[1:]
+
+
+def status_rows(run: Path) -> list[dict[str, Any]]:
+    """Every stage of a run: done or how far, since when, how long, what failed."""
+    facts = read_json(run / runs.RUN)
+    latest = runs.latest(run)
+    rows = []
+    for stage in facts["stages"]:
+        folder = latest.get(stage)
+        unfinished = [each for each in run.glob(f"{stage}-*") if _is_unfinished(each, stage)]
+        newest = max(unfinished, key=lambda each: (each / runs.STAGE).stat().st_mtime, default=None)
+        row: dict[str, Any] = {"stage": stage, "status": "not run", "folder": None}
+        if folder is not None and runs.finished(folder):
+            known = read_json(folder / runs.STAGE)
+            row = {"stage": stage, "status": "done", "folder": folder.name, "ended": known["ended"],
+                   "seconds": known["seconds"], "failures": known["failures"]}
+        if newest is not None and (row["folder"] is None or _younger(newest, run / row["folder"])):
+            row = {"stage": stage, "status": "unfinished", "folder": newest.name, "batches": runs.n_batches(newest)}
+        rows.append(row)
+    return rows
+
+
+def status_lines(run: Path) -> list[str]:
+    """`status_rows` as a table."""
+    cells = []
+    for row in status_rows(run):
+        words = ""
+        if row["status"] == "done":
+            words = duration(row["seconds"]) + (f", {row['failures']:,} failed" if row["failures"] else "")
+        elif row["status"] == "unfinished":
+            words = f"{row['batches']:,} batches on disk"
+        cells.append([row["stage"], row["status"], words, row["folder"] or ""])
+    return [str(run), "", *table(["stage", "", "", "folder"], cells)]
+
+
+def nested_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Any nested figures, a line each, rates with their intervals."""
+    lines: list[str] = []
+    for key, value in figures.items():
+        if is_rate(value):
+            lines.append(f"{key}: {rate_text(value)}")
+        elif isinstance(value, Mapping):
+            lines += [f"{key}:", *(f"  {line}" for line in nested_lines(value))]
+        else:
+            lines.append(f"{key}: {value}")
+    return [printable(line) for line in lines]
+
+
+def is_rate(value: object) -> bool:
+    """Whether a figure has a value and an interval."""
+    return isinstance(value, Mapping) and "value" in value and "interval" in value
+
+
+def rate_text(rate: Mapping[str, Any] | None) -> str:
+    """`0.12 [0.08, 0.17]`; a dash where there is nothing to take a rate of."""
+    if rate is None or rate.get("value") is None:
+        return "-"
+    interval = rate.get("interval")
+    bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval and None not in interval else ""
+    return f"{rate['value']:.2f}{bounds}"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, left-aligned, two spaces apart, under a ruled header."""
+    cells = [[printable(cell) for cell in row] for row in [headers, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]] if any(headers) else ["", *lines[1:]]
+
+
+def _is_unfinished(folder: Path, stage: str) -> bool:
+    return (
+        folder.name.rpartition("-")[0] == stage and (folder / runs.STAGE).exists() and runs.finished(folder) is None
+    )
+
+
+def _younger(folder: Path, than: Path) -> bool:
+    return (folder / runs.STAGE).stat().st_mtime > (than / runs.STAGE).stat().st_mtime
