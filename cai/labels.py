@@ -55,6 +55,7 @@ def aggregate(
 
 
 def probability(log_odds: Floats) -> Floats:
-    """1 / (1 + exp(-log_odds)) without overflow."""
-    p: Floats = np.exp(-np.logaddexp(0.0, -log_odds))
+    """1 / (1 + exp(-log_odds)) without overflow; NaN stays NaN."""
+    with np.errstate(invalid="ignore"):
+        p: Floats = np.exp(-np.logaddexp(0.0, -log_odds))
     return p

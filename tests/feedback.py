@@ -142,7 +142,7 @@ def run_stage(
     context = Stage(
         stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=Steps(), journal=Journal(folder),
         constitution=constitution(folder, document) if document else None, inputs=inputs,
-        prompt_sets=sets or {}, models={"": model or Model("scripted", "nowhere")}, script=script,
+        prompt_sets=sets or {}, models={"": model or Model("scripted", "nowhere")}, script=script, home=folder.parent,
     )  # fmt: skip
     figures = run_function(kind)(config_class(kind).model_validate(config), context)
     failures = read_rows(folder / FAILURES) if (folder / FAILURES).exists() else []

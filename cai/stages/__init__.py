@@ -64,6 +64,8 @@ class StageConfig(BaseModel):
     """Raised when the stage's code changes what it computes: earlier outputs are then not reused."""
     asks: ClassVar[tuple[str, ...]] = ()
     """Templates that reach a model here, and with them the principles' requests of the same name."""
+    reads_files: ClassVar[tuple[str, ...]] = ()
+    """Keys with a `source:` outside of the run, a path relative to the recipe: what lies there is part of the input."""
     uses_weights: ClassVar[bool] = False
     """Whether principles' weights matter here."""
     names_models: ClassVar[tuple[str, ...]] = ("model", "models", "judge")
@@ -173,6 +175,8 @@ class Context:
     models: Mapping[str, Model]
     """Every model this stage uses, by the name the config gives it; `""` is the recipe's own."""
     report_to: tuple[str, ...] = ()
+    home: Path = Path()
+    """The recipe's folder, from which relative paths start."""
 
     def rows(self, stages: str | Iterable[str]) -> list[Any]:
         """The records of one or several input stages, in the order named."""

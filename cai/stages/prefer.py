@@ -22,11 +22,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
-from cai.errors import StageFailed
+from cai.errors import BadInput, StageFailed
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.label_figures import figures
 from cai.labels import Ballots, Floats, aggregate, over_orders, probability
+from cai.prompts import PairSet, load_human_pairs
 from cai.records import Preference, row_lines, stable_id
 from cai.stages import Context, Names, Rows, StageConfig
 
@@ -49,10 +50,12 @@ class Clamp(BaseModel):
 class Config(StageConfig):
     gives: ClassVar[Rows] = "preferences"
     takes: ClassVar[tuple[Rows, ...]] = ("votes",)
+    reads_files: ClassVar[tuple[str, ...]] = ("pairs",)
     uses_weights: ClassVar[bool] = True
 
     kind: Literal["prefer"] = "prefer"
-    from_: Names = Field(alias="from", min_length=1, description="Stages whose votes become labels.")
+    from_: Names = Field([], alias="from", description="Stages whose votes become labels.")
+    pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
     labels: Literal["soft", "hard"] | Clamp = Field("soft", description="soft, hard, or {clamp: [0.4, 0.6]}.")
     temperature: Literal["sum_of_weights"] | float = Field(
         "sum_of_weights", gt=0, description="What the weighted sum of log-odds is divided by."
@@ -61,6 +64,12 @@ class Config(StageConfig):
     min_confidence: float = Field(
         0.5, ge=0.5, le=1, description="Pairs whose probability, before clamping, is nearer to even are left out."
     )
+
+    @model_validator(mode="after")
+    def _has_input(self) -> Self:
+        if not self.from_ and self.pairs is None:
+            raise ValueError("found neither `from:` nor `pairs:`, expected stages with votes or a file of human pairs")
+        return self
 
 
 class Votes(NamedTuple):
@@ -71,10 +80,36 @@ class Votes(NamedTuple):
     ballots: Ballots
 
 
+class Labelled(NamedTuple):
+    """Preferences from votes, and what the figures say about how they came about."""
+
+    rows: list[Preference]
+    left_out: dict[str, int]
+    principles: list[str]
+    towards_chosen: Floats
+    """Each principle's log-odds that the chosen response is better, (rows, principles)."""
+
+
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Writes one Preference for each pair that gets a label, in the order of the votes."""
-    if context.constitution is None:
-        raise StageFailed("`prefer` needs the constitution whose principles voted, and the recipe names none")
+    """Writes one Preference for each pair that gets a label: those from votes in their order, then the human ones."""
+    ours = from_votes(config, context)
+    preferences = list(ours.rows)
+    found: dict[str, Any] = dict(ours.left_out)
+    if config.pairs is not None:
+        human = load_human_pairs(config.pairs, context.home)
+        preferences += relabelled(human.preferences, config.labels)
+        found["human"] = {"rows": human.rows, "pairs": len(human.preferences), "left_out": human.left_out}
+    if not preferences:
+        raise StageFailed(f"none of the pairs gets a label: {found}")
+    with replacing(context.folder / RECORDS) as file:
+        file.writelines(line.encode() for line in row_lines(preferences))
+    no_votes = np.full((len(preferences) - len(ours.rows), len(ours.principles)), np.nan)
+    votes = np.concatenate([ours.towards_chosen, no_votes])
+    return {"labels": {**found, **figures(preferences, ours.principles, votes)}}
+
+
+def from_votes(config: Config, context: Context) -> Labelled:
+    """The preferences that the votes of the input stages amount to."""
     votes = read_votes(context.inputs[name] / RECORDS for name in config.from_)
     by_principle = over_orders(votes.ballots, len(votes.rows), len(votes.principles))
     log_odds = aggregate(
@@ -85,17 +120,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     )
     kept, left_out = choose(log_odds, config)
     chosen_is_a = np.array([prefers_a(votes.rows[index], log_odds[index]) for index in kept], dtype=bool)
-    p_chosen = labels(np.abs(log_odds[kept]), config.labels)
-    preferences = [
-        to_row(votes.rows[index], a_is_chosen, p, abs(log_odds[index]), context.stage_id)
-        for index, a_is_chosen, p in zip(kept.tolist(), chosen_is_a.tolist(), p_chosen.tolist(), strict=True)
+    strength = np.abs(log_odds[kept])
+    p_chosen = labels(strength, config.labels)
+    rows = [
+        to_row(votes.rows[index], a_is_chosen, p, odds, context.stage_id)
+        for index, a_is_chosen, p, odds in zip(
+            kept.tolist(), chosen_is_a.tolist(), p_chosen.tolist(), strength.tolist(), strict=True
+        )
     ]
-    if not preferences:
-        raise StageFailed(f"none of {len(votes.rows)} judged pairs gets a label: {left_out}")
-    with replacing(context.folder / RECORDS) as file:
-        file.writelines(line.encode() for line in row_lines(preferences))
     towards_chosen = by_principle[kept] * np.where(chosen_is_a, 1.0, -1.0)[:, None]
-    return {"labels": {"votes": len(votes.rows), **left_out, **figures(preferences, votes.principles, towards_chosen)}}
+    return Labelled(rows, {"votes": len(votes.rows), **left_out}, votes.principles, towards_chosen)
 
 
 def read_votes(paths: Iterable[Path]) -> Votes:
@@ -117,8 +151,12 @@ def read_votes(paths: Iterable[Path]) -> Votes:
     return Votes(rows, list(numbers), columns)
 
 
-def weights_of(principles: Sequence[str], constitution: Constitution) -> Floats:
-    """The constitution's weight of each principle that voted."""
+def weights_of(principles: Sequence[str], constitution: Constitution | None) -> Floats:
+    """The constitution's weight of each principle that voted. Raises BadInput for one that it does not know."""
+    if not principles:
+        return np.zeros(0)
+    if constitution is None:
+        raise BadInput("`prefer` needs the constitution whose principles voted, and the recipe names none")
     return np.array([constitution.principle(id).weight for id in principles], dtype=float)
 
 
@@ -147,7 +185,16 @@ def labels(strength: Floats, kind: str | Clamp) -> Floats:
     return np.minimum(p, kind.clamp[1]) if isinstance(kind, Clamp) else p
 
 
-def to_row(row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds: float, stage_id: str) -> Preference:
+def relabelled(preferences: Iterable[Preference], kind: str | Clamp) -> list[Preference]:
+    """Human preferences with their labels hardened or clamped like the others."""
+    return [
+        {**row, "p_chosen": float(labels(np.array([row["log_odds"]]), kind)[0])} for row in preferences
+    ]
+
+
+def to_row(
+    row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds: float, stage_id: str
+) -> Preference:
     chosen, rejected = (row["a"], row["b"]) if a_is_chosen else (row["b"], row["a"])
     return {
         "id": stable_id(stage_id, row["id"]),
@@ -157,7 +204,7 @@ def to_row(row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds:
         "chosen": [{"role": "assistant", "content": chosen["text"]}],
         "rejected": [{"role": "assistant", "content": rejected["text"]}],
         "p_chosen": p_chosen,
-        "log_odds": float(log_odds),
+        "log_odds": log_odds,
         "source": "ai",
         "tags": row["tags"],
         "judge": row["judge"],

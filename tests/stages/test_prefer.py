@@ -1,0 +1,279 @@
+"""Preferences from votes: the arithmetic against a second writing of it, and what must not make a difference."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from feedback import PRINCIPLES, Script, run_stage, sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cai import labels
+from cai.errors import StageFailed
+from cai.stages.prefer import Clamp, Config
+
+WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
+
+
+def vote(number: int, odds: dict[str, tuple[float, float]], *tags: str, a="left", b="right") -> dict:
+    """A vote row: log-odds that `a` is better by principle, (a shown first, b shown first)."""
+    prompt = [{"role": "user", "content": f"Question {number}?"}]
+    return {
+        "id": f"pair-{number}", "prompt_id": f"prompt-{number}", "prompt": prompt, "tags": list(tags),
+        "a": {"id": f"a{number}", "text": f"{a} {number}", "model": "m"},
+        "b": {"id": f"b{number}", "text": f"{b} {number}", "model": "m"},
+        "votes": [
+            {"principle": id, "order": order, "log_odds": value, "mass": 1.0}
+            for index, order in enumerate(("ab", "ba")) for id, value in ((k, v[index]) for k, v in odds.items())
+        ],
+        "judge": "judge", "constitution": "trial",
+    }  # fmt: skip
+
+
+def swapped(row: dict) -> dict:
+    """The same judgement with the responses called the other way round."""
+    votes = [
+        {**each, "order": each["order"][::-1], "log_odds": -each["log_odds"]} for each in row["votes"]
+    ]
+    return {**row, "a": row["b"], "b": row["a"], "votes": votes}
+
+
+def random_votes(n: int, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+    return [
+        vote(n, {id: (rng.gauss(0.5, 2), rng.gauss(-0.5, 2)) for id in WEIGHTS if rng.random() < 0.8 or id == "calm"})
+        for n in range(n)
+    ]
+
+
+def prefer(folder, rows, document=PRINCIPLES, **config):
+    return run_stage("prefer", folder, {"votes": rows}, document=document, **config)
+
+
+def by_pair(done) -> dict[str, tuple[str, str, float]]:
+    return {row["pair_id"]: (row["chosen"][0]["content"], row["rejected"][0]["content"], row["p_chosen"])
+            for row in done.rows}  # fmt: skip
+
+
+def again(row: dict, *, weights=WEIGHTS, temperature=None, abstain_below=0.0) -> float | None:
+    """The log-odds of one pair, written a second time, in plain loops over probabilities."""
+    top = bottom = 0.0
+    for id in {each["principle"] for each in row["votes"]}:
+        odds = {each["order"]: each["log_odds"] for each in row["votes"] if each["principle"] == id}
+        mean = (odds["ab"] + odds["ba"]) / 2
+        if weights[id] and abs(mean) >= abstain_below:
+            top += weights[id] * mean
+            bottom += weights[id]
+    if not bottom:
+        return None
+    return top / (bottom if temperature is None else temperature)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {}, {"temperature": 2.5}, {"abstain_below": 1.0}, {"temperature": 0.5, "abstain_below": 2.0},
+        {"min_confidence": 0.7}, {"labels": {"clamp": [0.4, 0.6]}}, {"labels": "hard", "min_confidence": 0.6},
+    ],
+)  # fmt: skip
+def test_labels_equal_a_second_writing_row_for_row(tmp_path, config):
+    rows = random_votes(200)
+    done = prefer(tmp_path, rows, **config)
+    options = {name: config[name] for name in ("temperature", "abstain_below") if name in config}
+    expected = {}
+    for row in rows:
+        odds = again(row, **options)
+        if odds is None:
+            continue
+        p = 1 / (1 + math.exp(-odds))
+        sure = max(p, 1 - p)
+        if sure < config.get("min_confidence", 0.5):
+            continue
+        label = {"hard": 1.0}.get(str(config.get("labels")), min(sure, 0.6) if "labels" in config else sure)
+        texts = (row["a"]["text"], row["b"]["text"])
+        expected[row["id"]] = (*(texts if p > 0.5 else texts[::-1]), pytest.approx(label, abs=1e-12))
+    assert by_pair(done) == expected
+    assert [row["pair_id"] for row in done.rows] == [row["id"] for row in rows if row["id"] in expected]
+    figures = done.figures["labels"]
+    assert figures["pairs"] + figures["abstained"] + figures["dropped"] + figures["even"] == 200
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(["soft", "hard", {"clamp": [0.3, 0.7]}]), st.floats(0, 2))
+def test_order_of_rows_and_names_of_sides_change_nothing(seed, kind, abstain_below):
+    rows = random_votes(12, seed)
+    rows += [vote(100, {"calm": (1.0, -1.0)}), vote(101, {"calm": (2.0, 0.5), "short": (-5.0, -5.0)})]
+    rng = random.Random(seed)
+    other = [swapped(row) if rng.random() < 0.5 else row for row in rows]
+    rng.shuffle(other)
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"labels": kind, "abstain_below": abstain_below}
+        there = prefer(Path(folder) / "there", rows, **config)
+        back = prefer(Path(folder) / "back", other, **config)
+    assert by_pair(there) == by_pair(back)
+    assert {row["id"] for row in there.rows} == {row["id"] for row in back.rows}
+
+
+def test_a_row_is_what_trl_reads(tmp_path):
+    (row,) = prefer(tmp_path, [vote(1, {"calm": (2.0, 1.0)}, "red_team")]).rows
+    assert row["chosen"] == [{"role": "assistant", "content": "left 1"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "right 1"}]
+    assert row["prompt"] == [{"role": "user", "content": "Question 1?"}]
+    assert row["p_chosen"] == pytest.approx(1 / (1 + math.exp(-1.5)))
+    assert row["log_odds"] == 1.5
+    assert (row["source"], row["tags"], row["judge"]) == ("ai", ["red_team"], "judge")
+    assert "margin" not in row
+
+
+def test_weights_decide_and_zero_switches_off(tmp_path):
+    rows = [vote(1, {"calm": (1.0, 1.0), "short": (-3.0, -3.0)})]
+    assert prefer(tmp_path / "1", rows).rows[0]["log_odds"] == pytest.approx((2 * 1 - 0.5 * 3) / 2.5)
+    heavier = PRINCIPLES.replace("is brief.}", "is brief., weight: 9}").replace("weight: 0.5", "weight: 4")
+    other = prefer(tmp_path / "2", rows, heavier).rows[0]
+    assert other["chosen"][0]["content"] == "right 1"
+    assert other["log_odds"] == pytest.approx(-(2 * 1 - 4 * 3) / 6)
+    off = prefer(tmp_path / "3", rows, PRINCIPLES.replace("weight: 2.0", "weight: 0")).rows[0]
+    assert off["log_odds"] == pytest.approx(3.0)
+
+
+def test_a_pair_on_which_all_abstain_has_no_label(tmp_path):
+    rows = [
+        vote(1, {"calm": (0.1, 0.3), "short": (0.9, 0.9)}), vote(2, {"calm": (0.1, -0.1)}), vote(3, {"safe": (5, 5)})
+    ]  # fmt: skip
+    done = prefer(tmp_path, rows, PRINCIPLES.replace("id: safe,", "id: safe, weight: 0,"), abstain_below=0.5)
+    assert {row["pair_id"]: row["log_odds"] for row in done.rows} == {"pair-1": pytest.approx(0.9)}
+    assert done.figures["labels"]["abstained"] == 2
+    with pytest.raises(StageFailed, match="none of the pairs gets a label"):
+        prefer(tmp_path / "none", rows, abstain_below=50)
+
+
+def test_confidence_is_measured_before_clamping(tmp_path):
+    rows = [vote(1, {"calm": (3.0, 3.0)}), vote(2, {"calm": (0.3, 0.3)}), vote(3, {"calm": (-0.1, -0.1)})]
+    done = prefer(tmp_path, rows, labels={"clamp": [0.4, 0.6]}, min_confidence=0.55)
+    assert {row["pair_id"]: row["p_chosen"] for row in done.rows} == {
+        "pair-1": 0.6, "pair-2": pytest.approx(1 / (1 + math.exp(-0.3)))
+    }  # fmt: skip
+    assert done.figures["labels"]["dropped"] == 1
+
+
+@pytest.mark.parametrize("bounds", [[0.4, 0.7], [0.6, 0.4], [0.5, 0.5], [-0.1, 1.1]])
+def test_clamps_that_favour_a_side_are_refused(bounds):
+    with pytest.raises(ValueError, match="add up to 1"):
+        Clamp(clamp=bounds)
+
+
+def test_an_even_pair_is_named_by_hash_or_left_out_of_hard_labels(tmp_path):
+    rows = [vote(n, {"calm": (1.0, -1.0)}) for n in range(40)]
+    soft = prefer(tmp_path / "soft", rows)
+    assert {row["p_chosen"] for row in soft.rows} == {0.5}
+    first = sum(row["chosen"][0]["content"].startswith("left") for row in soft.rows)
+    assert 8 <= first <= 32, "neither side is favoured"
+    rows.append(vote(99, {"calm": (1.0, 1.0)}))
+    hard = prefer(tmp_path / "hard", rows, labels="hard")
+    assert [row["pair_id"] for row in hard.rows] == ["pair-99"]
+    assert hard.figures["labels"]["even"] == 40
+
+
+def test_a_principle_with_one_order_never_counts(tmp_path):
+    row = vote(1, {"calm": (4.0, 2.0), "short": (9.0, 9.0)})
+    row["votes"] = [each for each in row["votes"] if (each["principle"], each["order"]) != ("short", "ba")]
+    assert prefer(tmp_path, [row]).rows[0]["log_odds"] == pytest.approx(3.0)
+
+
+CANDIDATES = [
+    sample(f"Question {n}?", text, "red_team" if n % 2 else "helpful", number=k)
+    for n in range(12) for k, text in enumerate([f"good {n}", f"bad {n}"])
+]  # fmt: skip
+
+
+def judged_and_preferred(folder, prefers, rows=CANDIDATES, **config):
+    votes = run_stage("judge", folder, {"candidates": rows}, script=Script(prefers=prefers), **config)
+    return votes, prefer(folder, votes.rows)
+
+
+def shown_first(question, text: str) -> bool:
+    asked = question.messages[0]["content"]
+    place = asked.index(f"\n{text} ")
+    return place == min(asked.index("\ngood "), asked.index("\nbad ")) and place > 0
+
+
+def test_an_additive_position_bias_leaves_no_trace_in_the_labels(tmp_path):
+    def judge(bias):
+        return lambda question: ((1.2 if shown_first(question, "good") else -1.2) + bias, 0.8)
+
+    _, fair = judged_and_preferred(tmp_path / "fair", judge(0.0))
+    votes, biased = judged_and_preferred(tmp_path / "biased", judge(2.0))
+    assert votes.figures["votes"]["judge"]["flip_rate"] == 1.0
+    assert all(row["chosen"][0]["content"].startswith("good") for row in biased.rows)
+    assert [row["p_chosen"] for row in biased.rows] == pytest.approx([row["p_chosen"] for row in fair.rows], abs=1e-9)
+
+
+def test_a_judge_that_looks_at_positions_alone_is_even(tmp_path):
+    _, done = judged_and_preferred(tmp_path, lambda question: (3.0, 1.0))
+    assert [row["p_chosen"] for row in done.rows] == pytest.approx([0.5] * len(done.rows), abs=1e-12)
+
+
+def test_a_failed_vote_never_becomes_an_even_one(tmp_path):
+    from cai.engines import Failure
+
+    def prefers(question):
+        asked = question.messages[0]["content"]
+        if "Question 3?" in asked or question.id.endswith("ab/calm"):
+            return Failure(question.id, "overloaded")
+        return (2.0 if shown_first(question, "good") else -2.0), 1.0
+
+    votes, done = judged_and_preferred(tmp_path, prefers)
+    assert len(votes.rows) == len(done.rows) == 11
+    assert [row["log_odds"] for row in done.rows] == pytest.approx([2.0] * 11)
+
+
+def test_figures_say_who_is_agreed_with_and_whether_length_wins(tmp_path):
+    rows = [vote(n, {"calm": (2, 2), "short": (-1, -1)}, a="a much longer answer", b="brief") for n in range(5)]
+    figures = prefer(tmp_path, rows).figures["labels"]
+    assert figures["longer_wins"]["value"] == 1.0
+    assert figures["principles"]["calm"] == {"pairs": 5, "mean_strength": 2.0, "agreement": 1.0}
+    assert figures["principles"]["short"]["agreement"] == 0.0
+    assert "accuracy" not in figures, "these prompts have no known truth"
+
+
+def transcript(*turns: str) -> str:
+    return "".join(f"\n\n{'Assistant' if n % 2 else 'Human'}: {turn}" for n, turn in enumerate(turns))
+
+
+def test_people_can_label_pairs_instead_of_a_judge_or_beside_it(tmp_path):
+    pairs = [
+        {"chosen": transcript("Hello?", "Hello!"), "rejected": transcript("Hello?", "Go away.")},
+        {"chosen": transcript("Hello?", "Hi.", "So?", "So!"), "rejected": transcript("Hello?", "Hi.", "So?", "No.")},
+        {"chosen": transcript("One?", "Yes."), "rejected": transcript("Another?", "No.")},
+    ]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    source = {"source": "hh.jsonl", "tags": ["red_team"]}
+    done = run_stage("prefer", tmp_path, document=None, pairs=source)
+    assert [row["source"] for row in done.rows] == ["human", "human"]
+    assert [row["p_chosen"] for row in done.rows] == [1.0, 1.0]
+    assert len(done.rows[1]["prompt"]) == 3
+    assert done.figures["labels"]["human"]["rows"] == 3
+    assert sum(done.figures["labels"]["human"]["left_out"].values()) == 1
+
+    votes = run_stage("prefer", tmp_path / "both", {"votes": [vote(1, {"calm": (9.0, 9.0)})]},
+                      pairs={**source, "source": "../hh.jsonl"}, labels={"clamp": [0.2, 0.8]})  # fmt: skip
+    assert [(row["source"], row["p_chosen"]) for row in votes.rows] == [("ai", 0.8), ("human", 0.8), ("human", 0.8)]
+    with pytest.raises(ValueError, match="neither"):
+        run_stage("prefer", tmp_path)
+
+
+def test_config_takes_numbers_for_the_temperature():
+    assert Config.model_validate({"id": "p", "from": "v", "temperature": 2}).temperature == 2.0
+    with pytest.raises(ValueError, match="temperature"):
+        Config.model_validate({"id": "p", "from": "v", "temperature": 0})
+
+
+def test_probabilities_do_not_overflow():
+    p = labels.probability(np.array([-1e4, -1.0, 0.0, 1.0, 1e4]))
+    assert p == pytest.approx([0, 1 / (1 + math.e), 0.5, math.e / (1 + math.e), 1])
