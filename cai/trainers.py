@@ -166,7 +166,7 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
     def _record(
         self, chosen: Tensor, rejected: Tensor, chosen_ratios: Tensor, rejected_ratios: Tensor, lengths: Tensor
     ) -> None:
-        """Diagnostics of one batch, averaged over all ranks.
+        """Diagnostics of one batch, over all ranks.
 
         A falling `log_prob/chosen` and a `length/…` that pulls apart are how DPO goes wrong while its loss looks well.
         """
@@ -181,11 +181,12 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
             "length/chosen": chosen_length,
             "length/rejected": rejected_length,
         }
-        names, stacked = list(values), torch.stack([value.float() for value in values.values()], dim=1)
-        means = self.accelerator.gather_for_metrics(stacked).mean(dim=0).tolist()
+        # One value a pair: TRL's mean over what is appended is then a mean over the step's pairs. (`gather_for_metrics`
+        # would drop some of them in the last step of an epoch, whose micro-batches are fetched in advance.)
+        gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()], dim=1))
         mode = "train" if self.model.training else "eval"
-        for name, mean in zip(names, means, strict=True):
-            self._metrics[mode][name].append(mean)
+        for name, column in zip(values, gathered.T.tolist(), strict=True):
+            self._metrics[mode][name].extend(column)
 
 
 def _labels(examples: list[dict[str, Any]]) -> Tensor:

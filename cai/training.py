@@ -19,14 +19,14 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from cai import checkpoint
@@ -35,9 +35,10 @@ from cai.records import Preference, canonical_json, stable_seed
 from cai.stages import Context, LoRA, TrainingConfig
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
     from cai.chat import Chat
+    from cai.checkpoint import Model
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where installed, warns that it had to guess
@@ -104,7 +105,7 @@ def arguments(config: TrainingConfig, context: Context, **more: Any) -> Training
     profile = context.profile
     device = checkpoint.pick_device(profile.device)
     micro_batch, accumulation = profile.accumulation(config.batch_size)
-    seed = stable_seed(context.seed, context.stage_id) % 2**31  # numpy takes 32 bits
+    seed = seed_of(context)
     where = {
         "per_device_train_batch_size": micro_batch,
         "per_device_eval_batch_size": micro_batch,
@@ -125,6 +126,17 @@ def arguments(config: TrainingConfig, context: Context, **more: Any) -> Training
         "include_num_input_tokens_seen": "non_padding",
     }
     return getattr(importlib.import_module(module), name)(**{**config.train, **where, **own, **more})  # type: ignore[no-any-return]
+
+
+def loaded(load: Callable[..., PreTrainedModel], start: Model, context: Context) -> PreTrainedModel:
+    """The starting model in float32, all of it trainable. A new head or adapter is drawn from the stage's seed."""
+    set_seed(seed_of(context))
+    return load(start, device=context.profile.device).requires_grad_(True)  # a merged adapter leaves its base frozen
+
+
+def seed_of(context: Context) -> int:
+    """The seed of everything that a training stage draws; numpy takes 32 bits."""
+    return stable_seed(context.seed, context.stage_id) % 2**31
 
 
 def adapter(lora: LoRA | None, task: str, trained_whole: Sequence[str] = ()) -> Any:

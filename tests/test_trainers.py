@@ -76,12 +76,14 @@ def test_a_step_holds_the_same_examples_sorted_by_length_and_an_epoch_every_exam
     lengths = [(7 * index) % 31 for index in range(50)]
     sampler = LengthSortedSteps(lengths, 8, seed=3)
     first = list(sampler)
-    assert sorted(first) == list(range(50)) and first == list(sampler)
+    assert sorted(first) == list(range(50))
+    assert first == list(sampler)
     for start in range(0, 50, 8):
         step = [lengths[index] for index in first[start : start + 8]]
         assert step == sorted(step, reverse=True)
     sampler.set_epoch(1)
-    assert list(sampler) != first and sorted(sampler) == list(range(50))
+    assert list(sampler) != first
+    assert sorted(sampler) == list(range(50))
 
 
 def soft_trainer(kind: str, tmp_path: Path, model: Model, rows: list[dict[str, Any]]) -> tuple[Any, Any]:

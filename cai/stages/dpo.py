@@ -58,8 +58,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         args = training.arguments(config, context, max_length=None)
         frozen = config.lora is None and not args.precompute_ref_log_probs
         trainer = SoftDPOTrainer(
-            model=checkpoint.load_causal_lm(start, device=context.profile.device),
-            ref_model=checkpoint.load_causal_lm(start, device=context.profile.device) if frozen else None,
+            model=training.loaded(checkpoint.load_causal_lm, start, context),
+            ref_model=training.loaded(checkpoint.load_causal_lm, start, context) if frozen else None,
             args=args,
             data_collator=LabelledDPOCollator(pad_token_id=chat.pad_id),
             train_dataset=training.dataset([_ids(pair) for pair in pairs]),

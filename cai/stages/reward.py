@@ -48,8 +48,6 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains on pairs that are not held out, measures on those that are. Raises StageFailed where there are none."""
-    from transformers import set_seed
-
     from cai import checkpoint, training
     from cai.chat import Chat
     from cai.trainers import LabelledRewardCollator, SoftRewardTrainer
@@ -69,9 +67,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     with training.quiet(context):
         args = training.arguments(config, context, max_length=None)
-        set_seed(args.seed)  # a new head is drawn while loading
         trainer = SoftRewardTrainer(
-            model=checkpoint.load_sequence_classifier(start, device=context.profile.device),
+            model=training.loaded(checkpoint.load_sequence_classifier, start, context),
             args=args,
             data_collator=LabelledRewardCollator(pad_token_id=chat.pad_id),
             train_dataset=training.dataset([_ids(pair) for pair in learned]),

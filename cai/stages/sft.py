@@ -60,7 +60,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     with training.quiet(context):
         trainer = SupervisedTrainer(
-            model=checkpoint.load_causal_lm(start, device=context.profile.device),
+            model=training.loaded(checkpoint.load_causal_lm, start, context),
             args=training.arguments(config, context, max_length=None),
             train_dataset=training.dataset(examples),
             processing_class=chat.tokenizer,

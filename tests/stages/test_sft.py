@@ -59,9 +59,11 @@ def test_the_response_and_its_end_of_turn_are_learned_and_nothing_else(
     for batch in seen:
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             chosen = labels != -100
-            assert (ids[mask == 0] == chat.pad_id).all() and not chosen[mask == 0].any()
+            assert (ids[mask == 0] == chat.pad_id).all()
+            assert not chosen[mask == 0].any()
             assert (labels[chosen] == ids[chosen]).all()
-            assert chosen[int(mask.sum()) - 1] and not chosen[0]
+            assert chosen[int(mask.sum()) - 1]
+            assert not chosen[0]
             assert int(labels[chosen][-1]) == chat.end_of_turn != chat.pad_id
             learned[chat.text(labels[chosen].tolist()).text] += 1
     assert learned == Counter(row["response"] for row in rows)
@@ -94,7 +96,8 @@ def test_what_was_not_revised_or_cut_off_or_held_out_or_empty_is_left_out_and_co
 def test_the_first_stage_named_has_the_prompt_and_all_its_rows() -> None:
     first, second = [sample(0, "one"), sample(0, "two")], [sample(0, "three"), sample(1)]
     kept, left_out = select({"a": first, "b": second}, {"a": set(), "b": set()})
-    assert kept == {"a": first, "b": [second[1]]} and left_out == {"superseded": 1}
+    assert kept == {"a": first, "b": [second[1]]}
+    assert left_out == {"superseded": 1}
 
 
 def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
@@ -113,7 +116,8 @@ def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
     assert figures["examples"] + sum(figures["left_out"].values()) == len(rows)
     assert figures["left_out"] == {"held_out": 4, "too_long": 1, "refused_by_template": 1}
     texts = [chat.tokenizer.decode(ids) for batch in seen for ids in batch["input_ids"]]
-    assert len(texts) == 6 and not any("secret" in text for text in texts)
+    assert len(texts) == 6
+    assert not any("secret" in text for text in texts)
 
 
 def test_a_stage_with_nothing_to_learn_says_what_was_left_out(tmp_path: Path, tiny: Callable[..., Model]) -> None:
@@ -133,7 +137,8 @@ def test_four_examples_are_learned_by_heart_and_said_again(tmp_path: Path, tiny:
         prompt = torch.tensor([chat.prompt_ids(row["prompt"])])
         said = model.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=list(chat.end_ids))
         new = said[0, prompt.shape[1] :].tolist()
-        assert chat.text(new).text == row["response"] and new[-1] == chat.end_of_turn
+        assert chat.text(new).text == row["response"]
+        assert new[-1] == chat.end_of_turn
 
 
 def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
@@ -144,7 +149,8 @@ def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path,
         profile = CPU.model_copy(update={"micro_batch": micro_batch})
         run_stage("sft", folder, rows, tiny("llama"), profile=profile, train={"learning_rate": 1e-3})
         measured.append(losses_of(folder))
-    assert len(measured[0]) == 3 and measured[0] == pytest.approx(measured[1], abs=1e-4)
+    assert len(measured[0]) == 3
+    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
 
 
 def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[..., Model]) -> None:
@@ -153,10 +159,13 @@ def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[...
     logged = [json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged] == [1, 2]
     assert {"loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy"} <= logged[0].keys()
-    assert (steps.total, steps.done) == (2, 2) and steps.tokens == logged[-1]["num_input_tokens_seen"] > 0
+    assert (steps.total, steps.done) == (2, 2)
+    assert steps.tokens == logged[-1]["num_input_tokens_seen"] > 0
     assert figures["training"]["stage"]["loss"] == {"first": logged[0]["loss"], "last": logged[1]["loss"]}
     written = json.loads((tmp_path / "stage" / "model" / "cai.json").read_text())
-    assert written["kind"] == "sft" and written["steps"] == 2 and written["examples"] == 16
+    assert written["kind"] == "sft"
+    assert written["steps"] == 2
+    assert written["examples"] == 16
     assert not (tmp_path / "stage" / "checkpoints").exists()
 
 
@@ -210,12 +219,14 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path, tiny: Cal
     with pytest.raises(Killed):
         run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train=train, progress=Steps(die_at=5))
     newest = newest_checkpoint(tmp_path / "stage")
-    assert newest is not None and newest.name == "checkpoint-4"
+    assert newest is not None
+    assert newest.name == "checkpoint-4"
     (newest / "COMPLETE").unlink()
     (newest / "model.safetensors").write_bytes(b"torn")
     steps = Steps()
     run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train=train, progress=steps)
-    assert steps.notes == ["resuming from checkpoint-2"] and len(losses_of(tmp_path / "stage")) == 6
+    assert steps.notes == ["resuming from checkpoint-2"]
+    assert len(losses_of(tmp_path / "stage")) == 6
 
 
 def test_reports_go_to_tensorboard_where_asked(tmp_path: Path, tiny: Callable[..., Model]) -> None:
@@ -238,4 +249,5 @@ def test_failed_revisions_are_read_from_the_stage_that_failed(tmp_path: Path, ti
     failures.write_text("".join(row_lines([{"id": lost["id"], "reason": "refused"}])))
     rows = {"revisions": [revision(0, "No.")], "responses": [lost, *rest]}
     figures = run_stage("sft", tmp_path / "stage", rows, tiny("llama"))["training"]["stage"]
-    assert figures["left_out"] == {"revision_failed": 1} and figures["examples"] == 5
+    assert figures["left_out"] == {"revision_failed": 1}
+    assert figures["examples"] == 5

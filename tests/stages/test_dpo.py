@@ -1,0 +1,157 @@
+"""DPO from its starting policy: what it learns from, what it is tied to, and that it adds up however it is split."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_stages import CPU, preference, run_stage, trained
+
+from cai.checkpoint import Model, load_causal_lm
+from cai.errors import StageFailed
+
+torch = pytest.importorskip("torch")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def mixed(count: int) -> list[dict[str, Any]]:
+    return [preference(number, p=0.5 + 0.5 * (number % 5) / 4) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("gpt_neox", {}),
+        ("llama", {"train": {"precompute_ref_log_probs": True}}),
+        ("llama", {"lora": {"rank": 4}}),
+        ("lora", {}),
+        ("lora", {"lora": {"rank": 4}}),
+    ],
+)
+def test_the_reference_is_the_starting_policy(
+    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    settings = {**settings, "train": {"num_train_epochs": 2, "learning_rate": 1e-3, **settings.get("train", {})}}
+    run_stage("dpo", tmp_path / "stage", mixed(16), tiny(family), **settings)
+    logged = metrics(tmp_path / "stage")
+    assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(logged[0]["log_ratio/chosen"]) < 1e-4
+    assert abs(logged[0]["log_ratio/rejected"]) < 1e-4
+    assert logged[-1]["reward/margin"] > 0
+    assert logged[-1]["loss"] < math.log(2)
+    adapter = (tmp_path / "stage" / "model" / "adapter_model.safetensors").is_file()
+    assert adapter == ("lora" in settings)
+    load_causal_lm(trained(tmp_path / "stage"))
+
+
+def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
+    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai.trainers import SoftDPOTrainer
+
+    settings = {"lora": {"rank": 4}, "train": {"num_train_epochs": 2, "learning_rate": 1e-2}}
+    run_stage("dpo", tmp_path / "first", mixed(8), tiny("lora"), **settings)
+    seen: list[Any] = []
+    reference = SoftDPOTrainer.compute_ref_log_probs
+
+    def spy(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
+        seen.append((inputs, reference(self, model, inputs)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(SoftDPOTrainer, "compute_ref_log_probs", spy)
+    run_stage("dpo", tmp_path / "second", mixed(8), trained(tmp_path / "first"), **settings)
+    model = load_causal_lm(trained(tmp_path / "first"))
+    for inputs, (chosen, rejected) in seen:
+        with torch.no_grad():
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        log_probs = logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
+        expected = (log_probs * inputs["completion_mask"][:, 1:]).sum(1)
+        torch.testing.assert_close(torch.cat([chosen, rejected]), expected, atol=1e-3, rtol=1e-4)
+    load_causal_lm(trained(tmp_path / "second"))
+
+
+def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    measured = []
+    for micro_batch in (1, 4, 8):
+        folder = tmp_path / f"micro{micro_batch}"
+        profile = CPU.model_copy(update={"micro_batch": micro_batch})
+        train = {"learning_rate": 1e-3, "num_train_epochs": 2}
+        run_stage("dpo", folder, mixed(13), tiny("llama"), profile=profile, train=train)
+        measured.append([entry["loss"] for entry in metrics(folder)])
+    assert len(measured[0]) == 4
+    for other in measured[1:]:
+        assert measured[0] == pytest.approx(other, abs=1e-4)
+
+
+def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    measured = []
+    for precompute in (False, True):
+        folder = tmp_path / str(precompute)
+        train = {"learning_rate": 1e-3, "num_train_epochs": 2, "precompute_ref_log_probs": precompute}
+        run_stage("dpo", folder, mixed(12), tiny("qwen2"), train=train)
+        measured.append([entry["loss"] for entry in metrics(folder)])
+    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
+
+
+def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    moved = []
+    for p in (0.5, 1.0):
+        rows = [preference(number, p=p) for number in range(8)]
+        train = {"learning_rate": 1e-4, "num_train_epochs": 4}
+        run_stage("dpo", tmp_path / str(p), rows, tiny("llama"), train=train)
+        moved.append(metrics(tmp_path / str(p))[-1]["reward/margin"])
+    assert abs(moved[0]) < 0.05 < moved[1]
+
+
+def test_held_out_pairs_are_measured_and_never_learned_from(
+    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai.chat import Chat
+    from cai.trainers import SoftDPOTrainer
+
+    seen: dict[bool, list[str]] = {True: [], False: []}
+    plain = SoftDPOTrainer.compute_loss
+    tokenizer = Chat.load(tiny("llama")).tokenizer
+
+    def spy(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
+        seen[model.training].extend(tokenizer.decode(ids) for ids in inputs["input_ids"])
+        return plain(self, model, inputs, *args, **more)
+
+    monkeypatch.setattr(SoftDPOTrainer, "compute_loss", spy)
+    secret = [preference(number, "secret yes", "secret no", tags=["held_out"]) for number in range(20, 24)]
+    odd = [preference(30, "same", "same"), preference(31, "sea " * 300)]
+    rows = [*secret, *odd, *mixed(9)]
+    figures = run_stage("dpo", tmp_path / "stage", rows, tiny("llama"), max_length=128)["training"]["stage"]
+    assert len(seen[True]) == 18
+    assert not any("secret" in text for text in seen[True])
+    assert len(seen[False]) == 8
+    assert all("secret" in text for text in seen[False])
+    assert figures["left_out"] == {"held_out": 4, "identical": 1, "too_long": 1}
+    assert figures["examples"] + sum(figures["left_out"].values()) == figures["pairs"] == len(rows)
+    assert figures["held_out"]["pairs"] == 4
+    assert figures["held_out"]["loss"] > 0
+
+
+def test_lengths_and_log_probabilities_are_logged_for_both_responses(
+    tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    run_stage("dpo", tmp_path / "stage", [preference(1, "yes " * 5, "no")], tiny("llama"))
+    entry = metrics(tmp_path / "stage")[0]
+    assert entry["length/chosen"] > entry["length/rejected"] > 1
+    assert entry["log_prob/chosen"] < 0
+    assert entry["log_prob/rejected"] < 0
+    assert {"reward/accuracy", "reward/margin", "log_ratio/chosen", "num_input_tokens_seen"} <= entry.keys()
+
+
+def test_a_stage_with_no_pair_left_says_why(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    rows = [preference(0, "same", "same"), preference(1, tags=["held_out"])]
+    with pytest.raises(StageFailed, match="no pair to learn from; left out: 1 held out, 1 identical"):
+        run_stage("dpo", tmp_path / "stage", rows, tiny("llama"))

@@ -1,0 +1,181 @@
+"""The reward model: where it reads its score, what it learns from, and how it is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_stages import CPU, preference, run_stage, stage_context, trained
+
+from cai.checkpoint import Model, load_causal_lm, load_sequence_classifier
+from cai.errors import StageFailed
+from cai.stages.reward import held_out_prompts, measure, score
+
+torch = pytest.importorskip("torch")
+
+FAMILIES = ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "mistral", "thinking"]
+
+
+def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") -> dict[str, Any]:
+    """One line of an evaluation."""
+    return {"margin": margin, "gold_margin": gold, "p_chosen": p, "topic": topic, "chosen_score": margin,
+            "rejected_score": 0.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_score_is_read_at_the_end_of_the_turn_whatever_pads_it(
+    family: str, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    from cai.chat import Chat
+    from cai.training import tokenised_pairs
+
+    chat = Chat.load(tiny(family))
+    pairs, _ = tokenised_pairs([preference(number) for number in range(5)], chat, 256)
+    torch.manual_seed(0)
+    model = load_sequence_classifier(tiny(family))
+    scores = score(model, pairs, chat.pad_id, stage_context(tmp_path / "stage", {}, tiny(family)))
+    for pair, (chosen, rejected) in zip(pairs, scores, strict=True):
+        for ids, found in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
+            assert ids[-1] == chat.end_of_turn != chat.pad_id
+            with torch.no_grad():
+                hidden = model.base_model(torch.tensor([pair.prompt_ids + ids])).last_hidden_state[0, -1]
+                expected = float(model.score.weight @ hidden)
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_word_that_decides_is_learned_and_held_out_pairs_are_put_in_order(
+    tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    rows = [preference(number, p=0.95, tags=["held_out"] if number % 4 == 0 else []) for number in range(160)]
+    train = {"num_train_epochs": 10, "learning_rate": 3e-3}
+    figures = run_stage("reward", tmp_path / "stage", rows, tiny("llama"), train=train)["reward"]
+    assert figures["accuracy"]["value"] > 0.9
+    assert figures["accuracy"] == figures["label_accuracy"]
+    assert figures["accuracy"]["n"] == figures["accuracy"]["topics"] == figures["held_out"] == 40
+    low, high = figures["accuracy"]["interval"]
+    assert 0 <= low < figures["accuracy"]["value"] <= high <= 1
+    assert figures["against"] == "labels"
+    assert figures["chosen_score"] > figures["rejected_score"]
+    assert figures["label_entropy"] < figures["log_loss"] < math.log(2)
+    lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
+    assert len(lines) == 40
+    again = load_sequence_classifier(trained(tmp_path / "stage"))
+    from cai.chat import Chat
+    from cai.training import tokenised_pairs
+
+    chat = Chat.load(trained(tmp_path / "stage"))
+    pairs, _ = tokenised_pairs([row for row in rows if row["tags"]], chat, 256)
+    scores = score(again, pairs, chat.pad_id, stage_context(tmp_path / "again", {}, tiny("llama")))
+    for line, (chosen, rejected) in zip(lines, scores, strict=True):
+        assert (line["chosen_score"], line["rejected_score"]) == pytest.approx((chosen, rejected), abs=1e-5)
+
+
+def test_it_starts_from_the_named_language_model_and_its_head_from_the_seed(
+    tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    rows, train = [preference(number) for number in range(12)], {"learning_rate": 1e-12}
+    for name in ("one", "two"):
+        run_stage("reward", tmp_path / name, rows, tiny("lora"), train=train)
+    one, two = (load_sequence_classifier(trained(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(one.score.weight, two.score.weight, rtol=0, atol=0)
+    body, start = one.base_model.state_dict(), load_causal_lm(tiny("lora")).base_model.state_dict()
+    for name, weight in start.items():
+        torch.testing.assert_close(body[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    rows = [preference(number) for number in range(60)]
+    train = {"num_train_epochs": 5, "learning_rate": 1e-2}
+    figures = run_stage("reward", tmp_path / "stage", rows, tiny("qwen2"), train=train, lora={"rank": 8})["reward"]
+    from cai.chat import Chat
+    from cai.training import tokenised_pairs
+
+    lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
+    model, chat = load_sequence_classifier(trained(tmp_path / "stage")), Chat.load(trained(tmp_path / "stage"))
+    by_id = {row["id"]: row for row in rows}
+    pairs, _ = tokenised_pairs([by_id[line["id"]] for line in lines], chat, 256)
+    scores = score(model, pairs, chat.pad_id, stage_context(tmp_path / "again", {}, tiny("qwen2")))
+    assert [line["chosen_score"] for line in lines] == pytest.approx([chosen for chosen, _ in scores], abs=1e-3)
+    assert figures["held_out"] == len(lines) == 6
+
+
+def test_held_out_pairs_are_never_learned_from(
+    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai.chat import Chat
+    from cai.trainers import SoftRewardTrainer
+
+    learned: list[str] = []
+    labels: list[float] = []
+    plain = SoftRewardTrainer.compute_loss
+    tokenizer = Chat.load(tiny("llama")).tokenizer
+
+    def spy(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
+        learned.extend(tokenizer.decode(ids) for ids in inputs["input_ids"])
+        labels.extend(inputs["p_chosen"].tolist())
+        return plain(self, model, inputs, *args, **more)
+
+    monkeypatch.setattr(SoftRewardTrainer, "compute_loss", spy)
+    secret = [preference(number, "secret yes", "secret no", tags=["held_out"]) for number in range(20, 24)]
+    rows = [*secret, *(preference(number, p=0.5 + number / 20) for number in range(9)), preference(9, "a", "a")]
+    figures = run_stage("reward", tmp_path / "stage", rows, tiny("llama"))["reward"]
+    assert len(learned) == 18
+    assert not any("secret" in text for text in learned)
+    assert sorted(labels) == pytest.approx([0.5 + number / 20 for number in range(9)])
+    assert figures["examples"] + figures["held_out"] + sum(figures["left_out"].values()) == len(rows)
+
+
+def test_where_no_row_is_tagged_a_share_of_prompts_is_held_out_whole() -> None:
+    rows = [preference(number // 2) for number in range(60)]
+    held_out = held_out_prompts(rows, 0.1)
+    assert len(held_out) == 3
+    assert held_out == held_out_prompts(list(reversed(rows)), 0.1)
+    assert len(held_out_prompts(rows, 0.001)) == 1
+    tagged = [*rows, preference(99, tags=["held_out"])]
+    assert held_out_prompts(tagged, 0.1) == {tagged[-1]["prompt_id"]}
+
+
+def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    measured = []
+    rows = [preference(number, p=0.8) for number in range(15)]
+    for micro_batch in (1, 4, 8):
+        folder = tmp_path / f"micro{micro_batch}"
+        profile = CPU.model_copy(update={"micro_batch": micro_batch})
+        train = {"learning_rate": 1e-3, "num_train_epochs": 2}
+        run_stage("reward", folder, rows, tiny("llama"), profile=profile, train=train)
+        measured.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    assert len(measured[0]) == 4
+    for other in measured[1:]:
+        assert measured[0] == pytest.approx(other, abs=1e-4)
+
+
+def test_accuracy_is_against_the_oracle_where_it_knows_the_prompt() -> None:
+    scored = [graded(1.0, 2.0), graded(1.0, -1.0, topic="u"), graded(-2.0, -1.0), graded(3.0, 0.0), graded(1.0, None)]
+    figures = measure(scored)
+    assert figures["against"] == "gold"
+    assert figures["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert (figures["accuracy"]["n"], figures["accuracy"]["topics"]) == (3, 2)
+    assert (figures["ties"], figures["ungraded"]) == (1, 1)
+    assert figures["label_accuracy"]["value"] == pytest.approx(4 / 5)
+
+
+def test_without_an_oracle_even_labels_are_ties() -> None:
+    figures = measure([graded(1.0, None), graded(-1.0, None), graded(-1.0, None, p=0.5)])
+    assert (figures["accuracy"]["value"], figures["against"], figures["ties"]) == (0.5, "labels", 1)
+    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
+    assert figures["label_entropy"] == pytest.approx((2 * entropy + math.log(2)) / 3)
+    sure = measure([graded(900.0, None, p=1.0), graded(900.0, None, p=1.0)])
+    assert sure["log_loss"] == sure["label_entropy"] == sure["calibration_error"] == 0.0
+    wrong = measure([graded(-900.0, None, p=1.0)])
+    assert (wrong["log_loss"], wrong["calibration_error"]) == (900.0, 1.0)
+
+
+def test_a_stage_without_pairs_on_both_sides_says_so(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    rows = [preference(number, tags=["held_out"]) for number in range(2)]
+    with pytest.raises(StageFailed, match="of 2 pairs 0 can be learned from and 2 are held out"):
+        run_stage("reward", tmp_path / "stage", rows, tiny("llama"))
+
