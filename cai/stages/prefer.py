@@ -147,8 +147,13 @@ def read_votes(paths: Iterable[Path]) -> Votes:
                 swapped.extend([vote["order"] == "ba" for vote in votes])
                 log_odds.extend([vote["log_odds"] for vote in votes])
                 rows.append(row)
-    columns = Ballots(np.array(pair), np.array(principle), np.array(swapped, dtype=bool), np.array(log_odds))
-    return Votes(rows, list(numbers), columns)
+    principles = sorted(numbers)
+    # In alphabetical order, so that sums come out the same to the last bit whichever row was read first.
+    column = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
+    columns = Ballots(
+        np.array(pair), column[np.array(principle)], np.array(swapped, dtype=bool), np.array(log_odds)
+    )
+    return Votes(rows, principles, columns)
 
 
 def weights_of(principles: Sequence[str], constitution: Constitution | None) -> Floats:
