@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 Verdict = Literal["a better", "b better", "not distinguishable"]
@@ -240,7 +240,7 @@ def effective_size(sums: ArrayLike, squares: ArrayLike, sizes: ArrayLike) -> Flo
 
 
 def _quantile(level: float, clusters: int) -> np.float64:
-    return np.float64(student_t.ppf((1 + level) / 2, clusters - 1))
+    return np.float64(stdtrit(clusters - 1, (1 + level) / 2))
 
 
 def _score_p_value(table: _Table, null: float) -> float:
@@ -249,7 +249,7 @@ def _score_p_value(table: _Table, null: float) -> float:
         return 1.0
     n = effective_size(table.sums, table.squares, table.sizes)
     statistic = abs(table.mean - null) / np.sqrt(null * (1 - null) / n)
-    return float(2 * student_t.sf(statistic, table.topics - 1))
+    return float(2 * stdtr(table.topics - 1, -statistic))
 
 
 @dataclass(frozen=True)
