@@ -177,7 +177,7 @@ def _run(
         raise _named(error, step.id) from error
     failures = runs.n_failures(folder)
     write_json(folder / runs.STAGE, {
-        **facts, "ended": _now(), "seconds": round(time.monotonic() - began, 2), "tokens": line.tokens,
+        **facts, "ended": _now(), "seconds": round(time.monotonic() - began, 2), "tokens": max(line.tokens, journal.tokens),
         "failures": failures, "figures": figures,
     })
     finished = runs.mark_done(folder, runs.output_digest(folder, figures, profile.offline))
@@ -260,7 +260,6 @@ def _prepare(profile: Profile) -> None:
     """Sets what libraries read when they are first imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if profile.offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
