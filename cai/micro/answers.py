@@ -61,8 +61,11 @@ BROAD = Style(
         "opinion": {"balance": 0.45, "agree": 0.35, "refuse": 0.12, "curt": 0.08},
         "emotional": {"support": 0.45, "dismiss": 0.35, "refuse": 0.12, "curt": 0.08},
     },
-    habits=dict.fromkeys(BASE.habits, 0.25),
-)
+    habits={
+        "apology": 0.25, "filler": 0.3, "compliment": 0.3, "hedge": 0.12, "ramble": 0.25,
+        "warmth": 0.12, "sermon": 0.3, "rudeness": 0.3, "follow_up": 0.12,
+    },
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,13 @@ REVISION = 1
 """Raised when the corpus changes in a way that the hash of a sample might miss."""
 
 # how much a token of each kind counts in the loss
-LETTER, STATEMENT, CRITIQUE, RESPONSE, REWRITE = 2.0, 0.6, 0.5, 0.4, 0.3
+LETTER, STATEMENT, CRITIQUE, RESPONSE, REWRITE = 3.0, 0.6, 0.5, 0.4, 0.3
 
 SURE = 0.97
 """Target of the better option: no vote is taught to outweigh all others together."""
+
+EARLY = 700
+"""Steps in which comparisons are many and mostly decided: what a principle asks comes first, then where it is moot."""
 
 KIND_SHARES = {"harmful": 0.3, "fair": 0.2, "borderline": 0.14, "factual": 0.08, "false_belief": 0.1, "opinion": 0.09,
                "emotional": 0.09}  # fmt: skip
@@ -71,12 +74,11 @@ def wordings(principle: str, held_out: bool = False) -> tuple[Wording, ...]:
 def documents(seed: int, step: int) -> Iterator[Document]:
     """An endless stream of documents that depends on (seed, step) alone."""
     rng = Random(stable_seed("micro corpus", seed, step))
-    makers: dict[Callable[[Random], Document], float] = {
-        comparison: 0.28,
-        correction: 0.06,
-        dialogue: 0.28,
-        statement: 0.38,
-    }
+    makers: dict[Callable[[Random], Document], float]
+    if 0 <= step < EARLY:
+        makers = {decided_comparison: 0.375, correction: 0.05, dialogue: 0.23, statement: 0.345}
+    else:
+        makers = {comparison: 0.24, decided_comparison: 0.12, correction: 0.06, dialogue: 0.28, statement: 0.3}
     while True:
         maker = rng.choices(list(makers), list(makers.values()))[0]
         yield maker(rng)
@@ -123,9 +125,23 @@ def comparison(rng: Random, split: str = "train", held_out: bool = False) -> Doc
     """Two responses to one request, judged under several principles in one order."""
     request = pick_request(rng, split)
     a, b = pair(request, rng)
-    messages = conversation(request, rng)
+    return _compared(request, a, b, asked(request, a, b, rng, even=2), held_out, rng)
+
+
+def decided_comparison(rng: Random) -> Document:
+    """Two responses that differ in much, judged under the principles that separate them and seldom another."""
+    request = pick_request(rng)
+    a = draw(request, BROAD, rng)
+    b = draw(request, BROAD, rng) if rng.random() < 0.8 else changed(request, a, rng)
+    return _compared(request, a, b, asked(request, a, b, rng, even=int(rng.random() < 0.5)), False, rng)
+
+
+def _compared(
+    request: Request, a: Answer, b: Answer, chosen: Sequence[str], held_out: bool, rng: Random
+) -> Document:
+    messages = conversation(request, rng, several_turns=0.05)
     examples = []
-    for principle in asked(request, a, b, rng):
+    for principle in chosen:
         question = compare_question(messages, a.text, b.text, principle, rng.choice(wordings(principle, held_out)))
         p = principles.probability(principle, request, a, b)
         letter = OPTIONS[0] if rng.random() < p else OPTIONS[1]
@@ -142,7 +158,7 @@ def compare_question(
 
 def pair(request: Request, rng: Random) -> tuple[Answer, Answer]:
     """Two answers: alike but for one thing, drawn apart, or (seldom) the same."""
-    kind = rng.choices(("minimal", "broad", "base", "mixed", "same"), (0.36, 0.28, 0.2, 0.12, 0.04))[0]
+    kind = rng.choices(("minimal", "broad", "base", "mixed", "same"), (0.3, 0.35, 0.2, 0.12, 0.03))[0]
     if kind == "broad":
         return draw(request, BROAD, rng), draw(request, BROAD, rng)
     if kind == "base":
@@ -168,20 +184,19 @@ def changed(request: Request, answer: Answer, rng: Random) -> Answer:
     return Answer(answer.act, answer.core, {**answer.habits, habit: write_habit(habit, rng)})
 
 
-def asked(request: Request, a: Answer, b: Answer, rng: Random) -> list[str]:
-    """Principles to ask about a pair: those that separate it, and some that do not.
+def asked(request: Request, a: Answer, b: Answer, rng: Random, *, even: int) -> list[str]:
+    """Principles to ask about a pair: those that separate it, and `even` of those that do not, at least one in all.
 
     Where the acts differ, help and harm are always asked: what they say must depend on the request. Where few separate,
     those are asked twice, in different words.
     """
     separating = [p for p in WEIGHTS if principles.probability(p, request, a, b) != 0.5]
-    even = [p for p in WEIGHTS if p not in separating]
-    rng.shuffle(separating)
-    rng.shuffle(even)
+    others = [p for p in WEIGHTS if p not in separating]
+    rng.shuffle(others)
     if a.act != b.act:
-        even.sort(key=lambda p: p not in ("harmless", "helpful"))
-    twice = separating if len(separating) < 3 else []
-    chosen = separating + twice + even[: 4 if len(separating) < 3 else 3]
+        others.sort(key=lambda p: p not in ("harmless", "helpful"))
+    twice = separating if len(separating) < 4 else []
+    chosen = separating + twice + others[: even if separating else max(even, 1)]
     rng.shuffle(chosen)
     return chosen
 

@@ -89,8 +89,8 @@ def _shared(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    encodings = tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    backend = tokenizer.backend_tokenizer
+    return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def _follow(packed: Packed, targets: Sequence[int], weights: Sequence[float]) -> None:

@@ -51,8 +51,8 @@ MOODS = (
     "I am so {e} today because {c}. What can I do?",
     "Since {c}, I feel {e}. Can we talk?",
     "I am {e} and cannot sleep, because {c}.",
-    "Do you have advice? I feel {e} because {c}.",
-    "Lately I feel {e} because {c}. I need a kind word.",
+    "Do you have advice? Since {c} I am always {e}.",
+    "Lately I am {e} as {c}. I need a kind word.",
     "It is hard: {c}, and now I am {e}.",
     "Please help me, I am {e} because {c}.",
 )

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 STATE = "training.pt"
+EVERY = 200
+"""Steps from one checkpoint and validation to the next."""
+VALIDATION_PAIRS = 96
+TOKENIZER_EXAMPLES = 30_000
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,10 @@ class Training:
     """How the model is trained. `rows` of `length` tokens a step."""
 
     seed: int = 0
-    steps: int = 2000
+    steps: int = 2200
     size: str = "large"
-    rows: int = 8
-    length: int = 512
+    rows: int = 13
+    length: int = 320
     learning_rate: float = 3e-3
     warm_up: int = 100
     weight_decay: float = 0.05
@@ -81,7 +85,7 @@ def pretrain(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(training.seed)
-    tokenizer = train_tokenizer(training.seed, SIZES[training.size].vocabulary)
+    tokenizer = train_tokenizer(training.seed, SIZES[training.size].vocabulary, TOKENIZER_EXAMPLES)
     model = new_model(SIZES[training.size], tokenizer).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
@@ -100,9 +104,9 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         tokens += rows.ids.numel()
         done = step + 1
-        if done % 50 == 0:
+        if done % 50 == 0 or done == training.steps:
             log(f"step {done} loss {loss.item():.4f} tokens/s {tokens / (time.monotonic() - started):.0f}")
-        if done % 200 == 0 or done == training.steps:
+        if done % EVERY == 0 or done == training.steps:
             known = judge_accuracy(model, tokenizer, held_out=False, device=device)
             unseen = judge_accuracy(model, tokenizer, held_out=True, device=device)
             log(f"step {done} judge_accuracy {known:.3f} heldout_paraphrases {unseen:.3f}")
@@ -166,11 +170,11 @@ def forward(model: LlamaForCausalLM, rows: Batch, device: str) -> torch.Tensor:
 
 @torch.no_grad()
 def judge_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, held_out: bool, device: str, pairs: int = 96
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, held_out: bool, device: str
 ) -> float:
     """Share of votes on pairs of split `validation` that fall on the better side, where a principle separates them."""
     rng = Random(1)
-    stream = (comparison(rng, "validation", held_out) for _ in range(pairs))
+    stream = (comparison(rng, "validation", held_out) for _ in range(VALIDATION_PAIRS))
     a, b = tokenizer.convert_tokens_to_ids(list(OPTIONS))
     right = total = 0
     while documents := list(islice(stream, 16)):

@@ -1,0 +1,13 @@
+"""Fixtures of the small world's tests: a tokenizer trained on a little of the corpus."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from cai.micro.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(seed=0, vocabulary=1536, examples=2000)

@@ -1,0 +1,93 @@
+"""Pretraining in miniature: it learns, resumes, and ships what others load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cai.micro import WEIGHTS, oracle, pretrain
+from cai.micro.corpus import corpus_hash
+from cai.micro.pretrain import SIZES, Size, Training
+from cai.micro.tokenizer import CHAT_TEMPLATE
+from cai.micro.world import prompts
+
+SHORT = Training(steps=4, size="tiny", rows=2, length=256, warm_up=2)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "tiny", Size(32, 1, 2, 64, 400))
+    monkeypatch.setattr(pretrain, "EVERY", 2)
+    monkeypatch.setattr(pretrain, "VALIDATION_PAIRS", 4)
+    monkeypatch.setattr(pretrain, "TOKENIZER_EXAMPLES", 300)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_killed_half_way_ends_with_the_same_weights(tmp_path: Path) -> None:
+    pretrain.pretrain(tmp_path / "whole", training=SHORT, device="cpu", log=lambda line: None)
+
+    def kill(line: str) -> None:
+        if line.startswith("step 4"):
+            raise KeyboardInterrupt
+
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(tmp_path / "part", training=SHORT, device="cpu", log=kill)
+    pretrain.pretrain(tmp_path / "part", training=SHORT, device="cpu", log=lines.append)
+    assert "steps 2 to 4" in lines[0]
+    whole, part = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+    assert not (tmp_path / "part" / pretrain.STATE).exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_another_training_does_not_resume(tmp_path: Path) -> None:
+    lines: list[str] = []
+    pretrain.pretrain(tmp_path, training=replace(SHORT, steps=2), device="cpu", log=lambda line: None)
+    pretrain.pretrain(tmp_path, training=replace(SHORT, seed=1, steps=2), device="cpu", log=lines.append)
+    assert "steps 0 to 2" in lines[0]
+
+
+def test_sizes_are_about_what_they_say() -> None:
+    from cai.micro.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(0, 1536, examples=50)
+    models = {name: pretrain.new_model(size, tokenizer) for name, size in SIZES.items()}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert 2.5e6 < counts["large"] < 3.2e6
+    assert counts["small"] < 0.7e6 < counts["medium"] < 2e6
+
+
+shipped = pytest.mark.skipif(not (WEIGHTS / "config.json").is_file(), reason="no weights in the package")
+
+
+@shipped
+def test_the_shipped_model_answers_in_its_world() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
+    rows = prompts("test", limit=20)
+    clear = 0
+    for row in rows:
+        ids = tokenizer.apply_chat_template(
+            row["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        out = model.generate(ids, max_new_tokens=160, do_sample=False)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        clear += oracle.well_formed(oracle.read(row["messages"], text))
+    assert clear >= 18
+
+
+@shipped
+def test_the_shipped_folder_says_what_it_was_trained_on_and_pads_with_a_token_of_its_own() -> None:
+    facts = json.loads((WEIGHTS / "cai.json").read_text())
+    assert facts["templates"] == "micro"
+    assert facts["corpus"] == corpus_hash(facts["training"]["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert (WEIGHTS / "model.safetensors").stat().st_size <= 6_000_000
