@@ -51,6 +51,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 result = results[item["id"]]
                 if isinstance(result, Failure):
                     failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {result.reason}"))
+                elif result.reasoning and not result.text:
+                    reason = f"its reasoning took all {len(result.token_ids)} tokens and no response followed"
+                    failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {reason}"))
                 else:
                     rows.append(to_row(item["prompt"], result, request.seed, model))
             context.journal.append(batch, rows, failures)

@@ -1,0 +1,41 @@
+"""Every family of models goes the whole way from prompts to preferences; what it says is noise, that it runs is not."""
+
+from __future__ import annotations
+
+import pytest
+from feedback import prompt, run_stage, sample
+
+from cai.errors import StageFailed
+
+PROMPTS = [prompt(f"What is {n} and {n}?", "red_team" if n % 2 else "helpful") for n in range(4)]
+DRAWING = {"max_new_tokens": 8, "temperature": 1.0}
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "mistral", "thinking", "lora", "base"],
+)
+def test_any_model_samples_revises_judges_and_labels(family, tmp_path, tiny):
+    model = tiny(family, templates="fewshot") if family == "base" else tiny(family)
+
+    def run(kind, rows=None, **config):
+        done = run_stage(kind, tmp_path, rows, model=model, **config)
+        assert not done.failures
+        return done.rows
+
+    if family == "thinking":  # a random one never ends its reasoning, so what it samples is none of its responses
+        with pytest.raises(StageFailed, match="its reasoning took all 8 tokens"):
+            run("sample", sets={"all": PROMPTS}, prompts="all", n=2, **DRAWING)
+        samples = [sample(f"What is {n} and {n}?", text, "helpful") for n in range(4) for text in ("Much.", "Little.")]
+    else:
+        samples = run("sample", sets={"all": PROMPTS}, prompts="all", n=2, **DRAWING)
+        assert all(row["finish_reason"] == "stop" or row["n_tokens"] == 8 for row in samples)
+    assert len(samples) == 8
+    revisions = run("revise", {"samples": samples}, rounds=2, **DRAWING)
+    assert len(revisions) == 8
+    assert all(len(row["rounds"]) == 2 for row in revisions)
+    votes = run("judge", {"samples": samples, "revisions": revisions}, pairs="all", min_mass=0.0)
+    assert all({vote["order"] for vote in row["votes"]} == {"ab", "ba"} for row in votes)
+    preferences = run("prefer", {"votes": votes})
+    assert len(preferences) == len(votes) >= 4
+    assert all(0.5 <= row["p_chosen"] <= 1 for row in preferences)

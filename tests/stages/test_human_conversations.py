@@ -1,0 +1,52 @@
+"""200 red-team conversations that people had go the whole way, and each of them is accounted for at every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from feedback import run_stage
+
+from cai.prompts import PromptSet, load_prompt_set
+
+HERE = Path(__file__).parents[3] / "shared" / "data"
+FILE = "hh_harmless_base.jsonl.gz"
+DRAWING = {"max_new_tokens": 8, "journal_batch": 50}
+
+
+@pytest.mark.skipif(not (HERE / FILE).is_file(), reason=f"needs hh-rlhf's conversations at {HERE / FILE}")
+def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
+    config = PromptSet(source=FILE, format="hh", limit=200, tags=["red_team"])
+    prompts = load_prompt_set(config, HERE)
+    assert len({prompt["id"] for prompt in prompts}) == 200
+    assert max(len(prompt["messages"]) for prompt in prompts) > 3, "all their turns, not only the last"
+    model = tiny("llama", templates="micro")  # the shortest templates
+
+    def run(kind, rows=None, **config):
+        return run_stage(kind, tmp_path, rows, model=model, **config)
+
+    samples = run("sample", sets={"hh": prompts}, prompts="hh", n=2, **DRAWING)
+    assert len(samples.rows) + len(samples.failures) == 400
+    answered = Counter(row["prompt_id"] for row in samples.rows)
+    unanswered = {prompt["id"] for prompt in prompts} - set(answered)
+    for prompt_id in unanswered:
+        assert sum(prompt_id in failure["reason"] for failure in samples.failures) == 2
+
+    first = {row["prompt_id"]: row for row in reversed(samples.rows)}
+    revisions = run("revise", {"samples": list(first.values())}, rounds=1, **DRAWING)
+    assert len(revisions.rows) + len(revisions.failures) == len(first) == 200 - len(unanswered)
+
+    votes = run("judge", {"samples": samples.rows}, principles="one", min_mass=0.0, journal_batch=50)
+    figures = votes.figures["votes"]["judge"]
+    paired = 2 * (len(votes.rows) + figures["failed_pairs"])
+    assert paired + figures["same_text"] + figures["unpaired"] == len(samples.rows)
+
+    preferences = run("prefer", {"votes": votes.rows})
+    labelled = preferences.figures["labels"]
+    assert len(preferences.rows) + labelled["abstained"] + labelled["dropped"] + labelled["even"] == len(votes.rows)
+    by_prompt = {prompt["id"]: prompt for prompt in prompts}
+    for row in preferences.rows:
+        assert row["prompt"] == by_prompt[row["prompt_id"]]["messages"]
+    print(f"\n{len(samples.rows)} responses ({len(samples.failures)} failed), {len(revisions.rows)} revisions "
+          f"({len(revisions.failures)} failed), {len(votes.rows)} pairs judged, {len(preferences.rows)} preferences")
