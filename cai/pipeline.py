@@ -8,6 +8,7 @@ own otherwise. What is to be done is decided in `cai.plan`, and what lies on dis
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import os
@@ -177,8 +178,8 @@ def _run(
         raise _named(error, step.id) from error
     failures = runs.n_failures(folder)
     write_json(folder / runs.STAGE, {
-        **facts, "ended": _now(), "seconds": round(time.monotonic() - began, 2), "tokens": max(line.tokens, journal.tokens),
-        "failures": failures, "figures": figures,
+        **facts, "ended": _now(), "seconds": round(time.monotonic() - began, 2),
+        "tokens": max(line.tokens, journal.tokens), "failures": failures, "figures": figures,
     })
     finished = runs.mark_done(folder, runs.output_digest(folder, figures, profile.offline))
     journal.discard()
@@ -207,7 +208,8 @@ def _work(
     try:
         return run_function(config.kind)(config, context)
     finally:
-        gc.collect()
+        if "torch" in sys.modules:
+            gc.collect()  # a stage's model is gone before the next one loads its own
 
 
 def _facts(planner: Planner, step: Step, profile: Profile, done: Mapping[str, runs.Finished]) -> dict[str, Any]:
@@ -243,11 +245,9 @@ def _summary(recipe: Recipe, run: Path, done: Mapping[str, runs.Finished]) -> di
 
 
 def _named(error: CaiError, stage: str) -> CaiError:
-    """The error with the stage's name in front, its exit code kept."""
+    """The error with the stage's name in front, where it does not name it already."""
     message = str(error)
-    named = type(error)(message if repr(stage) in message else f"stage {stage!r}: {message}")
-    named.exit_code = error.exit_code
-    return named
+    return type(error)(message if stage in message else f"stage {stage!r}: {message}")
 
 
 def _say_reused(display: Display, reused: list[str]) -> None:
@@ -299,6 +299,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("cai", *PACKAGES):

@@ -1,7 +1,8 @@
 """Three small stages that need no model, so that what the pipeline does can be seen quickly and stopped anywhere.
 
-`write` answers prompts, `weigh` labels texts by the principles' weights, `fit` leaves a model behind. The environment
-variable TOY_KILL=<stage>:<n> ends the process with SIGKILL when that stage is about to write its n-th batch.
+`write` answers prompts, `weigh` labels texts by the principles' weights, `fit` leaves a model behind. In the
+environment TOY_KILL=<stage>:<n> ends the process with SIGKILL when that stage is about to write its n-th batch,
+TOY_ERROR=<stage> lets it fail, and TOY_WAIT=<stage> makes it wait until somebody ends it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -39,7 +41,7 @@ class WriteConfig(FeedbackConfig):
     prompts: Names
     model: str | None = None
     n: int = Field(1, ge=1)
-    fail: list[str] = []
+    fail: list[str] = Field(default_factory=list)
 
 
 class WeighConfig(FeedbackConfig):
@@ -63,11 +65,14 @@ class FitConfig(StageConfig):
 def _maybe_kill(context: Context, n: int) -> None:
     if os.environ.get("TOY_KILL") == f"{context.stage_id}:{n}":
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("TOY_ERROR") == context.stage_id:
+        raise StageFailed("the pen broke")
+    if os.environ.get("TOY_WAIT") == context.stage_id and n == 1:
+        (context.folder / "waiting").write_text(str(os.getpid()))
+        time.sleep(60)
 
 
 def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
-    if context.stage_id in os.environ.get("TOY_ERROR", ""):
-        raise StageFailed("the pen broke")
     items = [{"id": f"{prompt['id']}/{k}", "prompt": prompt} for prompt in context.prompts(config.prompts)
              for k in range(config.n)]
     for n, batch in enumerate(context.journal.batches(items, size=config.journal_batch, unit="texts")):

@@ -1,0 +1,282 @@
+"""A recipe runs once, whatever interrupts it: reuse, reasons, kills, locks, failures, processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+
+from cai import pipeline, runs
+from cai.errors import BadInput, StageFailed
+from cai.pipeline import Options, plan_recipe, run_recipe
+from cai.profile import Profile, load_profile
+from cai.progress import PlainDisplay
+from cai.recipe import load_recipe
+from cai.records import read_rows
+
+TESTS = Path(__file__).parent
+CPU = load_profile("cpu")
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Path:
+    """A recipe of toy stages in a folder of its own."""
+    monkeypatch.setattr("cai.stages.STAGES", dict(pipeline_stages()))
+    monkeypatch.setattr("cai.recipe.STAGES", dict(pipeline_stages()))
+    for name in ("TOY_KILL", "TOY_ERROR", "TOY_WAIT"):
+        monkeypatch.delenv(name, raising=False)
+    return toy.make_recipe(tmp_path / "recipe")
+
+
+def pipeline_stages() -> dict[str, str]:
+    sys.modules |= {"toy_write": toy.write, "toy_weigh": toy.weigh, "toy_fit": toy.fit}
+    return toy.KINDS
+
+
+def run(recipe: Path, *overrides: str, profile: Profile = CPU, **options) -> dict:
+    loaded = load_recipe(recipe, overrides)
+    return run_recipe(loaded, profile, recipe.parent / "runs", Options(**options), PlainDisplay())
+
+
+def plan(recipe: Path, *overrides: str, **options) -> dict[str, tuple[str, str]]:
+    steps = plan_recipe(load_recipe(recipe, overrides), CPU, recipe.parent / "runs", Options(**options))
+    return {step.id: (step.status, step.reason) for step in steps}
+
+
+def command(recipe: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """`cai run` of toy stages in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(TESTS / "toy.py"), "run", str(recipe), "--runs", str(recipe.parent), *arguments],
+        env=os.environ | {"PYTHONPATH": str(TESTS)} | environment, stderr=subprocess.PIPE, text=True,
+    )
+
+
+def records(run_folder: Path) -> dict[str, bytes]:
+    """Stage id to what its current folder holds."""
+    return {stage: (folder / "records.jsonl").read_bytes() for stage, folder in runs.latest(run_folder).items()
+            if (folder / "records.jsonl").exists()}
+
+
+def records_of(recipe: Path) -> dict[str, bytes]:
+    """What an undisturbed run in another folder leaves."""
+    run_recipe(load_recipe(recipe), CPU, recipe.parent / "undisturbed", Options(), PlainDisplay())
+    return records(recipe.parent / "undisturbed")
+
+
+def killed(recipe: Path, point: str) -> None:
+    """Runs the recipe in a child of this process that ends itself with SIGKILL at a point."""
+    child = os.fork()
+    if not child:
+        os.environ["TOY_KILL"] = point
+        run(recipe)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def reused(recipe: Path, *overrides: str) -> list[str]:
+    return [stage for stage, (status, _) in plan(recipe, *overrides).items() if status == "reused"]
+
+
+@pytest.mark.parametrize("point", ["texts:0", "texts:2", "tuned:0", "more:1", "labels:1", "policy:0"])
+def test_killed_in_any_stage_and_started_again_it_ends_with_the_same_bytes(recipe, point):
+    undisturbed = records_of(recipe)
+    killed(recipe, point)
+    assert point.partition(":")[0] not in runs.latest(recipe.parent / "runs")
+    run(recipe)
+    assert records(recipe.parent / "runs") == undisturbed
+
+
+def test_a_torn_line_in_the_journal_changes_nothing(recipe):
+    undisturbed = records_of(recipe)
+    killed(recipe, "more:2")
+    [journal] = (recipe.parent / "runs").glob("more-*/journal.jsonl")
+    journal.write_bytes(journal.read_bytes()[:-7])
+    run(recipe)
+    assert records(recipe.parent / "runs") == undisturbed
+
+
+def test_a_second_run_reuses_every_stage(recipe, monkeypatch):
+    first = run(recipe)
+    monkeypatch.setattr(pipeline, "run_function", None)
+    assert run(recipe) == first
+    assert {status for status, _ in plan(recipe).values()} == {"reused"}
+
+
+def test_a_changed_weight_redoes_the_labels_and_what_follows(recipe):
+    run(recipe)
+    document = recipe.parent / "constitution.yaml"
+    document.write_text(document.read_text().replace("weight: 2.0", "weight: 0.5"))
+    assert plan(recipe) == {
+        "texts": ("reused", ""), "tuned": ("reused", ""), "more": ("reused", ""),
+        "labels": ("runs", "weight of honest changed"), "policy": ("waits", "because labels would run"),
+    }
+    run(recipe)
+    assert read_rows(runs.latest(recipe.parent / "runs")["labels"] / "records.jsonl")[0]["weights"]["honest"] == 0.5
+
+
+def test_a_changed_request_redoes_what_asks_it_and_says_which_principle(recipe):
+    run(recipe)
+    document = recipe.parent / "constitution.yaml"
+    document.write_text(document.read_text().replace("is kind.", "is very kind."))
+    assert plan(recipe)["texts"] == ("runs", "principle kind changed")
+    assert plan(recipe)["labels"][0] == "waits"
+
+
+@pytest.mark.parametrize(("override", "stage", "reason", "kept"), [
+    ("seed=8", "texts", "seed 7 -> 8", []),
+    ("stages.more.n=2", "more", "n 1 -> 2", ["texts", "tuned"]),
+    ("stages.policy.size=3", "policy", "size 1 -> 3", ["texts", "tuned", "more", "labels"]),
+    ("prompts.held.limit=1", "more", "prompt set held changed", ["texts", "tuned"]),
+])
+def test_a_dry_run_says_what_would_run_and_why_and_writes_nothing(recipe, override, stage, reason, kept):
+    run(recipe)
+    before = sorted(recipe.parent.rglob("*"))
+    planned = plan(recipe, override)
+    assert planned[stage] == ("runs", reason)
+    assert reused(recipe, override) == kept
+    assert sorted(recipe.parent.rglob("*")) == before
+
+
+def test_changed_weights_of_the_model_redo_what_used_it(recipe):
+    run(recipe)
+    toy.make_model(recipe.parent / "start", "other weights")
+    assert plan(recipe)["texts"] == ("runs", "model start changed")
+
+
+def test_a_change_that_leaves_the_output_as_it_was_stops_there(recipe):
+    run(recipe)
+    override = "stages.texts.retries=5"
+    assert plan(recipe, override)["texts"] == ("runs", "retries 1 -> 5")
+    run(recipe, override, until="texts")
+    assert reused(recipe, override) == ["texts", "tuned", "more", "labels", "policy"]
+
+
+def test_going_back_to_an_earlier_recipe_reuses_what_it_left(recipe):
+    first = run(recipe)
+    run(recipe, "stages.more.n=2")
+    assert reused(recipe) == ["texts", "tuned", "more", "labels", "policy"]
+    assert run(recipe) == first
+    assert len(runs.unused(recipe.parent / "runs")) == 3
+
+
+def test_the_profile_is_not_part_of_what_a_stage_computes(recipe):
+    run(recipe)
+    loaded = load_recipe(recipe)
+    other = Profile(name="other", micro_batch=2, token_budget=512)
+    assert {step.status for step in plan_recipe(loaded, other, recipe.parent / "runs", Options())} == {"reused"}
+
+
+def test_until_and_from_choose_stages(recipe):
+    assert list(run(recipe, until="tuned")["stages"]) == ["texts", "tuned"]
+    run(recipe)
+    assert plan(recipe, redo_from="labels")["labels"] == ("runs", "asked for with --from")
+    [done] = (recipe.parent / "runs").glob("labels-*/DONE")
+    before = done.stat().st_mtime_ns
+    run(recipe, redo_from="labels")
+    assert done.stat().st_mtime_ns > before
+    with pytest.raises(BadInput, match="did you mean 'labels'"):
+        run(recipe, until="label")
+
+
+def test_failures_are_counted_and_asked_again_only_on_request(recipe):
+    failing = "stages.texts.fail=['how?']"
+    assert run(recipe, failing)["failures"]["texts"] == 3
+    more = runs.latest(recipe.parent / "runs")["more"]
+    assert run(recipe, failing)["failures"]["texts"] == 3
+    assert plan(recipe, failing, retry_failures=True)["texts"] == ("continues", "3 failed items are asked again")
+    assert run(recipe, failing, retry_failures=True)["failures"]["texts"] == 0
+    folder = runs.latest(recipe.parent / "runs")["texts"]
+    assert len(read_rows(folder / "records.jsonl")) == 12
+    assert runs.latest(recipe.parent / "runs")["more"] != more, "what learned from fewer texts is redone"
+
+
+def test_a_stage_that_fails_is_named_and_what_it_computed_stays(recipe, monkeypatch):
+    monkeypatch.setenv("TOY_ERROR", "more")
+    with pytest.raises(StageFailed, match=r"^stage 'more': the pen broke$"):
+        run(recipe)
+    monkeypatch.delenv("TOY_ERROR")
+    assert reused(recipe) == ["texts", "tuned"]
+
+
+def test_one_conversation_in_a_learned_from_and_a_held_out_set_is_refused(recipe):
+    with (recipe.parent / "held.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "why?"}) + "\n")
+    with pytest.raises(BadInput, match=r"1 prompts of the held-out set 'held' are in 'first' too"):
+        run(recipe)
+    assert not (recipe.parent / "runs" / "run.json").exists()
+
+
+def test_two_processes_cannot_work_on_one_run(recipe):
+    with runs.locked(recipe.parent / "runs"), pytest.raises(BadInput, match=f"process {os.getpid()} is working on"):
+        run(recipe)
+    run(recipe)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_so_and_goes_on_from_there(recipe, number, code):
+    child = command(recipe, TOY_WAIT="more")
+    until(lambda: list(recipe.parent.glob("toy/more-*/waiting")))
+    with pytest.raises(BadInput, match=f"process {child.pid} is working"), runs.locked(recipe.parent / "toy"):
+        pass
+    child.send_signal(number)
+    _, said = child.communicate(timeout=20)
+    assert child.returncode == code
+    assert said.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
+    again = command(recipe)
+    assert "more: 6 texts (2 from before)" in again.communicate()[1]
+
+
+@pytest.fixture
+def own_process(tmp_path, monkeypatch) -> Profile:
+    """A profile whose stages run in processes of their own, which know the toy stages."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import toy\ntoy.install()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{TESTS}")
+    return Profile(name="own", device="cuda")
+
+
+def test_stages_in_processes_of_their_own_give_the_same_records(recipe, own_process):
+    inline = run(recipe)
+    launched = run_recipe(load_recipe(recipe), own_process, recipe.parent / "other", Options(), PlainDisplay())
+    assert records(recipe.parent / "other") == records(recipe.parent / "runs")
+    assert launched["stages"] == inline["stages"]
+
+
+def test_the_error_of_a_process_is_reported_as_its_own(recipe, own_process, monkeypatch):
+    monkeypatch.setenv("TOY_ERROR", "texts")
+    with pytest.raises(StageFailed, match=r"^stage 'texts': the pen broke$") as failed:
+        run(recipe, profile=own_process)
+    assert failed.value.exit_code == 3
+    monkeypatch.delenv("TOY_ERROR")
+    monkeypatch.setenv("TOY_KILL", "texts:1")
+    with pytest.raises(StageFailed, match=r"ended with signal 9; see .*log\.txt"):
+        run(recipe, profile=own_process)
+    monkeypatch.delenv("TOY_KILL")
+    run(recipe, profile=own_process)
+
+
+def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_process, tmp_path):
+    profile = tmp_path / "own.yaml"
+    profile.write_text("device: cuda\n")
+    child = command(recipe, "--on", str(profile), TOY_WAIT="texts", PYTHONPATH=f"{tmp_path / 'site'}:{TESTS}")
+    until(lambda: list(recipe.parent.glob("toy/texts-*/waiting")))
+    [waiting] = recipe.parent.glob("toy/texts-*/waiting")
+    child.kill()
+    child.communicate()
+    until(lambda: not Path(f"/proc/{waiting.read_text()}/cmdline").exists()
+          or not Path(f"/proc/{waiting.read_text()}/cmdline").read_bytes())
+
+
+def until(true) -> None:
+    """Waits for something to become true."""
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
