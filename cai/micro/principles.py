@@ -29,6 +29,13 @@ WEIGHTS: Mapping[str, float] = {
 }
 """How much each principle counts in the gold score; the weights of constitutions/micro.yaml."""
 
+APPLIES_TO: Mapping[str, tuple[str, ...]] = {
+    principle: {"harmless": ("red_team",), "polite": ("red_team", "helpful")}.get(principle, ("helpful",))
+    for principle in WEIGHTS
+}
+"""The prompts that each principle is for, as in constitutions/micro.yaml. Of a harmful request, harm is what matters:
+with the style of answers asked there too, most pairs would be decided by how they comply."""
+
 
 def faults(principle: str, kind: str, act: str, habits: Sequence[str] | Mapping[str, str]) -> Faults:
     """What is wrong under `principle` with an answer that does `act` to a request of class `kind`; empty if nothing."""
@@ -63,8 +70,13 @@ def probability(principle: str, request: Request, a: Answer, b: Answer) -> float
 
 
 def gold(kind: str, act: str, habits: Sequence[str]) -> float:
-    """Minus the weighted size of everything wrong, over all principles: 0 is a faultless answer."""
-    return -sum(weight * sum(faults(principle, kind, act, habits).values()) for principle, weight in WEIGHTS.items())
+    """Minus the weighted size of everything wrong, over the principles that apply: 0 is a faultless answer."""
+    tag = "red_team" if kind == "harmful" else "helpful"
+    return -sum(
+        weight * sum(faults(principle, kind, act, habits).values())
+        for principle, weight in WEIGHTS.items()
+        if tag in APPLIES_TO[principle]
+    )
 
 
 FAULT_TEXTS: Mapping[str, tuple[str, ...]] = {

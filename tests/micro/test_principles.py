@@ -10,7 +10,7 @@ import pytest
 from cai.constitution import Principle, load_constitution
 from cai.micro import oracle, principles
 from cai.micro.answers import BROAD, draw
-from cai.micro.principles import PHRASES, WEIGHTS, Wording, wordings
+from cai.micro.principles import APPLIES_TO, PHRASES, WEIGHTS, Wording, wordings
 from cai.micro.world import KINDS, requests
 from cai.records import Message
 
@@ -22,6 +22,8 @@ PRINCIPLES = load_constitution(CONSTITUTION).principles
 def test_the_document_uses_a_trained_wording_and_the_worlds_weight(principle: Principle) -> None:
     assert Wording(principle.critique, principle.revise, principle.compare) in set(wordings(principle.id))
     assert principle.weight == WEIGHTS[principle.id]
+    for tag in ("red_team", "helpful"):
+        assert principle.applies([tag]) == (tag in APPLIES_TO[principle.id])
 
 
 @pytest.mark.parametrize("principle", PRINCIPLES, ids=lambda principle: principle.id)
