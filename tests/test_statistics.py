@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, t
 
@@ -109,6 +109,7 @@ def test_bad_columns_are_refused() -> None:
         statistics.paired_difference([1.0], [])
 
 
+@settings(deadline=None)
 @given(columns, st.randoms(use_true_random=False))
 def test_the_order_of_rows_does_not_matter_to_the_last_bit(
     rows: list[tuple[float, float, str]], shuffler: random.Random
@@ -122,6 +123,7 @@ def test_the_order_of_rows_does_not_matter_to_the_last_bit(
     assert results[0] == results[1]
 
 
+@settings(deadline=None)
 @given(columns)
 def test_intervals_hold_their_value_and_mirror(rows: list[tuple[float, float, str]]) -> None:
     a, b, clusters = (list(column) for column in zip(*rows, strict=True))
@@ -137,6 +139,7 @@ def test_intervals_hold_their_value_and_mirror(rows: list[tuple[float, float, st
         assert ours.interval[0] > 0 or ours.interval[1] < 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_never_more_lenient_than_one_test_and_never_more_strict_than_bonferroni(p: list[float]) -> None:
     for raw, adjusted in zip(p, statistics.holm(p), strict=True):

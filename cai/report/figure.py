@@ -46,7 +46,8 @@ def draw(summary: Mapping[str, Any], path: Path, prompt_set: str = "") -> None:
             axes.axhline(row - 0.5, color="#e3e6ea", lw=0.8, zorder=0)
         axes.set_yticks([])
         for row, metric in enumerate(shown):
-            beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+            beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            beside["ha"] = "right"
             axes.annotate(METRICS[metric].label, (0, row), (-14, 2), weight="bold", **beside)
             axes.annotate(WAYS[METRICS[metric].better], (0, row), (-14, -11), color=SOFT, fontsize=8.5, **beside)
         axes.set_ylim(len(shown) - 0.5, -0.5)

@@ -184,8 +184,13 @@ class Context:
         return [row for name in names for row in read_rows(self.inputs[name] / "records.jsonl")]
 
     def prompts(self, sets: Sequence[str]) -> list[Prompt]:
-        """The prompts of the named sets, in order."""
-        return [prompt for name in sets for prompt in self.prompt_sets[name]]
+        """The prompts of the named sets, in order. One that is in several comes once, with the tags of all of them."""
+        found: dict[str, Prompt] = {}
+        for prompt in (prompt for name in sets for prompt in self.prompt_sets[name]):
+            if earlier := found.get(prompt["id"]):
+                prompt = {**earlier, "tags": list(dict.fromkeys([*earlier["tags"], *prompt["tags"]]))}
+            found[prompt["id"]] = prompt
+        return list(found.values())
 
     def model(self, name: str | None) -> Model:
         """The model of that name in the recipe; the recipe's own for None."""

@@ -46,6 +46,7 @@ class Config(WritingConfig):
     n: int = Field(1, ge=1, description="Responses of each checkpoint to each prompt.")
     baseline: str | None = Field(None, description="What the others are compared to; absent = the first model.")
     pairs: Literal["all", "baseline"] = Field("all", description="Head to head: all pairs, or each with the baseline.")
+    judged: int | None = Field(None, ge=1, description="Prompts of each set judged head to head; absent = all.")
     judge: str | None = Field(None, description="Model or stage that judges; absent = the recipe's judge.")
     principles: list[str] | Literal["all"] = Field("all", description="Ids of the principles that are asked about.")
     tie_below: float = Field(0.1, ge=0, description="Log-odds (nats) under which a comparison is a tie.")
@@ -76,10 +77,10 @@ class Config(WritingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes typed rows, samples then votes; comparison.json, page.html and figure.svg with what they say."""
-    prompts = _each_once(context.prompts(config.prompts))
+    prompts = {prompt["id"]: prompt for prompt in context.prompts(config.prompts)}
     principles = _principles(config, context)
     samples = _planned_samples(config, prompts)
-    votes = list(_planned_votes(config, prompts, principles, samples))
+    votes = list(_planned_votes(config, _judged(config, context, prompts), principles, samples))
     plan = [*samples.values(), *votes]
     work = _Work(config, context, principles)
     with _OneEngine(context) as engines:
@@ -116,6 +117,15 @@ def _planned_samples(config: Config, prompts: Mapping[str, Prompt]) -> dict[tupl
         }
         for name in config.names for prompt_id, prompt in prompts.items() for number in range(config.n)
     }  # fmt: skip
+
+
+def _judged(config: Config, context: Context, prompts: Mapping[str, Prompt]) -> dict[str, Prompt]:
+    """The prompts that a judge sees: all, or as many of each set as the config says, drawn by seed."""
+    chosen: set[str] = set()
+    for name in config.prompts:
+        ids = [prompt["id"] for prompt in context.prompts([name])]
+        chosen.update(sorted(ids, key=lambda prompt_id: context.seed_for("judged", prompt_id))[: config.judged])
+    return {prompt_id: prompt for prompt_id, prompt in prompts.items() if prompt_id in chosen}
 
 
 def _planned_votes(
@@ -283,7 +293,7 @@ def _write_up(
 
 def _rows(records: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> ComparedRows:
     """The rows about these prompts, by what they are about."""
-    known = _each_once(prompts)
+    known = {prompt["id"]: prompt for prompt in prompts}
     about = [row for row in records if row["prompt_id"] in known]
     return ComparedRows(
         known,
@@ -294,16 +304,6 @@ def _rows(records: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> Compa
             if row["row"] == "vote"
         },
     )
-
-
-def _each_once(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
-    """Prompts by id; one that is in several sets is answered once and carries the tags of all of them."""
-    found: dict[str, Prompt] = {}
-    for prompt in prompts:
-        if earlier := found.get(prompt["id"]):
-            prompt = {**earlier, "tags": list(dict.fromkeys([*earlier["tags"], *prompt["tags"]]))}
-        found[prompt["id"]] = prompt
-    return found
 
 
 class _OneEngine:

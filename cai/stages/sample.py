@@ -31,7 +31,7 @@ class Config(WritingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Sample for each response. A prompt that does not fit, or fails otherwise, is a failure by name."""
-    prompts = each_once(context.prompts(config.prompts))
+    prompts = context.prompts(config.prompts)
     items = [
         {"id": stable_id(context.stage_id, prompt["id"], number), "prompt": prompt}
         for prompt in prompts
@@ -72,16 +72,6 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             }
         }
     }
-
-
-def each_once(prompts: list[Prompt]) -> list[Prompt]:
-    """A prompt that is in several sets is answered once and carries the tags of all of them."""
-    found: dict[str, Prompt] = {}
-    for prompt in prompts:
-        if earlier := found.get(prompt["id"]):
-            prompt = {**earlier, "tags": list(dict.fromkeys([*earlier["tags"], *prompt["tags"]]))}
-        found[prompt["id"]] = prompt
-    return list(found.values())
 
 
 def to_row(prompt: Prompt, completion: Completion, seed: int, model: str) -> Sample:

@@ -1,4 +1,4 @@
-"""Comparisons: who answers what, one engine at a time, figures equal to counts by hand, a page where text stays text."""
+"""Comparisons: one engine at a time, figures equal to counts by hand, a page on which text stays text."""
 
 from __future__ import annotations
 
@@ -119,9 +119,7 @@ def test_tiny_models_are_compared_one_engine_at_a_time(tmp_path: Path, tiny: Cal
 
 
 @pytest.mark.parametrize("die_at", [6, 12, 15])
-def test_a_killed_comparison_ends_with_the_same_bytes(
-    tmp_path: Path, tiny: Callable[..., Model], die_at: int
-) -> None:
+def test_a_killed_comparison_ends_with_the_same_bytes(tmp_path: Path, tiny: Callable[..., Model], die_at: int) -> None:
     models = tiny_models(tiny)
     settings = config({"one": "one", "two": "two"}, min_mass=0, max_new_tokens=4, journal_batch=3, n=2)
     run(settings, bench(tmp_path / "whole", models))
@@ -149,13 +147,12 @@ def test_the_better_one_wins_however_much_the_judge_likes_the_first_place(tmp_pa
     prompts = [prompt(f"Question {i}?", "helpful") for i in range(30)]
     for bias in (0.0, 5.0):
         scripts = {"good": says("good"), "bad": says("other"), "judge": prefers("good", bias=bias)}
-        summary = run(
-            config({"bad": "bad", "good": "good"}),
-            bench(tmp_path / f"bias{bias}", list(scripts), scripts, {"heldout": prompts}),
-        )
-        (entry,) = summary["head_to_head"]
-        assert (entry["a"], entry["wins"], entry["verdict"]) == ("good", 30, "a better")
-        assert entry["order_flips"]["value"] == (1.0 if bias else 0.0)
+        for models, verdict in (("bad", "good"), "a better"), (("good", "bad"), "b better"):
+            context = bench(tmp_path / f"{verdict}{bias}", list(scripts), scripts, {"heldout": prompts})
+            (entry,) = run(config({name: name for name in models}), context)["head_to_head"]
+            assert max(entry["wins"], entry["losses"]) == 30
+            assert entry["verdict"] == verdict
+            assert entry["order_flips"]["value"] == (1.0 if bias else 0.0)
 
 
 def test_only_applicable_principles_are_asked_and_weights_decide(tmp_path: Path) -> None:
@@ -190,28 +187,35 @@ def test_what_failed_is_counted_and_in_no_figure(tmp_path: Path) -> None:
     assert "missing" in reasons[1]
     text = (context.folder / "page.html").read_text(encoding="utf-8")
     assert "1 of 8 responses and 1 of 4 comparisons failed" in text
+    scripts["two"] = Script(writes=lambda request: Failure(request.id, "no room"))
+    context = bench(tmp_path / "none", list(scripts), scripts)
     with pytest.raises(StageFailed, match="no room"):
-        scripts["two"] = Script(writes=lambda request: Failure(request.id, "no room"))
-        run(config({"one": "one", "two": "two"}), bench(tmp_path / "none", list(scripts), scripts))
+        run(config({"one": "one", "two": "two"}), context)
 
 
-def test_a_retry_changes_no_response_that_had_succeeded(tmp_path: Path) -> None:
-    broken = True
+def test_a_retry_goes_on_where_the_attempts_ended_and_changes_no_earlier_response(tmp_path: Path) -> None:
+    unlucky: dict[str, set[int]] = {}
 
     def write(request: Any) -> str | Failure:
-        return Failure(request.id, "no room") if broken and "noon" in str(request) else f"other {request.seed % 97}"
+        """The question about noon is answered at its third seed, the one about a lock at its second."""
+        bad = {"noon": 2, "pick": 1}
+        word = next((word for word in bad if word in request.messages[0]["content"]), None)
+        seeds = unlucky.setdefault(request.id, set())
+        if word and len(seeds) < bad[word]:
+            seeds.add(request.seed)
+        return Failure(request.id, "no luck") if request.seed in seeds else f"other {request.seed % 97}"
 
     scripts = {"one": says("good"), "two": Script(writes=write), "judge": prefers("good")}
     settings = config({"one": "one", "two": "two"}, journal_batch=5)
     context = bench(tmp_path / "run", list(scripts), scripts)
     run(settings, context)
     before = {row["id"]: row for row in read_rows(context.folder / RECORDS)}
-    broken = False
+    assert len(before) == 8 + 4 - 2, "the question about noon has one response and no verdict"
     context.journal.discard()
     assert reopen(context.folder) > 0
     run(settings, bench(tmp_path / "run", list(scripts), scripts))
     after = {row["id"]: row for row in read_rows(context.folder / RECORDS)}
-    assert len(after) == len(before) + 2
+    assert len(after) == 8 + 4
     assert all(after[key] == row for key, row in before.items())
 
 
@@ -302,8 +306,8 @@ class Tags(HTMLParser):
 
 def test_whatever_is_written_stays_text_on_the_page(tmp_path: Path) -> None:
     sets = {"heldout": [prompt(f"{HOSTILE} {i}", "helpful", f"<b>{HOSTILE}") for i in range(3)] + PROMPTS}
-    scripts = {"one": says(HOSTILE), "two": Script(writes=lambda request: Failure(request.id, HOSTILE)
-                                                   if "noon" in str(request) else "other 1"), "judge": Script()}  # fmt: skip
+    fails = Script(writes=lambda request: Failure(request.id, HOSTILE) if "noon" in str(request) else "other 1")
+    scripts = {"one": says(HOSTILE), "two": fails, "judge": Script()}
     context = bench(tmp_path / "run", list(scripts), scripts, sets)
     run(config({"<i>one</i>": "one", "two & co": "two"}), context)
     page = (context.folder / "page.html").read_text(encoding="utf-8")
@@ -317,6 +321,7 @@ def test_whatever_is_written_stays_text_on_the_page(tmp_path: Path) -> None:
     assert "<script>alert('x')</script>" in words
     assert "U+202E" in words
     assert "<i>one</i> and two & co compared" in words
+    assert "<i>one" not in page
     assert "default-src 'none'" in page
 
 
@@ -346,6 +351,15 @@ def test_each_prompt_set_has_figures_of_its_own(tmp_path: Path) -> None:
         report.draw(summary, tmp_path / name, prompt_set="heldout_topics")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_judge_sees_as_many_prompts_of_each_set_as_asked_for(tmp_path: Path) -> None:
+    sets = {"heldout": PROMPTS[:2], "heldout_topics": PROMPTS[2:]}
+    scripts = {"good": says("good"), "bad": says("other"), "judge": prefers("good")}
+    context = bench(tmp_path / "run", list(scripts), scripts, sets)
+    summary = run(config({"bad": "bad", "good": "good"}, prompts=list(sets), judged=1), context)
+    assert [summary[f"head_to_head{suffix}"][0]["n"] for suffix in ("", "_heldout_topics")] == [1, 1]
+    assert summary["checkpoints"]["good"]["distinct"]["n"] == 2
 
 
 def test_one_checkpoint_alone_is_described(tmp_path: Path) -> None:
