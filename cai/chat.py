@@ -3,7 +3,8 @@
 The model's own chat template says how a conversation looks, and the ids are those of `apply_chat_template`, with one
 difference: text from a user or a model never becomes a special token. The template is rendered once for each shape of
 conversation, with placeholders for the contents. That tells its own text from theirs, and whether it trims them; the
-conversation is then put together as one string and encoded in one piece (`cai.encoding`).
+conversation is then put together as one string and encoded in one piece (`cai.encoding`). A template that replaces
+strings in contents is asked what becomes of each.
 
 Roles that a template refuses are fitted to it: system text goes in front of the first user turn, and turns of one role
 in a row are joined, with a blank line between. Reasoning (`<think>` … `</think>`) is kept apart from responses:
@@ -39,6 +40,7 @@ NO_THOUGHT = f"\n{THINK_END}\n\n"
 _PLACE = re.compile(f"\ue000{NONCE}:(\\d+)\ue001")
 _EDGE = "\u2003" + 9 * "\n"
 """Whitespace at both ends of a placeholder, newlines outermost: what is left of it shows how a template trims there."""
+_REPLACES = re.compile(r"(\||\.)\s*replace\s*\(")
 _DATE = "26 Jul 2024"
 """For templates that write the day's date: the same plan gives the same ids on every day."""
 
@@ -100,6 +102,7 @@ class Chat:
         self.pad_id = int(tokenizer.pad_token_id)
         self.thinks = THINK_END in template or THINK_END in tokenizer.get_added_vocab()
         self._encoder = Encoder(tokenizer, template)
+        self._replaces = _REPLACES.search(template) is not None
         self._layouts: dict[tuple[Shape, bool, bool], Layout | str] = {}
         self._opens = self.thinks and self._thought_open(self._layout(_ASKED, generate=True))
         self._before = self._response_start(thinking=True)
@@ -121,7 +124,7 @@ class Chat:
         lengths = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
         ends = settings(model, "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
         templates = load_templates(model.templates)
-        borrowed = tokenizer.chat_template is not None and tokenizer.chat_template == templates.chat_template
+        borrowed = templates.chat_template is not None and templates.chat_template in (tokenizer.chat_template or "")
         return cls(
             tokenizer,
             name=model.name,
@@ -137,7 +140,7 @@ class Chat:
         refuses.
         """
         fitted, layout = self._fitted(messages, generate=True, thinking=thinking)
-        return self._encoder.encode(_filled(layout, fitted))
+        return self._encoder.encode(_filled(layout, self._contents(fitted)))
 
     def response_ids(self, text: str, reasoning: str | None = None) -> list[int]:
         """Ids of a response as it stands behind a prompt, with the end-of-turn token."""
@@ -159,7 +162,7 @@ class Chat:
             fitted, layout = self._fitted(answered)
             if (slot := _slot(layout, len(fitted) - 1)) is not None:
                 upto = layout[: layout.index(slot) + 1]
-                whole = self._encoder.encode(_filled(upto, fitted) + self._end)
+                whole = self._encoder.encode(_filled(upto, self._contents(fitted)) + self._end)
                 if whole[: len(prompt)] == prompt:
                     return prompt, whole[len(prompt) :] + ([] if self._end else [self.end_of_turn])
         return prompt, self.response_ids(response, reasoning)
@@ -241,18 +244,13 @@ class Chat:
     def _rendered(self, shape: Shape, generate: bool, thinking: bool) -> Layout | str:
         from jinja2 import TemplateError
 
-        messages = [
-            {"role": role, "content": f"{_EDGE[::-1]}\ue000{NONCE}:{n}\ue001{_EDGE}" if blank is None else blank}
-            for n, (role, blank) in enumerate(shape)
-        ]
+        contents = [_place(n, around=_EDGE) if blank is None else blank for n, (_, blank) in enumerate(shape)]
         options: dict[str, Any] = {} if thinking else {"enable_thinking": False}
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate, date_string=_DATE, **options
-            )
+            text = self._template([role for role, _ in shape], contents, add_generation_prompt=generate, **options)
         except TemplateError as error:
             return str(error)
-        literals = _PLACE.split(str(text))
+        literals = _PLACE.split(text)
         places = [int(index) for index in literals[1::2]]
         del literals[1::2]
         for n, (role, blank) in enumerate(shape):
@@ -269,6 +267,25 @@ class Chat:
         if self.thinks and generate and not thinking and self._thought_open(tuple(layout)):
             layout[-1] = f"{layout[-1]}{self._encoder.written(NO_THOUGHT)}"
         return tuple(layout)
+
+    def _template(self, roles: Sequence[str], contents: Sequence[str], **options: Any) -> str:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE, **options))
+
+    def _contents(self, messages: Sequence[Message]) -> list[str]:
+        """The contents as the template puts them: itself, but for strings that it replaces."""
+        contents = [one["content"] for one in messages]
+        if not self._replaces:
+            return contents
+        roles = [one["role"] for one in messages]
+        places = [_place(n) if text.strip() else text for n, text in enumerate(contents)]
+        frame = self._template(roles, places)
+        for n, (place, text) in enumerate(zip(places, contents, strict=True)):
+            before, found, after = frame.partition(place)
+            said = self._template(roles, [*places[:n], text, *places[n + 1 :]])
+            if text.strip() and found and said.startswith(before) and said.endswith(after):
+                contents[n] = said[len(before) : len(said) - len(after)]
+        return contents
 
     def _thought_open(self, layout: Layout | str) -> bool:
         """Whether the template's last words open the markup for reasoning."""
@@ -314,8 +331,13 @@ def _slot(layout: Layout | str, index: int) -> Slot | None:
     return slots[-1] if slots else None
 
 
-def _filled(layout: Layout, messages: Sequence[Message]) -> str:
-    return "".join(part if isinstance(part, str) else part.fill(messages[part.index]["content"]) for part in layout)
+def _filled(layout: Layout, contents: Sequence[str]) -> str:
+    return "".join(part if isinstance(part, str) else part.fill(contents[part.index]) for part in layout)
+
+
+def _place(index: int, around: str = "") -> str:
+    """What stands for the content of message `index` when a template is rendered."""
+    return f"{around[::-1]}\ue000{NONCE}:{index}\ue001{around}"
 
 
 def _trim_of(text: str) -> tuple[str, str | None]:

@@ -129,7 +129,11 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             raise BadInput(f"model {model.name!r} has no tokenizer in {folder}")
         home = fetch(base)
     tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=False)
-    tokenizer.chat_template = model.chat_template or tokenizer.chat_template or _set_template(model)
+    given = model.chat_template or (None if tokenizer.chat_template else _set_template(model))
+    if given is not None:
+        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        # A template from elsewhere: the model has seen every text begin with its bos.
+        tokenizer.chat_template = ("{{ bos_token }}" if begins and "bos_token" not in given else "") + given
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     if tokenizer.pad_token in (None, tokenizer.eos_token) or tokenizer.pad_token in template:
         tokenizer.add_special_tokens({"pad_token": _free_token(tokenizer, template) or ADDED_PAD})
