@@ -8,6 +8,7 @@ first one starts. Left out: what has already run and what that left behind (`cai
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,7 +266,7 @@ def _constitution(
                 raise fail(document, ("stages", index, "kind"), f"{config.kind} asks about principles, but the recipe "
                                                                 "names no `constitution:`")
         return None
-    path = document.path.parent / written.constitution
+    path = Path(os.path.normpath(document.path.parent / written.constitution))
     if not path.exists() and Path(written.constitution).suffix:
         names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         raise fail(document, ("constitution",), f"no such file {written.constitution!r}, relative to the recipe"

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,16 +22,23 @@ from cai.engines import Failure
 from cai.errors import StageFailed
 from cai.stages import STAGES, Context, FeedbackConfig, Names, Rows, StageConfig
 
+if TYPE_CHECKING:
+    import pytest
+
 write = ModuleType("toy_write")
 weigh = ModuleType("toy_weigh")
 fit = ModuleType("toy_fit")
 KINDS = {"write": "toy_write", "weigh": "toy_weigh", "fit": "toy_fit"}
 
 
-def install() -> None:
-    """Adds the kinds to the table of stages."""
+def install(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+    """Adds the kinds to the table of stages; for one test if `monkeypatch` is given, else for good."""
     sys.modules |= {"toy_write": write, "toy_weigh": weigh, "toy_fit": fit}
-    STAGES.update(KINDS)
+    for kind, module in KINDS.items():
+        if monkeypatch:
+            monkeypatch.setitem(STAGES, kind, module)
+        else:
+            STAGES[kind] = module
 
 
 class WriteConfig(FeedbackConfig):
