@@ -46,6 +46,7 @@ class Config(WritingConfig):
     kind: Literal["revise"] = "revise"
     from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are revised.")
     only: Names = Field([], description="Tags of the prompts whose responses are revised. Empty = all.")
+    principles: Names = Field([], description="Ids or tags of the principles to draw from. Empty = all that apply.")
     rounds: int = Field(1, ge=1, description="Critiques and revisions in a row.")
     model: str | None = Field(None, description="Model or stage that criticises and rewrites; absent = the recipe's.")
 
@@ -85,13 +86,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise BadInput("`revise` needs a constitution, and the recipe names none")
     responses: list[Sample] = context.rows(config.from_)
     wanted = select(responses, config.only)
-    plan = [row for row in wanted if applicable(context.constitution, row)]
+    principles = among(context.constitution, config.principles)
+    plan = [row for row in wanted if applicable(principles, row)]
     if not plan:
         raise StageFailed(f"no principle applies to any of {len(wanted)} responses")
     reviser = context.model(config.model).name
     with context.engine(config.model) as engine:
         for batch in context.journal.batches(plan, size=config.journal_batch, unit="responses"):
-            items = [start(row, config.rounds, context.constitution, context) for row in batch.items]
+            items = [start(row, config.rounds, principles, context) for row in batch.items]
             # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
             retries = (config.retries + 1) * (batch.attempt + 1) - 1
             critic = Critic(engine, context.templates(config.model), config.sampling, retries)
@@ -120,13 +122,26 @@ def select(responses: list[Sample], only: list[str]) -> list[Sample]:
     return [row for row in responses if not only or not set(only).isdisjoint(row["tags"])]
 
 
-def applicable(constitution: Constitution, row: Sample) -> list[Principle]:
-    return [principle for principle in constitution.principles if principle.applies(row["tags"])]
+def among(constitution: Constitution, names: list[str]) -> list[Principle]:
+    """The principles with one of these ids or tags; all without names. Raises BadInput for a name that is neither."""
+    known = {name: None for each in constitution.principles for name in (each.id, *each.tags)}
+    for name in names:
+        if name not in known:
+            raise BadInput(
+                f"`principles` names {name!r}, which is no id or tag in {constitution.name!r}, expected one of "
+                f"{', '.join(known)}{nearest(name, known)}"
+            )
+    return [each for each in constitution.principles if not names or not set(names).isdisjoint((each.id, *each.tags))]
 
 
-def start(row: Sample, rounds: int, constitution: Constitution, context: Context) -> Item:
+def applicable(principles: list[Principle], row: Sample) -> list[Principle]:
+    """The principles that are for the row's prompt."""
+    return [principle for principle in principles if principle.applies(row["tags"])]
+
+
+def start(row: Sample, rounds: int, principles: list[Principle], context: Context) -> Item:
     """A response before its first round, its principles drawn."""
-    drawn = draw(applicable(constitution, row), rounds, context.seed_for(row["id"], "principles"))
+    drawn = draw(applicable(principles, row), rounds, context.seed_for(row["id"], "principles"))
     return Item(row, drawn, context.seed_for(row["id"]), row["response"])
 
 

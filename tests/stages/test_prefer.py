@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai import labels
+from cai.constitution import load_constitution
+from cai.engines import Failure
 from cai.errors import StageFailed
+from cai.micro.oracle import gold_score
 from cai.stages.prefer import Clamp, Config
 
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
@@ -220,8 +223,6 @@ def test_a_judge_that_looks_at_positions_alone_is_even(tmp_path):
 
 
 def test_a_failed_vote_never_becomes_an_even_one(tmp_path):
-    from cai.engines import Failure
-
     def prefers(question):
         asked = question.messages[0]["content"]
         if "Question 3?" in asked or question.id.endswith("ab/calm"):
@@ -240,6 +241,38 @@ def test_figures_say_who_is_agreed_with_and_whether_length_wins(tmp_path):
     assert figures["principles"]["calm"] == {"pairs": 5, "mean_strength": 2.0, "agreement": 1.0}
     assert figures["principles"]["short"]["agreement"] == 0.0
     assert "accuracy" not in figures, "these prompts have no known truth"
+
+
+def micro_pair(number: int, right: bool, *tags: str) -> dict:
+    """A vote, right or wrong, on an example of the micro constitution that the oracle sees the same way."""
+    examples = [
+        each for one in load_constitution("micro").principles for each in one.examples
+        if gold_score(each.conversation, each.better) > gold_score(each.conversation, each.worse)
+    ]  # fmt: skip
+    assert len(examples) >= 8
+    example = examples[number % len(examples)]
+    row = vote(number, {"calm": (1.0, 1.0) if right else (-1.0, -1.0)}, *tags)
+    row["prompt"] = example.conversation
+    row["a"]["text"], row["b"]["text"] = example.better, example.worse
+    return row
+
+
+def test_labels_are_measured_by_the_oracle_on_held_out_prompts(tmp_path):
+    rows = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(16)]
+    even = micro_pair(16, True, "topic:6")
+    even["b"] = {**even["b"], "text": even["a"]["text"]}
+    unclear = micro_pair(17, True, "topic:6")
+    unclear["b"] = {**unclear["b"], "text": "Colourless green ideas sleep furiously."}
+    every = prefer(tmp_path / "all", [*rows, even, unclear]).figures["labels"]
+    assert every["accuracy"]["value"] == 12 / 16
+    assert (every["accuracy"]["n"], every["accuracy"]["topics"]) == (16, 5)
+    assert (every["ties"], every["unclear"], every["measured_on"]) == (1, 1, "all")
+    assert every["principles"]["calm"]["accuracy"] == 12 / 16
+    assert sum(n for counts in every["acts"].values() for n in counts.values()) == 18
+
+    held_out = [micro_pair(n, False, "topic:9", "held_out") for n in range(20, 23)]
+    some = prefer(tmp_path / "some", [*rows, *held_out]).figures["labels"]
+    assert (some["accuracy"]["value"], some["accuracy"]["n"], some["measured_on"]) == (0.0, 3, "held_out")
 
 
 def transcript(*turns: str) -> str:

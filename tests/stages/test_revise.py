@@ -103,6 +103,22 @@ def test_only_selects_by_tag_and_says_what_it_left_out(tmp_path):
         revise(tmp_path / "typo", Script(), [LOCK, NOON], only="redteam")
 
 
+def test_principles_can_be_chosen_by_id_or_tag(tmp_path):
+    document = PRINCIPLES
+    for id in ("calm", "short"):
+        document = document.replace(f"id: {id},", f"id: {id}, tags: [style],")
+
+    def run(name, principles):
+        rows = [sample(f"Question {n}?", "An answer.", "red_team") for n in range(12)]
+        done = revise(tmp_path / name, Script(), rows, principles=principles, document=document)
+        return {each["principle"] for row in done.rows for each in row["rounds"]}
+
+    assert run("by-id", "safe") == {"safe"}
+    assert run("by-tag", ["style"]) == {"calm", "short"}
+    with pytest.raises(BadInput, match=r"'stile'.*did you mean 'style'"):
+        run("typo", ["stile"])
+
+
 def test_responses_that_no_principle_is_for_are_counted(tmp_path):
     safe = "name: safe\nprinciples:\n  - {id: safe, text: No crime., applies_to: [red_team]}\n"
     done = revise(tmp_path, Script(), [LOCK, NOON], document=safe)
