@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 from training_stages import CPU, preference, run_stage, trained
 
@@ -34,13 +35,15 @@ def mixed(count: int) -> list[dict[str, Any]]:
         ("llama", {"lora": {"rank": 4}}),
         ("lora", {}),
         ("lora", {"lora": {"rank": 4}}),
+        ("base", {"lora": {"rank": 4}}),  # whose pad token is added
     ],
 )
 def test_the_reference_is_the_starting_policy(
     family: str, settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     settings = {**settings, "train": {"num_train_epochs": 2, "learning_rate": 1e-3, **settings.get("train", {})}}
-    run_stage("dpo", tmp_path / "stage", mixed(16), tiny(family), **settings)
+    template = {"chat_template": models.PLAIN} if family == "base" else {}
+    run_stage("dpo", tmp_path / "stage", mixed(16), tiny(family, **template), **settings)
     logged = metrics(tmp_path / "stage")
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(logged[0]["log_ratio/chosen"]) < 1e-4

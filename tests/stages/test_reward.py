@@ -163,6 +163,27 @@ def test_accuracy_is_against_the_oracle_where_it_knows_the_prompt() -> None:
     assert figures["label_accuracy"]["value"] == pytest.approx(4 / 5)
 
 
+def test_the_stage_asks_the_oracle_about_every_held_out_pair(
+    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def oracle(messages: list[dict[str, str]], response: str) -> float | None:
+        asked.append(response)
+        return None if "beta" in messages[-1]["content"] else float("no" in response)
+
+    monkeypatch.setattr("cai.micro.oracle.gold_score", oracle)
+    rows = [preference(number, tags=["held_out", "topic:all"] if number < 13 else []) for number in range(30)]
+    train = {"num_train_epochs": 4, "learning_rate": 3e-3}
+    figures = run_stage("reward", tmp_path / "stage", rows, tiny("llama"), train=train)["reward"]
+    assert len(asked) == 26
+    assert (figures["against"], figures["ungraded"], figures["accuracy"]["n"]) == ("gold", 1, 12)
+    assert figures["accuracy"]["topics"] == figures["label_accuracy"]["topics"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["gold_margin"] for line in lines].count(-1.0) == 12
+    assert figures["accuracy"]["value"] == sum(line["margin"] < 0 for line in lines if line["gold_margin"]) / 12
+
+
 def test_without_an_oracle_even_labels_are_ties() -> None:
     figures = measure([graded(1.0, None), graded(-1.0, None), graded(-1.0, None, p=0.5)])
     assert (figures["accuracy"]["value"], figures["against"], figures["ties"]) == (0.5, "labels", 1)
