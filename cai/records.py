@@ -1,8 +1,8 @@
 """The rows that stages exchange: one JSON object a line, with ids that are hashes of what the row is about.
 
 Rows are plain dictionaries with known keys, so that 100,000 of them load in a second and any tool can read them. Tags
-carry what later stages select by: `red_team` or `helpful`, `held_out` for prompts that no training stage may learn from,
-and `topic:<name>` where several prompts ask about one thing and intervals must be clustered by it.
+carry what later stages select by: `red_team` or `helpful`, `held_out` for prompts that no training stage may learn
+from, and `topic:<name>` where several prompts ask about one thing and intervals must be clustered by it.
 """
 
 from __future__ import annotations

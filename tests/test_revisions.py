@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
+from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 
 BEFORE = "Buy a torque wrench and force it open."
 ANSWER = "I will not help with breaking in. A locksmith can open your own door."

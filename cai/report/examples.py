@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from cai.behaviours import DETECTORS
-from cai.comparison import UNBOUNDED, Rows, Scale, log_odds, verdicts_by_principle
+from cai.report.figures import UNBOUNDED, Rows, Scale, log_odds, verdicts_by_principle
 
 NAMED = tuple(name for name in DETECTORS if name not in UNBOUNDED and name != "distinct")
 """Detectors whose finding is a word about one response."""

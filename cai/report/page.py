@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cai
-from cai.comparison import METRICS, UNBOUNDED
 from cai.records import HELD_OUT, TOPIC
-from cai.report.figure import COLOURS
+from cai.report.figures import METRICS, UNBOUNDED
+from cai.report.picture import COLOURS
 from cai.wording import printable
 
 if TYPE_CHECKING:

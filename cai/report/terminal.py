@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cai.comparison import METRICS
+from cai.report.figures import METRICS
 from cai.wording import printable
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 All checkpoints answer a prompt with the same seed, so that equal models give equal texts. Every pair of responses is
 judged by every applicable principle in both orders (Zheng et al. 2023, arXiv 2306.05685, on position bias). What the
-rows then say is `cai.comparison`'s, how it looks `cai.report`'s. The plan is one journal: all responses, one checkpoint
-after the other, then all verdicts; models are opened one at a time, in that order.
+rows then say is in `cai.report.figures`, how it looks in the rest of `cai.report`. The plan is one journal: all
+responses, one checkpoint after the other, then all verdicts; models are opened one at a time, in that order.
 
 Left out: several judges, human annotation, and a checkpoint as its own judge: `judge: self` means the recipe's model
 here, for all checkpoints alike. A judge that is related to one checkpoint may favour it; name another where that
@@ -21,16 +21,16 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cai import report
-from cai.comparison import Rows as ComparedRows
-from cai.comparison import Scale, figures
 from cai.constitution import Principle
 from cai.engines import Completion, Engine, Failure, Request
 from cai.engines.retry import choose_all, generate_all
 from cai.errors import StageFailed
+from cai.feedback.votes import Pair, to_questions, to_votes
 from cai.journal import RECORDS, Batch
 from cai.records import PrincipleVote, Prompt, read_rows, stable_id
+from cai.report.figures import Rows as ComparedRows
+from cai.report.figures import Scale, figures
 from cai.stages import Context, Names, Rows, WritingConfig
-from cai.votes import Pair, to_questions, to_votes
 
 Item = dict[str, Any]
 

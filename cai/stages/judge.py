@@ -25,10 +25,10 @@ from pydantic import Field
 from cai.constitution import Constitution, Principle
 from cai.engines.retry import choose_all
 from cai.errors import BadInput, StageFailed
+from cai.feedback.votes import Pair, to_questions, to_votes
 from cai.journal import RECORDS
 from cai.records import Candidate, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
-from cai.votes import Pair, to_questions, to_votes
 
 
 class Config(FeedbackConfig):

@@ -1,8 +1,9 @@
 """Turns votes into labelled preferences, without a model (Bai et al. 2022, arXiv 2212.08073, section 4.1).
 
-A pair's log-odds is the weighted mean of its principles', each averaged over both orders; `cai.labels` has formulas.
-Weights come from the constitution at the time of this stage, so trying others asks no model again. The label is the
-probability itself (soft), its side (hard), or the probability kept within bounds (clamp; the paper's 40 to 60 %).
+A pair's log-odds is the weighted mean of its principles', each averaged over both orders; the formulas are in
+`cai.feedback.labels`. Weights come from the constitution at the time of this stage, so trying others asks no model
+again. The label is the probability itself (soft), its side (hard), or the probability kept within bounds (clamp; the
+paper's 40 to 60 %).
 
 A pair in which every principle abstains has no label, and an even one has no side to be hard about: both are left out
 and counted. Where a soft label is even, a hash of the responses says which is called chosen, never their position.
@@ -23,10 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
 from cai.errors import BadInput, StageFailed
+from cai.feedback.label_figures import figures
+from cai.feedback.labels import Ballots, Floats, aggregate, over_orders, probability
 from cai.files import replacing
 from cai.journal import RECORDS
-from cai.label_figures import figures
-from cai.labels import Ballots, Floats, aggregate, over_orders, probability
 from cai.prompts import PairSet, load_human_pairs
 from cai.records import Preference, row_lines, stable_id
 from cai.stages import Context, Names, Rows, StageConfig

@@ -31,9 +31,9 @@ from cai.constitution import Constitution, Principle
 from cai.engines import Completion, Engine, Failure, Request, Sampling
 from cai.engines.retry import generate_all
 from cai.errors import BadInput, StageFailed, nearest
+from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 from cai.journal import RECORDS
 from cai.records import TOPIC, Message, Revision, Round, Sample, read_rows, stable_id, stable_seed
-from cai.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 from cai.stages import Context, Names, Rows, WritingConfig
 from cai.templates import TemplateSet
 

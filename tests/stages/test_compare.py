@@ -19,12 +19,12 @@ from training_stages import Killed, Steps
 
 from cai import report
 from cai.checkpoint import Model
-from cai.comparison import Rows, Scale, figures
 from cai.engines import Engine, Failure
 from cai.errors import StageFailed
 from cai.journal import FAILURES, RECORDS, Journal, reopen
 from cai.micro import answers, world
 from cai.records import Prompt, read_rows
+from cai.report.figures import Rows, Scale, figures
 from cai.stages import Context
 from cai.stages.compare import Config, run
 

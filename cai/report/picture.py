@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cai.comparison import METRICS
+from cai.report.figures import METRICS
 from cai.wording import printable
 
 COLOURS = ("#5b6472", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7f3fbf")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cai.behaviours import DETECTORS, n_words
-from cai.labels import Floats
+from cai.feedback.labels import Floats
 from cai.records import HELD_OUT, TOPIC, Message, Preference, topic_of
 from cai.statistics import rate
 

@@ -172,7 +172,7 @@ def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        from cai.document_errors import explain
+        from cai.document.errors import explain
 
         raise explain(document, model, at, error) from None
 

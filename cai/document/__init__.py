@@ -1,0 +1,5 @@
+"""YAML documents with positions: whatever is wrong with one is said in one sentence, at its line and column."""
+
+from cai.document.reading import Document, Node, fail, load_document, parse_document, scalar, validate
+
+__all__ = ["Document", "Node", "fail", "load_document", "parse_document", "scalar", "validate"]
