@@ -103,6 +103,7 @@ class Chat:
         self.thinks = THINK_END in template or THINK_END in tokenizer.get_added_vocab()
         self._encoder = Encoder(tokenizer, template)
         self._replaces = _REPLACES.search(template) is not None
+        self._options: dict[tuple[str, tuple[str, ...], tuple[int, ...]], list[int] | None] = {}
         self._layouts: dict[tuple[Shape, bool, bool], Layout | str] = {}
         self._opens = self.thinks and self._thought_open(self._layout(_ASKED, generate=True))
         self._before = self._response_start(thinking=True)
@@ -195,23 +196,27 @@ class Chat:
         Raises BadInput for options that are not each one token there.
         """
         prompt = self.prompt_ids(messages, thinking=False)
-        ids = self._single_ids(self._before_option, options)
+        ids = self._single_ids(self._before_option, tuple(options), tuple(prompt[-8:]))
         if ids is None and self._before_option:
             # What the template writes between a prompt and every response is then part of the question.
             prompt += self._encoder.encode(self._before_option, inside=True)
-            ids = self._single_ids("", options)
-        if ids is None or any(
-            not self._encoder.decode([*prompt[-8:], one]).endswith(option)
-            for one, option in zip(ids, options, strict=True)
-        ):
+            ids = self._single_ids("", tuple(options), tuple(prompt[-8:]))
+        if ids is None:
             shown = ", ".join(map(repr, options))
             raise BadInput(f"model {self.name!r}: the options {shown} are not each a token of their own in its answers")
-        return prompt, ids
+        return prompt, list(ids)
 
-    def _single_ids(self, before: str, options: Sequence[str]) -> list[int] | None:
-        encoded = [self._encoder.encode(before + option, inside=True) for option in options]
-        ids = [one[0] for one in encoded if len(one) == 1]
-        return ids if len(options) == len(ids) == len(set(ids)) else None
+    def _single_ids(self, before: str, options: tuple[str, ...], tail: tuple[int, ...]) -> list[int] | None:
+        """The id of each option behind a prompt that ends in `tail`, or None where one is not a token of its own."""
+        key = (before, options, tail)
+        if key not in self._options:
+            encoded = [self._encoder.encode(before + option, inside=True) for option in options]
+            ids = [one[0] for one in encoded if len(one) == 1]
+            single = len(options) == len(ids) == len(set(ids)) and all(
+                self._encoder.decode([*tail, one]).endswith(option) for one, option in zip(ids, options, strict=True)
+            )
+            self._options[key] = ids if single else None
+        return self._options[key]
 
     def _fitted(
         self, messages: Sequence[Message], *, generate: bool = False, thinking: bool = True

@@ -137,16 +137,6 @@ def draw(
 
 
 @torch.inference_mode()
-def next_log_probs(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """(batch, vocabulary) float32 on the CPU: log-probabilities of the token after each prompt."""
-    ids, mask = (each.to(model.device) for each in padded_left(prompts, pad_id))
-    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    extra = accepted(model, position_ids=positions, logits_to_keep=1)
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
-    return output.logits[:, -1].float().log_softmax(dim=-1).cpu()  # type: ignore[no-any-return]
-
-
-@torch.inference_mode()
 def decode(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

@@ -1,14 +1,16 @@
 """The engine on this machine: transformers' own forward pass, batches filled by a token budget.
 
 Requests are sorted by length and batched so that rows times length, padding and new tokens included, stay within the
-profile's `token_budget`; a single longer request runs alone. Every conversation that does not fit the model's context
-is a failure that names both lengths: nothing is cut. A model is loaded on first use, in bfloat16 where the hardware
-computes in it.
+profile's `token_budget`; a single longer request runs alone. What questions share is computed once. A conversation that
+does not fit the model's context is a failure that names both lengths: nothing is cut. A model is loaded on first use,
+in bfloat16 where the hardware computes in it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +22,7 @@ from cai.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cai.engines.scoring import Asked, Scores
     from cai.profile import Profile
 
 
@@ -107,7 +110,8 @@ class LocalEngine:
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
         """The options' log-probabilities, or a failure, for each question, in no particular order."""
-        items: list[tuple[list[int], list[int], Question]] = []
+        asked: list[Asked] = []
+        fitting: list[Question] = []
         for question in questions:
             try:
                 prompt, options = self.chat.question(question.messages, question.options)
@@ -121,18 +125,36 @@ class LocalEngine:
                     f"in all",
                 )
                 continue
-            items.append((prompt, options, question))
-        items.sort(key=lambda item: len(item[0]))
-        for first, last in batches([len(prompt) for prompt, _, _ in items], self.profile.token_budget):
-            yield from self._weigh(items[first:last])
+            asked.append((prompt, options))
+            fitting.append(question)
+        for number, scores in self._scores(asked):
+            yield Choice(fitting[number].id, tuple(scores), sum(map(math.exp, scores)))
 
-    def _weigh(self, items: Sequence[tuple[list[int], list[int], Question]]) -> Iterator[Choice]:
-        from cai.engines.decoding import next_log_probs
+    def _scores(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Scores]]:
+        """(index, log-probability of each option) of every question, a batch at a time."""
+        from cai.engines.branches import rows_of
+        from cai.engines.scoring import branched, plain
 
-        rows = next_log_probs(self.lm, [prompt for prompt, _, _ in items], self.chat.pad_id)
-        for (_, options, question), row in zip(items, rows, strict=True):
-            chosen = row[options].double()
-            yield Choice(question.id, tuple(chosen.tolist()), float(chosen.exp().sum()))
+        budget, pad_id = self.profile.token_budget, self.chat.pad_id
+        if asked and self._branches:
+            width = int(self.lm.config.get_text_config(decoder=True).hidden_size)
+            rows = sorted(rows_of([prompt for prompt, _ in asked], width, budget), key=lambda row: len(row.ids))
+            for first, last in batches([len(row.ids) for row in rows], budget):
+                yield from branched(self.lm, rows[first:last], asked, pad_id).items()
+            return
+        order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
+        for first, last in batches([len(asked[n][0]) for n in order], budget):
+            part = order[first:last]
+            yield from zip(part, plain(self.lm, [asked[n] for n in part], pad_id), strict=True)
+
+    @functools.cached_property
+    def _branches(self) -> bool:
+        """Whether what questions share can be computed once with this model."""
+        from cai.engines.scoring import can_branch
+
+        if reason := can_branch(self.lm):
+            warnings.warn(f"model {self.model.name!r} reads each question by itself: {reason}", stacklevel=2)
+        return not reason
 
 
 def batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
