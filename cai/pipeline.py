@@ -208,8 +208,8 @@ def _work(
     try:
         return run_function(config.kind)(config, context)
     finally:
-        if "torch" in sys.modules:
-            gc.collect()  # a stage's model is gone before the next one loads its own
+        if isinstance(config, TrainingConfig):
+            gc.collect()  # a trainer and its model hold each other; they go before the next stage loads its own
 
 
 def _facts(planner: Planner, step: Step, profile: Profile, done: Mapping[str, runs.Finished]) -> dict[str, Any]:

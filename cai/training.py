@@ -206,6 +206,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self.context.progress.advance(1, tokens=seen - self.tokens)
         self.tokens = seen
+        self._no_last_checkpoint(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._no_last_checkpoint(state, control)
+
+    def _no_last_checkpoint(self, state: Any, control: Any) -> None:
+        """The model is saved next, and Trainer takes one step too many when it resumes after the last one."""
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         entry = {key: value for key, value in (logs or {}).items() if not key.endswith(_NOT_METRICS)}
