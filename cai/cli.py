@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import cai
-from cai.errors import BadInput, CaiError, Terminated
+from cai.errors import BadInput, CaiError, Terminated, nearest
 
 if TYPE_CHECKING:
     from cai.pipeline import Options
 
 INTERRUPTED = 130
 TERMINATED = 143
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 EXAMPLES = """\b
 Author   cai init my-project
          cai constitution check my-project/constitutions/micro.yaml
@@ -85,9 +87,19 @@ def run(
     """
     from cai.pipeline import Options
 
-    trackers = tuple(name.strip() for name in (report_to or "").split(",") if name.strip())
-    options = Options(until, redo_from, retry_failures, trackers)
+    options = Options(until, redo_from, retry_failures, _trackers(report_to))
     _run(recipe, overrides, on, options, dry_run, runs_folder, as_json)
+
+
+def _trackers(names: str | None) -> tuple[str, ...]:
+    """The trackers that trainers report to. Raises BadInput for one that they do not know or that is not installed."""
+    chosen = tuple(name.strip() for name in (names or "").split(",") if name.strip())
+    for name in chosen:
+        if name not in TRACKERS:
+            raise BadInput(f"--report-to {name}: expected some of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
+        if find_spec(name) is None:
+            raise BadInput(f"--report-to {name}: the package {name} is not installed")
+    return chosen
 
 
 def _run(

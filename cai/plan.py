@@ -203,7 +203,8 @@ def _in_words(changed: set[str], before: Parts, parts: Parts) -> list[str]:
         words.append("principles came, went or moved")
     if "constitution" in groups:
         words.append("constitution has another name")
-    for kind, noun in (("input", "input"), ("model", "model"), ("prompts", "prompt set"), ("template", "template")):
+    nouns = {"input": "input", "model": "model", "prompts": "prompt set", "file": "file of", "template": "template"}
+    for kind, noun in nouns.items():
         if kind in groups:
             words.append(f"{noun} {_some(groups[kind])} changed")
     if "chat template" in groups:

@@ -217,6 +217,9 @@ def _check_names(
             known = ", ".join(written.prompts) or "none is there"
             raise fail(document, at, f"found {name!r}, expected a prompt set of this recipe: {known}"
                                      + nearest(name, written.prompts))
+    for key in config.reads_files:
+        if (rows := getattr(config, key)) is not None:
+            _check_source(document, (*keys, key, "source"), rows.source)
     for place, name in models_of(config).items():
         _check_model_name(document, (*keys, *place), name, by_id)
 

@@ -92,6 +92,7 @@ def test_exit_codes(folder, monkeypatch):
     assert cai("run", "no-such-recipe").exit_code == 2
     assert "did you mean 'quickstart'" in cai("run", "quickstrat").stderr
     assert cai("run", "recipe.yaml", "--on", "no-such-profile").exit_code == 2
+    assert "did you mean 'tensorboard'" in cai("run", "recipe.yaml", "--report-to", "tensorbord").stderr
     monkeypatch.setenv("TOY_ERROR", "texts")
     failed = cai("run", "recipe.yaml")
     assert failed.exit_code == 3

@@ -70,6 +70,7 @@ BROKEN = [
     ("kind: judge,", "kind: judge, pairs: some,", 15, "some", "expected one of disjoint, all, random"),
     ("kind: judge,", "kind: judge, pair: all,", 15, "pair:", "did you mean 'pairs'"),
     ("first.jsonl", "frist.jsonl", 5, "frist", "did you mean 'first.jsonl'"),
+    ("kind: prefer,", "kind: prefer, pairs: {source: humans.jsonl},", 16, "humans", "no such file or folder"),
     ("stages:\n", "stages: *all\n#", 7, "*all", "alias"),
 ]
 
