@@ -10,8 +10,9 @@ prompt of the splits `validation`, `test` and `test_topics`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -34,9 +35,6 @@ LETTER, STATEMENT, CRITIQUE, RESPONSE, REWRITE = 3.0, 0.6, 0.5, 0.4, 0.3
 
 SURE = 0.97
 """Target of the better option: no vote is taught to outweigh all others together."""
-
-EARLY = 700
-"""Steps in which comparisons are many and mostly decided: what a principle asks comes first, then where it is moot."""
 
 KIND_SHARES = {"harmful": 0.3, "fair": 0.2, "borderline": 0.14, "factual": 0.08, "false_belief": 0.1, "opinion": 0.09,
                "emotional": 0.09}  # fmt: skip
@@ -74,11 +72,8 @@ def wordings(principle: str, held_out: bool = False) -> tuple[Wording, ...]:
 def documents(seed: int, step: int) -> Iterator[Document]:
     """An endless stream of documents that depends on (seed, step) alone."""
     rng = Random(stable_seed("micro corpus", seed, step))
-    makers: dict[Callable[[Random], Document], float]
-    if 0 <= step < EARLY:
-        makers = {decided_comparison: 0.375, correction: 0.05, dialogue: 0.23, statement: 0.345}
-    else:
-        makers = {comparison: 0.24, decided_comparison: 0.12, correction: 0.06, dialogue: 0.28, statement: 0.3}
+    at = step if step >= 0 else PHASES[0][0]
+    makers = next((makers for end, makers in PHASES if at < end), PHASES[-1][1])
     while True:
         maker = rng.choices(list(makers), list(makers.values()))[0]
         yield maker(rng)
@@ -112,13 +107,13 @@ def conversation(request: Request, rng: Random, several_turns: float = 0.08) -> 
     return [*messages, {"role": "user", "content": request.text}]
 
 
-def dialogue(rng: Random) -> Document:
+def dialogue(rng: Random, weight: float = RESPONSE) -> Document:
     """The base model's answer to one request."""
     request = pick_request(rng)
     messages = conversation(request, rng)
     if rng.random() < 0.04:
         messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
-    return [Example(tuple(messages), draw(request, BASE, rng).text, RESPONSE)]
+    return [Example(tuple(messages), draw(request, BASE, rng).text, weight)]
 
 
 def comparison(rng: Random, split: str = "train", held_out: bool = False) -> Document:
@@ -134,6 +129,26 @@ def decided_comparison(rng: Random) -> Document:
     a = draw(request, BROAD, rng)
     b = draw(request, BROAD, rng) if rng.random() < 0.8 else changed(request, a, rng)
     return _compared(request, a, b, asked(request, a, b, rng, even=int(rng.random() < 0.5)), False, rng)
+
+
+def act_comparison(rng: Random) -> Document:
+    """Two plain responses that do different things, judged twice for harm, help and whatever else separates them."""
+    return _acts_compared(pick_request(rng), rng)
+
+
+def fact_comparison(rng: Random) -> Document:
+    """The same about facts and false beliefs."""
+    return _acts_compared(rng.choice(_requests("train", rng.choice(("factual", "false_belief")))), rng)
+
+
+def _acts_compared(request: Request, rng: Random) -> Document:
+    a = draw(request, PLAIN, rng)
+    act = rng.choice([act for act in ACTS[request.kind] if act != a.act])
+    b = Answer(act, write_core(request, act, rng), a.habits if rng.random() < 0.5 else draw(request, PLAIN, rng).habits)
+    separating = {p for p in WEIGHTS if principles.probability(p, request, a, b) != 0.5}
+    chosen = 2 * sorted(separating | {"harmless", "helpful"})
+    rng.shuffle(chosen)
+    return _compared(request, a, b, chosen, False, rng)
 
 
 def _compared(
@@ -201,7 +216,7 @@ def asked(request: Request, a: Answer, b: Answer, rng: Random, *, even: int) -> 
     return chosen
 
 
-def correction(rng: Random) -> Document:
+def correction(rng: Random, weight: float = REWRITE) -> Document:
     """One response criticised and revised under several principles."""
     request = pick_request(rng)
     answer = draw(request, rng.choice((BASE, BROAD)), rng)
@@ -213,7 +228,7 @@ def correction(rng: Random) -> Document:
     faulty.sort(key=lambda p: p not in ("harmless", "helpful"))
     examples = [criticise(messages, request, answer, p, rng) for p in faulty[:2] + fine[:2]]
     revised = faulty[:2] if faulty and rng.random() < 0.85 else fine[:1]
-    return examples + [rewrite(messages, request, answer, p, rng) for p in revised]
+    return examples + [rewrite(messages, request, answer, p, rng, weight) for p in revised]
 
 
 def criticise(messages: Sequence[Message], request: Request, answer: Answer, principle: str, rng: Random) -> Example:
@@ -223,12 +238,14 @@ def criticise(messages: Sequence[Message], request: Request, answer: Answer, pri
     return Example(tuple(question), principles.write_critique(principle, request, answer, rng), CRITIQUE)
 
 
-def rewrite(messages: Sequence[Message], request: Request, answer: Answer, principle: str, rng: Random) -> Example:
+def rewrite(
+    messages: Sequence[Message], request: Request, answer: Answer, principle: str, rng: Random, weight: float
+) -> Example:
     """One revision, after a critique that is right."""
     chosen = as_principle(principle, rng.choice(wordings(principle)))
     critique = principles.write_critique(principle, request, answer, rng)
     question = load_templates("micro").revise(messages, answer.text, critique, chosen)
-    return Example(tuple(question), principles.revise(principle, request, answer, rng).text, REWRITE)
+    return Example(tuple(question), principles.revise(principle, request, answer, rng).text, weight)
 
 
 WRONG = (
@@ -265,3 +282,19 @@ def _fact(rng: Random) -> Example:
 @functools.cache
 def _fact_topics() -> tuple[Topic, ...]:
     return tuple(topic for topic in all_topics() if topic.kind == "false_belief")
+
+
+Makers = Mapping[Callable[[Random], Document], float]
+
+PHASES: Sequence[tuple[int, Makers]] = (
+    (700, {decided_comparison: 0.375, correction: 0.05, dialogue: 0.23, statement: 0.345}),
+    (1200, {comparison: 0.24, decided_comparison: 0.12, correction: 0.06, dialogue: 0.28, statement: 0.3}),
+    (2000, {comparison: 0.2, decided_comparison: 0.08, act_comparison: 0.25, correction: 0.06, dialogue: 0.27,
+            statement: 0.25}),
+    (2200, {comparison: 0.22, decided_comparison: 0.06, act_comparison: 0.12, fact_comparison: 0.13, correction: 0.07,
+            dialogue: 0.27, statement: 0.2}),
+    (2600, {comparison: 0.18, act_comparison: 0.06, fact_comparison: 0.07, partial(correction, weight=0.8): 0.09,
+            partial(dialogue, weight=1.0): 0.48, statement: 0.12}),
+)  # fmt: skip
+"""Up to which step documents of which kind are how frequent. What a principle asks about comes first, then where it is
+moot, then that help and harm depend on the request, then what is true, and last how the base model speaks."""

@@ -58,12 +58,14 @@ class Training:
     """How the model is trained. `rows` of `length` tokens a step."""
 
     seed: int = 0
-    steps: int = 2200
+    steps: int = 2600
     size: str = "large"
     rows: int = 13
     length: int = 320
     learning_rate: float = 3e-3
     warm_up: int = 100
+    knee: tuple[int, float] = (1200, 10 / 21)
+    """A step and the share of the learning rate there: the rate falls in a line to it and in another one to zero."""
     weight_decay: float = 0.05
     clip: float = 1.0
 
@@ -139,10 +141,13 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 
 
 def rate_at(step: int, training: Training) -> float:
-    """Share of the learning rate: a linear warm-up, then a linear tail to zero."""
+    """Share of the learning rate: a linear warm-up, then two lines that meet at the knee and end at zero."""
+    knee, share = training.knee
     if step < training.warm_up:
         return (step + 1) / training.warm_up
-    return (training.steps - step) / max(1, training.steps - training.warm_up)
+    if step < knee:
+        return 1 - (1 - share) * (step - training.warm_up) / (knee - training.warm_up)
+    return share * (training.steps - step) / max(1, training.steps - knee)
 
 
 def loss_of(model: LlamaForCausalLM, rows: Batch, device: str) -> torch.Tensor:
