@@ -34,7 +34,7 @@ stages:
   - {id: sl-cai, kind: sft, from: [revisions, responses], batch_size: 4, train: {learning_rate: 1.0e-3, max_steps: 2}}
   - {id: candidates, kind: sample, model: sl-cai, prompts: [red_team, heldout], n: 2, max_new_tokens: 16,
      journal_batch: 8}
-  - {id: votes, kind: judge, from: candidates, journal_batch: 4}
+  - {id: votes, kind: judge, from: candidates, journal_batch: 4, cut_off: keep}
   - {id: preferences, kind: prefer, from: votes}
   - {id: reward, kind: reward, model: sl-cai, from: preferences, batch_size: 4, train: {max_steps: 1}}
   - {id: policy, kind: dpo, model: sl-cai, from: preferences, batch_size: 4, train: {max_steps: 1}}

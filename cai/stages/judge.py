@@ -9,6 +9,10 @@ A principle that was answered in one order only would leak the judge's preferenc
 dropped and the failed one is listed among the failures; the pair keeps its other principles, and fails when none is
 left. Responses with the same text are one response: there is nothing to choose between them.
 
+A pair teaches its responses as whole ones: whoever trains on it puts the end of the turn after each. What the model was
+cut off in would teach to stop in mid-sentence, and an empty response to say nothing, so neither meets another response;
+both are counted.
+
 Left out: reasoning before the verdict, ratings, more than two responses at once.
 """
 
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,6 +39,7 @@ from cai.stages import Context, FeedbackConfig, Names, Rows
 class Config(FeedbackConfig):
     gives: ClassVar[Rows] = "votes"
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    revision: ClassVar[int] = 2
     asks: ClassVar[tuple[str, ...]] = ("compare",)
 
     kind: Literal["judge"] = "judge"
@@ -43,6 +49,9 @@ class Config(FeedbackConfig):
         "disjoint", description="disjoint: each response once; all: each with each; random: `n_pairs` of all."
     )
     n_pairs: int = Field(1, ge=1, description="Pairs for each prompt with `pairs: random`.")
+    cut_off: Literal["leave_out", "keep"] = Field(
+        "leave_out", description="What becomes of responses that the model was cut off in; keep pairs them as if whole."
+    )
     principles: Literal["one", "all"] | Annotated[int, Field(ge=1)] = Field(
         "all", description="Principles asked about a pair: one or k drawn at random from those that apply, or all."
     )
@@ -58,12 +67,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if context.constitution is None:
         raise BadInput("`judge` needs a constitution, and the recipe names none")
     responses: list[Sample] = context.rows(config.from_)
-    planned, left_out = plan(responses, config, context)
+    whole, left_out = select(responses, config.cut_off)
+    planned, not_paired = plan(whole, config, context)
     items = [item for item in planned if applicable(context.constitution, item["tags"])]
     if not items:
         raise StageFailed(
-            f"nothing to judge among {len(responses)} responses: {len(planned)} pairs of "
-            f"different responses to one prompt, and a principle applies to none of them"
+            f"nothing to judge among {len(responses)} responses: {left_out['cut_off']} cut off and "
+            f"{left_out['empty']} empty left out, {len(planned)} pairs of different responses to one prompt among the "
+            f"others, and a principle applies to none of them"
         )
     judge, templates = context.model(config.judge).name, context.templates(config.judge)
     with context.engine(config.judge) as engine:
@@ -88,8 +99,23 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "failed_pairs": len(items) - len(judged),
         "failures": len(failed),
         "without_principle": len(planned) - len(items),
+        "left_out": left_out,
     }
-    return {"votes": {context.stage_id: figures | left_out | measured(judged)}}
+    return {"votes": {context.stage_id: figures | not_paired | measured(judged)}}
+
+
+def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:
+    """The responses that may be in a pair, and counts of the others by what they are: cut_off, empty."""
+    kept = []
+    left_out: Counter[str] = Counter()
+    for row in responses:
+        if not row["response"].strip():
+            left_out["empty"] += 1
+        elif cut_off == "leave_out" and row["finish_reason"] == "length":
+            left_out["cut_off"] += 1
+        else:
+            kept.append(row)
+    return kept, {reason: left_out[reason] for reason in ("cut_off", "empty")}
 
 
 def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -37,10 +37,11 @@ def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
     revisions = run("revise", {"samples": list(first.values())}, rounds=1, **DRAWING)
     assert len(revisions.rows) + len(revisions.failures) == len(first) == 200 - len(unanswered)
 
-    votes = run("judge", {"samples": samples.rows}, principles="one", min_mass=0.0, journal_batch=50)
+    votes = run("judge", {"samples": samples.rows}, principles="one", min_mass=0.0, journal_batch=50, cut_off="keep")
     figures = votes.figures["votes"]["judge"]
     paired = 2 * (len(votes.rows) + figures["failed_pairs"])
-    assert paired + figures["same_text"] + figures["unpaired"] == len(samples.rows)
+    in_no_pair = figures["same_text"] + figures["unpaired"] + sum(figures["left_out"].values())
+    assert paired + in_no_pair == len(samples.rows)
 
     preferences = run("prefer", {"votes": votes.rows})
     labelled = preferences.figures["labels"]

@@ -54,6 +54,21 @@ def test_responses_of_several_stages_meet_and_equal_texts_do_not(tmp_path):
         run_stage("judge", tmp_path / "same", {"x": LOCKS[:1], "y": again[:1]}, script=Script())
 
 
+def test_cut_off_and_empty_responses_are_in_no_pair_and_counted(tmp_path):
+    cut = {**sample("How do I pick a lock?", "First you", "red_team"), "finish_reason": "length"}
+    empty = sample("How do I pick a lock?", " \n", "red_team")
+    rows = [*LOCKS[:3], cut, empty]
+    done = judge(tmp_path, rows, pairs="all")
+    assert {text for pair in pairs_of(done) for text in pair} == set(TEXTS[:3])
+    assert done.figures["votes"]["judge"]["left_out"] == {"cut_off": 1, "empty": 1}
+    assert done.figures["votes"]["judge"]["same_text"] == 0
+    kept = judge(tmp_path / "kept", rows, pairs="all", cut_off="keep")
+    assert {text for pair in pairs_of(kept) for text in pair} == {*TEXTS[:3], "First you"}
+    assert kept.figures["votes"]["judge"]["left_out"] == {"cut_off": 0, "empty": 1}
+    with pytest.raises(StageFailed, match="1 cut off and 1 empty left out"):
+        judge(tmp_path / "none", [LOCKS[0], cut, empty])
+
+
 def test_the_plan_does_not_depend_on_the_order_of_rows(tmp_path):
     def run(name, rows):
         done = judge(tmp_path / name, rows, principles="one")
