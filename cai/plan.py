@@ -19,8 +19,8 @@ from cai import runs
 from cai.checkpoint import Model, identity, resolve
 from cai.errors import BadInput
 from cai.files import file_digest, read_json
-from cai.prompts import read_prompt_set
-from cai.recipe import Recipe, inputs_of, models_of, needs, prompt_sets_of
+from cai.prompts import PairSet, load_human_pairs, read_prompt_set
+from cai.recipe import MODELS, Recipe, inputs_of, models_of, needs, prompt_sets_of
 from cai.records import HELD_OUT, Prompt, canonical_json, stable_id
 from cai.stages import StageConfig
 from cai.templates import load_templates
@@ -115,24 +115,52 @@ class Planner:
         return parts | self._constitution_parts(config)
 
     def check_prompts(self) -> None:
-        """Refuses a conversation that is both learned from and held out, and says in which sets it is."""
+        """Refuses a conversation that is both learned from and held out, and says in which sets it is.
+
+        Notes the sets that are learned from and compared on."""
         used: dict[str, set[str]] = {}
         for config in self.recipe.stages.values():
             for name in prompt_sets_of(config):
                 used.setdefault(name, set()).add(config.gives)
+        sources = {
+            name: {canonical_json(each["messages"]): gives == {"comparison"} or HELD_OUT in each["tags"]
+                   for each in self.prompts(name)}
+            for name, gives in used.items()
+        } | self._human_prompts()
         where: dict[str, tuple[str, bool]] = {}
         clashes: Counter[tuple[str, str]] = Counter()
-        for name, gives in used.items():
-            only_compared = gives == {"comparison"}
-            for prompt in self.prompts(name):
-                held_out = only_compared or HELD_OUT in prompt["tags"]
-                other, other_held_out = where.setdefault(canonical_json(prompt["messages"]), (name, held_out))
+        for name, conversations in sources.items():
+            for conversation, held_out in conversations.items():
+                other, other_held_out = where.setdefault(conversation, (name, held_out))
                 if held_out != other_held_out:
                     clashes[(name, other) if held_out else (other, name)] += 1
         if clashes:
             (held, learned), count = clashes.most_common(1)[0]
             raise BadInput(f"{self.recipe.path}: {count} prompts of the held-out set {held!r} are in {learned!r} too, "
                            "word for word; take them out of one, or say `hold_out:` in one place")
+        trained_on = self._trained_on()
+        for name, gives in used.items():
+            count = sum(not held_out for held_out in sources[name].values())
+            if count and "comparison" in gives and name in trained_on:
+                self.notes.append(f"prompts {name}: {count:,} prompts are learned from and compared on too; `hold_out: "
+                                  "true` keeps a set out of training")
+
+    def _human_prompts(self) -> dict[str, dict[str, bool]]:
+        """Whether each conversation of the pairs that people labelled is held out, by the key that names the pairs."""
+        return {
+            f"{config.id}.{key}": {canonical_json(row["prompt"]): HELD_OUT in row["tags"]
+                                   for row in load_human_pairs(pairs, self.recipe.folder).preferences}
+            for config in self.recipe.stages.values() for key in config.reads_files
+            if isinstance(pairs := getattr(config, key), PairSet)
+        }
+
+    def _trained_on(self) -> set[str]:
+        """The prompt sets whose rows reach a stage that trains a model."""
+        reached: set[str] = set()
+        for config in reversed(self.recipe.stages.values()):
+            if config.gives in MODELS or config.id in reached:
+                reached.update(inputs_of(config))
+        return {name for id in reached for name in prompt_sets_of(self.recipe.stages[id])}
 
     def _constitution_parts(self, config: StageConfig) -> Parts:
         constitution = self.recipe.constitution

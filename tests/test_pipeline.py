@@ -16,6 +16,7 @@ import toy
 from cai import pipeline, runs
 from cai.errors import BadInput, StageFailed
 from cai.pipeline import Options, plan_recipe, run_recipe
+from cai.plan import Planner
 from cai.profile import Profile, load_profile
 from cai.progress import PlainDisplay
 from cai.recipe import load_recipe
@@ -205,6 +206,49 @@ def test_one_conversation_in_a_learned_from_and_a_held_out_set_is_refused(recipe
     with pytest.raises(BadInput, match=r"1 prompts of the held-out set 'held' are in 'first' too"):
         run(recipe)
     assert not (recipe.parent / "runs" / "run.json").exists()
+
+
+HUMAN = """
+name: human
+model: start
+constitution: constitution.yaml
+prompts:
+  first: {source: first.jsonl}
+  held: {source: held.jsonl, hold_out: true}
+stages:
+  - {id: labels, kind: prefer, pairs: {source: pairs.jsonl}}
+  - {id: score, kind: reward, from: labels}
+  - {id: texts, kind: sample, prompts: [first, held]}
+  - {id: policy, kind: sft, from: texts}
+  - {id: comparison, kind: compare, models: {policy: policy}, prompts: [held]}
+"""
+
+
+def human_recipe(folder: Path, question: str) -> Path:
+    """A recipe that learns from one human pair too, the answers to `question`."""
+    recipe = toy.make_recipe(folder, HUMAN)
+    pair = {key: f"\n\nHuman: {question}\n\nAssistant: {key}" for key in ("chosen", "rejected")}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    return recipe
+
+
+def test_a_held_out_prompt_that_a_human_pair_answers_is_refused(tmp_path):
+    plan(human_recipe(tmp_path / "other", "why?"))
+    recipe = human_recipe(tmp_path / "same", "where?")
+    with pytest.raises(BadInput, match=r"1 prompts of the held-out set 'held' are in 'labels.pairs' too"):
+        plan(recipe)
+    plan(recipe, "stages.labels.pairs.hold_out=true")
+
+
+def test_a_set_that_is_learned_from_and_compared_on_is_noted(tmp_path):
+    def notes(*overrides: str) -> list[str]:
+        planner = Planner(load_recipe(human_recipe(tmp_path, "why?"), overrides), tmp_path / "runs")
+        planner.check_prompts()
+        return planner.notes
+
+    assert notes() == []
+    [note] = notes("stages.comparison.prompts=[held, first]")
+    assert note.startswith("prompts first: 4 prompts are learned from and compared on too")
 
 
 def test_two_processes_cannot_work_on_one_run(recipe):
