@@ -5,9 +5,12 @@ helpfulness prompts, so that the model becomes harmless without becoming evasive
 end-of-turn token included.
 
 What must not be learned is left out and counted: prompts that are held out, revisions that came to nothing (the
-response is still the original), what the model was cut off in, and examples that do not fit. A prompt belongs to the
-first stage in `from` that had it, so that the raw answer to a red-team prompt never comes back beside its revision, nor
-in place of one that failed.
+response is still the original), what the model was cut off in, and examples that do not fit. A prompt belongs to a
+stage that revised its answers, and else to the first stage in `from` that had it, so that the raw answer to a red-team
+prompt never comes back beside its revision, nor in place of one that failed. An answer that `revise` passed over,
+because of `only` or because no principle applies to its prompt, is learned as it is: that is what answers to harmless
+prompts are mixed in by, so the constitution must have a principle for every red-team prompt. `revise` reports how many
+had none as `without_principle`.
 
 Left out: packing, and several turns learned at once.
 """
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 class Config(TrainingConfig):
     gives: ClassVar[Rows] = "policy"
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    revision: ClassVar[int] = 2
     train_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
     owned: ClassVar[tuple[str, ...]] = (
         "packing", "packing_strategy", "eval_packing", "padding_free", "shuffle_dataset", "loss_type",
@@ -86,13 +90,14 @@ def select(
 ) -> tuple[dict[str, list[Sample | Revision]], Counter[str]]:
     """The rows of each stage that may be learned from, and how many were left out for which reason.
 
-    `failed` names the items that a stage has no row for. Those of a stage that revises are samples of a later one.
+    Stages that revise come first, then the order given. `failed` names the items that a stage has no row for; those of
+    a stage that revises are samples of another one.
     """
     kept: dict[str, list[Sample | Revision]] = {name: [] for name in stages}
     left_out: Counter[str] = Counter()
     taken: set[str] = set()
     lost: set[str] = set()
-    for name, rows in stages.items():
+    for name, rows in sorted(stages.items(), key=lambda stage: not any("rounds" in row for row in stage[1])):
         for row in rows:
             if reason := _unfit(row, taken, lost):
                 left_out[reason] += 1

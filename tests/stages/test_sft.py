@@ -100,6 +100,14 @@ def test_the_first_stage_named_has_the_prompt_and_all_its_rows() -> None:
     assert left_out == {"superseded": 1}
 
 
+def test_a_revision_has_its_prompt_wherever_its_stage_is_named() -> None:
+    revised, failed, raw = revision(0, "I would rather not."), sample(1, "Sure."), sample(0, "Sure, here is how.")
+    stages = {"responses": [raw, failed, sample(2)], "revisions": [revised]}
+    kept, left_out = select(stages, {"responses": set(), "revisions": {failed["id"]}})
+    assert kept == {"responses": [sample(2)], "revisions": [revised]}
+    assert left_out == {"superseded": 1, "revision_failed": 1}
+
+
 def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
