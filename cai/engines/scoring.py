@@ -9,6 +9,7 @@ Left out: options of several tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from cai.engines.branches import Row, rows_of
 from cai.engines.decoding import accepted, padded_left
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Asked = tuple[list[int], list[int]]
 """(prompt ids, the id of each option)."""
 Scores = list[float]
 """Natural log-probability of each option."""
+_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
+"""What configs call the tokens that attention reaches back."""
 
 
 @torch.inference_mode()
@@ -72,9 +75,12 @@ def branched(model: PreTrainedModel, rows: Sequence[Row], asked: Sequence[Asked]
 
 def can_branch(model: PreTrainedModel) -> str | None:
     """Why this model's questions have to be asked one by one, or None: then `branched` gives what `plain` does."""
-    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [])
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or [])
     if kinds - {"full_attention"}:
         return f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}"
+    if not kinds and (window := _window(config)):
+        return f"its attention reaches back {window} tokens, which a mask over positions would replace"
     if len(accepted(model, attention_mask=0, position_ids=0)) < 2:
         return "its forward pass takes no mask or no positions"
     trial = [1 + (7 * n) % 50 for n in range(12)]
@@ -93,6 +99,13 @@ def can_branch(model: PreTrainedModel) -> str | None:
     if error > max(1e-3, 0.2 * other):
         return f"a mask over positions changes its answers by {error:.2g} nats"
     return None
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    """Tokens that attention reaches back, where the model takes longer texts; a mask of ours would reach further."""
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    windows = [each for name in _WINDOWS if isinstance(each := getattr(config, name, None), int) and 0 < each < longest]
+    return min(windows, default=None)
 
 
 def _in_order(scores: dict[int, Scores]) -> Scores:

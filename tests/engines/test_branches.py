@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import models
 import pytest
@@ -24,6 +25,14 @@ PIECES = st.sampled_from([[1], [1, 2], [3, 4, 5], [6] * 9, [7, 8] * 4])
 QUESTIONS = st.lists(
     st.lists(PIECES, min_size=1, max_size=5).map(lambda each: [*itertools.chain(*each)]), min_size=1, max_size=30
 )
+
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
 
 
 @given(questions=QUESTIONS, width=st.sampled_from([1, 8, 1000]), budget=st.sampled_from([16, 64, 4096]))
@@ -109,15 +118,43 @@ def test_a_model_that_misreads_the_mask_reads_each_question_by_itself(
 def test_a_model_with_sliding_windows_reads_each_question_by_itself() -> None:
     import transformers
 
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-    }
-    config = transformers.Qwen2Config(**shape, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    config = transformers.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert "sliding" in str(can_branch(transformers.Qwen2ForCausalLM(config)))
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Starcoder2", "Phi3"])
+def test_a_window_that_no_layer_type_tells_is_kept(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    tokenizer = models.build_tokenizer("llama")
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": 0.3}
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**shape, **ids, max_position_embeddings=4096, sliding_window=32)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, profile = Model(kind, str(tmp_path)), Profile(device="cpu", dtype="float32", token_budget=2048)
+    together, alone = LocalEngine(model, profile), LocalEngine(model, profile)
+    alone.__dict__["_branches"] = False
+    questions = asked(2)
+    with pytest.warns(UserWarning, match="reaches back 32 tokens") as warned:
+        ours = {choice.id: choice for choice in [*together.choose(questions), *together.choose(questions)]}
+    assert len(warned) == 1
+    for plain in alone.choose(questions):
+        choice = ours[plain.id]
+        assert isinstance(choice, Choice)
+        assert isinstance(plain, Choice)
+        assert choice.log_probs == pytest.approx(plain.log_probs, abs=1e-4)
+
+
+def test_a_window_that_is_off_or_never_full_keeps_nothing_from_branching() -> None:
+    from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    shape = {**SHAPE, "max_position_embeddings": 64, "num_key_value_heads": 2}
+    for window in (None, 64):
+        assert can_branch(MistralForCausalLM(MistralConfig(**shape, sliding_window=window))) is None
+    unused = Qwen2Config(**shape, use_sliding_window=False, sliding_window=4)
+    assert can_branch(Qwen2ForCausalLM(unused)) is None
 
 
 def test_eager_attention_takes_the_mask_too(tiny: Tiny) -> None:
