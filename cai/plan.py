@@ -108,8 +108,10 @@ class Planner:
         for name in dict.fromkeys(models_of(config).values()):
             model = self.model(name, done)
             parts[f"model.{name}"] = done[name].digest if name in done else self._identity(model)
-            parts |= {f"template.{ask}.{model.templates}": load_templates(model.templates).digest(ask)
-                      for ask in config.asks}
+            templates = load_templates(model.templates)
+            parts |= {f"template.{ask}.{templates.name}": templates.digest(ask) for ask in config.asks}
+            if templates.chat_template is not None:  # lent, with what ends a turn, to a model that has none
+                parts[f"template.chat.{templates.name}"] = stable_id(templates.chat_template, templates.stop)
             if model.chat_template is not None:
                 parts["chat template"] = stable_id(model.chat_template)
         return parts | self._constitution_parts(config)
@@ -167,7 +169,10 @@ class Planner:
         if constitution is None or not (config.asks or config.uses_weights):
             return {}
         parts: Parts = {"constitution": constitution.name, "principles": [each.id for each in constitution.principles]}
+        named = getattr(config, "principles", None)
         for principle in constitution.principles:
+            if isinstance(named, list):
+                parts[f"principle.{principle.id}.named"] = [tag for tag in principle.tags if tag in named]
             for ask in config.asks:
                 parts[f"principle.{principle.id}.{ask}"] = getattr(principle, ask)
             if config.asks:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from cai.profile import Profile, load_profile
 from cai.progress import PlainDisplay
 from cai.recipe import load_recipe
 from cai.records import read_rows
+from cai.templates import load_templates
 
 TESTS = Path(__file__).parent
 CPU = load_profile("cpu")
@@ -122,6 +124,40 @@ def test_a_changed_request_redoes_what_asks_it_and_says_which_principle(recipe):
     document.write_text(document.read_text().replace("is kind.", "is very kind."))
     assert plan(recipe)["texts"] == ("runs", "principle kind changed")
     assert plan(recipe)["labels"][0] == "waits"
+
+
+def test_a_principle_that_gets_the_tag_a_stage_draws_by_redoes_that_stage(tmp_path, monkeypatch):
+    toy.install(monkeypatch)
+    text = """
+name: tags
+model: start
+constitution: constitution.yaml
+prompts: {first: {source: first.jsonl}}
+stages:
+  - {id: texts, kind: write, prompts: [first]}
+  - {id: revisions, kind: revise, from: texts, principles: [virtue]}
+"""
+    recipe = toy.make_recipe(tmp_path, text)
+    document = recipe.parent / "constitution.yaml"
+
+    def parts(tags: str) -> dict:
+        document.write_text(toy.CONSTITUTION.replace("kind., weight", f"kind., tags: {tags}, weight"))
+        loaded = load_recipe(recipe)
+        done = {"texts": runs.Finished(tmp_path / "texts", "digest")}
+        return Planner(loaded, tmp_path / "runs").parts(loaded.stages["revisions"], done)
+
+    untagged = parts("[]")
+    assert parts("[virtue]") != untagged
+    assert parts("[other]") == untagged
+
+
+def test_a_changed_chat_template_or_stop_of_a_set_redoes_what_borrows_it(recipe, monkeypatch):
+    run(recipe, "templates=fewshot")
+    fewshot = load_templates("fewshot")
+    for name in ("chat.jinja", "stop.txt"):
+        sources = tuple((file, text + (file == name) * "more") for file, text in fewshot.sources)
+        monkeypatch.setattr("cai.plan.load_templates", lambda _, sources=sources: replace(fewshot, sources=sources))
+        assert plan(recipe, "templates=fewshot")["texts"] == ("runs", "template chat.fewshot changed")
 
 
 @pytest.mark.parametrize(("override", "stage", "reason", "kept"), [
