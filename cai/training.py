@@ -168,6 +168,7 @@ def train(trainer: Trainer, context: Context) -> dict[str, Any]:
     elif trainer.is_world_process_zero():
         shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
     logged = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
     return {"steps": trainer.state.global_step, "loss": {"first": logged[0], "last": logged[-1]}}
 
@@ -206,6 +207,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self.context.progress.advance(1, tokens=seen - self.tokens)
         self.tokens = seen
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # a run shorter than `logging_steps` has a loss too
         self._no_last_checkpoint(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

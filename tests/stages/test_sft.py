@@ -177,6 +177,13 @@ def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[...
     assert not (tmp_path / "stage" / "checkpoints").exists()
 
 
+def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    rows = [sample(n) for n in range(16)]
+    figures = run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train={"logging_steps": 50})
+    (loss,) = losses_of(tmp_path / "stage")
+    assert figures["training"]["stage"]["loss"] == {"first": loss, "last": loss}
+
+
 def test_a_lora_over_an_adapter_is_the_same_model_when_loaded_again(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
