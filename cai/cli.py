@@ -192,8 +192,9 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
 @main.command()
 @click.argument("run")
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--unfinished", is_flag=True, help="Remove interrupted stages too, which the next run would go on with.")
 @RUNS
-def clean(run: str, yes: bool, runs_folder: Path) -> None:
+def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
     """Remove the stage folders of a run that no current stage stands on: results of earlier recipes.
 
     \b
@@ -205,7 +206,7 @@ def clean(run: str, yes: bool, runs_folder: Path) -> None:
 
     folder = find_run(run, runs_folder)
     with locked(folder):
-        old = unused(folder)
+        old = unused(folder, unfinished)
         for path, size in old:
             click.echo(f"{size / 1e6:10,.1f} MB  {path}")
         if not old:

@@ -154,8 +154,9 @@ def merged(into: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     return into
 
 
-def unused(run: Path) -> list[tuple[Path, int]]:
-    """Stage folders that latest.json does not name, and their bytes."""
+def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
+    """Finished stage folders that latest.json does not name, and their bytes; interrupted ones with `unfinished`."""
     kept = set(latest(run).values())
-    found = [path.parent for path in sorted(run.glob(f"*/{STAGE}")) if path.parent not in kept]
+    found = [path.parent for path in sorted(run.glob(f"*/{STAGE}"))
+             if path.parent not in kept and (unfinished or finished(path.parent))]
     return [(path, sum(each.stat().st_size for each in path.rglob("*") if each.is_file())) for path in found]

@@ -88,6 +88,15 @@ def test_clean_removes_only_what_nothing_stands_on(folder):
     assert "5 reused" in cai("run", "recipe.yaml", "--set", "stages.policy.size=2", "--dry-run").stdout
 
 
+def test_clean_keeps_interrupted_stages_unless_told(folder, monkeypatch):
+    monkeypatch.setenv("TOY_ERROR", "texts")
+    cai("run", "recipe.yaml")
+    assert "nothing to remove" in cai("clean", "toy", "--yes").stdout
+    assert len(list(Path("runs/toy").glob("texts-*"))) == 1
+    cai("clean", "toy", "--yes", "--unfinished")
+    assert not list(Path("runs/toy").glob("texts-*"))
+
+
 def test_exit_codes(folder, monkeypatch):
     assert cai("run", "no-such-recipe").exit_code == 2
     assert "did you mean 'quickstart'" in cai("run", "quickstrat").stderr
