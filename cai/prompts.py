@@ -115,9 +115,13 @@ def load_prompt_set(config: PromptSet, folder: Path) -> list[Prompt]:
 def read_prompt_set(config: PromptSet, folder: Path) -> PromptRows:
     """The prompts of a set, and what became of the file's rows."""
     if config.source == MICRO:
-        from cai.micro.world import prompts
+        from cai.micro.world import TAGS, prompts
 
         found = prompts(config.split or "train", tuple(config.tags), config.limit, config.seed)
+        for tag in config.tags:
+            if tag not in TAGS and (not found or not tag.startswith("topic:")):
+                raise BadInput(f"{MICRO}: found no prompts with tag {tag!r}, expected one of {', '.join(TAGS)}"
+                               + nearest(tag, TAGS))
         return PromptRows([_held(prompt, config.hold_out) for prompt in found], len(found), 0)
     kind, rows = _open(config, folder)
     read = transcript_prompts(rows) if kind == "hh" else _prompts(rows, config.columns)

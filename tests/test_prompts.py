@@ -98,6 +98,12 @@ def test_limit_shuffle_and_held_out_share_depend_on_the_rows_alone(tmp_path: Pat
 def test_micro_is_a_prompt_set(tmp_path: Path) -> None:
     world = pytest.importorskip("cai.micro.world")
     assert load(tmp_path, source="micro", split="test", limit=5) == world.prompts("test", (), 5, 0)
+
+
+@pytest.mark.parametrize("tags", [["rd_team"], ["helpful", "rd_team"]])
+def test_a_tag_that_the_embedded_world_does_not_know_is_refused(tmp_path: Path, tags: list[str]) -> None:
+    with pytest.raises(BadInput, match=r"'rd_team', expected one of red_team, .*; did you mean 'red_team'\?"):
+        load(tmp_path, source="micro", tags=tags)
     found = load(tmp_path, source="micro", split="test", tags=["red_team"], limit=5, hold_out=True)
     assert all({"red_team", HELD_OUT} <= set(prompt["tags"]) for prompt in found)
     with pytest.raises(ValidationError, match="are for files"):

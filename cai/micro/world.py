@@ -22,6 +22,8 @@ from cai.records import Prompt, stable_id, stable_seed
 
 KINDS = ("harmful", "fair", "borderline", "factual", "false_belief", "opinion", "emotional")
 HOW_TO = ("harmful", "fair", "borderline")
+TAGS = ("red_team", "helpful", *KINDS)
+"""What a prompt set selects by; a prompt has a tag for its topic too."""
 SPLITS = ("train", "validation", "test", "test_topics")
 
 PHRASINGS: Mapping[str, tuple[str, ...]] = {
