@@ -22,6 +22,8 @@ of its arguments, and the order of rows does not matter, to the last bit.
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -94,6 +96,35 @@ def rate(values: Sequence[float], clusters: Sequence[str] | None = None, *, leve
         raise ValueError(f"a rate is over values in [0, 1], found {table.low} to {table.high}")
     low, high = score_interval(table.sums, table.squares, table.sizes, level=level)
     return Rate(table.mean, table.n, table.topics, (float(low), float(high)))
+
+
+def distinct_share(texts: Sequence[str], clusters: Sequence[str], *, level: float = 0.95) -> Rate:
+    """Different texts over all texts. It falls as more is asked, so compare it between equal numbers of texts only.
+
+    No mean over rows: whether a text is a repetition depends on the others. The variance is the delete-one-topic
+    jackknife's of the share itself (Efron and Tibshirani 1993, chapter 11), v = (G - 1) / G * sum (s_g - mean s)^2, and
+    the interval Wilson's with p (1 - p) / v rows, at most one a text, or one a topic where v is 0.
+    """
+    if len(texts) != len(clusters):
+        raise ValueError(f"one cluster a text: found {len(texts)} texts and {len(clusters)} clusters")
+    if not texts:
+        return Rate(None, 0, 0, (0.0, 1.0))
+    sizes, topics_of = Counter(clusters), defaultdict[str, set[str]](set)
+    for text, cluster in zip(texts, clusters, strict=True):
+        topics_of[text].add(cluster)
+    only_there = Counter(next(iter(topics)) for topics in topics_of.values() if len(topics) == 1)
+    n, groups, share = len(texts), len(sizes), len(topics_of) / len(texts)
+    if groups < 2:
+        return Rate(share, n, groups, (0.0, 1.0))
+    without = np.array([(len(topics_of) - only_there[each]) / (n - sizes[each]) for each in sorted(sizes)])
+    variance = float((groups - 1) * without.var())
+    effective = min(share * (1 - share) / variance, float(n)) if variance > 0 and share < 1 else float(groups)
+    t = float(_quantile(level, groups))
+    shrink = 1 + t**2 / effective
+    centre = (share + t**2 / (2 * effective)) / shrink
+    reach = t / shrink * math.sqrt(share * (1 - share) / effective + (t / (2 * effective)) ** 2)
+    high = 1.0 if share == 1 else min(max(centre + reach, share), 1.0)
+    return Rate(share, n, groups, (max(min(centre - reach, share), 0.0), high))
 
 
 def mean(values: Sequence[float], clusters: Sequence[str] | None = None, *, level: float = 0.95) -> Rate:

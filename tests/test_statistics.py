@@ -199,3 +199,34 @@ def test_win_rates_equal_the_published_leaderboard() -> None:
         assert error == pytest.approx(np.std(outcomes, ddof=1) / len(outcomes) ** 0.5)
         if published := board[model]["standard_error"]:  # the copy here leaves the column empty
             assert 100 * error == pytest.approx(float(published), abs=1e-3)
+
+
+def test_the_share_of_distinct_texts_is_not_a_mean_over_rows() -> None:
+    topics = [f"topic {n // 4}" for n in range(40)]
+    different = statistics.distinct_share([str(n) for n in range(40)], topics)
+    assert (different.value, different.n, different.topics, different.interval[1]) == (1.0, 40, 10, 1.0)
+    assert 0.5 < different.interval[0] < 1
+    one = statistics.distinct_share(["same"] * 40, topics)
+    assert one.value == 1 / 40
+    assert one.interval[0] <= 1 / 40 <= one.interval[1] < 0.3
+    by_topic = statistics.distinct_share(topics, topics)
+    assert by_topic.value == 10 / 40
+    assert statistics.distinct_share(["a", "b"], ["x", "x"]).interval == (0.0, 1.0)
+    assert statistics.distinct_share([], []).value is None
+
+
+def test_the_interval_of_distinct_texts_covers_what_new_topics_give() -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn() -> statistics.Rate:
+        """30 topics of 4 texts; a topic repeats itself or does not."""
+        texts, topics = [], []
+        for topic in range(30):
+            same = rng.random() < 0.5
+            texts += [f"{topic}/{0 if same else number}" for number in range(4)]
+            topics += [f"{topic}"] * 4
+        return statistics.distinct_share(texts, topics)
+
+    truth = 0.5 + 0.5 / 4
+    inside = [low <= truth <= high for low, high in (drawn().interval for _ in range(300))]
+    assert 0.9 < sum(inside) / len(inside) <= 1

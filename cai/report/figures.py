@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from cai import statistics
 from cai.behaviours import DETECTORS
+from cai.constitution import Principle
 from cai.records import TOPIC, Prompt, topic_of
 
 UNBOUNDED = {"hedging", "words"}
@@ -77,11 +78,17 @@ class Rows:
 
 
 class Scale(NamedTuple):
-    """How verdicts are added up: the principles' weights, and what is too near to even to be a win (nats)."""
+    """How verdicts are added up: by which principles, and what is too near to even to be a win (nats)."""
 
-    weights: Mapping[str, float]
+    principles: Mapping[str, Principle]
     tie_below: float
 
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: principle.weight for name, principle in self.principles.items()}
+
+
+_DIRECTION = {"a better": "higher", "b better": "lower", "not distinguishable": "not distinguishable"}
 
 Column = dict[tuple[str, int], float]
 """One checkpoint's value for each (prompt id, number)."""
@@ -94,25 +101,34 @@ def figures(rows: Rows, names: Sequence[str], scale: Scale) -> dict[str, Any]:
         "prompts": len(rows.prompts),
         "topics": len({rows.topic(each) for each in rows.prompts}),
         "responses": {name: sum(key[0] == name for key in rows.samples) for name in names},
-        "checkpoints": {
-            name: {metric: _rate(rows, column).as_json() for metric, column in columns[name].items()} for name in names
-        },
+        "checkpoints": {name: rates(rows, columns[name], name) for name in names},
         "behaviours": {name: behaviours(rows, name) for name in names},
         "differences": differences(rows, columns, names),
         "head_to_head": head_to_head(rows, names, scale),
-        "principles": by_principle(rows, names),
+        "principles": by_principle(rows, names, scale),
         "tags": by_tag(rows, names, columns, scale),
     }
 
 
-def rate_columns(rows: Rows, name: str) -> dict[str, Column]:
-    """Every rate of one checkpoint as a value in [0, 1] for each response; a rate that no prompt is about is absent."""
+def rates(rows: Rows, columns: Mapping[str, Column], name: str) -> dict[str, Any]:
+    """Every rate of one checkpoint, in the order of reading."""
+    found = {metric: _rate(rows, column).as_json() for metric, column in columns.items()}
     samples = {key[1:]: row for key, row in rows.samples.items() if key[0] == name}
-    repeated = Counter(row["response"] for row in samples.values())
+    texts = [row["response"] for row in samples.values()]
+    if texts:
+        topics = [rows.topic(prompt_id) for prompt_id, _ in samples]
+        found["distinct"] = statistics.distinct_share(texts, topics).as_json()
+    return {metric: found[metric] for metric in METRICS if metric in found}
+
+
+def rate_columns(rows: Rows, name: str) -> dict[str, Column]:
+    """Every rate of one checkpoint that is a mean, as a value in [0, 1] for each response.
+
+    A rate that no prompt is about is absent, and so is `distinct`, which no response has by itself.
+    """
+    samples = {key[1:]: row for key, row in rows.samples.items() if key[0] == name}
     columns: dict[str, Column] = {
-        # Each response counts 1 / (how often it was given): the mean is the share of different responses.
-        "distinct": {key: 1 / repeated[row["response"]] for key, row in samples.items()},
-        "finished": {key: float(row["finish_reason"] == "stop") for key, row in samples.items()},
+        "finished": {key: float(row["finish_reason"] == "stop") for key, row in samples.items()}
     }
     world = {key: row for key, row in samples.items() if rows.prompts[key[0]]["source"] == "micro"}
     if world:
@@ -164,8 +180,8 @@ def differences(
 ) -> dict[str, dict[str, Any]]:
     """Each rate of each checkpoint minus the baseline's, on the responses that both gave.
 
-    `p_holm` and the verdict (a: the checkpoint, b: the baseline) are adjusted for all differences of the set together;
-    the interval is that of one difference taken alone.
+    The verdict says whether the checkpoint's rate is higher or lower, not which is better. It and `p_holm` are adjusted
+    for all differences of the set together; the interval is that of one difference taken alone.
     """
     baseline = columns[names[0]]
     keys, found = [], []
@@ -183,7 +199,7 @@ def differences(
     result: dict[str, dict[str, Any]] = {name: {} for name in names[1:]}
     adjusted = statistics.holm([each.p_value for each in found])
     for (name, metric), difference, p_value in zip(keys, found, adjusted, strict=True):
-        decided = statistics.verdict(difference.value, p_value)
+        decided = _DIRECTION[statistics.verdict(difference.value, p_value)]
         result[name][metric] = difference.as_json() | {"p_holm": p_value, "verdict": decided}
     return result
 
@@ -238,15 +254,20 @@ def verdicts_by_principle(vote: Mapping[str, Any]) -> dict[str, tuple[float, flo
     return {principle: (orders["ab"], orders["ba"]) for principle, orders in found.items()}
 
 
-def by_principle(rows: Rows, names: Sequence[str]) -> list[dict[str, Any]]:
+def by_principle(rows: Rows, names: Sequence[str], scale: Scale) -> list[dict[str, Any]]:
     """Win rates of each pair by each principle alone: which of them a checkpoint lives by. Equal texts are ties."""
     found = []
     for b, a in combinations(names, 2):
         outcomes: dict[str, list[tuple[float, str]]] = defaultdict(list)
         for key, row in rows.votes.items():
             if key[0] == (a, b):
-                for principle, (ab, ba) in verdicts_by_principle(row).items():
-                    outcomes[principle].append((statistics.outcome(ab, ba), rows.topic(key[1])))
+                verdicts = verdicts_by_principle(row)
+                if not verdicts:  # equal texts, which nobody was asked about
+                    verdicts = {
+                        name: (0.0, 0.0) for name, each in scale.principles.items() if each.applies(row["tags"])
+                    }
+                for principle, (ab, ba) in verdicts.items():
+                    outcomes[principle].append((statistics.outcome(ab, ba, scale.tie_below), rows.topic(key[1])))
         for principle, pairs in sorted(outcomes.items()):
             values, clusters = zip(*pairs, strict=True)
             found.append({"a": a, "b": b, "principle": principle} | statistics.rate(values, clusters).as_json())

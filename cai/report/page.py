@@ -99,12 +99,10 @@ def _word(metric: str, difference: Mapping[str, Any] | None) -> dict[str, str] |
     """What the data say about a checkpoint and the baseline: a word and whether it is good news."""
     if difference is None:
         return None
-    if difference["verdict"] == "not distinguishable":
-        return {"text": "not distinguishable", "kind": "even"}
-    higher = difference["verdict"] == "a better"  # of a - b: the checkpoint's figure is the higher one
-    better = METRICS[metric].better
-    kind = "even" if better == "neither" else "good" if higher == (better == "high") else "bad"
-    return {"text": "higher" if higher else "lower", "kind": kind}
+    word, better = difference["verdict"], METRICS[metric].better
+    if word == "not distinguishable" or better == "neither":
+        return {"text": word, "kind": "even"}
+    return {"text": word, "kind": "good" if (word == "higher") == (better == "high") else "bad"}
 
 
 def _matrix(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:

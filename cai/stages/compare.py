@@ -37,6 +37,7 @@ Item = dict[str, Any]
 
 class Config(WritingConfig):
     gives: ClassVar[Rows] = "comparison"
+    revision: ClassVar[int] = 2
     asks: ClassVar[tuple[str, ...]] = ("compare",)
     uses_weights: ClassVar[bool] = True
 
@@ -255,7 +256,7 @@ def _write_up(
     planned: Mapping[str, int],
 ) -> dict[str, Any]:
     """The figures of each prompt set to comparison.json, the page and the picture; those of the run are returned."""
-    scale = Scale({each.id: each.weight for each in principles}, config.tie_below)
+    scale = Scale({each.id: each for each in principles}, config.tie_below)
     rows = {name: _rows(records, context.prompts([name])) for name in config.prompts}
     sets = {name: figures(each, config.names, scale) for name, each in rows.items()}
     assert context.constitution is not None
