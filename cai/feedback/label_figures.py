@@ -84,7 +84,11 @@ def behaviours(rows: Sequence[Preference]) -> dict[str, dict[str, float]]:
 
 
 def by_principle(principles: Sequence[str], votes: Floats, gold: Floats) -> dict[str, dict[str, Any]]:
-    """How often each principle voted, how strongly (nats), how often with the label, and how often with the truth."""
+    """How often each principle voted, how strongly (nats), how often with the label, and with the truth.
+
+    `agreement_with_gold` is how often the principle favours the response that the oracle scores higher by everything it
+    looks at. It is no accuracy: a principle about one thing may rightly favour the other response.
+    """
     found: dict[str, dict[str, Any]] = {}
     for column, id in sorted(enumerate(principles), key=lambda pair: pair[1]):
         vote = votes[:, column]
@@ -98,7 +102,7 @@ def by_principle(principles: Sequence[str], votes: Floats, gold: Floats) -> dict
             "agreement": float((vote[voted] > 0).mean()),
         }
         if known.any():
-            found[id]["accuracy"] = float((vote[known] * gold[known] > 0).mean())
+            found[id]["agreement_with_gold"] = float((vote[known] * gold[known] > 0).mean())
     return found
 
 

@@ -51,6 +51,7 @@ class Clamp(BaseModel):
 class Config(StageConfig):
     gives: ClassVar[Rows] = "preferences"
     takes: ClassVar[tuple[Rows, ...]] = ("votes",)
+    revision: ClassVar[int] = 2
     reads_files: ClassVar[tuple[str, ...]] = ("pairs",)
     uses_weights: ClassVar[bool] = True
 

@@ -14,10 +14,10 @@ from feedback import PRINCIPLES, Script, run_stage, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cai import labels
 from cai.constitution import load_constitution
 from cai.engines import Failure
 from cai.errors import StageFailed
+from cai.feedback import labels
 from cai.micro.oracle import gold_score
 from cai.stages.prefer import Clamp, Config
 
@@ -267,7 +267,7 @@ def test_labels_are_measured_by_the_oracle_on_held_out_prompts(tmp_path):
     assert every["accuracy"]["value"] == 12 / 16
     assert (every["accuracy"]["n"], every["accuracy"]["topics"]) == (16, 5)
     assert (every["ties"], every["unclear"], every["measured_on"]) == (1, 1, "all")
-    assert every["principles"]["calm"]["accuracy"] == 12 / 16
+    assert every["principles"]["calm"]["agreement_with_gold"] == 12 / 16
     assert sum(n for counts in every["acts"].values() for n in counts.values()) == 18
 
     held_out = [micro_pair(n, False, "topic:9", "held_out") for n in range(20, 23)]
