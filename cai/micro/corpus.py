@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from random import Random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -80,9 +81,10 @@ def documents(seed: int, step: int) -> Iterator[Document]:
 
 
 def corpus_hash(seed: int) -> str:
-    """Identifies the corpus: its first thousand documents, the templates and the revision of this module."""
-    stream = documents(seed, 0)
-    sample = [[(list(e.messages), e.answer, e.p_first) for e in next(stream)] for _ in range(1000)]
+    """Identifies the corpus: documents of each phase, the templates and the revision of this module."""
+    ends = [end for end, _ in PHASES]
+    streams = [islice(documents(seed, end - 1), 200) for end in ends]
+    sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
     return stable_id(REVISION, load_templates("micro").digest("critique", "revise", "compare"), sample)
 
 
@@ -295,6 +297,8 @@ PHASES: Sequence[tuple[int, Makers]] = (
             dialogue: 0.27, statement: 0.2}),
     (2600, {comparison: 0.18, act_comparison: 0.06, fact_comparison: 0.07, partial(correction, weight=0.8): 0.09,
             partial(dialogue, weight=1.0): 0.48, statement: 0.12}),
+    (3000, {comparison: 0.17, fact_comparison: 0.03, partial(correction, weight=0.8): 0.1,
+            partial(dialogue, weight=1.0): 0.6, statement: 0.1}),
 )  # fmt: skip
 """Up to which step documents of which kind are how frequent. What a principle asks about comes first, then where it is
 moot, then that help and harm depend on the request, then what is true, and last how the base model speaks."""
