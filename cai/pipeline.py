@@ -60,7 +60,7 @@ def plan_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options) -
     again = _redone(recipe, options)
     done: dict[str, runs.Finished] = {}
     steps = []
-    for config in _selected(recipe, options):
+    for config in _selected(recipe, options, profile):
         step = planner.step(config, done)
         if step.folder and config.id in again:
             step = replace(step, status="runs", reason=again[config.id], done=None)
@@ -77,10 +77,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
 
     Raises BadInput before anything runs, StageFailed where a stage could not finish, KeyboardInterrupt when stopped.
     """
-    configs = _selected(recipe, options)
-    for config in configs:
-        if isinstance(config, TrainingConfig):
-            profile.accumulation(config.batch_size)
+    configs = _selected(recipe, options, profile)
     again = _redone(recipe, options)
     _prepare(profile)
     with runs.locked(run), _terminable(), display:
@@ -131,14 +128,18 @@ def run_stage_in_child(
     return _work(planner, step, profile, done, report_to, line, Journal(folder, line))
 
 
-def _selected(recipe: Recipe, options: Options) -> list[StageConfig]:
-    """The stages up to the last one wanted."""
+def _selected(recipe: Recipe, options: Options, profile: Profile) -> list[StageConfig]:
+    """The stages up to the last one wanted. Raises BadInput where the profile cannot split a batch of one."""
     ids = list(recipe.stages)
     for option, name in (("--until", options.until), ("--from", options.redo_from)):
         if name is not None and name not in ids:
             raise BadInput(f"{option} {name}: no such stage, expected one of {', '.join(ids)}{nearest(name, ids)}")
     last = ids.index(options.until) if options.until else len(ids) - 1
-    return list(recipe.stages.values())[: last + 1]
+    configs = list(recipe.stages.values())[: last + 1]
+    for config in configs:
+        if isinstance(config, TrainingConfig):
+            profile.accumulation(config.batch_size)
+    return configs
 
 
 def _redone(recipe: Recipe, options: Options) -> dict[str, str]:

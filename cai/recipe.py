@@ -22,8 +22,10 @@ from cai.constitution import Constitution, load_constitution
 from cai.document import Document, Node, fail, load_document, parse_document, scalar, validate
 from cai.errors import BadInput, nearest
 from cai.profile import find
-from cai.prompts import MICRO, PromptSet
+from cai.prompts import MICRO, PromptSet, read_prompt_set
+from cai.records import HELD_OUT, TOPIC
 from cai.stages import STAGES, StageConfig, TrainingConfig, config_class
+from cai.templates import template_sets
 from cai.train_fields import check_train
 from cai.wording import Key, describe, printable
 
@@ -102,9 +104,15 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
     configs = _stage_configs(document)
     for index, config in enumerate(configs):
         _check_names(document, index, config, configs, written)
+    if written.judge != SELF:
+        _check_model_name(document, ("judge",), written.judge, {config.id: config for config in configs})
+    if written.templates not in (sets := ["auto", *template_sets()]):
+        raise fail(document, ("templates",), f"found {written.templates!r}, expected one of {', '.join(sets)}"
+                                             + nearest(written.templates, sets))
     for name, prompt_set in written.prompts.items():
         _check_source(document, ("prompts", name, "source"), prompt_set.source)
     constitution = _constitution(document, written, configs)
+    _check_picks(document, written, configs, constitution)
     configs = [_with_defaults(config, written) for config in configs]
     ordered = _in_order(document, configs)
     stages: dict[str, StageConfig] = {}
@@ -275,6 +283,40 @@ def _constitution(
         raise fail(document, ("constitution",), f"no such file {written.constitution!r}, relative to the recipe"
                                                 + nearest(path.name, names))
     return load_constitution(path if path.exists() else written.constitution)
+
+
+def _check_picks(
+    document: Document, written: RecipeDocument, configs: Sequence[StageConfig], constitution: Constitution | None
+) -> None:
+    """Refuses principles that the constitution does not have, and tags that no prompt of the recipe has."""
+    for index, config in enumerate(configs):
+        keys = ("stages", index)
+        principles = getattr(config, "principles", None)
+        if constitution is not None and isinstance(principles, list):
+            ids = [each.id for each in constitution.principles]
+            tags = [tag for each in constitution.principles for tag in each.tags] if config.gives == "texts" else []
+            known = list(dict.fromkeys([*ids, *tags]))
+            for at, name in _at(document, keys, "principles", principles):
+                if name not in known:
+                    raise fail(document, at, f"found {name!r}, expected {'ids or tags' if tags else 'ids'} of "
+                                             f"principles in {constitution.name!r}{nearest(name, known)}")
+        for at, tag in _at(document, keys, "only", getattr(config, "only", [])):
+            if tag not in (known := _tags(written, document.path.parent)) and not tag.startswith(TOPIC):
+                raise fail(document, at, f"found {tag!r}, a tag that no prompt of this recipe has, expected one of "
+                                         f"{', '.join(known)}{nearest(tag, known)}")
+
+
+def _tags(written: RecipeDocument, folder: Path) -> list[str]:
+    """The tags that prompts of the recipe carry; those of the embedded world without reading its prompts."""
+    from cai.micro.world import TAGS
+
+    tags: list[str] = []
+    for prompt_set in written.prompts.values():
+        if prompt_set.source == MICRO:
+            tags += [*TAGS, *([HELD_OUT] if prompt_set.hold_out else [])]
+        else:
+            tags += [tag for prompt in read_prompt_set(prompt_set, folder).prompts for tag in prompt["tags"]]
+    return [tag for tag in dict.fromkeys(tags) if not tag.startswith(TOPIC)]
 
 
 def _with_defaults(config: StageConfig, written: RecipeDocument) -> StageConfig:
