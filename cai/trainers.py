@@ -29,7 +29,11 @@ LENGTH = "length"
 
 
 class LengthSortedSteps(Sampler[int]):
-    """A shuffle that depends on seed and epoch alone, each optimizer step's examples sorted by length within it."""
+    """A shuffle that depends on seed and epoch alone, each optimizer step's examples sorted by length within it.
+
+    Yields every row once. Where processes do not share the last step evenly, accelerate fills it up with rows from the
+    epoch's start: these are learned from twice in that epoch, on several processes only.
+    """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
