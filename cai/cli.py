@@ -200,8 +200,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
     \b
     cai clean quickstart
     """
-    import shutil
-
+    from cai.files import remove
     from cai.runs import find_run, locked, unused
 
     folder = find_run(run, runs_folder)
@@ -213,7 +212,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
             click.echo(f"{folder}: nothing to remove")
         elif yes or click.confirm(f"Remove {len(old)} folders?"):
             for path, _ in old:
-                shutil.rmtree(path)
+                remove(path)
             click.echo(f"removed {len(old)} folders")
 
 
@@ -359,6 +358,10 @@ def micro_pretrain(folder: Path, size: str, steps: int, seed: int, device: str |
     cai micro pretrain my-micro
     cai run quickstart --set model=my-micro
     """
+    from cai.pipeline import prepare
+    from cai.profile import load_profile
+
+    prepare(load_profile().model_copy(update={"device": "cpu" if device == "cpu" else "auto"}))
     from cai.micro.pretrain import Training, pretrain
 
     facts = pretrain(folder, training=Training(seed=seed, steps=steps, size=size), device=device, log=_to_stderr)
@@ -379,10 +382,14 @@ def micro_evaluate(model: Path | None, n: int, seed: int, on: str | None, as_jso
     cai micro evaluate --json
     """
     from cai import tables
-    from cai.micro.evaluate import evaluate
+    from cai.pipeline import prepare
     from cai.profile import load_profile
 
-    figures = evaluate(model, n=n, seed=seed, profile=load_profile(on), log=_to_stderr)
+    profile = load_profile(on)
+    prepare(profile)
+    from cai.micro.evaluate import evaluate
+
+    figures = evaluate(model, n=n, seed=seed, profile=profile, log=_to_stderr)
     click.echo(json.dumps(figures) if as_json else "\n".join(tables.nested_lines(figures)))
 
 

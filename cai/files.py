@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+REMOVED = ".removed"
 
 
 @contextlib.contextmanager
@@ -44,6 +47,28 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_tree(path: Path) -> None:
+    """Returns when everything in a folder and below it is on the disk, whoever wrote it."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(folder))
+
+
+def remove(path: Path) -> None:
+    """Removes a folder, if it is there, so that a kill leaves it whole or gone, never in part under its name.
+
+    What a kill leaves is called `*.removed` and goes with the next call.
+    """
+    rest = path.with_name(path.name + REMOVED)
+    shutil.rmtree(rest, ignore_errors=True)
+    if path.exists():
+        path.rename(rest)
+        sync_folder(path.parent)
+        shutil.rmtree(rest)
 
 
 def sync_folder(path: Path) -> None:

@@ -14,7 +14,6 @@ import importlib.metadata
 import os
 import platform
 import random
-import shutil
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 from cai import runs
 from cai.errors import BadInput, CaiError, StageFailed, Terminated, nearest
-from cai.files import write_json
+from cai.files import remove, write_json
 from cai.journal import Journal, reopen
 from cai.launch import Spec, launch
 from cai.plan import Planner, Step
@@ -79,7 +78,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
     """
     configs = _selected(recipe, options, profile)
     again = _redone(recipe, options)
-    _prepare(profile)
+    prepare(profile)
     with runs.locked(run), _terminable(), display:
         planner = Planner(recipe, run, profile.offline)
         planner.check_prompts()
@@ -96,7 +95,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
             assert step.folder is not None, "what it needs is done"
             folder = step.folder
             if config.id in again:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
                 step = replace(step, done=None)
             elif step.done and options.retry_failures and reopen(folder):
                 (folder / runs.DONE).unlink()
@@ -117,7 +116,7 @@ def run_stage_in_child(
     recipe: Recipe, profile: Profile, run: Path, stage: str, folder: Path, line: StageLine, report_to: tuple[str, ...]
 ) -> dict[str, Any]:
     """One stage, in a process that `cai.launch` started, on the outputs that stand in latest.json."""
-    _prepare(profile)
+    prepare(profile)
     planner = Planner(recipe, run, profile.offline)
     config = recipe.stages[stage]
     latest = runs.latest(run)
@@ -257,11 +256,15 @@ def _say_reused(display: Display, reused: list[str]) -> None:
         reused.clear()
 
 
-def _prepare(profile: Profile) -> None:
+def prepare(profile: Profile) -> None:
     """Sets what libraries read when they are first imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not profile.uses_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where installed, warns that it had to guess
+    elif os.environ.get("DS_ACCELERATOR") == "cpu":  # an earlier run of this process, on the CPU
+        del os.environ["DS_ACCELERATOR"]
     if profile.offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if profile.threads is not None:

@@ -159,7 +159,7 @@ class Planner:
     def _trained_on(self) -> set[str]:
         """The prompt sets whose rows reach a stage that trains a model."""
         reached: set[str] = set()
-        for config in reversed(self.recipe.stages.values()):
+        for config in reversed(list(self.recipe.stages.values())):
             if config.gives in MODELS or config.id in reached:
                 reached.update(inputs_of(config))
         return {name for id in reached for name in prompt_sets_of(self.recipe.stages[id])}

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cai.errors import BadInput, nearest
-from cai.files import file_digest, read_json, replacing, sync_folder, write_json
+from cai.files import REMOVED, file_digest, read_json, replacing, sync_folder, sync_tree, write_json
 from cai.journal import FAILURES, JOURNAL, RECORDS
 from cai.records import stable_id
 
@@ -65,7 +65,7 @@ def finished(folder: Path) -> Finished | None:
 
 def mark_done(folder: Path, digest: str) -> Finished:
     """Writes DONE, after everything else in the folder is on the disk."""
-    sync_folder(folder)
+    sync_tree(folder)
     with replacing(folder / DONE) as file:
         file.write(digest.encode() + b"\n")
     sync_folder(folder)
@@ -159,4 +159,5 @@ def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
     kept = set(latest(run).values())
     found = [path.parent for path in sorted(run.glob(f"*/{STAGE}"))
              if path.parent not in kept and (unfinished or finished(path.parent))]
+    found = list(dict.fromkeys([*found, *sorted(run.glob(f"*{REMOVED}"))]))  # a kill while removing left these
     return [(path, sum(each.stat().st_size for each in path.rglob("*") if each.is_file())) for path in found]

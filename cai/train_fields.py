@@ -93,6 +93,9 @@ def check_train(document: Document, keys: tuple[Key, ...], train_class: str, own
             allowed = [each for each in known if each not in refused]
             raise fail(document, at, f"unknown key, expected a field of {name}{nearest(key, allowed)}", key=True)
         _check_value(document, at, value, known[key], name)
+        if key == "save_total_limit" and value is not None and value < 2:  # type: ignore[operator]
+            raise fail(document, at, f"found {value}, expected at least 2: the last whole checkpoint is removed before "
+                                     "the next one is whole otherwise")
 
 
 @functools.cache

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from cai import checkpoint
 from cai.errors import BadInput, StageFailed
+from cai.files import remove
 from cai.records import Preference, canonical_json, stable_seed
 from cai.stages import Context, LoRA, TrainingConfig
 
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 
     from cai.chat import Chat
     from cai.checkpoint import Model
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where installed, warns that it had to guess
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -166,7 +163,7 @@ def train(trainer: Trainer, context: Context) -> dict[str, Any]:
     if resume is not None:
         context.progress.note(f"resuming from {resume.name}")
     elif trainer.is_world_process_zero():
-        shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)
+        remove(context.folder / CHECKPOINTS)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
     logged = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
@@ -183,7 +180,7 @@ def save(trainer: Trainer, context: Context, chat: Chat, name: str | None, facts
         checkpoint.save_checkpoint(
             context.folder / "model", trainer.model, chat.tokenizer, context.model(name), facts, state_dict=state
         )
-        shutil.rmtree(context.folder / CHECKPOINTS, ignore_errors=True)
+        remove(context.folder / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()
 
 

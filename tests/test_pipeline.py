@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import toy
 
 from cai import pipeline, runs
 from cai.errors import BadInput, StageFailed
+from cai.files import remove, replacing
 from cai.pipeline import Options, plan_recipe, run_recipe
 from cai.plan import Planner
 from cai.profile import Profile, load_profile
@@ -204,6 +206,43 @@ def test_the_profile_is_not_part_of_what_a_stage_computes(recipe):
     assert {step.status for step in plan_recipe(loaded, other, recipe.parent / "runs", Options())} == {"reused"}
 
 
+def test_everything_of_a_stage_is_on_the_disk_before_it_is_done(tmp_path, monkeypatch):
+    model = toy.make_model(tmp_path / "stage" / "model", "weights")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    wanted = {path.stat().st_ino for path in (model.parent, model, *model.iterdir())}
+
+    def checked(path: Path):
+        assert wanted <= {*synced}
+        return replacing(path)
+
+    monkeypatch.setattr(runs, "replacing", checked)
+    runs.mark_done(tmp_path / "stage", "digest")
+    assert runs.finished(tmp_path / "stage")
+
+
+@pytest.mark.parametrize("folder", ["tuned-1", "tuned-1.removed"])
+def test_a_folder_is_never_there_in_part_when_its_removal_is_killed(tmp_path, monkeypatch, folder):
+    stage = tmp_path / "tuned-1"
+    toy.make_model(stage / "model", "weights")
+    runs.mark_done(stage, "digest")
+    rmtree = shutil.rmtree
+
+    def killed(path, ignore_errors=False):
+        if path.exists():
+            (path / "model" / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(stage)
+    assert runs.finished(stage) is None
+    assert [path.name for path, _ in runs.unused(tmp_path)] == ["tuned-1.removed"]
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    remove(tmp_path / folder)
+    assert not list(tmp_path.iterdir())
+
+
 def test_until_and_from_choose_stages(recipe):
     assert list(run(recipe, until="tuned")["stages"]) == ["texts", "tuned"]
     run(recipe)
@@ -285,6 +324,15 @@ def test_a_set_that_is_learned_from_and_compared_on_is_noted(tmp_path):
     assert notes() == []
     [note] = notes("stages.comparison.prompts=[held, first]")
     assert note.startswith("prompts first: 4 prompts are learned from and compared on too")
+
+
+def test_deepspeed_is_told_that_a_profile_runs_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    pipeline.prepare(Profile(device="cpu"))
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    pipeline.prepare(Profile(device="cuda"))
+    assert "DS_ACCELERATOR" not in os.environ
 
 
 def test_two_processes_cannot_work_on_one_run(recipe):

@@ -65,6 +65,7 @@ BROKEN = [
     ("learning_rate: 2.0e-4", "learning_rate: fast", 13, "fast", "expected a number, as in SFTConfig"),
     ("learning_rate: 2.0e-4", "per_device_train_batch_size: 4", 13, "per_device", "the profile's micro_batch"),
     ("learning_rate: 2.0e-4", "deepspeed: zero3.json", 13, "deepspeed", "the profile's accelerate file"),
+    ("learning_rate: 2.0e-4", "save_total_limit: 1", 13, "1", "expected at least 2"),
     ("learning_rate: 2.0e-4", "output_dir: here", 13, "output_dir", "is the stage's folder"),
     ("beta: 0.1", "lr_scheduler_type: cosin", 18, "cosin", "did you mean 'cosine'"),
     ("kind: judge,", "kind: judge, pairs: some,", 15, "some", "expected one of disjoint, all, random"),
