@@ -33,7 +33,7 @@ principles:
 class Script:
     """Stands for a model at the engine's edge: a test says what it writes and what it prefers."""
 
-    writes: Callable[[Request], str | Failure] = lambda request: "a text"
+    writes: Callable[[Request], str | Completion | Failure] = lambda request: "a text"
     prefers: Callable[[Question], tuple[float, float] | Failure] = lambda question: (0.0, 1.0)
     """(log-odds of the first option, mass of both)."""
     requests: list[Request] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Script:
         for request in requests:
             self.requests.append(request)
             written = self.writes(request)
-            if isinstance(written, Failure):
+            if not isinstance(written, str):
                 yield written
             else:
                 ids = list(range(len(written.split()) + 1))

@@ -1,7 +1,7 @@
 """Asks an engine again what it could not answer.
 
 Only chance and the network can turn a failure into an answer: a drawn text gets another seed with every attempt, an
-over-long prompt fails as quickly the second time as the first.
+over-long prompt fails as quickly the second time as the first. Thinking without a response after it is no answer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ def generate_all(engine: Engine, requests: Sequence[Request], retries: int) -> d
             break
         if attempt:
             again = [replace(request, seed=stable_seed(request.seed, attempt)) for request in again]
-        results.update((result.id, result) for result in engine.generate(again))
+        results.update((result.id, _answer(result)) for result in engine.generate(again))
     return results
+
+
+def _answer(result: Completion | Failure) -> Completion | Failure:
+    if isinstance(result, Failure) or result.text or not result.reasoning:
+        return result
+    return Failure(result.id, f"its reasoning took all {len(result.token_ids)} tokens and no response followed")
 
 
 def choose_all(engine: Engine, questions: Sequence[Question], retries: int) -> dict[str, Choice | Failure]:

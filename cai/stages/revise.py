@@ -41,6 +41,7 @@ from cai.templates import TemplateSet
 class Config(WritingConfig):
     gives: ClassVar[Rows] = "texts"
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    revision: ClassVar[int] = 2
     asks: ClassVar[tuple[str, ...]] = ("critique", "revise")
 
     kind: Literal["revise"] = "revise"

@@ -22,6 +22,7 @@ from cai.stages import Context, Names, Rows, WritingConfig
 
 class Config(WritingConfig):
     gives: ClassVar[Rows] = "texts"
+    revision: ClassVar[int] = 2
 
     kind: Literal["sample"] = "sample"
     model: str | None = Field(None, description="Model or stage that responds; absent = the recipe's model.")
@@ -51,9 +52,6 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 result = results[item["id"]]
                 if isinstance(result, Failure):
                     failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {result.reason}"))
-                elif result.reasoning and not result.text:
-                    reason = f"its reasoning took all {len(result.token_ids)} tokens and no response followed"
-                    failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {reason}"))
                 else:
                     rows.append(to_row(item["prompt"], result, request.seed, model))
             context.journal.append(batch, rows, failures)

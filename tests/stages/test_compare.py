@@ -19,7 +19,7 @@ from training_stages import Killed, Steps
 
 from cai import report
 from cai.checkpoint import Model
-from cai.engines import Engine, Failure
+from cai.engines import Completion, Engine, Failure
 from cai.errors import StageFailed
 from cai.journal import FAILURES, RECORDS, Journal, reopen
 from cai.micro import answers, world
@@ -217,6 +217,18 @@ def test_a_retry_goes_on_where_the_attempts_ended_and_changes_no_earlier_respons
     after = {row["id"]: row for row in read_rows(context.folder / RECORDS)}
     assert len(after) == 8 + 4
     assert all(after[key] == row for key, row in before.items())
+
+
+def test_thinking_without_a_response_is_missing_and_not_judged(tmp_path: Path) -> None:
+    def write(request: Any) -> str | Completion:
+        noon = "noon" in str(request.messages)
+        return Completion(request.id, "", [0], [-1.0], "length", [0], reasoning="Hm") if noon else "other 1"
+
+    scripts = {"one": says("good"), "two": Script(writes=write), "judge": prefers("good")}
+    context = bench(tmp_path / "run", list(scripts), scripts)
+    summary = run(config({"one": "one", "two": "two"}), context)
+    assert summary["head_to_head"][0]["n"] == 3
+    assert len(read_rows(context.folder / FAILURES)) == 2, "the response and its verdict"
 
 
 def test_a_baseline_that_is_not_compared_is_refused() -> None:

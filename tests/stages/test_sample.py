@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from feedback import Script, prompt, run_stage
 
-from cai.engines import Failure
+from cai.engines import Completion, Failure
 from cai.errors import StageFailed
 
 PROMPTS = {
@@ -53,6 +53,19 @@ def test_what_fails_is_asked_again_with_another_seed_and_then_named(tmp_path):
     for asked in {request.id for request in script.requests}:
         seeds = [request.seed for request in script.requests if request.id == asked]
         assert len(seeds) == len(set(seeds)) == 2
+
+
+def test_thinking_without_a_response_is_asked_again_and_then_named(tmp_path):
+    def write(request):
+        thought = Completion(request.id, "", [0] * 9, [-1.0] * 9, "length", [0], reasoning="Hm")
+        attempts = sum(earlier.id == request.id for earlier in script.requests)
+        return thought if "noon" in request.messages[0]["content"] or attempts < 2 else "yes"
+
+    script = Script(writes=write)
+    done = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts="kind", retries=1)
+    assert [row["response"] for row in done.rows] == ["yes"]
+    (failure,) = done.failures
+    assert "its reasoning took all 9 tokens" in failure["reason"]
 
 
 def test_nothing_but_failures_ends_the_stage_with_a_reason(tmp_path):
