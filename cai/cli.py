@@ -219,7 +219,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def init(folder: Path) -> None:
-    """Copy a starter constitution, recipe and profile into a folder, to be changed there.
+    """Copy the constitutions, a starter recipe and profile into a folder, to be changed there.
 
     \b
     cai init my-project

@@ -5,12 +5,12 @@ In a checkout these folders lie beside the package; in a wheel they lie inside o
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from cai.errors import BadInput
 
-STARTER = ("constitutions/micro.yaml", "recipes/quickstart.yaml", "configs/cpu.yaml")
+STARTER = ("recipes/quickstart.yaml", "configs/cpu.yaml")
+SCHEMA = "constitution/schema.json"
 _PACKAGE = Path(__file__).parent
 
 
@@ -26,11 +26,16 @@ def shipped_names(folder: str) -> list[str]:
 
 
 def copy_starter(folder: Path) -> list[Path]:
-    """Copies a constitution, a recipe and a profile that work together; the new files. Nothing is overwritten."""
-    sources = {folder / name: shipped(name.partition("/")[0]) / name.partition("/")[2] for name in STARTER}
+    """Copies the constitutions with their schema, a recipe and a profile; the new files. Nothing is overwritten."""
+    constitutions = [f"constitutions/{name}.yaml" for name in shipped_names("constitutions")]
+    sources = {folder / name: shipped(name.partition("/")[0]) / name.partition("/")[2]
+               for name in (*constitutions, *STARTER)}
+    sources[folder / "constitutions" / "schema.json"] = _PACKAGE / SCHEMA
     if there := [str(path) for path in sources if path.exists()]:
         raise BadInput(f"{there[0]} is there already; give another folder")
     for path, source in sources.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
+        # The first line of a constitution tells editors where its schema lies, which is beside the copies.
+        text = source.read_text(encoding="utf-8")
+        path.write_text(text.replace(f"$schema=../cai/{SCHEMA}", "$schema=schema.json", 1), encoding="utf-8")
     return list(sources)

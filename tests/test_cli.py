@@ -126,6 +126,11 @@ def test_init_copies_what_runs_and_overwrites_nothing(tmp_path):
     assert recipe.constitution == load_constitution(tmp_path / "mine" / "constitutions" / "micro.yaml")
     assert recipe.constitution.path.is_relative_to(tmp_path)
     load_profile(str(tmp_path / "mine" / "configs" / "cpu.yaml"))
+    for name in ("assistant", "harmlessness", "helpful-honest", "micro"):
+        path = tmp_path / "mine" / "constitutions" / f"{name}.yaml"
+        assert load_constitution(path).principles == load_constitution(name).principles
+        schema = path.read_text().splitlines()[0].partition("$schema=")[2]
+        assert json.loads((path.parent / schema).read_text())["required"] == ["name"]
     again = cai("init", str(tmp_path / "mine"))
     assert again.exit_code == 2
     assert "is there already" in again.stderr

@@ -53,6 +53,13 @@ def test_a_principle_knows_where_it_stands_and_to_which_prompts_it_applies(tmp_p
     assert not calm.applies([])
 
 
+def test_a_document_is_never_suggested_as_what_it_extends(tmp_path: Path) -> None:
+    write(tmp_path, mine="name: x\nextends: mime.yaml\n")
+    assert "did you mean" not in refusal(tmp_path / "mine.yaml")
+    write(tmp_path, mime2=BASE)
+    assert "did you mean 'mime2.yaml'" in refusal(tmp_path / "mine.yaml")
+
+
 def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
     turns = "[{role: user, content: 2+2}, {role: assistant, content: '4'}, {role: user, content: Sure}]"
     case = f"{{prompt: {turns}, better: Y, worse: N}}"
