@@ -111,14 +111,15 @@ class Entry(Written):
     )
     weight: float = Field(
         1.0, strict=True, ge=0, allow_inf_nan=False,
-        description="How much the principle counts in a preference. 0 switches it off. Changing it asks no model.",
+        description="How much the principle counts in a preference. 0: no say in labels and figures; critics and judges "
+        "still see it, so that weights can change without asking again. `drop: true` removes it.",
     )
     tags: tuple[Tag, ...] = Field((), description="What figures are broken down by: harm, honesty, style.")
     applies_to: Annotated[tuple[Tag, ...], Field(min_length=1)] | None = Field(
         None, description="Tags of the prompts that the principle is for, such as red_team. Absent: all prompts."
     )
     examples: tuple[ExampleEntry, ...] = Field(
-        (), description="Edge cases: unit tests of the principle, put to a model by `cai constitution test`."
+        (), description="Edge cases: unit tests of the principle. A judge of it must prefer the better response."
     )
     drop: bool = Field(False, strict=True, description="true removes an extended document's principle of this id.")
 
