@@ -31,6 +31,8 @@ from cai.wording import Key, describe, printable
 
 SELF = "self"
 """As a judge: whoever wrote the responses."""
+OWN = "model"
+"""Among the models of a stage: the recipe's `model:`."""
 MODELS = ("policy", "reward")
 """What a stage may give that is a model."""
 
@@ -212,7 +214,7 @@ def _check_names(
     if (first := [each.id for each in configs].index(config.id)) < index:
         raise fail(document, (*keys, "id"), f"found the id {config.id!r} a second time, expected it once; stage "
                                             f"{first + 1} has it already")
-    if config.id in {SELF, MICRO, written.model} or _is_model_folder(config.id, document.path.parent):
+    if config.id in {SELF, OWN, MICRO, written.model} or _is_model_folder(config.id, document.path.parent):
         raise fail(document, (*keys, "id"), f"{config.id!r} is the name of a model too; call the stage something else")
     for at, name in _at(document, keys, "from", inputs_of(config)):
         if name not in by_id:
@@ -241,7 +243,7 @@ def _check_model_name(document: Document, at: tuple[Key, ...], name: str, by_id:
     # An id on the hub may look like a stage's id, but so does a stage's id with a slip in it.
     elif (
         re.fullmatch(r"[\w.-]+", name)
-        and name not in {SELF, MICRO}
+        and name not in {SELF, OWN, MICRO}
         and (close := difflib.get_close_matches(name, by_id, n=1, cutoff=0.75))
     ):
         raise fail(document, at, f"found {name!r}, expected a model or a stage; did you mean {close[0]!r}?")
@@ -320,9 +322,12 @@ def _tags(written: RecipeDocument, folder: Path) -> list[str]:
 
 
 def _with_defaults(config: StageConfig, written: RecipeDocument) -> StageConfig:
-    """The config with the recipe's model and judge where the stage names none, so that they are part of *what*."""
+    """The config with the recipe's model and judge where the stage names none, or `model` among its models, so that
+    they are part of *what*."""
     fields = type(config).model_fields
-    update = {}
+    update: dict[str, Any] = {}
+    if isinstance(models := getattr(config, "models", None), Mapping):
+        update["models"] = {key: written.model if name == OWN else name for key, name in models.items()}
     if "model" in fields and getattr(config, "model", None) is None:
         update["model"] = written.model
     if "judge" in fields and ("judge" not in config.model_fields_set or getattr(config, "judge", None) is None):

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from test_recipe import GOOD
 
 from cai.cli import main
+from cai.errors import BadInput
 from cai.recipe import load_recipe
 
 NAMES = [
@@ -44,6 +45,15 @@ def test_names_that_are_there_are_taken(recipe):
     load_recipe(recipe, ["stages.revisions.only=[red_team]", "stages.revisions.principles=[kind]",
                          "stages.comparison.principles=[honest]", "templates=micro", "judge=sl-cai"])
     load_recipe("quickstart", ["stages.revisions.only=[red_team, factual]"])
+
+
+def test_among_compared_models_model_means_the_recipes_own(recipe):
+    toy.make_model(recipe.parent / "other", "weights")
+    models = load_recipe(recipe, ["stages.comparison.models.base=model", "model=other"]).stages["comparison"].models
+    assert models == {"base": "other", "policy": "policy"}
+    recipe.write_text(recipe.read_text().replace("id: votes,", "id: model,"))
+    with pytest.raises(BadInput, match="'model' is the name of a model too"):
+        load_recipe(recipe)
 
 
 def test_a_dry_run_refuses_a_batch_that_processes_cannot_share(recipe):

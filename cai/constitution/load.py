@@ -188,7 +188,8 @@ class _Loader:
         if len(chain) >= MAX_DOCUMENTS:
             raise fail(document, keys, f"found a chain of more than {MAX_DOCUMENTS} documents, expected fewer")
         if not exists:
-            others = [each.name for each in target.parent.iterdir() if each not in seen] if target.parent.is_dir() else []
+            siblings = target.parent.iterdir() if target.parent.is_dir() else ()
+            others = [each.name for each in siblings if each not in seen]
             raise fail(document, keys, f"found {shown}, which is no file{nearest(target.name, others)}")
         # `..` has been followed: what is compared, cached and reported is one path for one file.
         return chain[0].parent / target.relative_to(self.tree)

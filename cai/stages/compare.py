@@ -42,7 +42,9 @@ class Config(WritingConfig):
     uses_weights: ClassVar[bool] = True
 
     kind: Literal["compare"] = "compare"
-    models: dict[str, str] = Field(min_length=1, description="Models or stages, by the name they get in the figures.")
+    models: dict[str, str] = Field(
+        min_length=1, description="Models or stages, by the name they get in the figures; `model` = the recipe's."
+    )
     prompts: Names = Field(min_length=1, description="Prompt sets; figures are given for each, the first one first.")
     n: int = Field(1, ge=1, description="Responses of each checkpoint to each prompt.")
     baseline: str | None = Field(None, description="What the others are compared to; absent = the first model.")
