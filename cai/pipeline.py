@@ -25,7 +25,7 @@ from typing import Any
 
 from cai import runs
 from cai.errors import BadInput, CaiError, StageFailed, Terminated, nearest
-from cai.files import remove, write_json
+from cai.files import read_json, remove, write_json
 from cai.journal import Journal, reopen
 from cai.launch import Spec, launch
 from cai.plan import Planner, Step
@@ -84,6 +84,9 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
         planner.check_prompts()
         for note in planner.notes:
             display.say(note)
+        before = (read_json(run / runs.RUN) or {}).get("recipe")
+        if before not in {None, str(recipe.path.resolve())}:
+            display.say(f"{run}: {before} ran here before under the same name, {recipe.name}; the two share the folder")
         write_json(run / runs.RUN, {
             "recipe": str(recipe.path.resolve()), "name": recipe.name, "overrides": list(recipe.overrides),
             "profile": profile.name, "stages": [config.id for config in recipe.stages.values()],
@@ -226,7 +229,7 @@ def _facts(planner: Planner, step: Step, profile: Profile, done: Mapping[str, ru
         "parts": step.parts,
         "profile": profile.model_dump(mode="json"),
         "versions": _versions(),
-        "host": {"name": platform.node(), "machine": platform.machine(), "system": platform.platform(),
+        "host": {"machine": platform.machine(), "system": platform.platform(),
                  "cores": os.cpu_count()},
         "began": _now(),
     }

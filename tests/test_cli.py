@@ -59,6 +59,14 @@ def test_run_puts_results_on_stdout_and_progress_on_stderr(folder):
     assert f"model policy  runs/toy/{summary['stages']['policy']}/model" in again.stdout
 
 
+def test_recipes_that_share_a_run_are_noted_and_a_stage_does_not_name_the_machine(folder):
+    assert "ran here before" not in cai("run", "recipe.yaml").stderr
+    Path("other.yaml").write_text(Path("recipe.yaml").read_text())
+    assert f"{folder / 'recipe.yaml'} ran here before under the same name, toy" in cai("run", "other.yaml").stderr
+    facts = json.loads(next(Path("runs/toy").glob("texts-*/stage.json")).read_text())
+    assert set(facts["host"]) == {"machine", "system", "cores"}
+
+
 def test_dry_run_in_words_and_for_a_program(folder):
     assert "5 would run" in cai("run", "recipe.yaml", "--dry-run").stdout
     planned = json.loads(cai("run", "recipe.yaml", "--dry-run", "--json").stdout)["stages"]
