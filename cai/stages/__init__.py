@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cai.checkpoint import Model
     from cai.constitution import Constitution
     from cai.engines import Engine
-    from cai.journal import Journal
+    from cai.journal import Batch, Journal
     from cai.profile import Profile
     from cai.templates import TemplateSet
 
@@ -83,6 +83,11 @@ class FeedbackConfig(StageConfig):
 
     journal_batch: int = Field(64, ge=1, description="Items that are computed and written together.")
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
+
+    def attempts(self, batch: Batch) -> int:
+        """Retries for a batch. A reopened one repeats the attempts made before, so that what had succeeded comes out
+        as it was."""
+        return (self.retries + 1) * (batch.attempt + 1) - 1
 
 
 class WritingConfig(FeedbackConfig):

@@ -165,8 +165,7 @@ class _Work:
         """One batch: it may hold the last responses of one checkpoint, the first of the next, and verdicts."""
         rows: list[dict[str, Any]] = []
         failures: list[Failure] = []
-        # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
-        attempts = (self.config.retries + 1) * (batch.attempt + 1) - 1
+        attempts = self.config.attempts(batch)
         for (model, sampled), group in groupby(batch.items, key=lambda item: (item["model"], "checkpoint" in item)):
             work = self.sample if sampled else self.judge
             new, failed = work(list(group), engines.open(model), attempts)

@@ -82,8 +82,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             asked = {item["id"]: drawn(context.constitution, item, config.principles, context) for item in batch.items}
             pairs = [Pair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items]
             questions = [each for pair in pairs for each in to_questions(pair, asked[pair.id], templates)]
-            # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
-            answers = choose_all(engine, questions, (config.retries + 1) * (batch.attempt + 1) - 1)
+            answers = choose_all(engine, questions, config.attempts(batch))
             rows, failures = [], []
             for item, pair in zip(batch.items, pairs, strict=True):
                 votes, failed = to_votes(pair, asked[pair.id], answers, config.min_mass)

@@ -95,8 +95,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     with context.engine(config.model) as engine:
         for batch in context.journal.batches(plan, size=config.journal_batch, unit="responses"):
             items = [start(row, config.rounds, principles, context) for row in batch.items]
-            # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
-            retries = (config.retries + 1) * (batch.attempt + 1) - 1
+            retries = config.attempts(batch)
             critic = Critic(engine, context.templates(config.model), config.sampling, retries)
             for number in range(config.rounds):
                 one_round(items, number, critic)

@@ -45,8 +45,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 Request(item["id"], item["prompt"]["messages"], context.seed_for(item["id"]), config.sampling)
                 for item in batch.items
             ]
-            # A reopened batch repeats the attempts made before, so that what had succeeded comes out as it was.
-            results = generate_all(engine, requests, (config.retries + 1) * (batch.attempt + 1) - 1)
+            results = generate_all(engine, requests, config.attempts(batch))
             rows, failures = [], []
             for item, request in zip(batch.items, requests, strict=True):
                 result = results[item["id"]]
