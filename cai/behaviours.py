@@ -214,19 +214,6 @@ def distinct(text: str, n: int = 3) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def distinct_across(texts: Sequence[str], n: int = 3) -> float:
-    """Share of different word n-grams among those of several texts; low for a model that says one thing to everybody.
-
-    Falls with the number of texts: compare sets of equal size. 1 where there are no n-grams.
-    """
-    grams = [
-        tuple(words[start : start + n])
-        for words in (_plain(text).split() for text in texts)
-        for start in range(len(words) - n + 1)
-    ]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
 def looping(text: str) -> bool:
     """Whether the text ends by saying one thing over and over: a block of 1 to 20 words at least four times in a row.
 

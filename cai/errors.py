@@ -15,12 +15,6 @@ class CaiError(Exception):
     exit_code = 3
 
 
-class CheckFailed(CaiError):
-    """A check or a gate ran to its end and said no."""
-
-    exit_code = 1
-
-
 class BadInput(CaiError):
     """A document, a prompt file or a command line is wrong; nothing was started."""
 

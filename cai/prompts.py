@@ -107,13 +107,11 @@ class HumanPairs(NamedTuple):
     left_out: dict[str, int]
 
 
-def load_prompt_set(config: PromptSet, folder: Path) -> list[Prompt]:
-    """The prompts of a set; paths are relative to `folder`. Raises BadInput with file and line for a wrong row."""
-    return read_prompt_set(config, folder).prompts
-
-
 def read_prompt_set(config: PromptSet, folder: Path) -> PromptRows:
-    """The prompts of a set, and what became of the file's rows."""
+    """The prompts of a set, and what became of the file's rows; paths are relative to `folder`.
+
+    Raises BadInput with file and line for a wrong row.
+    """
     if config.source == MICRO:
         from cai.micro.world import TAGS, prompts
 

@@ -121,7 +121,6 @@ def test_distinct_falls_when_a_text_repeats_itself() -> None:
     assert behaviours.distinct("one two three four five six") == 1.0
     assert behaviours.distinct("a b c " * 10) == pytest.approx(3 / 28)
     assert behaviours.distinct("a b") == 1.0
-    assert behaviours.distinct_across(["the sky is blue", "The  sky is blue"]) == pytest.approx(0.5)
 
 
 def test_a_loop_is_a_block_that_fills_the_end() -> None:

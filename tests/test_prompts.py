@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from cai.errors import BadInput
-from cai.prompts import PairSet, PromptSet, load_human_pairs, load_prompt_set, read_prompt_set
+from cai.prompts import PairSet, PromptSet, load_human_pairs, read_prompt_set
 from cai.records import HELD_OUT, Prompt, canonical_json
 
 ROWS = [{"prompt": "Hi\nthere"}, {"prompt": '你好, "quoted"'}, {"prompt": "Hi\nthere"}, {"prompt": "Bye"}]
@@ -27,7 +27,7 @@ def jsonl(path: Path, rows: list[object]) -> Path:
 
 
 def load(folder: Path, **config: object) -> list[Prompt]:
-    return load_prompt_set(PromptSet.model_validate(config), folder)
+    return read_prompt_set(PromptSet.model_validate(config), folder).prompts
 
 
 def texts(prompts: list[Prompt]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from feedback import run_stage
 
-from cai.prompts import PromptSet, load_prompt_set
+from cai.prompts import PromptSet, read_prompt_set
 
 HERE = Path(__file__).parents[3] / "shared" / "data"
 FILE = "hh_harmless_base.jsonl.gz"
@@ -18,7 +18,7 @@ DRAWING = {"max_new_tokens": 8, "journal_batch": 50}
 @pytest.mark.skipif(not (HERE / FILE).is_file(), reason=f"needs hh-rlhf's conversations at {HERE / FILE}")
 def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
     config = PromptSet(source=FILE, format="hh", limit=200, tags=["red_team"])
-    prompts = load_prompt_set(config, HERE)
+    prompts = read_prompt_set(config, HERE).prompts
     assert len({prompt["id"] for prompt in prompts}) == 200
     assert max(len(prompt["messages"]) for prompt in prompts) > 3, "all their turns, not only the last"
     model = tiny("llama", templates="micro")  # the shortest templates
