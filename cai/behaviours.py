@@ -8,7 +8,7 @@ for breakdowns and warnings beside a judge's or a person's verdict, not instead 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 OPENING: Final = 400
