@@ -111,8 +111,8 @@ class Entry(Written):
     )
     weight: float = Field(
         1.0, strict=True, ge=0, allow_inf_nan=False,
-        description="How much the principle counts in a preference. 0: no say in labels and figures; critics and judges "
-        "still see it, so that weights can change without asking again. `drop: true` removes it.",
+        description="How much the principle counts in a preference. 0: no say in labels and figures; critics and "
+        "judges still see it, so that weights can change without asking again. `drop: true` removes it.",
     )
     tags: tuple[Tag, ...] = Field((), description="What figures are broken down by: harm, honesty, style.")
     applies_to: Annotated[tuple[Tag, ...], Field(min_length=1)] | None = Field(
