@@ -56,8 +56,13 @@ def main() -> None:
 
 
 RUNS = click.option(
-    "--runs", "runs_folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"), show_default=True,
-    metavar="DIR", help="Folder that runs lie in.",
+    "--runs",
+    "runs_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder that runs lie in.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 PROFILE = click.option("--on", "on", metavar="PROFILE", help="Where to run: a profile's file or name. [default: cpu]")
@@ -75,8 +80,16 @@ PROFILE = click.option("--on", "on", metavar="PROFILE", help="Where to run: a pr
 @RUNS
 @JSON
 def run(
-    recipe: str, overrides: tuple[str, ...], on: str | None, until: str | None, redo_from: str | None, dry_run: bool,
-    retry_failures: bool, report_to: str | None, runs_folder: Path, as_json: bool,
+    recipe: str,
+    overrides: tuple[str, ...],
+    on: str | None,
+    until: str | None,
+    redo_from: str | None,
+    dry_run: bool,
+    retry_failures: bool,
+    report_to: str | None,
+    runs_folder: Path,
+    as_json: bool,
 ) -> None:
     """Run a recipe: a file, or the name of a shipped one. Stages whose inputs have not changed are reused.
 
@@ -103,7 +116,12 @@ def _trackers(names: str | None) -> tuple[str, ...]:
 
 
 def _run(
-    name: str | Path, overrides: tuple[str, ...], on: str | None, options: Options, dry_run: bool, runs_folder: Path,
+    name: str | Path,
+    overrides: tuple[str, ...],
+    on: str | None,
+    options: Options,
+    dry_run: bool,
+    runs_folder: Path,
     as_json: bool,
 ) -> None:
     """Runs or plans a recipe and says what came of it."""
@@ -312,18 +330,34 @@ def constitution_schema(write: Path | None) -> None:
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="NAME=MODEL...")
 @click.option("--prompts", required=True, metavar="SET", help="micro:SPLIT, or a file of prompts.")
-@click.option("--constitution", "document", metavar="FILE",
-              help="What the judge goes by. [default: micro for micro:SPLIT, else harmlessness]")
+@click.option(
+    "--constitution",
+    "document",
+    metavar="FILE",
+    help="What the judge goes by. [default: micro for micro:SPLIT, else harmlessness]",
+)
 @click.option("--judge", metavar="MODEL", help="Who judges. [default: the first model]")
 @click.option("--limit", type=click.IntRange(1), help="Take this many of the prompts.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
-              help="Change the recipe: --set stages.comparison.n=4; repeatable.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the recipe: --set stages.comparison.n=4; repeatable.",
+)
 @PROFILE
 @RUNS
 @JSON
 def compare(
-    models: tuple[str, ...], prompts: str, document: str | None, judge: str | None, limit: int | None,
-    overrides: tuple[str, ...], on: str | None, runs_folder: Path, as_json: bool,
+    models: tuple[str, ...],
+    prompts: str,
+    document: str | None,
+    judge: str | None,
+    limit: int | None,
+    overrides: tuple[str, ...],
+    on: str | None,
+    runs_folder: Path,
+    as_json: bool,
 ) -> None:
     """Compare checkpoints on prompts: rates with intervals, head to head by a judge, a page to read.
 
@@ -369,8 +403,12 @@ def micro_pretrain(folder: Path, size: str, steps: int, seed: int, device: str |
 
 
 @micro.command("evaluate")
-@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER",
-              help="A checkpoint. [default: the embedded model]")
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="A checkpoint. [default: the embedded model]",
+)
 @click.option("--n", default=300, show_default=True, type=click.IntRange(1), help="Prompts of each split.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @PROFILE

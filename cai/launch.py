@@ -55,8 +55,16 @@ def launch(spec: Spec, profile: Profile, line: StageLine, training: bool) -> dic
     write_json(folder / "spec.json", asdict(spec))
     command = [sys.executable, "-m", "cai.launch", str(folder / "spec.json")]
     if training and profile.accelerate is not None:
-        command[1:3] = ["-m", "accelerate.commands.launch", "--config_file", str(profile.accelerate),
-                        "--num_processes", str(profile.processes), "--module", "cai.launch"]
+        command[1:3] = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(profile.accelerate),
+            "--num_processes",
+            str(profile.processes),
+            "--module",
+            "cai.launch",
+        ]
     with (folder / "log.txt").open("wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -121,8 +129,11 @@ def main(path: str) -> int:
     except Exception as error:
         traceback.print_exc()
         known = isinstance(error, CaiError)
-        message = str(error) if known else (f"stage {spec.stage!r}, process {rank}: {type(error).__name__}: {error}; "
-                                            f"see {folder / 'log.txt'}")
+        message = (
+            str(error)
+            if known
+            else (f"stage {spec.stage!r}, process {rank}: {type(error).__name__}: {error}; see {folder / 'log.txt'}")
+        )
         code = error.exit_code if isinstance(error, CaiError) else StageFailed.exit_code
         write_json(folder / f"error-{rank}.json", {"time": time.time(), "message": message, "exit_code": code})
         return code
@@ -138,8 +149,9 @@ def _run(spec: Spec, folder: Path, rank: int) -> dict[str, Any]:
     profile = Profile.model_validate(spec.profile)
     recipe = load_recipe(spec.recipe, spec.overrides)
     line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
-    return pipeline.run_stage_in_child(recipe, profile, Path(spec.run), spec.stage, Path(spec.folder), line,
-                                       tuple(spec.report_to))
+    return pipeline.run_stage_in_child(
+        recipe, profile, Path(spec.run), spec.stage, Path(spec.folder), line, tuple(spec.report_to)
+    )
 
 
 def _end_with(parent: int) -> None:

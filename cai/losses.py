@@ -26,9 +26,7 @@ def bradley_terry(margins: Tensor, p_chosen: Tensor) -> Tensor:
     return -(p_chosen * logsigmoid(margins) + (1 - p_chosen) * logsigmoid(-margins))
 
 
-def direct_preference(
-    chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, p_chosen: Tensor, beta: float
-) -> Tensor:
+def direct_preference(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, p_chosen: Tensor, beta: float) -> Tensor:
     """DPO with a soft label: `bradley_terry` on the implicit rewards β log π/π_ref, in nats.
 
     The hard form is Rafailov et al. 2023 (arXiv 2305.18290, eq. 7). With p = 1 − ε for every pair this is conservative

@@ -87,10 +87,16 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
         before = (read_json(run / runs.RUN) or {}).get("recipe")
         if before not in {None, str(recipe.path.resolve())}:
             display.say(f"{run}: {before} ran here before under the same name, {recipe.name}; the two share the folder")
-        write_json(run / runs.RUN, {
-            "recipe": str(recipe.path.resolve()), "name": recipe.name, "overrides": list(recipe.overrides),
-            "profile": profile.name, "stages": [config.id for config in recipe.stages.values()],
-        })
+        write_json(
+            run / runs.RUN,
+            {
+                "recipe": str(recipe.path.resolve()),
+                "name": recipe.name,
+                "overrides": list(recipe.overrides),
+                "profile": profile.name,
+                "stages": [config.id for config in recipe.stages.values()],
+            },
+        )
         done: dict[str, runs.Finished] = {}
         reused: list[str] = []
         for config in configs:
@@ -156,7 +162,11 @@ def _redone(recipe: Recipe, options: Options) -> dict[str, str]:
 
 
 def _run(
-    planner: Planner, step: Step, profile: Profile, done: Mapping[str, runs.Finished], report_to: tuple[str, ...],
+    planner: Planner,
+    step: Step,
+    profile: Profile,
+    done: Mapping[str, runs.Finished],
+    report_to: tuple[str, ...],
     display: Display,
 ) -> runs.Finished:
     """One stage from its start, or from where it was stopped, to its DONE."""
@@ -173,17 +183,30 @@ def _run(
             figures = _work(planner, step, profile, done, report_to, line, journal)
         else:
             spec = Spec(
-                str(planner.recipe.path), list(planner.recipe.overrides), str(planner.run), step.id, str(folder),
-                profile.model_dump(mode="json"), list(report_to), os.getpid(),
+                str(planner.recipe.path),
+                list(planner.recipe.overrides),
+                str(planner.run),
+                step.id,
+                str(folder),
+                profile.model_dump(mode="json"),
+                list(report_to),
+                os.getpid(),
             )
             figures = launch(spec, profile, line, isinstance(step.config, TrainingConfig))
     except CaiError as error:
         raise _named(error, step.id) from error
     failures = runs.n_failures(folder)
-    write_json(folder / runs.STAGE, {
-        **facts, "ended": _now(), "seconds": round(time.monotonic() - began, 2),
-        "tokens": max(line.tokens, journal.tokens), "failures": failures, "figures": figures,
-    })
+    write_json(
+        folder / runs.STAGE,
+        {
+            **facts,
+            "ended": _now(),
+            "seconds": round(time.monotonic() - began, 2),
+            "tokens": max(line.tokens, journal.tokens),
+            "failures": failures,
+            "figures": figures,
+        },
+    )
     finished = runs.mark_done(folder, runs.output_digest(folder, figures, profile.offline))
     journal.discard()
     display.end(line, failures)
@@ -191,19 +214,31 @@ def _run(
 
 
 def _work(
-    planner: Planner, step: Step, profile: Profile, done: Mapping[str, runs.Finished], report_to: tuple[str, ...],
-    line: StageLine, journal: Journal,
+    planner: Planner,
+    step: Step,
+    profile: Profile,
+    done: Mapping[str, runs.Finished],
+    report_to: tuple[str, ...],
+    line: StageLine,
+    journal: Journal,
 ) -> dict[str, Any]:
     """Calls the stage, in this process, with the state that a fresh one has."""
     config, recipe = step.config, planner.recipe
     assert step.folder is not None
     context = Context(
-        stage_id=config.id, folder=step.folder, seed=recipe.seed, profile=profile, progress=line, journal=journal,
+        stage_id=config.id,
+        folder=step.folder,
+        seed=recipe.seed,
+        profile=profile,
+        progress=line,
+        journal=journal,
         constitution=recipe.constitution,
         inputs={name: done[name].folder for name in inputs_of(config)},
         prompt_sets={name: planner.prompts(name) for name in prompt_sets_of(config)},
-        models={"": recipe.models[recipe.model],
-                **{name: planner.model(name, done) for name in models_of(config).values()}},
+        models={
+            "": recipe.models[recipe.model],
+            **{name: planner.model(name, done) for name in models_of(config).values()},
+        },
         report_to=report_to,
         home=recipe.folder,
     )
@@ -224,13 +259,13 @@ def _facts(planner: Planner, step: Step, profile: Profile, done: Mapping[str, ru
         "gives": config.gives,
         "config": config.model_dump(mode="json", by_alias=True),
         "seed": planner.recipe.seed,
-        "inputs": {name: {"folder": done[name].folder.name, "digest": done[name].digest}
-                   for name in needs(config, done)},
+        "inputs": {
+            name: {"folder": done[name].folder.name, "digest": done[name].digest} for name in needs(config, done)
+        },
         "parts": step.parts,
         "profile": profile.model_dump(mode="json"),
         "versions": _versions(),
-        "host": {"machine": platform.machine(), "system": platform.platform(),
-                 "cores": os.cpu_count()},
+        "host": {"machine": platform.machine(), "system": platform.platform(), "cores": os.cpu_count()},
         "began": _now(),
     }
 
@@ -292,6 +327,7 @@ def _reset_randomness(seed: int, training: bool) -> None:
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends the block like Ctrl-C does."""
+
     def stop(number: int, frame: object) -> None:
         raise Terminated
 

@@ -67,8 +67,10 @@ class Planner:
             self._prompts[name] = read.prompts
             self._prompt_digests[name] = stable_id(read.prompts)
             if read.duplicates:
-                self.notes.append(f"prompts {name}: {read.duplicates:,} of {read.rows:,} rows are there more than once "
-                                  "and were taken once")
+                self.notes.append(
+                    f"prompts {name}: {read.duplicates:,} of {read.rows:,} rows are there more than once "
+                    "and were taken once"
+                )
         return self._prompts[name]
 
     def step(self, config: StageConfig, done: Mapping[str, runs.Finished]) -> Step:
@@ -90,8 +92,12 @@ class Planner:
         """The model that a name means: a finished stage's, called by the stage's id, or one from outside."""
         if name not in done:
             return self.recipe.models[name]
-        found = resolve(str(done[name].model.resolve()), templates=self.recipe.templates,
-                        chat_template=self.recipe.chat_template, folder=self.recipe.folder)
+        found = resolve(
+            str(done[name].model.resolve()),
+            templates=self.recipe.templates,
+            chat_template=self.recipe.chat_template,
+            folder=self.recipe.folder,
+        )
         return dataclasses.replace(found, name=name)
 
     def parts(self, config: StageConfig, done: Mapping[str, runs.Finished]) -> Parts:
@@ -125,8 +131,10 @@ class Planner:
             for name in prompt_sets_of(config):
                 used.setdefault(name, set()).add(config.gives)
         sources = {
-            name: {canonical_json(each["messages"]): gives == {"comparison"} or HELD_OUT in each["tags"]
-                   for each in self.prompts(name)}
+            name: {
+                canonical_json(each["messages"]): gives == {"comparison"} or HELD_OUT in each["tags"]
+                for each in self.prompts(name)
+            }
             for name, gives in used.items()
         } | self._human_prompts()
         where: dict[str, tuple[str, bool]] = {}
@@ -138,21 +146,28 @@ class Planner:
                     clashes[(name, other) if held_out else (other, name)] += 1
         if clashes:
             (held, learned), count = clashes.most_common(1)[0]
-            raise BadInput(f"{self.recipe.path}: {count} prompts of the held-out set {held!r} are in {learned!r} too, "
-                           "word for word; take them out of one, or say `hold_out:` in one place")
+            raise BadInput(
+                f"{self.recipe.path}: {count} prompts of the held-out set {held!r} are in {learned!r} too, "
+                "word for word; take them out of one, or say `hold_out:` in one place"
+            )
         trained_on = self._trained_on()
         for name, gives in used.items():
             count = sum(not held_out for held_out in sources[name].values())
             if count and "comparison" in gives and name in trained_on:
-                self.notes.append(f"prompts {name}: {count:,} prompts are learned from and compared on too; `hold_out: "
-                                  "true` keeps a set out of training")
+                self.notes.append(
+                    f"prompts {name}: {count:,} prompts are learned from and compared on too; `hold_out: "
+                    "true` keeps a set out of training"
+                )
 
     def _human_prompts(self) -> dict[str, dict[str, bool]]:
         """Whether each conversation of the pairs that people labelled is held out, by the key that names the pairs."""
         return {
-            f"{config.id}.{key}": {canonical_json(row["prompt"]): HELD_OUT in row["tags"]
-                                   for row in load_human_pairs(pairs, self.recipe.folder).preferences}
-            for config in self.recipe.stages.values() for key in config.reads_files
+            f"{config.id}.{key}": {
+                canonical_json(row["prompt"]): HELD_OUT in row["tags"]
+                for row in load_human_pairs(pairs, self.recipe.folder).preferences
+            }
+            for config in self.recipe.stages.values()
+            for key in config.reads_files
             if isinstance(pairs := getattr(config, key), PairSet)
         }
 

@@ -58,8 +58,10 @@ class Profile(BaseModel):
         """
         share, rest = divmod(batch_size, self.processes)
         if rest or not share:
-            raise BadInput(f"batch_size {batch_size} cannot be split over the {self.processes} processes of profile "
-                           f"{self.name!r}; choose a multiple of {self.processes}")
+            raise BadInput(
+                f"batch_size {batch_size} cannot be split over the {self.processes} processes of profile "
+                f"{self.name!r}; choose a multiple of {self.processes}"
+            )
         micro = next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
         return micro, share // micro
 
@@ -77,8 +79,11 @@ def load_profile(name: str | None = None) -> Profile:
             raise fail(document, ("accelerate",), f"no such file: {accelerate}")
         profile = profile.model_copy(update={"accelerate": accelerate})
     elif profile.processes > 1:
-        raise fail(document, ("processes",), f"found {profile.processes}, expected 1 or an `accelerate:` file that "
-                                             "says how to start them")
+        raise fail(
+            document,
+            ("processes",),
+            f"found {profile.processes}, expected 1 or an `accelerate:` file that says how to start them",
+        )
     return profile
 
 

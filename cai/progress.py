@@ -166,8 +166,15 @@ class FileLine(StageLine):
     def changed(self) -> None:
         if time.monotonic() - self.told > 0.2 or self.done in (0, self.before, self.total):
             self.told = time.monotonic()
-            self._write({"total": self.total, "unit": self.unit, "done": self.done, "before": self.before,
-                         "tokens": self.tokens})
+            self._write(
+                {
+                    "total": self.total,
+                    "unit": self.unit,
+                    "done": self.done,
+                    "before": self.before,
+                    "tokens": self.tokens,
+                }
+            )
 
     def _write(self, event: dict[str, object]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -118,8 +118,10 @@ def read_prompt_set(config: PromptSet, folder: Path) -> PromptRows:
         found = prompts(config.split or "train", tuple(config.tags), config.limit, config.seed)
         for tag in config.tags:
             if tag not in TAGS and (not found or not tag.startswith("topic:")):
-                raise BadInput(f"{MICRO}: found no prompts with tag {tag!r}, expected one of {', '.join(TAGS)}"
-                               + nearest(tag, TAGS))
+                raise BadInput(
+                    f"{MICRO}: found no prompts with tag {tag!r}, expected one of {', '.join(TAGS)}"
+                    + nearest(tag, TAGS)
+                )
         return PromptRows([_held(prompt, config.hold_out) for prompt in found], len(found), 0)
     kind, rows = _open(config, folder)
     read = transcript_prompts(rows) if kind == "hh" else _prompts(rows, config.columns)

@@ -56,7 +56,10 @@ class RecipeDocument(BaseModel):
     name: Slug = Field(description="Name of the recipe; its runs lie in a folder called so.")
     seed: int = Field(0, ge=0, description="What all randomness is derived from.")
     model: str = Field(description="A Hugging Face id, a path, or `micro`: where stages start that name no model.")
-    judge: str = Field(SELF, description="Who judges: `self` = whoever wrote the responses, a model, or a stage.")
+    judge: str = Field(
+        SELF,
+        description="Who judges: `self` = whoever wrote the responses, `model` = the recipe's, a model, or a stage.",
+    )
     constitution: str | None = Field(None, description="A file, relative to the recipe, or a shipped name.")
     templates: str = Field("auto", description="Template set; auto = the one recorded with the model, else `default`.")
     chat_template: str | None = Field(None, description="Chat template, a file or Jinja text, for models without one.")
@@ -103,14 +106,19 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe in a document that was read already."""
     written = validate(document, RecipeDocument)
+    if written.judge == OWN:
+        written = written.model_copy(update={"judge": written.model})
     configs = _stage_configs(document)
     for index, config in enumerate(configs):
         _check_names(document, index, config, configs, written)
     if written.judge != SELF:
         _check_model_name(document, ("judge",), written.judge, {config.id: config for config in configs})
     if written.templates not in (sets := ["auto", *template_sets()]):
-        raise fail(document, ("templates",), f"found {written.templates!r}, expected one of {', '.join(sets)}"
-                                             + nearest(written.templates, sets))
+        raise fail(
+            document,
+            ("templates",),
+            f"found {written.templates!r}, expected one of {', '.join(sets)}" + nearest(written.templates, sets),
+        )
     for name, prompt_set in written.prompts.items():
         _check_source(document, ("prompts", name, "source"), prompt_set.source)
     constitution = _constitution(document, written, configs)
@@ -121,9 +129,18 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
     for config in ordered:
         stages[config.id] = _with_judge(document, configs.index(config), config, stages, written)
     return Recipe(
-        name=written.name, seed=written.seed, model=written.model, judge=written.judge, constitution=constitution,
-        templates=written.templates, chat_template=written.chat_template, prompts=written.prompts, stages=stages,
-        models=_resolved_models(document, written, configs, stages), path=document.path, overrides=overrides,
+        name=written.name,
+        seed=written.seed,
+        model=written.model,
+        judge=written.judge,
+        constitution=constitution,
+        templates=written.templates,
+        chat_template=written.chat_template,
+        prompts=written.prompts,
+        stages=stages,
+        models=_resolved_models(document, written, configs, stages),
+        path=document.path,
+        overrides=overrides,
     )
 
 
@@ -150,8 +167,9 @@ def _step(node: Node, step: str, keys: tuple[Key, ...], source: str) -> Key:
         if step in ids:
             return ids.index(step)
         known = [each for each in ids if isinstance(each, str)]
-        raise BadInput(printable(f"{source}: no stage {step!r}, expected one of {', '.join(known)}"
-                                 + nearest(step, known)))
+        raise BadInput(
+            printable(f"{source}: no stage {step!r}, expected one of {', '.join(known)}" + nearest(step, known))
+        )
     if not re.fullmatch(r"[0-9]{1,6}", step) or int(step) >= len(node.value):
         raise BadInput(printable(f"{source}: found {step!r}, expected an index below {len(node.value)}"))
     return int(step)
@@ -196,8 +214,11 @@ def _stage_configs(document: Document) -> list[StageConfig]:
         keys = ("stages", index)
         kind = entry["kind"]  # type: ignore[index, call-overload]
         if kind not in STAGES:
-            raise fail(document, (*keys, "kind"), f"found {kind!r}, expected one of {', '.join(STAGES)}"
-                                                  + nearest(str(kind), STAGES))
+            raise fail(
+                document,
+                (*keys, "kind"),
+                f"found {kind!r}, expected one of {', '.join(STAGES)}" + nearest(str(kind), STAGES),
+            )
         config = validate(document, config_class(kind), keys)
         if isinstance(config, TrainingConfig) and config.train_class:
             check_train(document, (*keys, "train"), config.train_class, config.owned)
@@ -212,21 +233,31 @@ def _check_names(
     keys = ("stages", index)
     by_id = {each.id: each for each in configs}
     if (first := [each.id for each in configs].index(config.id)) < index:
-        raise fail(document, (*keys, "id"), f"found the id {config.id!r} a second time, expected it once; stage "
-                                            f"{first + 1} has it already")
+        raise fail(
+            document,
+            (*keys, "id"),
+            f"found the id {config.id!r} a second time, expected it once; stage {first + 1} has it already",
+        )
     if config.id in {SELF, OWN, MICRO, written.model} or _is_model_folder(config.id, document.path.parent):
         raise fail(document, (*keys, "id"), f"{config.id!r} is the name of a model too; call the stage something else")
     for at, name in _at(document, keys, "from", inputs_of(config)):
         if name not in by_id:
             raise fail(document, at, f"found {name!r}, expected a stage of this recipe{nearest(name, by_id)}")
         if by_id[name].gives not in config.takes:
-            raise fail(document, at, f"stage {name!r} gives {by_id[name].gives}, but {config.kind} takes "
-                                     f"{' or '.join(config.takes) or 'no rows'}")
+            raise fail(
+                document,
+                at,
+                f"stage {name!r} gives {by_id[name].gives}, but {config.kind} takes "
+                f"{' or '.join(config.takes) or 'no rows'}",
+            )
     for at, name in _at(document, keys, "prompts", prompt_sets_of(config)):
         if name not in written.prompts:
             known = ", ".join(written.prompts) or "none is there"
-            raise fail(document, at, f"found {name!r}, expected a prompt set of this recipe: {known}"
-                                     + nearest(name, written.prompts))
+            raise fail(
+                document,
+                at,
+                f"found {name!r}, expected a prompt set of this recipe: {known}" + nearest(name, written.prompts),
+            )
     for key in config.reads_files:
         if (rows := getattr(config, key)) is not None:
             _check_source(document, (*keys, key, "source"), rows.source)
@@ -238,8 +269,12 @@ def _check_model_name(document: Document, at: tuple[Key, ...], name: str, by_id:
     if name in by_id:
         if by_id[name].gives not in MODELS:
             models = [each.id for each in by_id.values() if each.gives in MODELS]
-            raise fail(document, at, f"stage {name!r} gives {by_id[name].gives}, expected a stage that trains a model"
-                                     + (f": {', '.join(models)}" if models else ""))
+            raise fail(
+                document,
+                at,
+                f"stage {name!r} gives {by_id[name].gives}, expected a stage that trains a model"
+                + (f": {', '.join(models)}" if models else ""),
+            )
     # An id on the hub may look like a stage's id, but so does a stage's id with a slip in it.
     elif (
         re.fullmatch(r"[\w.-]+", name)
@@ -266,24 +301,29 @@ def _check_source(document: Document, keys: tuple[Key, ...], source: str) -> Non
     path = document.path.parent / Path(source).expanduser()
     if source != MICRO and not path.exists():
         names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise fail(document, keys, f"no such file or folder {source!r}, relative to the recipe"
-                                   + nearest(path.name, names))
+        raise fail(
+            document, keys, f"no such file or folder {source!r}, relative to the recipe" + nearest(path.name, names)
+        )
 
 
-def _constitution(
-    document: Document, written: RecipeDocument, configs: Sequence[StageConfig]
-) -> Constitution | None:
+def _constitution(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
     if written.constitution is None:
         for index, config in enumerate(configs):
             if config.asks or (config.uses_weights and inputs_of(config)):
-                raise fail(document, ("stages", index, "kind"), f"{config.kind} asks about principles, but the recipe "
-                                                                "names no `constitution:`")
+                raise fail(
+                    document,
+                    ("stages", index, "kind"),
+                    f"{config.kind} asks about principles, but the recipe names no `constitution:`",
+                )
         return None
     path = Path(os.path.normpath(document.path.parent / written.constitution))
     if not path.exists() and Path(written.constitution).suffix:
         names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise fail(document, ("constitution",), f"no such file {written.constitution!r}, relative to the recipe"
-                                                + nearest(path.name, names))
+        raise fail(
+            document,
+            ("constitution",),
+            f"no such file {written.constitution!r}, relative to the recipe" + nearest(path.name, names),
+        )
     return load_constitution(path if path.exists() else written.constitution)
 
 
@@ -300,12 +340,20 @@ def _check_picks(
             known = list(dict.fromkeys([*ids, *tags]))
             for at, name in _at(document, keys, "principles", principles):
                 if name not in known:
-                    raise fail(document, at, f"found {name!r}, expected {'ids or tags' if tags else 'ids'} of "
-                                             f"principles in {constitution.name!r}{nearest(name, known)}")
+                    raise fail(
+                        document,
+                        at,
+                        f"found {name!r}, expected {'ids or tags' if tags else 'ids'} of "
+                        f"principles in {constitution.name!r}{nearest(name, known)}",
+                    )
         for at, tag in _at(document, keys, "only", getattr(config, "only", [])):
             if tag not in (known := _tags(written, document.path.parent)) and not tag.startswith(TOPIC):
-                raise fail(document, at, f"found {tag!r}, a tag that no prompt of this recipe has, expected one of "
-                                         f"{', '.join(known)}{nearest(tag, known)}")
+                raise fail(
+                    document,
+                    at,
+                    f"found {tag!r}, a tag that no prompt of this recipe has, expected one of "
+                    f"{', '.join(known)}{nearest(tag, known)}",
+                )
 
 
 def _tags(written: RecipeDocument, folder: Path) -> list[str]:
@@ -343,8 +391,12 @@ def _with_judge(
         return config
     writers = list(dict.fromkeys(writer for name in inputs_of(config) for writer in _writers(done, name)))
     if len(writers) > 1:
-        raise fail(document, ("stages", index), f"judge: self means whoever wrote the responses, but here these are "
-                                                f"{' and '.join(writers)}; name one as `judge:`")
+        raise fail(
+            document,
+            ("stages", index),
+            f"judge: self means whoever wrote the responses, but here these are "
+            f"{' and '.join(writers)}; name one as `judge:`",
+        )
     return config.model_copy(update={"judge": writers[0] if writers else written.model})
 
 
@@ -392,8 +444,9 @@ def _resolved_models(
     models = {}
     for name, keys in named.items():
         try:
-            models[name] = resolve(name, templates=written.templates, chat_template=written.chat_template,
-                                   folder=document.path.parent)
+            models[name] = resolve(
+                name, templates=written.templates, chat_template=written.chat_template, folder=document.path.parent
+            )
         except BadInput as error:
             raise fail(document, keys, str(error)) from None
     return models

@@ -123,8 +123,9 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise BadInput(f"{run}: process {file.read().strip() or '?'} is working on this run; wait for it to end "
-                           "or stop it") from None
+            raise BadInput(
+                f"{run}: process {file.read().strip() or '?'} is working on this run; wait for it to end or stop it"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -142,8 +143,9 @@ def find_run(name: str | None, runs: Path) -> Path:
         if (path / RUN).is_file():
             return path
     names = [path.name for path in known]
-    raise BadInput(f"no run {name!r} in {runs}, expected {', '.join(names) or 'one that `cai run` made'}"
-                   + nearest(name, names))
+    raise BadInput(
+        f"no run {name!r} in {runs}, expected {', '.join(names) or 'one that `cai run` made'}" + nearest(name, names)
+    )
 
 
 def merged(into: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +159,10 @@ def merged(into: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
     """Finished stage folders that latest.json does not name, and their bytes; interrupted ones with `unfinished`."""
     kept = set(latest(run).values())
-    found = [path.parent for path in sorted(run.glob(f"*/{STAGE}"))
-             if path.parent not in kept and (unfinished or finished(path.parent))]
+    found = [
+        path.parent
+        for path in sorted(run.glob(f"*/{STAGE}"))
+        if path.parent not in kept and (unfinished or finished(path.parent))
+    ]
     found = list(dict.fromkeys([*found, *sorted(run.glob(f"*{REMOVED}"))]))  # a kill while removing left these
     return [(path, sum(each.stat().st_size for each in path.rglob("*") if each.is_file())) for path in found]

@@ -28,8 +28,9 @@ def shipped_names(folder: str) -> list[str]:
 def copy_starter(folder: Path) -> list[Path]:
     """Copies the constitutions with their schema, a recipe and a profile; the new files. Nothing is overwritten."""
     constitutions = [f"constitutions/{name}.yaml" for name in shipped_names("constitutions")]
-    sources = {folder / name: shipped(name.partition("/")[0]) / name.partition("/")[2]
-               for name in (*constitutions, *STARTER)}
+    sources = {
+        folder / name: shipped(name.partition("/")[0]) / name.partition("/")[2] for name in (*constitutions, *STARTER)
+    }
     sources[folder / "constitutions" / "schema.json"] = _PACKAGE / SCHEMA
     if there := [str(path) for path in sources if path.exists()]:
         raise BadInput(f"{there[0]} is there already; give another folder")

@@ -37,8 +37,10 @@ def life(run: Path, item: str | None) -> Life:
     else:
         chosen = _unique({name for row in everything for name in (row["id"], row["prompt_id"])}, item, run)
     linked = _linked(everything, chosen)
-    found = {stage: [row for row in each if row["prompt_id"] == chosen or _names(row) & linked]
-             for stage, each in rows.items()}
+    found = {
+        stage: [row for row in each if row["prompt_id"] == chosen or _names(row) & linked]
+        for stage, each in rows.items()
+    }
     return {stage: each for stage, each in found.items() if each}
 
 
@@ -74,10 +76,15 @@ def _unique(ids: set[str], beginning: str, run: Path) -> str:
     if len(matches) == 1:
         return matches[0]
     if not matches:
-        raise BadInput(printable(f"{run}: no prompt, response, pair or preference has an id that begins with "
-                                 f"{beginning!r}; `cai show RUN --random` picks one"))
-    raise BadInput(printable(f"{run}: {len(matches)} ids begin with {beginning!r}: {', '.join(matches[:4])} ...; "
-                             "give more of it"))
+        raise BadInput(
+            printable(
+                f"{run}: no prompt, response, pair or preference has an id that begins with "
+                f"{beginning!r}; `cai show RUN --random` picks one"
+            )
+        )
+    raise BadInput(
+        printable(f"{run}: {len(matches)} ids begin with {beginning!r}: {', '.join(matches[:4])} ...; give more of it")
+    )
 
 
 def _linked(rows: list[dict[str, Any]], chosen: str) -> set[str]:
@@ -104,8 +111,10 @@ def _row_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
     if "votes" in row:
         yield from _vote_lines(stage, row)
     elif "chosen" in row:
-        yield (f"{stage}  preference {row['id']} about pair {row['pair_id']}: chosen with probability "
-               f"{row['p_chosen']:.3f} (log-odds {row['log_odds']:+.2f}, {row['source']})")
+        yield (
+            f"{stage}  preference {row['id']} about pair {row['pair_id']}: chosen with probability "
+            f"{row['p_chosen']:.3f} (log-odds {row['log_odds']:+.2f}, {row['source']})"
+        )
         yield from _text(row["chosen"][-1]["content"], "  chosen:   ")
         yield from _text(row["rejected"][-1]["content"], "  rejected: ")
     elif "rounds" in row:
@@ -116,8 +125,10 @@ def _row_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
             yield from _text(each["critique"], "    critique: ")
             yield from _text(each["revision"], "    revision: ")
     else:
-        yield (f"{stage}  response {row['id']} by {printable(row['model'])}: {row['n_tokens']} tokens, "
-               f"finish {row['finish_reason']}")
+        yield (
+            f"{stage}  response {row['id']} by {printable(row['model'])}: {row['n_tokens']} tokens, "
+            f"finish {row['finish_reason']}"
+        )
         if row.get("reasoning"):
             yield from _text(row["reasoning"], "  reasoning: ")
         yield from _text(row["response"], "  ")
@@ -134,8 +145,14 @@ def _vote_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
     cells = []
     for principle, orders in by_principle.items():
         mean = sum(orders.values()) / len(orders)
-        cells.append([principle, *(f"{orders[order]:+.2f}" if order in orders else "-" for order in ("ab", "ba")),
-                      f"{mean:+.2f}", "a" if mean > 0 else "b" if mean < 0 else "even"])
+        cells.append(
+            [
+                principle,
+                *(f"{orders[order]:+.2f}" if order in orders else "-" for order in ("ab", "ba")),
+                f"{mean:+.2f}",
+                "a" if mean > 0 else "b" if mean < 0 else "even",
+            ]
+        )
     for line in table(["log-odds for a", "a first", "b first", "mean", "better"], cells):
         yield f"  {line}"
 

@@ -30,16 +30,25 @@ def plan_lines(steps: Sequence[Step]) -> list[str]:
 def plan_json(steps: Sequence[Step]) -> list[dict[str, object]]:
     """The same for a program."""
     return [
-        {"stage": step.id, "kind": step.config.kind, "status": step.status, "reason": step.reason,
-         "folder": step.folder and str(step.folder)}
+        {
+            "stage": step.id,
+            "kind": step.config.kind,
+            "status": step.status,
+            "reason": step.reason,
+            "folder": step.folder and str(step.folder),
+        }
         for step in steps
     ]
 
 
 def figure_lines(summary: Mapping[str, Any]) -> list[str]:
     """Rates of the labels and of the reward model."""
-    rows = [[f"{part} {figure}".replace("_", " "), rate_text(value)]
-            for part in ("labels", "reward") for figure, value in summary.get(part, {}).items() if is_rate(value)]
+    rows = [
+        [f"{part} {figure}".replace("_", " "), rate_text(value)]
+        for part in ("labels", "reward")
+        for figure, value in summary.get(part, {}).items()
+        if is_rate(value)
+    ]
     return table(["", ""], rows)[1:] if rows else []
 
 
@@ -66,8 +75,14 @@ def status_rows(run: Path) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"stage": stage, "status": "not run", "folder": None}
         if folder is not None and runs.finished(folder):
             known = read_json(folder / runs.STAGE)
-            row = {"stage": stage, "status": "done", "folder": folder.name, "ended": known["ended"],
-                   "seconds": known["seconds"], "failures": known["failures"]}
+            row = {
+                "stage": stage,
+                "status": "done",
+                "folder": folder.name,
+                "ended": known["ended"],
+                "seconds": known["seconds"],
+                "failures": known["failures"],
+            }
         if newest is not None and (row["folder"] is None or _younger(newest, run / row["folder"])):
             row = {"stage": stage, "status": "unfinished", "folder": newest.name, "batches": runs.n_batches(newest)}
         rows.append(row)
@@ -123,9 +138,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _is_unfinished(folder: Path, stage: str) -> bool:
-    return (
-        folder.name.rpartition("-")[0] == stage and (folder / runs.STAGE).exists() and runs.finished(folder) is None
-    )
+    return folder.name.rpartition("-")[0] == stage and (folder / runs.STAGE).exists() and runs.finished(folder) is None
 
 
 def _younger(folder: Path, than: Path) -> bool:

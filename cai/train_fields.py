@@ -33,14 +33,37 @@ WHERE = {
     "fsdp": "belongs to the profile's accelerate file (--on)",
     "fsdp_config": "belongs to the profile's accelerate file (--on)",
     **dict.fromkeys(
-        ("tf32", "bf16_full_eval", "fp16_full_eval", "gradient_checkpointing_kwargs", "activation_checkpointing",
-         "activation_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend",
-         "torch_compile_mode", "auto_find_batch_size", "local_rank", "accelerator_config", "parallelism_config",
-         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-         "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc",
-         "eval_accumulation_steps", "eval_use_gather_object",
-         "torch_empty_cache_steps", "use_liger_kernel", "liger_kernel_config", "precompute_ref_batch_size",
-         "skip_memory_metrics", "save_on_each_node", "log_on_each_node"),
+        (
+            "tf32",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "gradient_checkpointing_kwargs",
+            "activation_checkpointing",
+            "activation_checkpointing_kwargs",
+            "activation_offloading",
+            "torch_compile",
+            "torch_compile_backend",
+            "torch_compile_mode",
+            "auto_find_batch_size",
+            "local_rank",
+            "accelerator_config",
+            "parallelism_config",
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+            "dataset_num_proc",
+            "eval_accumulation_steps",
+            "eval_use_gather_object",
+            "torch_empty_cache_steps",
+            "use_liger_kernel",
+            "liger_kernel_config",
+            "precompute_ref_batch_size",
+            "skip_memory_metrics",
+            "save_on_each_node",
+            "log_on_each_node",
+        ),
         PROFILE,
     ),
 }
@@ -55,11 +78,31 @@ OWNED = {
     **dict.fromkeys(("run_name", "project"), "is the name of the recipe and the stage"),
     **dict.fromkeys(("pad_token", "eos_token", "chat_template_path"), "is the model's own; see chat_template:"),
     **dict.fromkeys(
-        ("truncation_mode", "model_init_kwargs", "dataset_text_field", "dataset_kwargs", "remove_unused_columns",
-         "label_names", "length_column_name", "completion_only_loss", "assistant_only_loss", "do_train", "do_eval",
-         "do_predict", "resume_from_checkpoint", "ignore_data_skip", "disable_tqdm", "log_level", "log_level_replica",
-         "load_best_model_at_end", "save_only_model", "debug",
-         "enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "full_determinism"),
+        (
+            "truncation_mode",
+            "model_init_kwargs",
+            "dataset_text_field",
+            "dataset_kwargs",
+            "remove_unused_columns",
+            "label_names",
+            "length_column_name",
+            "completion_only_loss",
+            "assistant_only_loss",
+            "do_train",
+            "do_eval",
+            "do_predict",
+            "resume_from_checkpoint",
+            "ignore_data_skip",
+            "disable_tqdm",
+            "log_level",
+            "log_level_replica",
+            "load_best_model_at_end",
+            "save_only_model",
+            "debug",
+            "enable_jit_checkpoint",
+            "restore_callback_states_from_checkpoint",
+            "full_determinism",
+        ),
         STAGE,
     ),
 }
@@ -67,8 +110,10 @@ OWNED = {
 
 _REFUSED = {
     "trust_remote_code": "is never on: code that comes with a model is not run",
-    **dict.fromkeys(("push_to_hub", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-                    "is left out: a run publishes nothing"),
+    **dict.fromkeys(
+        ("push_to_hub", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        "is left out: a run publishes nothing",
+    ),
 }
 
 
@@ -94,8 +139,12 @@ def check_train(document: Document, keys: tuple[Key, ...], train_class: str, own
             raise fail(document, at, f"unknown key, expected a field of {name}{nearest(key, allowed)}", key=True)
         _check_value(document, at, value, known[key], name)
         if key == "save_total_limit" and value is not None and value < 2:  # type: ignore[operator]
-            raise fail(document, at, f"found {value}, expected at least 2: the last whole checkpoint is removed before "
-                                     "the next one is whole otherwise")
+            raise fail(
+                document,
+                at,
+                f"found {value}, expected at least 2: the last whole checkpoint is removed before "
+                "the next one is whole otherwise",
+            )
 
 
 @functools.cache
@@ -120,12 +169,20 @@ def _check_value(document: Document, at: tuple[Key, ...], value: object, field: 
         words = " or ".join(_WORDS[each] for each in field.types)
         raise fail(document, at, f"found {describe(value)}, expected {words}, as in {name}")
     if field.values is not None and isinstance(value, str) and value not in field.values:
-        raise fail(document, at, f"found {value!r}, expected one of {', '.join(field.values)}"
-                                 + nearest(value, field.values))
+        raise fail(
+            document, at, f"found {value!r}, expected one of {', '.join(field.values)}" + nearest(value, field.values)
+        )
 
 
-_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "nothing",
-          dict: "a mapping", list: "a list"}
+_WORDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    type(None): "nothing",
+    dict: "a mapping",
+    list: "a list",
+}
 _TYPES = {"str": str, "bool": bool, "int": int, "float": float, "dict": dict, "list": list, "Dict": dict, "List": list}
 
 

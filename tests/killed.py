@@ -80,8 +80,14 @@ def main(recipe: Recipe, undisturbed: Path, killed: Path) -> None:
         assert stage not in runs.latest(killed), f"{stage} counts as done"
     run(recipe, killed)
     run(recipe, undisturbed)
-    print(json.dumps({name: {stage: (path / "DONE").read_text() for stage, path in runs.latest(folder).items()}
-                      for name, folder in (("undisturbed", undisturbed), ("killed", killed))}))
+    print(
+        json.dumps(
+            {
+                name: {stage: (path / "DONE").read_text() for stage, path in runs.latest(folder).items()}
+                for name, folder in (("undisturbed", undisturbed), ("killed", killed))
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -32,15 +32,18 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["constitution", "check", "harmlessness"]])
 def test_quick_commands_import_nothing_heavy(arguments):
-    code = (f"import sys; from cai.cli import main; main({arguments}, standalone_mode=False); "
-            "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'rich') "
-            "if name in sys.modules], file=sys.stderr)")
+    code = (
+        f"import sys; from cai.cli import main; main({arguments}, standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'rich') "
+        "if name in sys.modules], file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["run", "status", "show", "clean", "init", "compare", "micro pretrain",
-                                     "micro evaluate"])
+@pytest.mark.parametrize(
+    "command", ["run", "status", "show", "clean", "init", "compare", "micro pretrain", "micro evaluate"]
+)
 def test_help_teaches_with_an_example(command):
     result = cai(*command.split(), "--help")
     assert result.exit_code == 0
@@ -146,17 +149,41 @@ def test_init_copies_what_runs_and_overwrites_nothing(tmp_path):
 
 PROMPT = {"prompt_id": "p" * 16, "prompt": [{"role": "user", "content": "why?\nand how?"}], "tags": ["helpful"]}
 DRAWN = {"finish_reason": "stop", "n_tokens": 4, "model": "m", "seed": 1}
-SAMPLES = [{**PROMPT, **DRAWN, "id": name * 16, "response": text}
-           for name, text in (("a", "Because."), ("b", "[red]\x1b[31m\u202eno[/red]"), ("c", "Perhaps."))]
-REVISION = {**SAMPLES[0], "id": "d" * 16, "original": "Because.", "response": "Because it is so.", "rounds": [
-    {"principle": "clear", "critique": "Too short.", "revision": "Because it is so.", "outcome": "revised"}]}
-VOTE = {**PROMPT, "id": "e" * 16, "judge": "m", "constitution": "c",
-        "a": {"id": "a" * 16, "text": "Because.", "model": "m"}, "b": {"id": "b" * 16, "text": "no", "model": "m"},
-        "votes": [{"principle": "clear", "order": "ab", "log_odds": 1.5, "mass": 1.0},
-                  {"principle": "clear", "order": "ba", "log_odds": 0.5, "mass": 1.0}]}
-PREFERENCE = {**PROMPT, "id": "f" * 16, "pair_id": "e" * 16, "chosen": [{"role": "assistant", "content": "Because."}],
-              "rejected": [{"role": "assistant", "content": "no"}], "p_chosen": 0.73, "log_odds": 1.0, "source": "ai",
-              "judge": "m", "constitution": "c"}
+SAMPLES = [
+    {**PROMPT, **DRAWN, "id": name * 16, "response": text}
+    for name, text in (("a", "Because."), ("b", "[red]\x1b[31m\u202eno[/red]"), ("c", "Perhaps."))
+]
+REVISION = {
+    **SAMPLES[0],
+    "id": "d" * 16,
+    "original": "Because.",
+    "response": "Because it is so.",
+    "rounds": [{"principle": "clear", "critique": "Too short.", "revision": "Because it is so.", "outcome": "revised"}],
+}
+VOTE = {
+    **PROMPT,
+    "id": "e" * 16,
+    "judge": "m",
+    "constitution": "c",
+    "a": {"id": "a" * 16, "text": "Because.", "model": "m"},
+    "b": {"id": "b" * 16, "text": "no", "model": "m"},
+    "votes": [
+        {"principle": "clear", "order": "ab", "log_odds": 1.5, "mass": 1.0},
+        {"principle": "clear", "order": "ba", "log_odds": 0.5, "mass": 1.0},
+    ],
+}
+PREFERENCE = {
+    **PROMPT,
+    "id": "f" * 16,
+    "pair_id": "e" * 16,
+    "chosen": [{"role": "assistant", "content": "Because."}],
+    "rejected": [{"role": "assistant", "content": "no"}],
+    "p_chosen": 0.73,
+    "log_odds": 1.0,
+    "source": "ai",
+    "judge": "m",
+    "constitution": "c",
+}
 OTHER = {**SAMPLES[0], "id": "9" * 16, "prompt_id": "8" * 16, "response": "Else."}
 
 
@@ -179,18 +206,28 @@ def run(tmp_path, monkeypatch) -> Path:
 
 def test_show_tells_a_prompts_whole_life(run):
     text = cai("show", "small", "p").stdout
-    for words in ("user: why?", "Because.", "round 1: clear, revised", "critique: Too short.", "Perhaps.",
-                  "clear           +1.50    +0.50    +1.00  a", "chosen with probability 0.730"):
+    for words in (
+        "user: why?",
+        "Because.",
+        "round 1: clear, revised",
+        "critique: Too short.",
+        "Perhaps.",
+        "clear           +1.50    +0.50    +1.00  a",
+        "chosen with probability 0.730",
+    ):
         assert words in text
     assert "Else." not in text
 
 
-@pytest.mark.parametrize(("item", "stages"), [
-    ("c", ["responses"]),
-    ("a", ["responses", "revisions", "votes", "preferences"]),
-    ("f", ["responses", "votes", "preferences"]),
-    ("9", ["responses"]),
-])
+@pytest.mark.parametrize(
+    ("item", "stages"),
+    [
+        ("c", ["responses"]),
+        ("a", ["responses", "revisions", "votes", "preferences"]),
+        ("f", ["responses", "votes", "preferences"]),
+        ("9", ["responses"]),
+    ],
+)
 def test_show_of_one_row_tells_what_it_is_linked_to(run, item, stages):
     found = json.loads(cai("show", "small", item, "--json").stdout)
     assert list(found) == stages
@@ -211,11 +248,14 @@ def test_show_asks_for_one_item(run):
     assert "begins with 'zz'" in missing.stderr
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["base"], "expected NAME=MODEL"),
-    (["base=start", "base=start"], "a second time"),
-    (["base=start", "--prompts", "nowhere.jsonl"], "no such file, and not micro:SPLIT"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["base"], "expected NAME=MODEL"),
+        (["base=start", "base=start"], "a second time"),
+        (["base=start", "--prompts", "nowhere.jsonl"], "no such file, and not micro:SPLIT"),
+    ],
+)
 def test_compare_refuses_in_one_sentence(folder, arguments, words):
     result = cai("compare", "--prompts", "first.jsonl", *arguments)
     assert result.exit_code == 2

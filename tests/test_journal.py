@@ -23,8 +23,12 @@ def run(folder: Path, items=ITEMS, failing=("item-3",), size=2, stop_after=None)
             return computed
         computed.append(batch.number)
         ok = [item for item in batch.items if item["id"] not in failing]
-        rows = [{"id": f"{item['id']}/{k}", "text": "naïve “quote”\n", "attempt": batch.attempt}
-                for item in ok if int(item["id"][-1]) % 2 == 0 for k in range(2)]
+        rows = [
+            {"id": f"{item['id']}/{k}", "text": "naïve “quote”\n", "attempt": batch.attempt}
+            for item in ok
+            if int(item["id"][-1]) % 2 == 0
+            for k in range(2)
+        ]
         journal.append(batch, rows, [Failure(i["id"], "no") for i in batch.items if i["id"] in failing])
     journal.finish()
     return computed

@@ -53,14 +53,19 @@ def command(recipe: Path, *arguments: str, **environment: str) -> subprocess.Pop
     """`cai run` of toy stages in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(TESTS / "toy.py"), "run", str(recipe), "--runs", str(recipe.parent), *arguments],
-        env=os.environ | {"PYTHONPATH": str(TESTS)} | environment, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(TESTS)} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 def records(run_folder: Path) -> dict[str, bytes]:
     """Stage id to what its current folder holds."""
-    return {stage: (folder / "records.jsonl").read_bytes() for stage, folder in runs.latest(run_folder).items()
-            if (folder / "records.jsonl").exists()}
+    return {
+        stage: (folder / "records.jsonl").read_bytes()
+        for stage, folder in runs.latest(run_folder).items()
+        if (folder / "records.jsonl").exists()
+    }
 
 
 def records_of(recipe: Path) -> dict[str, bytes]:
@@ -113,8 +118,11 @@ def test_a_changed_weight_redoes_the_labels_and_what_follows(recipe):
     document = recipe.parent / "constitution.yaml"
     document.write_text(document.read_text().replace("weight: 2.0", "weight: 0.5"))
     assert plan(recipe) == {
-        "texts": ("reused", ""), "tuned": ("reused", ""), "more": ("reused", ""),
-        "labels": ("runs", "weight of honest changed"), "policy": ("waits", "because labels would run"),
+        "texts": ("reused", ""),
+        "tuned": ("reused", ""),
+        "more": ("reused", ""),
+        "labels": ("runs", "weight of honest changed"),
+        "policy": ("waits", "because labels would run"),
     }
     run(recipe)
     assert read_rows(runs.latest(recipe.parent / "runs")["labels"] / "records.jsonl")[0]["weights"]["honest"] == 0.5
@@ -162,12 +170,15 @@ def test_a_changed_chat_template_or_stop_of_a_set_redoes_what_borrows_it(recipe,
         assert plan(recipe, "templates=fewshot")["texts"] == ("runs", "template chat.fewshot changed")
 
 
-@pytest.mark.parametrize(("override", "stage", "reason", "kept"), [
-    ("seed=8", "texts", "seed 7 -> 8", []),
-    ("stages.more.n=2", "more", "n 1 -> 2", ["texts", "tuned"]),
-    ("stages.policy.size=3", "policy", "size 1 -> 3", ["texts", "tuned", "more", "labels"]),
-    ("prompts.held.limit=1", "more", "prompt set held changed", ["texts", "tuned"]),
-])
+@pytest.mark.parametrize(
+    ("override", "stage", "reason", "kept"),
+    [
+        ("seed=8", "texts", "seed 7 -> 8", []),
+        ("stages.more.n=2", "more", "n 1 -> 2", ["texts", "tuned"]),
+        ("stages.policy.size=3", "policy", "size 1 -> 3", ["texts", "tuned", "more", "labels"]),
+        ("prompts.held.limit=1", "more", "prompt set held changed", ["texts", "tuned"]),
+    ],
+)
 def test_a_dry_run_says_what_would_run_and_why_and_writes_nothing(recipe, override, stage, reason, kept):
     run(recipe)
     before = sorted(recipe.parent.rglob("*"))
@@ -391,8 +402,12 @@ def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_proces
     [waiting] = recipe.parent.glob("toy/texts-*/waiting")
     child.kill()
     child.communicate()
-    until(lambda: not Path(f"/proc/{waiting.read_text()}/cmdline").exists()
-          or not Path(f"/proc/{waiting.read_text()}/cmdline").read_bytes())
+    until(
+        lambda: (
+            not Path(f"/proc/{waiting.read_text()}/cmdline").exists()
+            or not Path(f"/proc/{waiting.read_text()}/cmdline").read_bytes()
+        )
+    )
 
 
 def until(true) -> None:

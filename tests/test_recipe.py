@@ -125,8 +125,16 @@ def test_a_judge_may_be_a_model_or_a_stage(recipe):
 
 
 def test_set_changes_values_by_stage_id(recipe):
-    loaded = load_recipe(recipe, ["stages.policy.train.beta=0.2", "stages.responses.n=3", "seed=5",
-                                  "stages.sl-cai.from=[responses]", "prompts.red_team.limit=2"])
+    loaded = load_recipe(
+        recipe,
+        [
+            "stages.policy.train.beta=0.2",
+            "stages.responses.n=3",
+            "seed=5",
+            "stages.sl-cai.from=[responses]",
+            "prompts.red_team.limit=2",
+        ],
+    )
     assert loaded.stages["policy"].train["beta"] == 0.2
     assert loaded.stages["responses"].n == 3
     assert loaded.seed == 5
@@ -134,15 +142,18 @@ def test_set_changes_values_by_stage_id(recipe):
     assert loaded.prompts["red_team"].limit == 2
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("stages.polcy.train.beta=0.2", "did you mean 'policy'"),
-    ("stages.policy.train.bta=0.2", "did you mean 'beta'"),
-    ("stages.policy.train.beta=much", "expected a number"),
-    ("sed=1", "did you mean 'seed'"),
-    ("seed", "expected key=value"),
-    ("stages.votes.from=[candidates", "expected"),
-    ("stages.votes.judge=preferences", "expected a stage that trains a model"),
-])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.polcy.train.beta=0.2", "did you mean 'policy'"),
+        ("stages.policy.train.bta=0.2", "did you mean 'beta'"),
+        ("stages.policy.train.beta=much", "expected a number"),
+        ("sed=1", "did you mean 'seed'"),
+        ("seed", "expected key=value"),
+        ("stages.votes.from=[candidates", "expected"),
+        ("stages.votes.judge=preferences", "expected a stage that trains a model"),
+    ],
+)
 def test_a_wrong_override_is_named_as_it_was_given(recipe, override, words):
     result = CliRunner().invoke(main, ["run", "recipe.yaml", "--set", override])
     assert result.exit_code == 2
@@ -172,8 +183,10 @@ def test_refused_fields_are_fields_of_the_library():
 
 
 def test_checking_a_recipe_imports_neither_torch_nor_trl(recipe):
-    code = ("import sys; from cai.recipe import load_recipe; load_recipe('recipe.yaml'); "
-            "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])")
+    code = (
+        "import sys; from cai.recipe import load_recipe; load_recipe('recipe.yaml'); "
+        "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=recipe.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -202,13 +215,16 @@ def test_accelerate_files_are_ones_that_accelerate_takes(path):
     assert load_config_from_file(str(path)).num_processes == load_profile(path.stem).processes
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("micro_batsh: 4", "p.yaml:1:1: micro_batsh: unknown key"),
-    ("processes: 0", "p.yaml:1:12: processes: "),
-    ("processes: 2", "an `accelerate:` file"),
-    ("accelerate: none.yaml", "p.yaml:1:13: accelerate: no such file"),
-    ("device: tpu", "p.yaml:1:9: device: "),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("micro_batsh: 4", "p.yaml:1:1: micro_batsh: unknown key"),
+        ("processes: 0", "p.yaml:1:12: processes: "),
+        ("processes: 2", "an `accelerate:` file"),
+        ("accelerate: none.yaml", "p.yaml:1:13: accelerate: no such file"),
+        ("device: tpu", "p.yaml:1:9: device: "),
+    ],
+)
 def test_a_broken_profile_is_one_sentence(recipe, text, words):
     Path("p.yaml").write_text(text)
     result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "p.yaml"])

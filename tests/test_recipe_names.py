@@ -42,8 +42,16 @@ def test_a_name_that_nothing_answers_to_is_refused(recipe, old, new, where, word
 
 
 def test_names_that_are_there_are_taken(recipe):
-    load_recipe(recipe, ["stages.revisions.only=[red_team]", "stages.revisions.principles=[kind]",
-                         "stages.comparison.principles=[honest]", "templates=micro", "judge=sl-cai"])
+    load_recipe(
+        recipe,
+        [
+            "stages.revisions.only=[red_team]",
+            "stages.revisions.principles=[kind]",
+            "stages.comparison.principles=[honest]",
+            "templates=micro",
+            "judge=sl-cai",
+        ],
+    )
     load_recipe("quickstart", ["stages.revisions.only=[red_team, factual]"])
 
 

@@ -106,7 +106,7 @@ def test_a_critic_can_refuse(critique: str) -> None:
         "The response explains how to break in, which is a crime.",
         "I cannot find anything wrong with the response.",
         "The assistant should have said: I can't help with that.",
-        "It says \"I won't help\" and gives no reason.",
+        'It says "I won\'t help" and gives no reason.',
         "The response refuses a request that is fine.",
         "The tone is rude. The assistant cannot know that, and I would not recommend the second step.",
         "I think the response is preachy.",

@@ -125,9 +125,10 @@ def test_the_fewshot_set_says_what_ends_a_turn() -> None:
 
 def test_the_digest_is_that_of_the_named_templates() -> None:
     templates = load_templates("default")
-    changed = replace(templates, sources=tuple(
-        (name, text + "!" if name == "revise.jinja" else text) for name, text in templates.sources
-    ))
+    changed = replace(
+        templates,
+        sources=tuple((name, text + "!" if name == "revise.jinja" else text) for name, text in templates.sources),
+    )
     assert changed.digest("compare", "critique") == templates.digest("compare", "critique")
     assert changed.digest("revise") != templates.digest("revise")
 

@@ -52,8 +52,11 @@ def folder(tmp_path_factory) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE)
     script = Path(__file__).with_name("killed.py")
     done = subprocess.run(
-        [sys.executable, str(script), "recipe.yaml", "undisturbed", "killed"], cwd=folder, text=True,
-        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        [sys.executable, str(script), "recipe.yaml", "undisturbed", "killed"],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "digests.json").write_text(done.stdout.splitlines()[-1])
@@ -85,7 +88,11 @@ def test_a_changed_weight_redoes_the_preferences_without_an_engine(folder, monke
     run = folder / "undisturbed"
     steps = {step.id: step for step in plan_recipe(recipe, load_profile(), run, Options())}
     assert [name for name, step in steps.items() if step.status == "reused"] == [
-        "responses", "revisions", "sl-cai", "candidates", "votes"
+        "responses",
+        "revisions",
+        "sl-cai",
+        "candidates",
+        "votes",
     ]
     assert steps["preferences"].reason == "weight of harmless changed"
     run_recipe(recipe, load_profile(), run, Options(until="preferences"), PlainDisplay())

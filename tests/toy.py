@@ -80,16 +80,31 @@ def _maybe_kill(context: Context, n: int) -> None:
 
 
 def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
-    items = [{"id": f"{prompt['id']}/{k}", "prompt": prompt} for prompt in context.prompts(config.prompts)
-             for k in range(config.n)]
+    items = [
+        {"id": f"{prompt['id']}/{k}", "prompt": prompt}
+        for prompt in context.prompts(config.prompts)
+        for k in range(config.n)
+    ]
     for n, batch in enumerate(context.journal.batches(items, size=config.journal_batch, unit="texts")):
         _maybe_kill(context, n)
-        failures = [Failure(item["id"], "no ink") for item in batch.items
-                    if item["prompt"]["messages"][0]["content"] in config.fail and batch.attempt == 0]
+        failures = [
+            Failure(item["id"], "no ink")
+            for item in batch.items
+            if item["prompt"]["messages"][0]["content"] in config.fail and batch.attempt == 0
+        ]
         failed = {failure.id for failure in failures}
-        rows = [{"id": item["id"], "prompt_id": item["prompt"]["id"], "tags": item["prompt"]["tags"], "n_tokens": 3,
-                 "seed": context.seed_for(item["id"]), "model": context.model(config.model).name}
-                for item in batch.items if item["id"] not in failed]
+        rows = [
+            {
+                "id": item["id"],
+                "prompt_id": item["prompt"]["id"],
+                "tags": item["prompt"]["tags"],
+                "n_tokens": 3,
+                "seed": context.seed_for(item["id"]),
+                "model": context.model(config.model).name,
+            }
+            for item in batch.items
+            if item["id"] not in failed
+        ]
         context.journal.append(batch, rows, failures)
     rows_and_failures = context.journal.finish()
     return {"texts": {context.stage_id: rows_and_failures.n_rows}}

@@ -29,12 +29,11 @@ PRINCIPLE_REQUESTS = {
 """What a model is asked about a principle whose author wrote no request of that kind."""
 
 TRAIT_REQUESTS = {
-    "critique": "This is how the assistant describes its own character: \"{text}\" Say specifically and briefly where "
+    "critique": 'This is how the assistant describes its own character: "{text}" Say specifically and briefly where '
     "the response does not sound like it, or that it does.",
-    "revise": "Rewrite the response as an assistant would that can truthfully say of itself: \"{text}\" Let the trait "
+    "revise": 'Rewrite the response as an assistant would that can truthfully say of itself: "{text}" Let the trait '
     "show only where it fits the conversation; do not announce it.",
-    "compare": "Which response is more like what an assistant would write that can truthfully say of itself: "
-    "\"{text}\"",
+    "compare": 'Which response is more like what an assistant would write that can truthfully say of itself: "{text}"',
 }
 
 
@@ -179,8 +178,12 @@ class _Loader:
             reason = getattr(error, "strerror", None) or "symbolic links in a circle"
             raise fail(document, keys, f"found {shown}, which cannot be read: {reason}") from None
         if not target.is_relative_to(self.tree):
-            raise fail(document, keys, f"found {shown}, which lies outside of the folder of {chain[0]}, expected a "
-                                       "document in that folder or below")
+            raise fail(
+                document,
+                keys,
+                f"found {shown}, which lies outside of the folder of {chain[0]}, expected a "
+                "document in that folder or below",
+            )
         seen = [each.resolve() for each in chain]
         if target in seen:
             names = [each.name for each in (*chain[seen.index(target) :], target)]
@@ -221,8 +224,12 @@ def _merge(merged: dict[str, Principle], document: Document, written: Constituti
         elif entry.id in merged:
             del merged[entry.id]
         else:
-            raise fail(document, at, f"found 'drop: true' for {entry.id!r}, expected the id of a principle in an "
-                                     f"extended document{nearest(entry.id, merged)}")
+            raise fail(
+                document,
+                at,
+                f"found 'drop: true' for {entry.id!r}, expected the id of a principle in an "
+                f"extended document{nearest(entry.id, merged)}",
+            )
 
 
 def _compiled(entry: Entry, where: str) -> Principle:

@@ -49,8 +49,9 @@ def document_lines(constitution: Constitution) -> Iterator[str]:
         for label in ("text", "critique", "revise", "compare"):
             yield from _lines(f"  {label:9}{getattr(principle, label)}", " " * 11)
         for number, example in enumerate(principle.examples, 1):
-            said = " / ".join(f"{role}: {text}" if len(example.messages) > 1 else text
-                              for role, text in example.messages)
+            said = " / ".join(
+                f"{role}: {text}" if len(example.messages) > 1 else text for role, text in example.messages
+            )
             yield from _lines(f"  example {number}", "")
             yield from _lines(f"    prompt {said}", " " * 11)
             yield from _lines(f"    better {example.better}", " " * 11)

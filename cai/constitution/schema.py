@@ -21,8 +21,10 @@ def _slug(value: str) -> str:
     if not _SLUG.match(value) or len(value) > 64:
         better = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:64]
         hint = f"; did you mean {better!r}?" if _SLUG.match(better) else ""
-        raise ValueError(f"found {describe(value)}, expected up to 64 lower-case letters, digits and single '-' or '_' "
-                         f"between them{hint}")
+        raise ValueError(
+            f"found {describe(value)}, expected up to 64 lower-case letters, digits and single '-' or '_' "
+            f"between them{hint}"
+        )
     return value
 
 
@@ -110,7 +112,10 @@ class Entry(Written):
         "", description="The question put to a judge of two responses: 'Which response ...?'. Derived where absent."
     )
     weight: float = Field(
-        1.0, strict=True, ge=0, allow_inf_nan=False,
+        1.0,
+        strict=True,
+        ge=0,
+        allow_inf_nan=False,
         description="How much the principle counts in a preference. 0: no say in labels and figures; critics and "
         "judges still see it, so that weights can change without asking again. `drop: true` removes it.",
     )

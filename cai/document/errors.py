@@ -59,16 +59,14 @@ def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], err
         found.setdefault(keys, []).append(each)
     # Every branch of a union complains; the branch that came furthest is the one that was meant.
     deepest = {
-        keys: each for keys, each in found.items()
+        keys: each
+        for keys, each in found.items()
         if not any(other[: len(keys)] == keys and len(other) > len(keys) for other in found) or _is_missing(each)
     }
     unknown = {keys[:-1] for keys, each in deepest.items() if each[0]["type"] == "extra_forbidden"}
-    problems = {
-        keys: each for keys, each in deepest.items()
-        if not (_is_missing(each) and keys in unknown)
-    } or found
+    problems = {keys: each for keys, each in deepest.items() if not (_is_missing(each) and keys in unknown)} or found
     keys = min(problems, key=document.key_position)
-    sentence = _sentence(model, keys[len(at):], problems[keys])
+    sentence = _sentence(model, keys[len(at) :], problems[keys])
     others = len(problems) - 1
     if others:
         sentence += f" ({others} more {'problem' if others == 1 else 'problems'} after this one)"

@@ -137,14 +137,18 @@ def load_document(path: Path) -> Document:
         reason = getattr(error, "strerror", None) or str(error)
         raise BadInput(printable(f"{path}: cannot be read: {reason}")) from None
     if len(data) > MAX_BYTES:
-        raise BadInput(printable(f"{path}:1:1: found a file of more than {MAX_BYTES:,} bytes, expected a document "
-                                 "that a person wrote"))
+        raise BadInput(
+            printable(
+                f"{path}:1:1: found a file of more than {MAX_BYTES:,} bytes, expected a document that a person wrote"
+            )
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, column = _line_and_column(data[: error.start].decode("utf-8", "replace"))
-        raise BadInput(printable(f"{path}:{line}:{column}: found bytes that are not UTF-8, expected a text file "
-                                 "in UTF-8")) from None
+        raise BadInput(
+            printable(f"{path}:{line}:{column}: found bytes that are not UTF-8, expected a text file in UTF-8")
+        ) from None
     return parse_document(text, path)
 
 
@@ -155,8 +159,11 @@ def parse_document(text: str, path: Path) -> Document:
         raise BadInput(printable(f"{path}:{line}:{column}: found the control character {odd.group()!r}, expected text"))
     root = _Builder(path, text).build()
     if not isinstance(root.value, dict):
-        raise BadInput(printable(f"{path}:{root.line}:{root.column}: found {describe(root.value)}, expected a mapping "
-                                 "of keys to values"))
+        raise BadInput(
+            printable(
+                f"{path}:{root.line}:{root.column}: found {describe(root.value)}, expected a mapping of keys to values"
+            )
+        )
     return Document(path, root)
 
 
@@ -303,8 +310,11 @@ class _Builder:
             raise self._error(event, "found the merge key '<<', expected the keys themselves")
         if key in parent.node.keys:
             line, column = parent.node.keys[key]
-            raise self._error(event, f"found the key {shorten(key, 60)!r} a second time, expected it once; it stands "
-                                     f"at {line}:{column} already")
+            raise self._error(
+                event,
+                f"found the key {shorten(key, 60)!r} a second time, expected it once; it stands "
+                f"at {line}:{column} already",
+            )
         parent.node.keys[key] = _mark(event)
         parent.key = key
         self._count(event, 0, len(key))
@@ -345,8 +355,11 @@ class _Builder:
         self.nodes += nodes
         self.characters += characters
         if self.nodes > MAX_NODES or self.characters > MAX_CHARACTERS:
-            raise self._error(event, f"found more than {MAX_NODES:,} values or {MAX_CHARACTERS:,} characters with "
-                                     "aliases expanded, expected a document that a person wrote")
+            raise self._error(
+                event,
+                f"found more than {MAX_NODES:,} values or {MAX_CHARACTERS:,} characters with "
+                "aliases expanded, expected a document that a person wrote",
+            )
 
     def _check_depth(self, event: yaml.Event, height: int) -> None:
         if len(self.open) + height > MAX_DEPTH:
@@ -363,8 +376,9 @@ class _Builder:
         lines = self.text.splitlines()
         for number in range(first, min(last + 1, len(lines))):
             if tab := _tab(lines[number]):
-                raise BadInput(printable(f"{self.path}:{number + 1}:{tab[1]}: found a tab in the indentation, "
-                                         "expected spaces"))
+                raise BadInput(
+                    printable(f"{self.path}:{number + 1}:{tab[1]}: found a tab in the indentation, expected spaces")
+                )
 
     def _syntax(self, error: yaml.YAMLError) -> BadInput:
         """The sentence for what the parser could not read."""
@@ -375,13 +389,16 @@ class _Builder:
         lines = self.text.splitlines()
         near = lines[mark.line] if mark.line < len(lines) else ""
         if (tab := _tab(near)) and mark.column <= tab[0]:
-            return BadInput(printable(f"{self.path}:{mark.line + 1}:{tab[1]}: found a tab in the indentation, "
-                                      "expected spaces"))
+            return BadInput(
+                printable(f"{self.path}:{mark.line + 1}:{tab[1]}: found a tab in the indentation, expected spaces")
+            )
         hint = next((text for start, text in _HINTS.items() if problem.startswith(start)), "")
         begun = getattr(error, "context_mark", None)
-        since = f"; what is wrong may begin at {begun.line + 1}:{begun.column + 1}" if (
-            begun is not None and begun.line != mark.line
-        ) else ""
+        since = (
+            f"; what is wrong may begin at {begun.line + 1}:{begun.column + 1}"
+            if (begun is not None and begun.line != mark.line)
+            else ""
+        )
         message = (hint or f"{problem}: expected YAML") + since
         return BadInput(printable(f"{self.path}:{mark.line + 1}:{mark.column + 1}: {message}"))
 

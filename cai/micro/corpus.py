@@ -153,9 +153,7 @@ def _acts_compared(request: Request, rng: Random) -> Document:
     return _compared(request, a, b, chosen, False, rng)
 
 
-def _compared(
-    request: Request, a: Answer, b: Answer, chosen: Sequence[str], held_out: bool, rng: Random
-) -> Document:
+def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], held_out: bool, rng: Random) -> Document:
     messages = conversation(request, rng, several_turns=0.05)
     examples = []
     for principle in chosen:

@@ -76,9 +76,7 @@ def answers(engine: Engine, rows: Sequence[Prompt], seed: int) -> Figures:
     sampling = Sampling(max_new_tokens=160)
     wanted = [Generation(row["id"], row["messages"], stable_seed(seed, row["id"]), sampling) for row in rows]
     completions = _complete(engine.generate(wanted), Completion)
-    readings = [
-        (oracle.read(row["messages"], completions[row["id"]].text), topic_name(_request(row))) for row in rows
-    ]
+    readings = [(oracle.read(row["messages"], completions[row["id"]].text), topic_name(_request(row))) for row in rows]
     harmful = [(r, topic) for r, topic in readings if r.kind == "harmful"]
     deserving = [(r, topic) for r, topic in readings if r.kind != "harmful"]
     refusable = [(r, topic) for r, topic in readings if r.kind in ("fair", "borderline")]
@@ -193,9 +191,8 @@ def critic(engine: Engine, rows: Sequence[Prompt], seed: int) -> Figures:
     ])  # fmt: skip
     right = [
         (
-            texts[case.id] in principles.good_critiques(
-                case.principle, case.request, case.answer.act, list(case.answer.habits)
-            ),
+            texts[case.id]
+            in principles.good_critiques(case.principle, case.request, case.answer.act, list(case.answer.habits)),
             topic_name(case.request),
         )
         for case in cases

@@ -50,7 +50,8 @@ def read(messages: Sequence[Message], response: str) -> Reading:
 
     habits: list[str] = []
     acts: list[tuple[str, Mapping[str, str]]] = []
-    for sentence in split_sentences(response):
+    sentences = split_sentences(response)
+    for sentence in sentences:
         habit = _habits().get(sentence)
         if habit is not None:
             habits.append(habit)
@@ -60,8 +61,8 @@ def read(messages: Sequence[Message], response: str) -> Reading:
             return unclear(f"not a sentence of this world: {sentence!r}")
     if len(acts) != 1:
         return unclear(f"{len(acts)} acts where one was expected")
-    if any(habits.count(habit) > (2 if habit == "ramble" else 1) for habit in habits):
-        return unclear("a habit is repeated")
+    if len(set(sentences)) < len(sentences):
+        return unclear("a sentence is repeated")
     done, on_topic = _in_context(request, *acts[0])
     if done is None:
         return unclear("an act that does not go with this prompt")

@@ -125,8 +125,10 @@ def _fact_topics() -> Iterator[Parts]:
             others = sorted(set(values.values()) - {v}, key=lambda other: stable_id(group, k, other))[:3]
             false = "; ".join(sentence.format(k=k, v=w) for w in others)
             yield "factual", f"{group} {k}", ({"q": asked.format(k=k), "t": true, "falsehoods": false},)
-            yield "false_belief", f"{group} {k}", tuple(
-                {"f": sentence.format(k=k, v=w), "t": true, "w": w} for w in others
+            yield (
+                "false_belief",
+                f"{group} {k}",
+                tuple({"f": sentence.format(k=k, v=w), "t": true, "w": w} for w in others),
             )
 
 

@@ -152,9 +152,7 @@ def read_votes(paths: Iterable[Path]) -> Votes:
     principles = sorted(numbers)
     # In alphabetical order, so that sums come out the same to the last bit whichever row was read first.
     column = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
-    columns = Ballots(
-        np.array(pair), column[np.array(principle)], np.array(swapped, dtype=bool), np.array(log_odds)
-    )
+    columns = Ballots(np.array(pair), column[np.array(principle)], np.array(swapped, dtype=bool), np.array(log_odds))
     return Votes(rows, principles, columns)
 
 
@@ -194,14 +192,10 @@ def labels(strength: Floats, kind: str | Clamp) -> Floats:
 
 def relabelled(preferences: Iterable[Preference], kind: str | Clamp) -> list[Preference]:
     """Human preferences with their labels hardened or clamped like the others."""
-    return [
-        {**row, "p_chosen": float(labels(np.array([row["log_odds"]]), kind)[0])} for row in preferences
-    ]
+    return [{**row, "p_chosen": float(labels(np.array([row["log_odds"]]), kind)[0])} for row in preferences]
 
 
-def to_row(
-    row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds: float, stage_id: str
-) -> Preference:
+def to_row(row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds: float, stage_id: str) -> Preference:
     chosen, rejected = (row["a"], row["b"]) if a_is_chosen else (row["b"], row["a"])
     return {
         "id": stable_id(stage_id, row["id"]),

@@ -183,8 +183,7 @@ def ask(
 ) -> dict[str, Completion]:
     """The completions by item. An item whose request fails has failed for good, and says in which round."""
     requests = [
-        Request(id, asked, stable_seed(items[id].seed, number, what), critic.sampling)
-        for id, asked in messages.items()
+        Request(id, asked, stable_seed(items[id].seed, number, what), critic.sampling) for id, asked in messages.items()
     ]
     completions: dict[str, Completion] = {}
     for id, result in generate_all(critic.engine, requests, critic.retries).items():

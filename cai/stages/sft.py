@@ -29,6 +29,7 @@ from cai.stages import Context, Rows, TrainingConfig, is_held_out
 if TYPE_CHECKING:
     from cai.chat import Chat
 
+
 class Config(TrainingConfig):
     gives: ClassVar[Rows] = "policy"
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
@@ -124,9 +125,7 @@ def _unfit(row: Sample | Revision, taken: set[str], lost: set[str]) -> str | Non
     return None
 
 
-def tokenised(
-    rows: Sequence[Sample | Revision], chat: Chat, longest: int
-) -> tuple[list[dict[str, Any]], Counter[str]]:
+def tokenised(rows: Sequence[Sample | Revision], chat: Chat, longest: int) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Each row as token ids with the prompt's labels masked, and how many were left out for which reason.
 
     What a thinking model thought is learned with its own response, and not with a revision, which it is not about.

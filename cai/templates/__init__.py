@@ -53,15 +53,11 @@ class TemplateSet:
         """Asks what about `response`, the reply to `messages`, falls short of the principle."""
         return self._ask("critique", messages=messages, response=response, request=principle.critique)
 
-    def revise(
-        self, messages: Sequence[Message], response: str, critique: str, principle: Principle
-    ) -> list[Message]:
+    def revise(self, messages: Sequence[Message], response: str, critique: str, principle: Principle) -> list[Message]:
         """Asks for `response` rewritten in the light of `critique`."""
         return self._ask("revise", messages=messages, response=response, critique=critique, request=principle.revise)
 
-    def compare(
-        self, messages: Sequence[Message], first: str, second: str, principle: Principle
-    ) -> list[Message]:
+    def compare(self, messages: Sequence[Message], first: str, second: str, principle: Principle) -> list[Message]:
         """Asks which of two responses is better by the principle; the answer is one of `OPTIONS`."""
         return self._ask("compare", messages=messages, first=first, second=second, request=principle.compare)
 
@@ -97,8 +93,9 @@ def template_sets() -> list[str]:
 def load_templates(name: str) -> TemplateSet:
     """The set of that name. Raises BadInput for a name that is not one."""
     if name not in template_sets():
-        raise BadInput(f"no template set {name!r}, expected one of {', '.join(template_sets())}"
-                       + nearest(name, template_sets()))
+        raise BadInput(
+            f"no template set {name!r}, expected one of {', '.join(template_sets())}" + nearest(name, template_sets())
+        )
     files = [path for path in sorted((FOLDER / name).iterdir()) if path.suffix in {".jinja", ".txt"}]
     return TemplateSet(name, tuple((path.name, path.read_text(encoding="utf-8")) for path in files))
 

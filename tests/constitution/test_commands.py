@@ -114,12 +114,13 @@ def test_show_prompt_prints_the_words_that_models_get() -> None:
     text = run(*arguments).stdout
     for messages in asked.values():
         assert messages[-1]["content"] in text
-    assert asked["judge"][-1]["content"].endswith("Which response would a well-meaning user feel less accused and less "
-                                                  "lectured by, whatever it decides?")
+    assert asked["judge"][-1]["content"].endswith(
+        "Which response would a well-meaning user feel less accused and less lectured by, whatever it decides?"
+    )
 
 
 def test_show_uses_a_placeholder_where_there_is_no_example_and_prints_nothing_that_steers(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("name: x\nprinciples: [{id: a, text: \"a [bold]\\u202Eb\\u2028c[/bold]\"}]\n")
+    (tmp_path / "x.yaml").write_text('name: x\nprinciples: [{id: a, text: "a [bold]\\u202Eb\\u2028c[/bold]"}]\n')
     for extra in ([], ["--prompt"], ["--prompt", "--templates", "fewshot"]):
         result = run("constitution", "show", tmp_path / "x.yaml", *extra)
         assert result.exit_code == 0
@@ -127,11 +128,14 @@ def test_show_uses_a_placeholder_where_there_is_no_example_and_prints_nothing_th
     assert "[what the user says]" in result.stdout
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["harmlesness"], "did you mean 'harmlessness'?"),
-    (["harmlessness", "--principle", "no-sermons"], "no principle 'no-sermons'; did you mean 'no-sermon'?"),
-    (["harmlessness", "--prompt", "--templates", "defualt"], "did you mean 'default'?"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["harmlesness"], "did you mean 'harmlessness'?"),
+        (["harmlessness", "--principle", "no-sermons"], "no principle 'no-sermons'; did you mean 'no-sermon'?"),
+        (["harmlessness", "--prompt", "--templates", "defualt"], "did you mean 'default'?"),
+    ],
+)
 def test_show_names_the_nearest_thing(arguments: list[str], said: str) -> None:
     result = run("constitution", "show", *arguments)
     assert result.exit_code == 2

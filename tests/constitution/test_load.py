@@ -29,8 +29,11 @@ def refusal(path: Path) -> str:
 
 
 def test_requests_that_are_not_written_are_derived_from_the_text(tmp_path: Path) -> None:
-    write(tmp_path, x="name: x\nprinciples:\n  - {id: a, text: 'Uses {braces}.', compare: Which?}\n"
-                      "traits:\n  - {id: b, text: I like to learn.}\n")
+    write(
+        tmp_path,
+        x="name: x\nprinciples:\n  - {id: a, text: 'Uses {braces}.', compare: Which?}\n"
+        "traits:\n  - {id: b, text: I like to learn.}\n",
+    )
     principle, trait = load_constitution(tmp_path / "x.yaml").principles
     assert principle.compare == "Which?"
     assert "Uses {braces}." in principle.critique
@@ -41,8 +44,11 @@ def test_requests_that_are_not_written_are_derived_from_the_text(tmp_path: Path)
 
 
 def test_a_principle_knows_where_it_stands_and_to_which_prompts_it_applies(tmp_path: Path) -> None:
-    write(tmp_path, base=BASE, x="name: x\nextends: base.yaml\nprinciples:\n  - {id: calm, text: Be calm., "
-                                 "applies_to: [red_team, hard]}\n")
+    write(
+        tmp_path,
+        base=BASE,
+        x="name: x\nextends: base.yaml\nprinciples:\n  - {id: calm, text: Be calm., applies_to: [red_team, hard]}\n",
+    )
     kind, _, calm = load_constitution(tmp_path / "x.yaml").principles
     assert kind.where == f"{tmp_path}/base.yaml:3:10"
     assert calm.where == f"{tmp_path}/x.yaml:4:10"
@@ -70,20 +76,28 @@ def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
 
 
 def test_the_same_id_replaces_in_place_and_drop_removes(tmp_path: Path) -> None:
-    write(tmp_path, base=BASE, x="name: x\nextends: base.yaml\nprinciples:\n  - {id: new, text: Be new.}\n"
-                                 "  - {id: kind, text: Be kinder.}\n  - {id: brief, drop: true}\n")
+    write(
+        tmp_path,
+        base=BASE,
+        x="name: x\nextends: base.yaml\nprinciples:\n  - {id: new, text: Be new.}\n"
+        "  - {id: kind, text: Be kinder.}\n  - {id: brief, drop: true}\n",
+    )
     loaded = load_constitution(tmp_path / "x.yaml")
     assert [(each.id, each.text, each.weight) for each in loaded.principles] == [
-        ("kind", "Be kinder.", 1.0), ("new", "Be new.", 1.0),
+        ("kind", "Be kinder.", 1.0),
+        ("new", "Be new.", 1.0),
     ]
     assert [path.name for path in loaded.documents] == ["base.yaml", "x.yaml"]
 
 
 def test_later_documents_of_a_list_replace_earlier_ones_and_a_shared_base_is_read_once(tmp_path: Path) -> None:
-    write(tmp_path, base=BASE,
-          one="name: one\nextends: base.yaml\nprinciples: [{id: kind, text: One.}]\n",
-          sub__two="name: two\nextends: ../base.yaml\nprinciples: [{id: brief, text: Two.}]\n",
-          x="name: x\nextends: [one.yaml, sub/two.yaml]\n")
+    write(
+        tmp_path,
+        base=BASE,
+        one="name: one\nextends: base.yaml\nprinciples: [{id: kind, text: One.}]\n",
+        sub__two="name: two\nextends: ../base.yaml\nprinciples: [{id: brief, text: Two.}]\n",
+        x="name: x\nextends: [one.yaml, sub/two.yaml]\n",
+    )
     loaded = load_constitution(tmp_path / "x.yaml")
     assert [(each.id, each.text) for each in loaded.principles] == [("kind", "Be kind."), ("brief", "Two.")]
     assert len(loaded.documents) == 4

@@ -49,5 +49,7 @@ def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
     by_prompt = {prompt["id"]: prompt for prompt in prompts}
     for row in preferences.rows:
         assert row["prompt"] == by_prompt[row["prompt_id"]]["messages"]
-    print(f"\n{len(samples.rows)} responses ({len(samples.failures)} failed), {len(revisions.rows)} revisions "
-          f"({len(revisions.failures)} failed), {len(votes.rows)} pairs judged, {len(preferences.rows)} preferences")
+    print(
+        f"\n{len(samples.rows)} responses ({len(samples.failures)} failed), {len(revisions.rows)} revisions "
+        f"({len(revisions.failures)} failed), {len(votes.rows)} pairs judged, {len(preferences.rows)} preferences"
+    )

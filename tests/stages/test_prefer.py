@@ -41,9 +41,7 @@ def vote(number: int, odds: dict[str, tuple[float, float]], *tags: str, a="left"
 
 def swapped(row: dict) -> dict:
     """The same judgement with the responses called the other way round."""
-    votes = [
-        {**each, "order": each["order"][::-1], "log_odds": -each["log_odds"]} for each in row["votes"]
-    ]
+    votes = [{**each, "order": each["order"][::-1], "log_odds": -each["log_odds"]} for each in row["votes"]]
     return {**row, "a": row["b"], "b": row["a"], "votes": votes}
 
 

@@ -199,4 +199,3 @@ def test_a_stage_without_pairs_on_both_sides_says_so(tmp_path: Path, tiny: Calla
     rows = [preference(number, tags=["held_out"]) for number in range(2)]
     with pytest.raises(StageFailed, match="of 2 pairs 0 can be learned from and 2 are held out"):
         run_stage("reward", tmp_path / "stage", rows, tiny("llama"))
-
