@@ -16,7 +16,7 @@ from cai.micro.pretrain import SIZES, Size, Training
 from cai.micro.tokenizer import CHAT_TEMPLATE
 from cai.micro.world import prompts
 
-SHORT = Training(steps=4, size="tiny", rows=2, length=256, warm_up=2)
+SHORT = Training(steps=4, size="tiny", rows=2, length=256)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ shipped = pytest.mark.skipif(not (WEIGHTS / "config.json").is_file(), reason="no
 def test_the_shipped_model_answers_in_its_world() -> None:
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
-    rows = prompts("test", limit=20)
+    rows = prompts("test", limit=10)
     clear = 0
     for row in rows:
         ids = tokenizer.apply_chat_template(
@@ -79,7 +79,7 @@ def test_the_shipped_model_answers_in_its_world() -> None:
         out = model.generate(ids, max_new_tokens=160, do_sample=False)
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         clear += oracle.well_formed(oracle.read(row["messages"], text))
-    assert clear >= 18
+    assert clear >= 9
 
 
 @shipped
