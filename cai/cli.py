@@ -27,7 +27,7 @@ Author   cai init my-project
          cai constitution check my-project/constitutions/micro.yaml
 Run      cai run quickstart
          cai show quickstart --random
-Compare  cai compare base=micro policy=runs/quickstart/policy-.../model --prompts micro:test
+Compare  cai compare base=micro policy=quickstart/policy --prompts micro:test
 """
 """The three things that its users do."""
 
@@ -361,10 +361,11 @@ def compare(
 ) -> None:
     """Compare checkpoints on prompts: rates with intervals, head to head by a judge, a page to read.
 
-    The first model is the baseline. The same command again reuses what it computed.
+    A MODEL is a folder, a hub id, `micro`, or RUN/STAGE: what that stage trained last. The first is the baseline. The
+    same command again reuses what it computed.
 
     \b
-    cai compare base=micro policy=runs/quickstart/policy-.../model --prompts micro:test
+    cai compare base=micro policy=quickstart/policy --prompts micro:test
     """
     from cai.comparing import comparison_recipe
     from cai.pipeline import Options
@@ -381,7 +382,13 @@ def micro() -> None:
 @micro.command("pretrain")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--size", default="large", show_default=True, type=click.Choice(["small", "medium", "large"]))
-@click.option("--steps", default=2000, show_default=True, type=click.IntRange(1), help="Steps of 4,096 tokens.")
+@click.option(
+    "--steps",
+    default=3000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Steps of 4,160 tokens; fewer stop on the way.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--device", metavar="DEVICE", help="Torch device. [default: a GPU where there is one]")
 @JSON

@@ -7,17 +7,26 @@ from pathlib import Path
 
 import yaml
 
+from cai import runs
+from cai.document import parse_document
 from cai.errors import BadInput
 from cai.files import replacing
+from cai.recipe import read_recipe
 from cai.records import stable_id
 
 
 def comparison_recipe(
-    models: Sequence[str], prompts: str, constitution: str | None, judge: str | None, limit: int | None, runs: Path
+    models: Sequence[str],
+    prompts: str,
+    constitution: str | None,
+    judge: str | None,
+    limit: int | None,
+    runs_folder: Path,
 ) -> Path:
     """Writes the recipe into the folder of its run, which is named by what is compared on what; its path.
 
-    `models` are NAME=MODEL, `prompts` is micro:SPLIT or a file. Raises BadInput for anything else.
+    `models` are NAME=MODEL, a model also RUN/STAGE; `prompts` is micro:SPLIT or a file. Raises BadInput for anything
+    else, before anything is written.
     """
     named: dict[str, str] = {}
     for text in models:
@@ -26,7 +35,7 @@ def comparison_recipe(
             raise BadInput(f"found {text!r}, expected NAME=MODEL as in base=micro")
         if name in named:
             raise BadInput(f"found the name {name!r} a second time, expected each once")
-        named[name] = _absolute(model)
+        named[name] = _stage_model(model, runs_folder) or _absolute(model)
     source, colon, split = prompts.partition(":")
     prompt_set: dict[str, object]
     if source == "micro" and colon:
@@ -46,11 +55,20 @@ def comparison_recipe(
         "stages": [{"id": "comparison", "kind": "compare", "models": named, "prompts": "prompts"}],
     }
     name = f"compare-{stable_id(recipe)[:8]}"
-    path = runs / name / "recipe.yaml"
+    path = runs_folder / name / "recipe.yaml"
+    text = yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True)
+    read_recipe(parse_document(text, path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True).encode())
+        file.write(text.encode())
     return path
+
+
+def _stage_model(name: str, runs_folder: Path) -> str | None:
+    """The model that `quickstart/policy` means: what stage `policy` of run `quickstart` trained last."""
+    run, slash, stage = name.partition("/")
+    folder = runs.latest(runs_folder / run).get(stage) if slash else None
+    return str((folder / "model").resolve()) if folder and (folder / "model").is_dir() else None
 
 
 def _absolute(name: str) -> str:

@@ -115,8 +115,9 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
                 _say_reused(display, reused)
             done[config.id] = step.done or _run(planner, step, profile, done, options.report_to, display)
             runs.set_latest(run, config.id, folder)
-            summary = _summary(recipe, run, done)
-            write_json(run / runs.SUMMARY, summary)
+            if step.done is None or config is configs[-1]:
+                summary = _summary(recipe, run, _current(planner, done))
+                write_json(run / runs.SUMMARY, summary)
         _say_reused(display, reused)
     return summary
 
@@ -268,6 +269,15 @@ def _facts(planner: Planner, step: Step, profile: Profile, done: Mapping[str, ru
         "host": {"machine": platform.machine(), "system": platform.platform(), "cores": os.cpu_count()},
         "began": _now(),
     }
+
+
+def _current(planner: Planner, done: Mapping[str, runs.Finished]) -> dict[str, runs.Finished]:
+    """The stages that are done, and later ones of an earlier run that still hold: a part run hides none of them."""
+    current: dict[str, runs.Finished] = {}
+    for config in planner.recipe.stages.values():
+        if found := done.get(config.id) or planner.step(config, current).done:
+            current[config.id] = found
+    return current
 
 
 def _summary(recipe: Recipe, run: Path, done: Mapping[str, runs.Finished]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,25 @@ def test_compare_refuses_in_one_sentence(folder, arguments, words):
     result = cai("compare", "--prompts", "first.jsonl", *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_compare_writes_nothing_where_a_model_is_missing(folder):
+    result = cai("compare", "--prompts", "first.jsonl", "base=start", "new=no/such/model")
+    assert result.exit_code == 2
+    assert not list(Path("runs").glob("compare-*"))
+
+
+def test_compare_takes_the_model_that_a_stage_trained(folder):
+    from cai.comparing import comparison_recipe
+    from cai.recipe import load_recipe
+
+    trained = Path("runs/small/policy-0")
+    shutil.copytree("start", trained / "model")
+    runs.set_latest(trained.parent, "policy", trained)
+    path = comparison_recipe(
+        ["base=start", "new=small/policy"], "first.jsonl", "constitution.yaml", None, 3, Path("runs")
+    )
+    assert load_recipe(path).stages["comparison"].models["new"] == str((trained / "model").resolve())
 
 
 def test_compare_writes_a_recipe_that_is_whole(folder):

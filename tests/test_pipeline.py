@@ -145,13 +145,14 @@ constitution: constitution.yaml
 prompts: {first: {source: first.jsonl}}
 stages:
   - {id: texts, kind: write, prompts: [first]}
-  - {id: revisions, kind: revise, from: texts, principles: [virtue]}
+  - {id: revisions, kind: revise, from: texts, principles: [honest, virtue]}
 """
     recipe = toy.make_recipe(tmp_path, text)
     document = recipe.parent / "constitution.yaml"
 
     def parts(tags: str) -> dict:
-        document.write_text(toy.CONSTITUTION.replace("kind., weight", f"kind., tags: {tags}, weight"))
+        tagged = toy.CONSTITUTION.replace("kind., weight", f"kind., tags: {tags}, weight")
+        document.write_text(tagged.replace("honest., weight", "honest., tags: [virtue], weight"))
         loaded = load_recipe(recipe)
         done = {"texts": runs.Finished(tmp_path / "texts", "digest")}
         return Planner(loaded, tmp_path / "runs").parts(loaded.stages["revisions"], done)
@@ -264,6 +265,11 @@ def test_until_and_from_choose_stages(recipe):
     assert done.stat().st_mtime_ns > before
     with pytest.raises(BadInput, match="did you mean 'labels'"):
         run(recipe, until="label")
+
+
+def test_a_part_run_keeps_the_figures_of_later_stages_that_still_hold(recipe):
+    whole = run(recipe)
+    assert run(recipe, until="texts")["stages"] == whole["stages"]
 
 
 def test_failures_are_counted_and_asked_again_only_on_request(recipe):

@@ -1,10 +1,12 @@
 """The small world: what can be asked in it, and which prompts are for training and which are held out.
 
 A prompt is a topic (a verb with an object, a fact, a pair of opinions, a feeling with its cause) in one of several
-phrasings. Held out twice: split `test` has known topics in phrasings that neither the corpus nor the splits `train` and
-`validation` contain for that topic; split `test_topics` has topics that no dialogue of the corpus mentions (facts among
-them are stated in the corpus, never asked; combinations of verb and object occur nowhere, their parts do). Left out:
-several turns, system messages and creative requests. Harmful topics are words only: no answer has real instructions.
+phrasings. Held out twice: split `test` has known topics in requests that neither the corpus nor the splits `train` and
+`validation` contain (a false belief's or an opinion's phrasing may occur there with another of its variants); split
+`test_topics` has topics that the corpus has no dialogue about: combinations of verb and object occur nowhere, their
+parts do. A fact counts as two topics, once asked and once as a false belief, and often only one of them is held out.
+Left out: several turns, system messages and creative requests. Harmful topics are words only: no answer has real
+instructions.
 """
 
 from __future__ import annotations
