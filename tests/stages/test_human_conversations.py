@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from feedback import run_stage
+from training_stages import run_stage as train
 
 from cai.prompts import PromptSet, read_prompt_set
 
@@ -49,7 +50,17 @@ def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
     by_prompt = {prompt["id"]: prompt for prompt in prompts}
     for row in preferences.rows:
         assert row["prompt"] == by_prompt[row["prompt_id"]]["messages"]
+
+    settings = {"batch_size": 32, "max_length": 512, "train": {"max_steps": 2}}
+    rewarded = train("reward", tmp_path / "reward", preferences.rows, model, **settings)["reward"]
+    tuned = train("dpo", tmp_path / "policy", preferences.rows, model, **settings)["training"]["stage"]
+    for figures, unused in ((rewarded, rewarded["held_out"]), (tuned, 0)):
+        assert figures["examples"] > 50
+        assert figures["examples"] + unused + sum(figures["left_out"].values()) == len(preferences.rows)
+    for stage in ("reward", "policy"):
+        assert (tmp_path / stage / "model" / "model.safetensors").is_file()
     print(
         f"\n{len(samples.rows)} responses ({len(samples.failures)} failed), {len(revisions.rows)} revisions "
-        f"({len(revisions.failures)} failed), {len(votes.rows)} pairs judged, {len(preferences.rows)} preferences"
+        f"({len(revisions.failures)} failed), {len(votes.rows)} pairs judged, {len(preferences.rows)} preferences, "
+        f"{rewarded['examples']} pairs for the reward model, {tuned['examples']} for the policy"
     )
