@@ -103,6 +103,8 @@ def pretrain(
     )
     first = _resume(output / STATE, training, model, optimizer) if resume else 0
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {training.steps} on {device}")
+    # Killed after its last export, before the checkpoint went: there is nothing left to train.
+    summary = json.loads((output / "cai.json").read_text(encoding="utf-8")) if first == training.steps else {}
     started, tokens = time.monotonic(), 0
     for step in range(first, training.steps):
         if step == training.restart:
