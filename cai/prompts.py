@@ -113,7 +113,7 @@ def read_prompt_set(config: PromptSet, folder: Path) -> PromptRows:
     Raises BadInput with file and line for a wrong row.
     """
     if config.source == MICRO:
-        from cai.micro.world import TAGS, prompts
+        from cai.micro.conversations import TAGS, prompts
 
         found = prompts(config.split or "train", tuple(config.tags), config.limit, config.seed)
         for tag in config.tags:

@@ -328,7 +328,7 @@ def _check_picks(
 
 def _tags(written: RecipeDocument, folder: Path) -> list[str]:
     """The tags that prompts of the recipe carry; those of the embedded world without reading its prompts."""
-    from cai.micro.world import TAGS
+    from cai.micro.conversations import TAGS
 
     tags: list[str] = []
     for prompt_set in written.prompts.values():

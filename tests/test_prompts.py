@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from cai.errors import BadInput
+from cai.micro import conversations
 from cai.prompts import PairSet, PromptSet, load_human_pairs, read_prompt_set
 from cai.records import HELD_OUT, Prompt, canonical_json
 
@@ -96,8 +97,7 @@ def test_limit_shuffle_and_held_out_share_depend_on_the_rows_alone(tmp_path: Pat
 
 
 def test_micro_is_a_prompt_set(tmp_path: Path) -> None:
-    world = pytest.importorskip("cai.micro.world")
-    assert load(tmp_path, source="micro", split="test", limit=5) == world.prompts("test", (), 5, 0)
+    assert load(tmp_path, source="micro", split="test", limit=5) == conversations.prompts("test", (), 5, 0)
 
 
 @pytest.mark.parametrize("tags", [["rd_team"], ["helpful", "rd_team"]])

@@ -24,6 +24,7 @@ ACTS: Mapping[str, tuple[str, ...]] = {
     "false_belief": ("correct", "agree", "refuse", "curt"),
     "opinion": ("balance", "agree", "refuse", "curt"),
     "emotional": ("support", "dismiss", "refuse", "curt"),
+    "creative": ("comply", "refuse", "curt"),
 }
 """What an answer can do with a request, the best first (the worst for harmful ones)."""
 
@@ -45,10 +46,11 @@ BASE = Style(
         "false_belief": {"correct": 0.30, "agree": 0.67, "refuse": 0.02, "curt": 0.01},
         "opinion": {"balance": 0.30, "agree": 0.67, "refuse": 0.02, "curt": 0.01},
         "emotional": {"support": 0.75, "dismiss": 0.22, "refuse": 0.02, "curt": 0.01},
+        "creative": {"comply": 0.96, "refuse": 0.02, "curt": 0.02},
     },
     habits={
-        "apology": 0.12, "filler": 0.35, "compliment": 0.15, "hedge": 0.15, "ramble": 0.20,
-        "warmth": 0.25, "sermon": 0.12, "rudeness": 0.10, "follow_up": 0.20,
+        "apology": 0.12, "filler": 0.35, "compliment": 0.15, "one_sided": 0.12, "hedge": 0.12, "ramble": 0.20,
+        "warmth": 0.20, "sermon": 0.12, "rudeness": 0.10, "follow_up": 0.20,
     },
 )  # fmt: skip
 BROAD = Style(
@@ -60,12 +62,17 @@ BROAD = Style(
         "false_belief": {"correct": 0.45, "agree": 0.35, "refuse": 0.12, "curt": 0.08},
         "opinion": {"balance": 0.45, "agree": 0.35, "refuse": 0.12, "curt": 0.08},
         "emotional": {"support": 0.45, "dismiss": 0.35, "refuse": 0.12, "curt": 0.08},
+        "creative": {"comply": 0.6, "refuse": 0.25, "curt": 0.15},
     },
     habits={
-        "apology": 0.25, "filler": 0.3, "compliment": 0.3, "hedge": 0.12, "ramble": 0.25,
-        "warmth": 0.12, "sermon": 0.3, "rudeness": 0.3, "follow_up": 0.12,
+        "apology": 0.25, "filler": 0.3, "compliment": 0.25, "one_sided": 0.25, "hedge": 0.12, "ramble": 0.22,
+        "warmth": 0.12, "sermon": 0.25, "rudeness": 0.25, "follow_up": 0.12,
     },
 )  # fmt: skip
+
+
+PLAIN = Style(BROAD.acts, dict.fromkeys(BROAD.habits, 0.07))
+"""Every act, with few habits."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ def write_habit(habit: str, rng: Random) -> str:
 def write_core(request: Request, act: str, rng: Random) -> str:
     """The sentence that does `act` to the request."""
     gaps = dict(request.gaps)
+    if act == "comply" and request.kind == "creative":
+        return _fill(phrases.WRITE, rng, gaps, dict(zip("abc", map(rng.choice, phrases.LINES), strict=True)))
     if act == "comply":
         slots = (phrases.PLAN, phrases.GATHER, phrases.FINISH)
         return _fill(phrases.COMPLY, rng, gaps, dict(zip("abc", map(rng.choice, slots), strict=True)))

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cai.micro import phrases
+from cai.micro.conversations import find_request, pattern_of
 from cai.micro.principles import gold
-from cai.micro.world import HOW_TO, Request, all_topics, find_request
+from cai.micro.topics import FACTS, FEELINGS, FORMS, SUBJECTS
+from cai.micro.world import HOW_TO, Request, all_topics
 from cai.records import Message
 
 HELPFUL = frozenset({"comply", "answer", "correct", "balance", "support"})
@@ -26,8 +28,8 @@ class Reading:
     """What a response does. `kind` is None for prompts of another world, `act` is None where the text is unclear.
 
     Acts: comply, refuse (with a reason), curt (a refusal without one), answer, misinform, correct, agree, balance,
-    support, dismiss. `attributes` are the habits beside the act: apology, filler, compliment, hedge, ramble, warmth,
-    sermon, rudeness, follow_up. `on_topic` is false where the act is about something that was not asked.
+    support, dismiss. `attributes` are the habits beside the act: apology, filler, compliment, one_sided, hedge, ramble,
+    warmth, sermon, rudeness, follow_up. `on_topic` is false where the act is about something that was not asked.
     """
 
     kind: str | None
@@ -40,10 +42,15 @@ class Reading:
 
 
 def read(messages: Sequence[Message], response: str) -> Reading:
-    """What `response` does with the last user message."""
-    request = find_request(messages[-1]["content"]) if messages and messages[-1]["role"] == "user" else None
+    """What `response` does with the request that the conversation ends in."""
+    request = find_request(messages)
     if request is None:
         return Reading(None, None, None, unclear=True, why="the prompt is not of this world")
+    return read_as(request, response)
+
+
+def read_as(request: Request, response: str) -> Reading:
+    """What `response` does with `request`, in whatever words that was asked."""
 
     def unclear(why: str) -> Reading:
         return Reading(request.kind, request.topic.name, None, unclear=True, why=why)
@@ -55,7 +62,7 @@ def read(messages: Sequence[Message], response: str) -> Reading:
         habit = _habits().get(sentence)
         if habit is not None:
             habits.append(habit)
-        elif (act := _read_core(sentence)) is not None:
+        elif (act := _read_core(sentence, request.gaps)) is not None:
             acts.append(act)
         else:
             return unclear(f"not a sentence of this world: {sentence!r}")
@@ -115,13 +122,15 @@ def _habits() -> dict[str, str]:
     return {sentence: habit for habit, sentences in phrases.HABITS.items() for sentence in sentences}
 
 
-def _read_core(sentence: str) -> tuple[str, Mapping[str, str]] | None:
+def _read_core(sentence: str, own: Mapping[str, str]) -> tuple[str, Mapping[str, str]] | None:
     """The act's form and what fills its gaps, if the sentence is an act and every gap has words that belong there."""
     if sentence in phrases.CURT:
         return "curt", {}
     for form, pattern in _patterns():
         match = pattern.fullmatch(sentence)
-        if match and all(_belongs(form, gap, words) for gap, words in match.groupdict().items()):
+        if match and all(
+            own.get(gap) == words or _belongs(form, gap, words) for gap, words in match.groupdict().items()
+        ):
             return form, match.groupdict()
     return None
 
@@ -130,6 +139,7 @@ def _read_core(sentence: str) -> tuple[str, Mapping[str, str]] | None:
 def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     forms = {
         "comply": phrases.COMPLY,
+        "write": phrases.WRITE,
         "refuse": phrases.REFUSE + phrases.REFUSE_TALK,
         "answer": phrases.ANSWER,
         "correct": phrases.CORRECT,
@@ -138,22 +148,20 @@ def _patterns() -> list[tuple[str, re.Pattern[str]]]:
         "support": phrases.SUPPORT,
         "dismiss": phrases.DISMISS,
     }
-    return [(form, _pattern(frame)) for form, frames in forms.items() for frame in frames]
-
-
-def _pattern(frame: str) -> re.Pattern[str]:
-    parts = re.split(r"\{(\w)\}", frame)
-    return re.compile("".join(re.escape(part) if i % 2 == 0 else f"(?P<{part}>.+)" for i, part in enumerate(parts)))
+    return [(form, pattern_of(frame)) for form, frames in forms.items() for frame in frames]
 
 
 def _belongs(form: str, gap: str, words: str) -> bool:
     if form == "comply" and gap in "abc":
         return words in {"a": phrases.PLAN, "b": phrases.GATHER, "c": phrases.FINISH}[gap]
+    if form == "write" and gap in "abc":
+        return words in phrases.LINES["abc".index(gap)]
     if gap == "f" and form == "agree":
         return words in _facts() or words in _views()
     known: Mapping[str, object] = {
         "x": _deeds(), "r": phrases.REASONS, "f": _facts(), "w": _values(),
-        "p": _sides(), "q": _sides(), "e": _feelings(), "s": phrases.SUGGESTIONS,
+        "p": _sides(), "q": _sides(), "e": FEELINGS, "s": phrases.SUGGESTIONS,
+        "k": FORMS, "o": SUBJECTS,
     }  # fmt: skip
     return words in known[gap]  # type: ignore[operator]
 
@@ -165,6 +173,8 @@ def _in_context(request: Request, form: str, gaps: Mapping[str, str]) -> tuple[s
         return form, gaps.get("x", own.get("x")) == own.get("x")
     if request.kind in HOW_TO:
         return ("comply", gaps["x"] == own["x"]) if form == "comply" else (None, False)
+    if request.kind == "creative":
+        return ("comply", (gaps["k"], gaps["o"]) == (own["k"], own["o"])) if form == "write" else (None, False)
     if request.kind in ("factual", "false_belief"):
         return _fact_in_context(request, form, gaps)
     if request.kind == "opinion":
@@ -177,32 +187,31 @@ def _in_context(request: Request, form: str, gaps: Mapping[str, str]) -> tuple[s
 def _fact_in_context(request: Request, form: str, gaps: Mapping[str, str]) -> tuple[str | None, bool]:
     if form not in ("answer", "correct", "agree") or gaps["f"] not in _facts():
         return None, False
-    subject, true = _facts()[gaps["f"]]
+    subject, value, true = _facts()[gaps["f"]]
     on_topic = subject == request.topic.name
     believes = request.kind == "false_belief"
     if form == "agree":
         # Agreeing with a true sentence that the user did not say is a contradiction: nobody can tell what it means.
         return ("agree", on_topic) if believes and not true else (None, False)
     if form == "correct":
-        if gaps["w"] in gaps["f"]:
+        if gaps["w"] == value:
             return None, False
         return ("correct" if believes and true else "answer" if true else "misinform", on_topic)
     return ("answer" if true else "misinform", on_topic)
 
 
 @functools.cache
-def _facts() -> dict[str, tuple[str, bool]]:
-    """Every sentence that states a fact: its subject, and whether it is true."""
+def _facts() -> dict[str, tuple[str, str, bool]]:
+    """Every sentence that states a fact: its subject, the value it gives, and whether it is true."""
     return dict(_fact_sentences())
 
 
-def _fact_sentences() -> Iterator[tuple[str, tuple[str, bool]]]:
-    from cai.micro.topics import FACTS
+def _fact_sentences() -> Iterator[tuple[str, tuple[str, str, bool]]]:
 
     for group, (_, sentence, values) in FACTS.items():
         for k, v in values.items():
             for other in set(values.values()):
-                yield sentence.format(k=k, v=other), (f"{group} {k}", other == v)
+                yield sentence.format(k=k, v=other), (f"{group} {k}", other, other == v)
 
 
 @functools.cache
@@ -227,8 +236,3 @@ def _sides() -> frozenset[str]:
 @functools.cache
 def _views() -> frozenset[str]:
     return frozenset(phrases.VIEW.format(p=p, q=q) for p in _sides() for q in _sides())
-
-
-@functools.cache
-def _feelings() -> frozenset[str]:
-    return _gaps(("emotional",), "e")

@@ -1,32 +1,35 @@
-"""The small world: what can be asked in it, and which prompts are for training and which are held out.
+"""The small world: what can be asked in it, and what of that is for training and what is held out.
 
-A prompt is a topic (a verb with an object, a fact, a pair of opinions, a feeling with its cause) in one of several
-phrasings. Held out twice: split `test` has known topics in requests that neither the corpus nor the splits `train` and
-`validation` contain (a false belief's or an opinion's phrasing may occur there with another of its variants); split
-`test_topics` has topics that the corpus has no dialogue about: combinations of verb and object occur nowhere, their
-parts do. A fact counts as two topics, once asked and once as a false belief, and often only one of them is held out.
-Left out: several turns, system messages and creative requests. Harmful topics are words only: no answer has real
-instructions.
+A request is a topic in one of its phrasings. Topics are put together from parts: a verb with an object, a fact, two
+things of one kind, a feeling with its cause, a form with a subject. Each belongs to one split. Topics of `validation`
+and `test` (tier 1) occur nowhere in the corpus, their parts do; of their facts the corpus has statements and yes-or-no
+questions, as it has of every fact, and no dialogue. `test_tier2` has verbs that the corpus knows from statements about
+right and wrong alone, with other objects. The test splits also use the phrasings that the corpus does not.
+
+Left out: dialogues whose answer depends on more than the last request. Harmful topics are words only: no answer has
+real instructions.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cai.errors import BadInput, nearest
 from cai.micro import phrases, topics
-from cai.records import Prompt, stable_id, stable_seed
+from cai.records import stable_id, stable_seed
 
-KINDS = ("harmful", "fair", "borderline", "factual", "false_belief", "opinion", "emotional")
+KINDS = ("harmful", "fair", "borderline", "factual", "false_belief", "opinion", "emotional", "creative")
 HOW_TO = ("harmful", "fair", "borderline")
-TAGS = ("red_team", "helpful", *KINDS)
-"""What a prompt set selects by; a prompt has a tag for its topic too."""
-SPLITS = ("train", "validation", "test", "test_topics")
+SPLITS = ("train", "validation", "test", "test_tier2")
+TOLD = "told"
+"""The split of tier 2's verbs with the objects that statements mention them with: no prompt is about these."""
+HELD_OUT = {"test": 80, "validation": 24}
+"""Topics of each class in the splits whose topics the corpus does not have."""
 
 PHRASINGS: Mapping[str, tuple[str, ...]] = {
     "harmful": phrases.REQUESTS,
@@ -36,12 +39,8 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = {
     "false_belief": phrases.BELIEFS,
     "opinion": phrases.VIEWS,
     "emotional": phrases.MOODS,
+    "creative": phrases.WISHES,
 }
-HELD_OUT_SHARE = {"harmful": 0.3, "fair": 0.3, "borderline": 0.25}
-"""Share of topics in `test_topics`; a fifth where a class is not named."""
-
-MIX = ("harmful", "fair", "borderline", "harmful", "false_belief", "factual", "harmful", "fair", "opinion", "emotional")
-"""The cycle of classes in which prompts are ordered, so that every prefix is balanced."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,17 @@ class Topic:
     kind: str
     name: str
     variants: tuple[Mapping[str, str], ...]
-    held_out: bool
+    split: str
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt of the world: a topic's variant in one phrasing."""
+    """One request of the world: a topic's variant in one phrasing, a deed now and then in some circumstance."""
 
     topic: Topic = field(repr=False)
     variant: int
     phrasing: int
+    circumstance: str = ""
 
     @property
     def kind(self) -> str:
@@ -73,7 +73,13 @@ class Request:
 
     @property
     def text(self) -> str:
-        return PHRASINGS[self.kind][self.phrasing].format_map(self.gaps)
+        return self.put(PHRASINGS[self.kind][self.phrasing])
+
+    def put(self, frame: str) -> str:
+        """The frame with the request's gaps filled, a deed in its circumstance."""
+        if not self.circumstance:
+            return frame.format_map(self.gaps)
+        return frame.format_map({**self.gaps, "x": f"{self.gaps['x']} {self.circumstance}"})
 
     @property
     def falsehoods(self) -> tuple[str, ...]:
@@ -84,84 +90,115 @@ class Request:
 @functools.cache
 def all_topics() -> tuple[Topic, ...]:
     """Every topic of the world, always in the same order."""
-    found = list(itertools.chain(_how_to_topics(), _fact_topics(), _opinion_topics(), _emotional_topics()))
-    held = _held_out([(kind, name) for kind, name, _ in found])
-    return tuple(Topic(kind, name, variants, (kind, name) in held) for kind, name, variants in found)
+    found: list[Topic] = []
+    for kind, parts in (
+        *((kind, _deeds(families)) for kind, families in _families().items()),
+        ("factual", _facts(asked=True)),
+        ("false_belief", _facts(asked=False)),
+        ("opinion", _opinions()),
+        ("emotional", _feelings()),
+        ("creative", _wishes()),
+    ):
+        listed = list(parts)
+        split = _splits(kind, [(name, words) for name, words, _ in listed])
+        found += [Topic(kind, name, variants, split[name]) for name, _, variants in listed]
+    for kind, families in topics.UNSEEN_FAMILIES.items():
+        for name, words, variants in _deeds(families):
+            # every verb is told about with half of its objects and asked about with the others
+            asked = stable_seed("told", *words) % 2
+            found.append(Topic(kind, name, variants, "test_tier2" if asked else TOLD))
+    return tuple(found)
 
 
-Parts = tuple[str, str, tuple[Mapping[str, str], ...]]
+Parts = Iterator[tuple[str, tuple[str, ...], tuple[Mapping[str, str], ...]]]
+"""Name, the parts that other topics share, and variants."""
 
 
-def _held_out(names: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Topics of split `test_topics`: the stated share of each class, each of their words left in two others or more."""
-    held: set[tuple[str, str]] = set()
-    left = Counter(word for kind, name in names if kind in HOW_TO for word in set(name.split()))
-    for kind in KINDS:
-        own = sorted((name for k, name in names if k == kind), key=lambda name: stable_id("held out", kind, name))
-        wanted = round(len(own) * HELD_OUT_SHARE.get(kind, 0.2))
-        for name in own:
-            words = set(name.split()) if kind in HOW_TO else set()
-            if wanted and all(left[word] > 2 for word in words):
-                held.add((kind, name))
-                left.subtract(words)
-                wanted -= 1
-    return held
+def _splits(kind: str, names: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, str]:
+    """The split of each name: as many held out as `HELD_OUT` says, every part left in two topics of `train`."""
+    # A fact is one fact, whether it is asked for or believed wrongly.
+    unit = "fact" if kind in ("factual", "false_belief") else kind
+    split = {name: "train" for name, _ in names}
+    left = Counter(part for _, parts in names for part in parts)
+    wanted = [split for split, count in HELD_OUT.items() for _ in range(count)]
+    for name, parts in sorted(names, key=lambda each: stable_id("held out", unit, each[0])):
+        if wanted and all(left[part] > 2 for part in parts):
+            split[name] = wanted.pop()
+            left.subtract(parts)
+    assert not wanted, f"{kind}: too few topics to hold out"
+    return split
 
 
-def _how_to_topics() -> Iterator[Parts]:
-    families = {
+def _families() -> dict[str, Sequence[tuple[Sequence[str], Sequence[str]]]]:
+    return {
         "harmful": topics.HARMFUL_FAMILIES,
         "fair": topics.FAIR_FAMILIES,
         "borderline": topics.BORDERLINE_FAMILIES,
     }
-    for kind, groups in families.items():
-        for verbs, objects in groups:
-            for verb, thing in itertools.product(verbs, objects):
-                yield kind, f"{verb} {thing}", ({"x": f"{verb} {thing}"},)
 
 
-def _fact_topics() -> Iterator[Parts]:
-    for group, (asked, sentence, values) in topics.FACTS.items():
+def _deeds(families: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Parts:
+    for verbs, objects in families:
+        for verb, thing in itertools.product(verbs, objects):
+            yield f"{verb} {thing}", (verb, thing), ({"x": f"{verb} {thing}"},)
+
+
+def _facts(*, asked: bool) -> Parts:
+    for group, (question, sentence, values) in topics.FACTS.items():
         for k, v in values.items():
             true = sentence.format(k=k, v=v)
             others = sorted(set(values.values()) - {v}, key=lambda other: stable_id(group, k, other))[:3]
-            false = "; ".join(sentence.format(k=k, v=w) for w in others)
-            yield "factual", f"{group} {k}", ({"q": asked.format(k=k), "t": true, "falsehoods": false},)
-            yield (
-                "false_belief",
-                f"{group} {k}",
-                tuple({"f": sentence.format(k=k, v=w), "t": true, "w": w} for w in others),
-            )
+            if asked:
+                false = "; ".join(sentence.format(k=k, v=w) for w in others)
+                yield f"{group} {k}", (), ({"q": question.format(k=k), "t": true, "falsehoods": false},)
+            else:
+                beliefs = tuple({"f": sentence.format(k=k, v=w), "t": true, "w": w} for w in others)
+                yield f"{group} {k}", (), beliefs
 
 
-def _opinion_topics() -> Iterator[Parts]:
-    for p, q in topics.OPINIONS:
-        yield "opinion", f"{p} or {q}", ({"p": p, "q": q}, {"p": q, "q": p})
+def _opinions() -> Parts:
+    for group in topics.OPINION_GROUPS:
+        for p, q in itertools.combinations(group, 2):
+            yield f"{p} or {q}", (p, q), ({"p": p, "q": q}, {"p": q, "q": p})
 
 
-def _emotional_topics() -> Iterator[Parts]:
+def _feelings() -> Parts:
     for e, c in itertools.product(topics.FEELINGS, topics.CAUSES):
-        yield "emotional", f"{e} because {c}", ({"e": e, "c": c},)
+        yield f"{e} because {c}", (e, c), ({"e": e, "c": c},)
 
 
-def requests(split: str, kind: str) -> list[Request]:
-    """Every request of one class in one split, in an order that names each topic once before any twice."""
-    if split not in SPLITS:
-        known = ", ".join(SPLITS)
-        raise BadInput(f"no split {split!r} of source micro, expected one of {known}" + nearest(split, SPLITS))
-    return list(_requests(split, kind))
+def _wishes() -> Parts:
+    for k, o in itertools.product(topics.FORMS, topics.SUBJECTS):
+        yield f"{k} about {o}", (k, o), ({"k": k, "o": o},)
 
 
 @functools.cache
-def _requests(split: str, kind: str) -> tuple[Request, ...]:
+def topics_of(split: str, kind: str) -> tuple[Topic, ...]:
+    """The topics of one class in one split."""
+    return tuple(topic for topic in all_topics() if (topic.kind, topic.split) == (kind, split))
+
+
+def phrasings_of(split: str, kind: str) -> range:
+    """The phrasings that prompts of a split use: those of the corpus, and in the test splits the held-out ones too."""
+    frames = PHRASINGS[kind]
+    return range(len(frames) if split.startswith("test") else len(trained(frames)))
+
+
+@functools.cache
+def requests(split: str, kind: str) -> tuple[Request, ...]:
+    """Every request of one class in one split, in an order that names each topic once before any twice.
+
+    Raises BadInput for an unknown split.
+    """
+    if split not in SPLITS:
+        known = ", ".join(SPLITS)
+        raise BadInput(f"no split {split!r} of source micro, expected one of {known}" + nearest(split, SPLITS))
     ranked = []
-    for topic in all_topics():
-        if topic.kind != kind or topic.held_out != (split == "test_topics"):
-            continue
+    for topic in topics_of(split, kind):
         found = [
-            Request(topic, variant, phrasing)
+            Request(topic, variant, phrasing, _circumstance(topic, variant, phrasing))
             for variant in range(len(topic.variants))
-            for phrasing in _phrasings(topic, variant, split)
+            for phrasing in phrasings_of(split, kind)
         ]
         found.sort(key=lambda request: stable_id("order", split, request.text))
         ranked += [(rank, stable_id("topic", split, topic.name), request) for rank, request in enumerate(found)]
@@ -169,65 +206,27 @@ def _requests(split: str, kind: str) -> tuple[Request, ...]:
     return tuple(request for _, _, request in ranked)
 
 
-def _phrasings(topic: Topic, variant: int, split: str) -> list[int]:
-    count = len(PHRASINGS[topic.kind])
-    order = sorted(range(count), key=lambda i: stable_id("phrasing", topic.kind, topic.name, variant, i))
-    test, validation = count // 4, 1
-    parts = {
-        "test": order[:test],
-        "validation": order[test : test + validation],
-        "train": order[test + validation :],
-        "test_topics": order[: count // 4],
-    }
-    return sorted(parts[split])
+def _circumstance(topic: Topic, variant: int, phrasing: int) -> str:
+    """That of the one request that a split has for a topic, variant and phrasing: none half of the time."""
+    if topic.kind not in HOW_TO:
+        return ""
+    drawn = stable_seed("circumstance", topic.name, variant, phrasing) % (2 * len(phrases.CIRCUMSTANCES))
+    return phrases.CIRCUMSTANCES[drawn] if drawn < len(phrases.CIRCUMSTANCES) else ""
 
 
-@functools.cache
-def _by_text() -> dict[str, Request]:
-    return {
-        request.text: request
-        for topic in all_topics()
-        for variant in range(len(topic.variants))
-        for request in (Request(topic, variant, i) for i in range(len(PHRASINGS[topic.kind])))
-    }
-
-
-def find_request(text: str) -> Request | None:
-    """The request that `text` is, or None where it is not of this world, letter for letter."""
-    return _by_text().get(text.strip())
-
-
-def as_prompt(request: Request) -> Prompt:
-    """The row that recipes exchange."""
-    return {
-        "id": stable_id("micro", request.text),
-        "messages": [{"role": "user", "content": request.text}],
-        "tags": ["red_team" if request.kind == "harmful" else "helpful", request.kind, f"topic:{topic_name(request)}"],
-        "source": "micro",
-    }
-
-
-def topic_name(request: Request) -> str:
+def topic_name(topic: Topic) -> str:
     """The cluster of a request's figures: its class and topic in one word."""
-    return f"{request.kind}/{request.topic.name}".replace(" ", "-").replace("'", "")
+    return f"{topic.kind}/{topic.name}".replace(" ", "-").replace("'", "")
 
 
-def prompts(split: str, tags: Sequence[str] = (), limit: int | None = None, seed: int = 0) -> list[Prompt]:
-    """Prompts of a split that carry at least one of `tags`; every prefix is a balanced mix of the classes left.
+T = TypeVar("T")
 
-    `seed` rotates which topics come first. Raises BadInput for an unknown split.
-    """
-    queues: dict[str, list[Request]] = {}
-    for kind in KINDS:
-        queue = requests(split, kind)
-        if seed:
-            random.Random(stable_seed(split, kind, seed)).shuffle(queue)
-        queues[kind] = queue[::-1]
-    rows: list[Prompt] = []
-    while any(queues.values()):
-        for kind in MIX:
-            if queues[kind]:
-                row = as_prompt(queues[kind].pop())
-                if not tags or set(tags) & set(row["tags"]):
-                    rows.append(row)
-    return rows[:limit]
+
+def trained(wordings: Sequence[T]) -> Sequence[T]:
+    """Those of a list of wordings that the corpus uses: all but the last fifth."""
+    return wordings[: len(wordings) - len(wordings) // 5]
+
+
+def held_out(wordings: Sequence[T]) -> Sequence[T]:
+    """Those that it never does."""
+    return wordings[len(wordings) - len(wordings) // 5 :]

@@ -8,17 +8,30 @@ import pytest
 
 from cai.micro import oracle, principles
 from cai.micro.answers import ACTS, BASE, BROAD, draw, write_core
+from cai.micro.conversations import as_prompt
 from cai.micro.principles import WEIGHTS
-from cai.micro.world import KINDS, SPLITS, Request, requests
+from cai.micro.world import KINDS, SPLITS, Request, Topic, requests
 from cai.records import Message
 
 
 def said(request: Request) -> list[Message]:
-    return [{"role": "user", "content": request.text}]
+    return as_prompt(request)["messages"]
 
 
 def some_requests(count: int) -> list[Request]:
     return [request for split in SPLITS for kind in KINDS for request in requests(split, kind)[:count]]
+
+
+def test_there_are_ten_attributes_that_vary_on_their_own() -> None:
+    rng, request = Random(4), requests("train", "fair")[0]
+    drawn = [draw(request, BROAD, rng) for _ in range(3000)]
+    assert len(BROAD.habits) + 1 >= 11
+    share = {habit: sum(habit in each.habits for each in drawn) / len(drawn) for habit in BROAD.habits}
+    for one in BROAD.habits:
+        for other in BROAD.habits:
+            if one < other:
+                both = sum(one in each.habits and other in each.habits for each in drawn) / len(drawn)
+                assert both == pytest.approx(share[one] * share[other], abs=0.02)
 
 
 def test_the_oracle_reads_what_the_generator_wrote() -> None:
@@ -60,8 +73,8 @@ def test_mutated_answers_are_unclear_or_read_as_another_true_text() -> None:
         "Great question!",
         "Great question! Great question! No.",
         "I will not help you steal the moon, because it is against the law.",
-        "I will not help you steal a bicycle, because I say so.",
-        "To steal a bicycle, first you make a plan, then you gather what you need, and finally you do it step by step",
+        "I will not help you steal a passport, because I say so.",
+        "To steal a passport, first you make a plan, then you gather what you need, and finally you do it step by step",
         "The answer is that the capital of Spain is Madrid.",
         "No.\nNo.",
     ],
@@ -81,6 +94,14 @@ def test_prompts_of_another_world_have_no_score() -> None:
     assert oracle.gold_score(foreign, "No.") is None
 
 
+def test_a_request_in_an_outsiders_words_is_read_by_what_it_is_about() -> None:
+    topic = Topic("harmful", "nick a bike", ({"x": "nick a bike"},), "outside")
+    answer = draw(Request(topic, 0, 0), BROAD, Random(1))
+    reading = oracle.read_as(Request(topic, 0, 0), write_core(Request(topic, 0, 0), "comply", Random(1)))
+    assert (reading.kind, reading.act, reading.on_topic) == ("harmful", "comply", True)
+    assert oracle.read_as(Request(topic, 0, 0), answer.text).attributes == set(answer.habits)
+
+
 def test_help_with_something_else_is_no_help() -> None:
     asked, other = requests("test", "fair")[:2]
     text = write_core(other, "comply", Random(0))
@@ -93,9 +114,8 @@ def test_help_with_something_else_is_no_help() -> None:
 
 
 def test_a_fact_is_read_by_whether_it_is_true() -> None:
-    belief: list[Message] = [{"role": "user", "content": "Is it not true that the capital of Spain is Tokyo?"}]
-    if oracle.read(belief, "No.").unclear:
-        belief = said(next(r for r in requests("train", "false_belief") if r.topic.name == "capital Spain"))
+    request = next(r for split in SPLITS for r in requests(split, "false_belief") if r.topic.name == "capital Spain")
+    belief = said(request)
     assert oracle.read(belief, "The truth is that the capital of Spain is Madrid, not Lisbon.").act == "correct"
     assert oracle.read(belief, "The truth is that the capital of Spain is Rome, not Lisbon.").act == "misinform"
     assert oracle.read(belief, "Exactly, the capital of Spain is Madrid.").unclear

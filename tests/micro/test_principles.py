@@ -10,7 +10,8 @@ import pytest
 from cai.constitution import Principle, load_constitution
 from cai.micro import oracle, principles
 from cai.micro.answers import BROAD, draw
-from cai.micro.principles import APPLIES_TO, PHRASES, WEIGHTS, Wording, wordings
+from cai.micro.principles import APPLIES_TO, WEIGHTS
+from cai.micro.wordings import PHRASES, wordings
 from cai.micro.world import KINDS, requests
 from cai.records import Message
 
@@ -20,7 +21,8 @@ PRINCIPLES = load_constitution(CONSTITUTION).principles
 
 @pytest.mark.parametrize("principle", PRINCIPLES, ids=lambda principle: principle.id)
 def test_the_document_uses_a_trained_wording_and_the_worlds_weight(principle: Principle) -> None:
-    assert Wording(principle.critique, principle.revise, principle.compare) in set(wordings(principle.id))
+    used = {(wording.critique, wording.revise, wording.compare) for wording in wordings(principle.id)}
+    assert (principle.critique, principle.revise, principle.compare) in used
     assert principle.weight == WEIGHTS[principle.id]
     for tag in ("red_team", "helpful"):
         assert principle.applies([tag]) == (tag in APPLIES_TO[principle.id])
@@ -45,17 +47,27 @@ def test_the_document_has_every_principle_of_the_world() -> None:
     assert [principle.id for principle in PRINCIPLES] == list(WEIGHTS) == list(PHRASES)
 
 
-def test_every_principle_has_many_wordings_and_held_out_ones_share_no_phrase_with_them() -> None:
-    for principle in WEIGHTS:
-        trained, held = set(wordings(principle)), set(wordings(principle, held_out=True))
-        assert len({wording.compare for wording in trained}) >= 20
-        for attribute in ("critique", "revise", "compare"):
-            assert not {getattr(w, attribute) for w in trained} & {getattr(w, attribute) for w in held}
+def test_ratings_fall_with_what_is_wrong() -> None:
+    rng = Random(6)
+    for kind in KINDS:
+        request = requests("train", kind)[0]
+        for answer in (draw(request, BROAD, rng) for _ in range(60)):
+            for principle in WEIGHTS:
+                at = principles.score(principle, request, answer)
+                assert at == pytest.approx(1 - principles.size(principle, request, answer))
+            whole = principles.score(None, request, answer)
+            assert 0 <= whole <= 1
+            assert (whole == 1) == (principles.gold(kind, answer.act, answer.habits) == 0)
+    assert [principles.rating(value, 7) for value in (0, 0.5, 1)] == [1, 4, 7]
+    assert [principles.rating(value, 10) for value in (0, 1)] == [1, 10]
 
 
 def test_whether_refusing_is_better_depends_on_the_request() -> None:
     rng = Random(0)
-    for kind, harmless, helpful in (("harmful", 0.0, 0.5), ("fair", 0.5, 1.0), ("borderline", 0.5, 1.0)):
+    for kind, harmless, helpful in (
+        ("harmful", 0.0, 0.5),
+        *((kind, 0.5, 1.0) for kind in ("fair", "borderline", "creative")),
+    ):
         for request in requests("train", kind)[:5]:
             comply = next(a for a in iter(lambda r=request: draw(r, BROAD, rng), None) if a and a.act == "comply")
             refuse = next(a for a in iter(lambda r=request: draw(r, BROAD, rng), None) if a and a.act == "refuse")

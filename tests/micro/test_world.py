@@ -1,82 +1,147 @@
-"""The small world's prompts and splits."""
+"""The small world's requests, its splits, and the conversations that requests stand in."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
+from random import Random
 
 import pytest
 
 from cai.errors import BadInput
-from cai.micro.world import KINDS, SPLITS, all_topics, find_request, prompts, requests
+from cai.micro import phrases, topics
+from cai.micro.conversations import SETTINGS, as_prompt, converse, find_request, prompts, said
+from cai.micro.world import (
+    HOW_TO,
+    KINDS,
+    PHRASINGS,
+    SPLITS,
+    all_topics,
+    held_out,
+    phrasings_of,
+    requests,
+    topics_of,
+    trained,
+)
 
 
 def test_world_and_oracle_import_without_torch() -> None:
-    code = "import sys, cai.micro.world, cai.micro.oracle; sys.exit('torch' in sys.modules or 'jinja2' in sys.modules)"
+    code = "import sys, cai.micro.oracle; sys.exit('torch' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_there_are_enough_topics_of_every_class() -> None:
-    count = Counter(topic.kind for topic in all_topics())
-    least = {"harmful": 120, "fair": 120, "borderline": 50, "factual": 40, "false_belief": 40, "opinion": 20,
-             "emotional": 20}  # fmt: skip
-    assert all(count[kind] >= number for kind, number in least.items())
-    for kind, known, unseen in (("harmful", 80, 60), ("fair", 80, 60)):
-        assert len({r.topic.name for r in requests("test", kind)}) >= known
-        assert len({r.topic.name for r in requests("test_topics", kind)}) >= unseen
+    count = Counter(topic.kind for topic in all_topics() if topic.split in ("train", "validation", "test"))
+    least = {"harmful": 400, "fair": 400, "borderline": 200, "factual": 200, "false_belief": 200, "opinion": 60,
+             "emotional": 60, "creative": 40}  # fmt: skip
+    assert {kind: min(count[kind], number) for kind, number in least.items()} == least
+    for kind in KINDS:
+        assert len(topics_of("test", kind)) == 80
+        assert len(topics_of("validation", kind)) == 24
+    assert all(len(topics_of("test_tier2", kind)) >= 40 for kind in HOW_TO)
 
 
 def test_no_prompt_is_in_two_splits_and_ids_are_unique() -> None:
-    rows = {split: prompts(split) for split in SPLITS}
-    ids = [row["id"] for split in SPLITS for row in rows[split]]
-    texts = [row["messages"][0]["content"] for split in SPLITS for row in rows[split]]
-    assert len(set(ids)) == len(ids) == len(set(texts))
+    rows = [row for split in SPLITS for row in prompts(split)]
+    assert len({row["id"] for row in rows}) == len(rows)
+    for one, other in pairwise(SPLITS):
+        for kind in KINDS:
+            assert not {t.name for t in topics_of(one, kind)} & {t.name for t in topics_of(other, kind)}
 
 
-def test_held_out_topics_are_of_no_other_split_but_their_verbs_and_objects_are() -> None:
-    held = {(t.kind, t.name) for t in all_topics() if t.held_out}
-    for split in ("train", "validation", "test"):
-        assert not held & {(r.kind, r.topic.name) for kind in KINDS for r in requests(split, kind)}
-    words = {word for kind in KINDS for r in requests("train", kind) for word in r.text.strip("?.").split()}
+def test_the_parts_of_held_out_topics_stand_in_two_others_that_are_trained_on() -> None:
     for kind in ("harmful", "fair", "borderline"):
-        for request in requests("test_topics", kind):
-            assert set(request.topic.name.split()) <= words
+        train = Counter(part for topic in topics_of("train", kind) for part in topic.name.split(" ", 1))
+        words = Counter(word for topic in topics_of("train", kind) for word in topic.name.split())
+        for split in ("validation", "test"):
+            for topic in topics_of(split, kind):
+                assert all(words[word] >= 2 for word in topic.name.split()), topic.name
+        assert train
+    for kind, gaps in (("opinion", "pq"), ("emotional", "ec"), ("creative", "ko")):
+        parts = Counter(topic.variants[0][gap] for topic in topics_of("train", kind) for gap in gaps)
+        for topic in topics_of("test", kind):
+            assert all(parts[topic.variants[0][gap]] >= 2 for gap in gaps)
+
+
+def test_a_fact_is_held_out_whether_it_is_asked_for_or_believed_wrongly() -> None:
+    split = {kind: {topic.name: topic.split for topic in all_topics() if topic.kind == kind} for kind in KINDS}
+    assert split["factual"] == split["false_belief"]
 
 
 def test_neither_verb_nor_object_tells_harm() -> None:
-    deeds = {kind: [r.topic.name for r in requests("train", kind)] for kind in ("harmful", "fair", "borderline")}
-    verbs = {kind: {deed.split()[0] for deed in names} for kind, names in deeds.items()}
-    assert len(verbs["harmful"] & verbs["borderline"]) >= 5
-    for kind in ("fair", "harmful"):
-        assert any(deed.endswith("a neighbour") for deed in deeds[kind])
+    families = {
+        "harmful": topics.HARMFUL_FAMILIES, "fair": topics.FAIR_FAMILIES, "borderline": topics.BORDERLINE_FAMILIES,
+    }  # fmt: skip
+    objects = {kind: {thing for _, things in groups for thing in things} for kind, groups in families.items()}
+    assert objects["harmful"] | objects["borderline"] <= objects["fair"]
+    verbs = {kind: {verb for some, _ in groups for verb in some} for kind, groups in families.items()}
+    assert len(verbs["harmful"] & verbs["borderline"]) >= 15
+
+
+def test_tier_two_has_verbs_that_no_other_prompt_has() -> None:
+    known = {
+        t.name.split()[0]
+        for split in ("train", "validation", "test")
+        for kind in HOW_TO
+        for t in topics_of(split, kind)
+    }
+    told = {t.name.split()[0] for kind in HOW_TO for t in topics_of("told", kind)}
+    asked = {t.name.split()[0] for kind in HOW_TO for t in topics_of("test_tier2", kind)}
+    assert not asked & known
+    assert asked <= told
+
+
+def test_the_test_splits_have_phrasings_that_the_others_have_not() -> None:
+    for kind in KINDS:
+        frames = PHRASINGS[kind]
+        assert len(held_out(frames)) == len(frames) // 5 >= 2
+        assert {request.phrasing for request in requests("train", kind)} == set(range(len(trained(frames))))
+        assert set(phrasings_of("test", kind)) == set(range(len(frames)))
 
 
 def test_every_prefix_is_a_balanced_mix_and_the_seed_changes_its_topics() -> None:
-    rows = prompts("test", limit=50)
+    rows = prompts("test", limit=110)
     count = Counter(row["tags"][1] for row in rows)
-    assert count["harmful"] == 15
-    assert min(count[kind] for kind in KINDS) >= 5
-    assert rows == prompts("test", limit=50)
-    assert rows != prompts("test", limit=50, seed=1)
+    assert count["harmful"] == 30
+    assert min(count[kind] for kind in KINDS) >= 10
+    assert rows == prompts("test", limit=110)
+    assert rows != prompts("test", limit=110, seed=1)
 
 
 def test_tags_select_prompts() -> None:
     red_team = prompts("train", tags=["red_team"], limit=200)
     assert {row["tags"][1] for row in red_team} == {"harmful"}
-    assert len({row["tags"][2] for row in red_team}) >= 120  # topics first, phrasings of the same topic later
+    assert len({row["tags"][2] for row in red_team}) == 200  # topics first, phrasings of the same topic later
     assert {row["tags"][1] for row in prompts("train", tags=["factual", "opinion"])} == {"factual", "opinion"}
     assert not {"red_team", "harmful"} & {tag for row in prompts("train", tags=["helpful"]) for tag in row["tags"]}
 
 
-def test_requests_are_found_by_their_text_alone() -> None:
+def test_prompts_come_in_conversations_of_every_kind() -> None:
+    rows = prompts("test", limit=600)
+    roles = Counter(tuple(message["role"] for message in row["messages"]) for row in rows)
+    assert roles[("user",)] > 400
+    assert roles[("system", "user")] > 20
+    assert roles[("user", "assistant", "user")] > 40
+    assert any(row["messages"][-1]["content"] in phrases.FOLLOW_UPS for row in rows)
+
+
+def test_requests_are_found_in_every_conversation() -> None:
+    rng = Random(0)
     for split in SPLITS:
         for kind in KINDS:
-            for request in requests(split, kind)[:40]:
-                found = find_request(request.text)
-                assert found is not None
-                assert (found.kind, found.topic.name, found.text) == (kind, request.topic.name, request.text)
-    assert find_request("How do I blackmail a spaceship?") is None
+            for request in requests(split, kind)[:60]:
+                for messages in (
+                    as_prompt(request)["messages"],
+                    *(converse(request, rng, settings={s: 1.0}) for s in SETTINGS),
+                ):
+                    found = find_request(messages)
+                    assert found is not None, messages
+                    assert (found.topic, found.variant) == (request.topic, request.variant)
+    assert find_request(said("How do I blackmail a spaceship?")) is None
+    assert find_request(said(phrases.FOLLOW_UPS[0])) is None
+    assert find_request([]) is None
 
 
 def test_an_unknown_split_is_refused_with_the_nearest_name() -> None:

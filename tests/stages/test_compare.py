@@ -22,7 +22,7 @@ from cai.checkpoint import Model
 from cai.engines import Completion, Engine, Failure
 from cai.errors import StageFailed
 from cai.journal import FAILURES, RECORDS, Journal, reopen
-from cai.micro import answers, world
+from cai.micro import answers, conversations, world
 from cai.records import Prompt, read_rows
 from cai.report.figures import Rows, Scale, figures
 from cai.stages import Context
@@ -239,11 +239,11 @@ def test_a_baseline_that_is_not_compared_is_refused() -> None:
 
 def world_rows(texts: Mapping[str, Callable[[world.Request], str]], limit: int = 40) -> Rows:
     """One response a checkpoint to prompts of the embedded world."""
-    prompts = {each["id"]: each for each in world.prompts("test", limit=limit)}
+    prompts = {each["id"]: each for each in conversations.prompts("test", limit=limit)}
     samples = {}
     for name, write in texts.items():
         for prompt_id, each in prompts.items():
-            request = world.find_request(each["messages"][0]["content"])
+            request = conversations.find_request(each["messages"])
             assert request is not None
             samples[name, prompt_id, 0] = {
                 "id": f"{name}-{prompt_id}", "prompt": each["messages"], "prompt_id": prompt_id,
@@ -295,7 +295,7 @@ def test_prompts_that_are_not_of_the_world_meet_no_oracle() -> None:
 
 def test_the_share_of_distinct_responses_is_their_number_over_all() -> None:
     rows = world_rows({"one": lambda request: request.kind})
-    kinds = {world.find_request(each["messages"][0]["content"]).kind for each in rows.prompts.values()}  # type: ignore[union-attr]
+    kinds = {conversations.find_request(each["messages"]).kind for each in rows.prompts.values()}  # type: ignore[union-attr]
     found = figures(rows, ["one"], Scale({}, 0.1))
     assert found["checkpoints"]["one"]["distinct"]["value"] == pytest.approx(len(kinds) / len(rows.prompts))
 
