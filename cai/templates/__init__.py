@@ -1,9 +1,11 @@
 """What a model is asked, as Jinja text in files: one folder a template set.
 
 A set has `critique.jinja`, `revise.jinja` and `compare.jinja`; each renders one user message, or a short conversation
-where lines `{# user #}` and `{# assistant #}` part it into turns. A set for base models also has `chat.jinja`, a chat
-template in plain text, and `stop.txt`: the strings that end a turn, one a line, `\\n` for a line break. Templates put
-what questions share first: the conversation, then the two responses, then the principle.
+where lines `{# user #}` and `{# assistant #}` part it into turns. Files whose names begin with `_` are parts that
+others include. A set for base models also has `chat.jinja`, a chat template in plain text, and `stop.txt`: the strings
+that end a turn, one a line, `\\n` for a line break. Set `micro` also has what else its model was pretrained to be
+asked, in many wordings, among which `pick` chooses. Templates put what questions share first: the conversation, then
+the two responses, then the principle.
 
 Texts from models and users are inserted as values and never parsed as templates. The filter `fenced` keeps them from
 closing the tags that they stand between, `unlabelled` from opening a new part where parts begin with `Response A:`.
@@ -16,8 +18,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,10 +37,16 @@ OPTIONS = ("A", "B")
 
 _TURN = re.compile(r"^\{# (user|assistant) #\}\n", re.MULTILINE)
 _TAG = re.compile(r"<(?=\s*/?\s*(?:conversation|system|user|assistant|response(?:_[ab])?|critique)\b)", re.IGNORECASE)
+_INCLUDED = re.compile(r"""\{% *(?:include|from) +"([^"]+)" """)
 _LABEL = re.compile(
-    r"^(?=(?:conversation|system|user|assistant|human|response(?: [ab])?|critique|question|task)\s*:)",
+    r"^(?=(?:conversation|system|user|assistant|human|response(?: [ab])?|critique|question|task|request)\s*:)",
     re.IGNORECASE | re.MULTILINE,
 )
+
+
+def first(wordings: Sequence[str]) -> str:
+    """The wording that users' models are asked in."""
+    return wordings[0]
 
 
 @dataclass(frozen=True)
@@ -48,18 +56,20 @@ class TemplateSet:
     name: str
     sources: tuple[tuple[str, str], ...]
     """(file name, text) of every template in the set, sorted."""
+    pick: Callable[[Sequence[str]], str] = field(default=first, repr=False)
+    """Chooses among the wordings that a template offers; no part of what the set is."""
 
     def critique(self, messages: Sequence[Message], response: str, principle: Principle) -> list[Message]:
         """Asks what about `response`, the reply to `messages`, falls short of the principle."""
-        return self._ask("critique", messages=messages, response=response, request=principle.critique)
+        return self.ask("critique", messages=messages, response=response, request=principle.critique)
 
     def revise(self, messages: Sequence[Message], response: str, critique: str, principle: Principle) -> list[Message]:
         """Asks for `response` rewritten in the light of `critique`."""
-        return self._ask("revise", messages=messages, response=response, critique=critique, request=principle.revise)
+        return self.ask("revise", messages=messages, response=response, critique=critique, request=principle.revise)
 
     def compare(self, messages: Sequence[Message], first: str, second: str, principle: Principle) -> list[Message]:
         """Asks which of two responses is better by the principle; the answer is one of `OPTIONS`."""
-        return self._ask("compare", messages=messages, first=first, second=second, request=principle.compare)
+        return self.ask("compare", messages=messages, first=first, second=second, request=principle.compare)
 
     @property
     def chat_template(self) -> str | None:
@@ -73,14 +83,19 @@ class TemplateSet:
         return tuple(line.replace("\\n", "\n") for line in lines if line)
 
     def digest(self, *names: str) -> str:
-        """Hash of the named templates' text: what of the set reaches a model in one stage."""
+        """Hash of the named templates' text and of what they include: what of the set reaches a model in one stage."""
         texts = dict(self.sources)
-        return stable_id(*(texts[f"{name}.jinja"] for name in names))
 
-    def _ask(self, name: str, **values: object) -> list[Message]:
+        def with_parts(file: str) -> list[str]:
+            return [texts[file], *(text for part in _INCLUDED.findall(texts[file]) for text in with_parts(part))]
+
+        return stable_id(*(text for name in names for text in with_parts(f"{name}.jinja")))
+
+    def ask(self, name: str, **values: object) -> list[Message]:
+        """The messages of template `name` with these values."""
         return [
-            {"role": role, "content": template.render(**values).strip()}
-            for role, template in _compiled(dict(self.sources)[f"{name}.jinja"])
+            {"role": role, "content": template.render(pick=self.pick, **values).strip()}
+            for role, template in _compiled(self.sources, f"{name}.jinja")
         ]
 
 
@@ -111,18 +126,22 @@ def unlabelled(text: str) -> str:
 
 
 @functools.cache
-def _compiled(source: str) -> list[tuple[Literal["user", "assistant"], Template]]:
+def _compiled(sources: tuple[tuple[str, str], ...], name: str) -> list[tuple[Literal["user", "assistant"], Template]]:
     """(role, template) of each turn. Turns are parted before anything is inserted, so no value can begin one."""
-    from jinja2 import StrictUndefined
+    from jinja2 import DictLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
+        loader=DictLoader(dict(sources)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters.update(fenced=fenced, unlabelled=unlabelled)
-    first, *rest = _TURN.split(source)
+    before, *rest = _TURN.split(dict(sources)[name])
     if not rest:
-        return [("user", environment.from_string(source))]
-    assert not first.strip(), "text before the first turn"
+        return [("user", environment.get_template(name))]
+    assert not before.strip(), "text before the first turn"
     turns = zip(rest[::2], rest[1::2], strict=True)
     return [("user" if role == "user" else "assistant", environment.from_string(text)) for role, text in turns]
