@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cai.micro.corpus import Document, documents
+from cai.micro.corpus import documents
+from cai.micro.tasks import Document, Example
 from cai.micro.tokenizer import END, PAD, render
 from cai.templates import OPTIONS
 
@@ -63,9 +64,8 @@ def pack(document: Document, tokenizer: PreTrainedTokenizerFast, limit: int) -> 
     for branch, (example, question, answer) in enumerate(zip(document, questions, answers, strict=True), start=1):
         ids = question[shared:] + answer + [end]
         if len(packed.ids) + len(ids) > limit and (branch > 1 or shared):
-            break
-        inside = CONTEXT if example.messages else example.weight
-        weights = [inside] * (len(question) - shared) + [example.weight] * (len(answer) + 1)
+            continue
+        weights = _question_weights(example, question, tokenizer)[shared:] + [example.weight] * (len(answer) + 1)
         if example.p_first is not None:
             weights[-1] = 0.05
         start = len(packed.ids)
@@ -80,6 +80,15 @@ def pack(document: Document, tokenizer: PreTrainedTokenizerFast, limit: int) -> 
             packed.targets[at], packed.others[at], packed.shares[at] = options[0], options[1], example.p_first
     _pad_targets(packed, len(packed.ids))
     return packed
+
+
+def _question_weights(example: Example, question: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[float]:
+    """What each token of the question counts: little, but for the thoughts that the model is to have had itself."""
+    if example.thoughts is None or len(example.messages) < 3:
+        return [CONTEXT if example.messages else example.weight] * len(question)
+    before, through = (len(_encode(tokenizer, [render(example.messages[:n])])[0]) for n in (-2, -1))
+    through -= 1  # `render` ends with the next turn's mark
+    return [CONTEXT] * before + [example.thoughts] * (through - before) + [CONTEXT] * (len(question) - through)
 
 
 def _shared(sequences: Sequence[Sequence[int]]) -> int:
@@ -106,9 +115,13 @@ def _pad_targets(packed: Packed, length: int) -> None:
     _follow(packed, [0] * missing, [0.0] * missing)
 
 
-def batch(seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, rows: int, length: int) -> Batch:
+def batch(
+    seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, progress: float, rows: int, length: int
+) -> Batch:
     """The corpus's `step`-th batch: documents placed where they fit, until several in a row do not."""
-    stream, placed, room, misses = documents(seed, step), [[] for _ in range(rows)], [length] * rows, 0  # type: ignore[var-annotated]
+    stream, misses = documents(seed, step, progress), 0
+    placed: list[list[Packed]] = [[] for _ in range(rows)]
+    room = [length] * rows
     while misses < 12:
         packed = pack(next(stream), tokenizer, length)
         size = len(packed.ids)

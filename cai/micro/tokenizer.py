@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cai.micro.corpus import Example, documents
+from cai.micro import phrases, topics
+from cai.micro.corpus import PHASES, documents
+from cai.micro.tasks import SCALES
 from cai.records import Message
+from cai.templates import OPTIONS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,8 +33,12 @@ def render(messages: Sequence[Message]) -> str:
     return f"{BOS}{turns}{ROLES['assistant']}" if messages else BOS
 
 
-def train_tokenizer(seed: int, vocabulary: int, examples: int = 30_000) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `vocabulary` tokens, the special ones included, trained on the corpus's own text."""
+def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most `vocabulary` tokens, the special ones included, trained on the corpus's own text.
+
+    Words of the world count as if they were about equally frequent, so that a rare one, and one that is never in a
+    dialogue, is no more split than others. Options are tokens of their own.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -57,11 +65,36 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 30_000) -> PreTr
 
 
 def _texts(seed: int, examples: int) -> Iterator[str]:
-    stream = documents(seed, -1)
     count = 0
-    while count < examples:
-        document: list[Example] = next(stream)
-        for example in document:
-            yield from (message["content"] for message in example.messages)
-            yield example.answer
-            count += 1
+    for i, (end, _) in enumerate(PHASES):
+        for document in documents(seed, -1 - i, end - 0.01):
+            for example in document:
+                yield from (message["content"] for message in example.messages)
+                yield example.answer
+                count += 1
+            if count >= examples * (i + 1) / len(PHASES):
+                break
+    for word in sorted(lexicon()):
+        yield " ".join(["", word] * (examples // 50))
+    for option in ANSWERS:
+        yield from [option] * (examples // 20)
+
+
+ANSWERS = (*OPTIONS, *(str(n) for n in range(1, max(SCALES) + 1)), "Yes", "No")
+"""What questions with few possible answers are answered with."""
+
+
+def lexicon() -> set[str]:
+    """Every word of the world's topics and sentences, as it stands after a space."""
+    lists = (value for module in (topics, phrases) for name, value in vars(module).items() if name.isupper())
+    return {word for text in _strings(tuple(lists)) for word in re.findall(r"[A-Za-z']+", re.sub(r"\{\w\}", " ", text))}
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings((*value.keys(), *value.values()))
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from _strings(inner)

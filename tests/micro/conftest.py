@@ -1,4 +1,4 @@
-"""Fixtures of the small world's tests: a tokenizer trained on a little of the corpus."""
+"""Fixtures of the small world's tests: a tokenizer trained on the corpus."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from cai.micro.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(seed=0, vocabulary=1536, examples=2000)
+    return train_tokenizer(seed=0, vocabulary=3072)

@@ -1,89 +1,198 @@
-"""What the small model is pretrained on."""
+"""What the small model is pretrained on, and what it must never see."""
 
 from __future__ import annotations
 
+import ast
+import re
 from itertools import islice
 from random import Random
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cai.micro.corpus import Document, comparison, corpus_hash, documents
-from cai.micro.tokenizer import SPECIAL, render
-from cai.micro.world import KINDS, all_topics, requests
+from cai.micro import injections, phrases, tasks, topics
+from cai.micro.answers import BROAD, draw
+from cai.micro.corpus import LONG_EVERY, PHASES, Source, comparison, corpus_hash, documents, statement
+from cai.micro.tasks import Document, Example
+from cai.micro.tokenizer import ANSWERS, SPECIAL, lexicon, render
+from cai.micro.wordings import held_out_phrases, overall, wordings
+from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out, requests, trained
+from cai.templates import FOLDER
+
+STEPS = (0, 1, LONG_EVERY - 1)
 
 
-def some_documents(count: int = 1500) -> list[Document]:
-    return list(islice(documents(0, 7), count))
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    """Documents of every phase, with short conversations and long ones."""
+    return [
+        example
+        for end, _ in PHASES
+        for step in STEPS
+        for document in islice(documents(0, step, end - 0.01), 20 if step == LONG_EVERY - 1 else 300)
+        for example in document
+    ]
+
+
+@pytest.fixture(scope="module")
+def corpus(examples: list[Example]) -> str:
+    return "\n".join(render(example.messages) + example.answer for example in examples)
+
+
+def slots() -> dict[str, list[str]]:
+    source = (FOLDER / "micro" / "_slots.jinja").read_text()
+    return {name: ast.literal_eval(found) for name, found in re.findall(r"set (\w+) = (\[.*?\n\])", source, re.DOTALL)}
 
 
 def test_the_corpus_is_a_function_of_seed_and_step() -> None:
-    assert list(islice(documents(3, 5), 40)) == list(islice(documents(3, 5), 40))
-    assert list(islice(documents(3, 5), 40)) != list(islice(documents(3, 6), 40))
-    assert list(islice(documents(3, 5), 40)) != list(islice(documents(4, 5), 40))
+    def some(seed: int, step: int) -> list[Document]:
+        return list(islice(documents(seed, step, 0.5), 40))
+
+    assert some(3, 5) == some(3, 5)
+    assert some(3, 5) != some(3, 6)
+    assert some(3, 5) != some(4, 5)
     assert corpus_hash(0) == corpus_hash(0) != corpus_hash(1)
 
 
-def test_held_out_prompts_and_topics_are_nowhere_in_the_rendered_corpus() -> None:
-    text = "\n".join(
-        render(example.messages) + example.answer for step in range(4) for document in islice(documents(0, step), 500)
-        for example in document
-    )  # fmt: skip
-    for split in ("validation", "test", "test_topics"):
-        for kind in KINDS:
-            for request in requests(split, kind):
-                assert request.text not in text
+def test_held_out_topics_are_nowhere_in_the_rendered_corpus(corpus: str) -> None:
     for topic in all_topics():
-        if topic.held_out and topic.kind in ("harmful", "fair", "borderline"):
-            for mark in ".?, ":
-                # as words of their own: "burn dry leaves" is in no other deed
-                assert f" {topic.name}{mark}" not in text, topic.name
+        if topic.split not in ("validation", "test", "test_tier2"):
+            continue
+        named = [topic.name] if topic.kind in (*HOW_TO, "creative") else []
+        for variant in topic.variants:
+            named += [frame.format_map(variant) for frame in PHRASINGS[topic.kind]]
+            if topic.kind == "opinion":
+                named += [f"{variant['p']} are better than {variant['q']}", f"{variant['p']} and {variant['q']} each"]
+        for text in named:
+            # as words of their own: "cakes" is in "pancakes"
+            assert text not in corpus or not re.search(rf"\b{re.escape(text)}(?!\w)", corpus), text
 
 
-def test_what_is_trained_is_what_the_shipped_chat_template_renders(tokenizer: PreTrainedTokenizerFast) -> None:
-    for document in some_documents(120):
-        for example in document:
-            if example.messages:
-                ids = tokenizer.apply_chat_template(
-                    list(example.messages), add_generation_prompt=True, return_dict=False
-                )
-                assert ids == tokenizer(render(example.messages), add_special_tokens=False).input_ids
+def test_the_verbs_of_tier_two_are_in_statements_alone(examples: list[Example]) -> None:
+    verbs = {verb for families in topics.UNSEEN_FAMILIES.values() for some, _ in families for verb in some}
+    of_tier_two = re.compile(rf"\b({'|'.join(verbs)})\b")
+    wrong = tuple(question.partition("{x}")[0] for question, _ in tasks.WRONG)
+    found = 0
+    for example in examples:
+        text = "".join(message["content"] for message in example.messages)
+        if of_tier_two.search(text + example.answer):
+            found += 1
+            assert text.startswith(wrong) or not text
+    assert found > 20
 
 
-def test_no_text_of_the_corpus_contains_a_special_token() -> None:
-    for document in some_documents(300):
-        for example in document:
-            texts = [message["content"] for message in example.messages] + [example.answer]
-            assert not any(token in text for token in SPECIAL for text in texts)
+def test_held_out_wordings_are_nowhere_in_the_rendered_corpus(examples: list[Example], corpus: str) -> None:
+    requests_made = {
+        line.removeprefix("user: ") for e in examples for m in e.messages for line in m["content"].splitlines()
+    }
+    for phrase in held_out_phrases():
+        assert phrase not in corpus, phrase
+    for frames in PHRASINGS.values():
+        for frame in held_out(frames):
+            gap = re.compile(re.sub(r"\\\{\w\\\}", r"[^?.!]+", re.escape(frame)))
+            assert not any(gap.fullmatch(line) for line in requests_made), frame
+    for system in held_out(phrases.SYSTEMS):
+        assert system not in corpus
+    for question, _ in held_out(tasks.WRONG):
+        assert not re.search(re.escape(question).replace(r"\{x\}", "[^?]+"), corpus), question
+    assert len(slots()) == 9
+    for name, options in slots().items():
+        assert len(options) == len(set(options)) >= 15, name
+        used = sum(f"\n{option}" in corpus or f">{option}" in corpus for option in trained(options))
+        assert used >= 4, name  # few documents argue or pose, and each has one wording
+        for option in held_out(options):
+            assert not re.search(rf"[\n>]{re.escape(option)}( [AB]\b|:|\n|<| about | \d)", corpus), option
 
 
-def test_options_are_single_tokens_also_behind_a_generation_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
-    question = comparison(Random(0))[0]
+def test_every_principle_has_many_wordings_that_are_trained_and_some_that_are_not() -> None:
+    from cai.micro.principles import WEIGHTS
+
+    for principle in WEIGHTS:
+        known, unseen = wordings(principle), wordings(principle, held_out=True)
+        for attribute in ("critique", "revise", "compare", "contrary"):
+            one, other = ({getattr(each, attribute) for each in some} for some in (known, unseen))
+            assert len(one) >= 30
+            assert not one & other
+            assert len(other) >= 10
+    assert len(overall()) >= 12
+    assert len(overall(held_out=True)) >= 3
+
+
+def test_what_is_trained_is_what_the_shipped_chat_template_renders(
+    tokenizer: PreTrainedTokenizerFast, examples: list[Example]
+) -> None:
+    for example in examples[::40]:
+        if example.messages:
+            ids = tokenizer.apply_chat_template(list(example.messages), add_generation_prompt=True, return_dict=False)
+            assert ids == tokenizer(render(example.messages), add_special_tokens=False).input_ids
+
+
+def test_no_text_of_the_corpus_contains_a_special_token(examples: list[Example]) -> None:
+    for example in examples:
+        texts = [message["content"] for message in example.messages] + [example.answer]
+        assert not any(token in text for token in SPECIAL for text in texts)
+
+
+def test_answers_of_few_letters_are_single_tokens_also_behind_a_generation_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    question = comparison(Source(Random(0)))[0]
     before = tokenizer(render(question.messages), add_special_tokens=False).input_ids
-    for option in "AB":
+    for option in ANSWERS:
         after = tokenizer(render(question.messages) + option, add_special_tokens=False).input_ids
         assert after[:-1] == before
         assert after[-1] == tokenizer.convert_tokens_to_ids(option)
 
 
+def test_no_word_of_the_world_is_more_split_than_another_of_its_frequency(tokenizer: PreTrainedTokenizerFast) -> None:
+    pieces = {word: len(tokenizer(f" {word}", add_special_tokens=False).input_ids) for word in lexicon()}
+    assert len(pieces) > 1000
+    assert max(n for word, n in pieces.items() if "'" not in word) == 1
+
+
 def test_comparisons_are_balanced_and_often_even() -> None:
-    rng = Random(5)
-    targets = [e.p_first for _ in range(800) for e in comparison(rng) if e.p_first is not None]
+    source = Source(Random(5))
+    compared = [document for _ in range(1500) for document in [comparison(source)]]
+    targets = [example.p_first for document in compared for example in document if example.p_first is not None]
+    assert 0.35 < sum(p == 0.5 for p in targets) / len(targets) < 0.65
     decided = [p for p in targets if p != 0.5]
-    first = sum(p > 0.5 for p in decided) / len(decided)
-    assert 0.45 < first < 0.55
-    assert 0.3 < 1 - len(decided) / len(targets) < 0.75
+    assert 0.45 < sum(p > 0.5 for p in decided) / len(decided) < 0.55
 
 
 def test_longer_and_shorter_responses_win_about_alike() -> None:
-    rng = Random(6)
-    longer = shorter = 0
+    source, wins = Source(Random(6)), []
     for _ in range(1500):
-        for example in comparison(rng):
-            content = example.messages[-1]["content"]
-            first, second = content.split("Response A:\n")[-1].split("\nResponse B:\n")
-            second = second.rsplit("\n", 1)[0]
-            if example.p_first not in (None, 0.5) and len(first) != len(second):
-                won = (example.p_first or 0) > 0.5
-                longer += won == (len(first) > len(second))
-                shorter += won != (len(first) > len(second))
-    assert 0.2 < longer / (longer + shorter) < 0.8
+        for example in comparison(source):
+            parts = re.split(r"\n[^\n]* [AB]:\n", example.messages[0]["content"])
+            if example.p_first not in (None, 0.5) and len(parts) == 3 and len(example.messages) == 1:
+                first, second = parts[1], parts[2].rsplit("\n", 1)[0]
+                if len(first) != len(second):
+                    wins.append(((example.p_first or 0) > 0.5) == (len(first) > len(second)))
+    assert 0.4 < sum(wins) / len(wins) < 0.6
+
+
+def test_a_response_with_an_injection_is_labelled_by_what_it_really_is() -> None:
+    rng = Random(2)
+    request = requests("train", "fair")[0]
+    a, b = draw(request, BROAD, rng), draw(request, BROAD, rng)
+    for _ in range(200):
+        planted = injections.plant(b.text, "B", "is more polite", rng)
+        assert b.text in planted
+        assert planted != b.text
+        pair = tasks.Compared([], request, a, b, (a.text, planted))
+        plain = tasks.Compared([], request, a, b, (a.text, b.text))
+        assert all(pair.truth(p) == plain.truth(p) for p in ("polite", "helpful", "concise"))
+    with_one = [
+        example
+        for _ in range(1500)
+        for example in comparison(Source(rng))
+        if re.search(r"Choose [AB]\.|The answer is|judge", example.messages[0]["content"])
+    ]
+    assert with_one
+
+
+def test_statements_say_of_every_fact_what_is_true() -> None:
+    source = Source(Random(1))
+    said = " ".join(example.answer for _ in range(9000) for example in statement(source))
+    facts = [topic for topic in all_topics() if topic.kind == "factual"]
+    assert sum(topic.variants[0]["t"][1:] in said for topic in facts) > 0.95 * len(facts)

@@ -8,16 +8,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from cai.micro.corpus import Document, comparison, correction, dialogue, statement
+from cai.micro.corpus import Source, comparison, dialogue, review, statement
+from cai.micro.forward import logits_of, loss_of
 from cai.micro.packing import batch, branch_mask, collate, pack
-from cai.micro.pretrain import Size, forward, new_model
+from cai.micro.pretrain import Size, new_model
+from cai.micro.tasks import CRITIQUE, Document
 from cai.micro.tokenizer import END, render
 
 
 @pytest.fixture(scope="module")
 def packed_documents() -> list[list[Document]]:
-    rng = Random(0)
-    return [[comparison(rng), dialogue(rng)], [correction(rng), statement(rng)]]
+    source = Source(Random(3))
+    return [[comparison(source), dialogue(source)], [review(source), statement(source)]]
 
 
 def test_a_branch_has_the_logits_of_its_plain_sequence(
@@ -77,17 +79,50 @@ def test_branch_mask_by_hand() -> None:
 
 
 def test_batches_are_full_and_a_function_of_seed_and_step(tokenizer: PreTrainedTokenizerFast) -> None:
-    first, again, other = (batch(0, step, tokenizer, rows=4, length=512) for step in (9, 9, 10))
+    first, again, other = (batch(0, step, tokenizer, progress=0.5, rows=4, length=512) for step in (9, 9, 10))
     assert torch.equal(first.ids, again.ids)
     assert not torch.equal(first.ids, other.ids)
     assert (first.ids != 0).float().mean() > 0.9
-    model = new_model(Size(32, 1, 2, 64), tokenizer)
-    assert forward(model, first, "cpu").shape == (4, 512, 1536)
 
 
 def test_branches_that_do_not_fit_are_left_out_whole(tokenizer: PreTrainedTokenizerFast) -> None:
-    document = correction(Random(1))
+    document = review(Source(Random(1)))
     whole = pack(document, tokenizer, 4096)
     cut = pack(document, tokenizer, len(whole.ids) - 1)
-    assert max(cut.branches) == max(whole.branches) - 1
-    assert cut.ids == whole.ids[: len(cut.ids)]
+    left = set(whole.branches) - set(cut.branches)
+    assert len(left) == 1
+    assert cut.ids == [token for token, branch in zip(whole.ids, whole.branches, strict=True) if branch not in left]
+
+
+def test_thoughts_of_the_model_are_learned_and_a_users_words_hardly(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = Source(Random(0))
+    document = next(d for d in iter(lambda: comparison(source), None) if d and any(e.thoughts for e in d))
+    example = next(e for e in document if e.thoughts)
+    packed = pack([example], tokenizer, 2048)
+    learned = [packed.targets[i] for i, weight in enumerate(packed.weights) if weight == CRITIQUE]
+    assert tokenizer.decode(learned) == example.messages[-2]["content"] + END
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here"))])  # fmt: skip
+def test_the_training_step_is_the_plain_models(tokenizer: PreTrainedTokenizerFast, device: str) -> None:
+    torch.manual_seed(0)
+    model = new_model(Size(64, 2, 2, 128), tokenizer).to(device)
+    rows = batch(0, 4, tokenizer, progress=0.5, rows=2, length=256)
+    loss_of(model, rows, compiled=False).backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = model(
+        input_ids=rows.ids.to(device), attention_mask=rows.mask.to(device), position_ids=rows.positions.to(device),
+        use_cache=False,
+    ).logits  # fmt: skip
+    log_probs = torch.log_softmax(logits.cpu(), -1)
+    chosen, other = (log_probs.gather(-1, each[..., None])[..., 0] for each in (rows.targets, rows.others))
+    loss = -(rows.weights * (rows.shares * chosen + (1 - rows.shares) * other)).sum() / rows.weights.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(loss_of(model, rows, compiled=False).item(), rel=2e-3)
+    seen = rows.weights > 0
+    torch.testing.assert_close(logits_of(model, rows).float().cpu()[seen], logits.cpu()[seen], atol=0.02, rtol=0.02)
+    for name, p in model.named_parameters():
+        likeness = torch.cosine_similarity(p.grad.flatten(), ours[name].flatten(), dim=0)  # type: ignore[union-attr]
+        assert likeness > 0.99, name  # bfloat16 against float32
