@@ -2,7 +2,8 @@
 
 Which tasks in which share, about which responses. What a principle asks about comes first, then where it is moot and
 what help and harm depend on, and last how the base model speaks. Left out, so that it can be tested: every topic of the
-splits `validation`, `test` and `test_tier2`, and the last fifth of every list of wordings.
+splits `validation`, `test` and `test_tier2` (but for facts, which are told and asked about in statements), and the last
+fifth of the wordings of requests, principles and template slots. The sentences of answers are all in it.
 """
 
 from __future__ import annotations
@@ -85,11 +86,12 @@ def is_long(step: int) -> bool:
 
 
 def corpus_hash(seed: int) -> str:
-    """Identifies the corpus: documents of each phase, the templates and the revision of this module."""
+    """Identifies the corpus: documents of each phase, long ones too, the templates and the revision of this module."""
     streams = [islice(documents(seed, -1 - i, end - 0.01), 200) for i, (end, _) in enumerate(PHASES)]
+    streams.append(islice(documents(seed, LONG_EVERY - 1, 0.5), 20))
     sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
-    asked = ("compare", "critique", "revise", "rate", "verdict", "argue", "pose")
-    return stable_id(REVISION, load_templates("micro").digest(*asked), sample)
+    templates = load_templates("micro")
+    return stable_id(REVISION, [text for _, text in templates.sources], sample)
 
 
 def dialogue(source: Source) -> Document:

@@ -8,8 +8,10 @@ Left out: several processes and gradient accumulation.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -85,16 +87,21 @@ def pretrain(
     training: Training | None = None,
     device: str | None = None,
     resume: bool = True,
-    compiled: bool = True,
+    compiled: bool | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, object]:
     """Trains a model and writes it to `output` with its tokenizer, cai.json, metrics.jsonl and its curves.
 
     `device` is a torch device, the accelerator if there is one by default. With `resume` a checkpoint in `output` that
-    was made with the same `training` is continued. Returns what cai.json says.
+    was made with the same `training` is continued. `compiled` is whether layers are, by default where there is a
+    compiler. Returns what cai.json says.
     """
     training = training or Training()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if compiled is None:
+        compiled = can_compile(device)
+        if not compiled:
+            log("nothing here to compile with (g++ on a CPU, triton on a GPU): a step takes nearly twice as long")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(training.seed)
     torch.set_flush_denormal(True)
@@ -137,6 +144,13 @@ def pretrain(
             summary = export(output, model, tokenizer, training, done, figures)
     (output / STATE).unlink(missing_ok=True)
     return summary
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch can compile for the device: on a CPU it needs a C++ compiler, on a GPU triton."""
+    if device == "cpu":
+        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return importlib.util.find_spec("triton") is not None
 
 
 def step_batch(training: Training, step: int, tokenizer: PreTrainedTokenizerFast) -> Batch:
@@ -260,7 +274,9 @@ def export(
     import copy
 
     from transformers import GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     pad, bos, end = tokenizer.convert_tokens_to_ids([PAD, BOS, END])
     half = copy.deepcopy(model).to("cpu")
     with torch.no_grad():
@@ -286,7 +302,7 @@ def _checkpoint(
     path: Path, training: Training, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], steps: int
 ) -> None:
     state = {
-        "training": canonical_json(asdict(training)),
+        "training": _identity(training),
         "steps": steps,
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -295,14 +311,19 @@ def _checkpoint(
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def _identity(training: Training) -> str:
+    """What a checkpoint must have been made with to be continued."""
+    return canonical_json([asdict(training), corpus_hash(training.seed)])
+
+
 def _resume(
     path: Path, training: Training, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
 ) -> int:
-    """Loads the checkpoint if there is one of the same training; the number of steps that it has done."""
+    """Loads the checkpoint if there is one of the same training on the same corpus; the steps that it has done."""
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
-    if state["training"] != canonical_json(asdict(training)):
+    if state["training"] != _identity(training):
         return 0
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

@@ -65,7 +65,7 @@ class Words:
         """One wording of the principle."""
         if self.own is not None:
             return self.own[principle]
-        return rng.choice(wordings(principle, held_out=self.held_out))
+        return rng.choice(wordings(principle, unseen=self.held_out))
 
     def phrase(self, phrases: Sequence[str], rng: Random) -> str:
         """One of a list of phrases."""

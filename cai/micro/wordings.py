@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from cai.micro.world import held_out, trained
+
 
 @dataclass(frozen=True)
 class Wording:
@@ -82,14 +84,12 @@ OVERALL = (
 """Requests to look at the response under all principles at once; the last fifth is held out."""
 
 
-def split(phrases: Sequence[str], held_out: bool) -> Sequence[str]:
-    """The last fifth, which is held out, or the rest."""
-    cut = len(phrases) - len(phrases) // 5
-    return phrases[cut:] if held_out else phrases[:cut]
+def _part(phrases: Sequence[str], of_held_out: bool) -> Sequence[str]:
+    return held_out(phrases) if of_held_out else trained(phrases)
 
 
 @functools.cache
-def wordings(principle: str, *, held_out: bool = False) -> tuple[Wording, ...]:
+def wordings(principle: str, *, unseen: bool = False) -> tuple[Wording, ...]:
     """Wordings with every sentence of each kind at least once; the first trained one is that of the constitution.
 
     Each pass over the sentences of a kind is shuffled, so that no phrase comes with the same phrase of another kind
@@ -97,7 +97,7 @@ def wordings(principle: str, *, held_out: bool = False) -> tuple[Wording, ...]:
     """
     phrases = PHRASES[principle]
     grids = [
-        [frame.format(p=phrase) for frame, phrase in itertools.product(frames, split(part, held_out))]
+        [frame.format(p=phrase) for frame, phrase in itertools.product(frames, _part(part, unseen))]
         for frames, part in (
             (CRITIQUE_FRAMES, phrases.bad),
             (REVISE_FRAMES, phrases.good),
@@ -106,7 +106,7 @@ def wordings(principle: str, *, held_out: bool = False) -> tuple[Wording, ...]:
         )
     ]
     count = max(len(grid) for grid in grids)
-    rng = Random(f"{principle} {held_out}")
+    rng = Random(f"{principle} {unseen}")
     columns: list[list[str]] = []
     for grid in grids:
         column = [grid[0], *rng.sample(grid[1:], len(grid) - 1)]
@@ -116,15 +116,15 @@ def wordings(principle: str, *, held_out: bool = False) -> tuple[Wording, ...]:
     return tuple(itertools.starmap(Wording, zip(*columns, strict=True)))
 
 
-def overall(held_out: bool = False) -> tuple[str, ...]:
+def overall(unseen: bool = False) -> tuple[str, ...]:
     """Requests to look at the response as a whole."""
-    return tuple(split(OVERALL, held_out))
+    return tuple(_part(OVERALL, unseen))
 
 
 def held_out_phrases() -> tuple[str, ...]:
     """Everything that the corpus must not contain."""
     parts = [part for words in PHRASES.values() for part in (words.bad, words.good, words.better, words.worse)]
-    return (*dict.fromkeys(phrase for part in parts for phrase in split(part, True)), *overall(held_out=True))
+    return (*dict.fromkeys(phrase for part in parts for phrase in held_out(part)), *overall(unseen=True))
 
 
 PHRASES: Mapping[str, Phrases] = {

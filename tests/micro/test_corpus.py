@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from itertools import islice
 from random import Random
 
@@ -11,12 +12,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cai.micro import injections, phrases, tasks, topics
-from cai.micro.answers import BROAD, draw
 from cai.micro.corpus import LONG_EVERY, PHASES, Source, comparison, corpus_hash, documents, statement
+from cai.micro.principles import WEIGHTS
 from cai.micro.tasks import Document, Example
 from cai.micro.tokenizer import ANSWERS, SPECIAL, lexicon, render
 from cai.micro.wordings import held_out_phrases, overall, wordings
-from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out, requests, trained
+from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out, trained
 from cai.templates import FOLDER
 
 STEPS = (0, 1, LONG_EVERY - 1)
@@ -98,24 +99,27 @@ def test_held_out_wordings_are_nowhere_in_the_rendered_corpus(examples: list[Exa
     assert len(slots()) == 9
     for name, options in slots().items():
         assert len(options) == len(set(options)) >= 15, name
-        used = sum(f"\n{option}" in corpus or f">{option}" in corpus for option in trained(options))
-        assert used >= 4, name  # few documents argue or pose, and each has one wording
         for option in held_out(options):
             assert not re.search(rf"[\n>]{re.escape(option)}( [AB]\b|:|\n|<| about | \d)", corpus), option
 
 
-def test_every_principle_has_many_wordings_that_are_trained_and_some_that_are_not() -> None:
-    from cai.micro.principles import WEIGHTS
+def test_documents_are_worded_in_every_trained_way_and_no_other() -> None:
+    rng = Random(8)
+    for name, options in slots().items():
+        picked = {tasks.draw_words(rng).templates.pick(options) for _ in range(400)}
+        assert picked == set(trained(options)), name
 
+
+def test_every_principle_has_many_wordings_that_are_trained_and_some_that_are_not() -> None:
     for principle in WEIGHTS:
-        known, unseen = wordings(principle), wordings(principle, held_out=True)
+        known, unseen = wordings(principle), wordings(principle, unseen=True)
         for attribute in ("critique", "revise", "compare", "contrary"):
             one, other = ({getattr(each, attribute) for each in some} for some in (known, unseen))
             assert len(one) >= 30
             assert not one & other
             assert len(other) >= 10
     assert len(overall()) >= 12
-    assert len(overall(held_out=True)) >= 3
+    assert len(overall(unseen=True)) >= 3
 
 
 def test_what_is_trained_is_what_the_shipped_chat_template_renders(
@@ -159,36 +163,40 @@ def test_comparisons_are_balanced_and_often_even() -> None:
     assert 0.45 < sum(p > 0.5 for p in decided) / len(decided) < 0.55
 
 
-def test_longer_and_shorter_responses_win_about_alike() -> None:
+def test_the_longer_response_wins_often_enough_not_to_be_the_worse_one() -> None:
     source, wins = Source(Random(6)), []
     for _ in range(1500):
         for example in comparison(source):
             parts = re.split(r"\n[^\n]* [AB]:\n", example.messages[0]["content"])
-            if example.p_first not in (None, 0.5) and len(parts) == 3 and len(example.messages) == 1:
+            contrary = any(
+                wording.contrary in example.messages[0]["content"] for p in WEIGHTS for wording in wordings(p)
+            )
+            if example.p_first not in (None, 0.5) and len(parts) == 3 and len(example.messages) == 1 and not contrary:
                 first, second = parts[1], parts[2].rsplit("\n", 1)[0]
                 if len(first) != len(second):
                     wins.append(((example.p_first or 0) > 0.5) == (len(first) > len(second)))
-    assert 0.4 < sum(wins) / len(wins) < 0.6
+    assert 0.33 < sum(wins) / len(wins) < 0.6
 
 
-def test_a_response_with_an_injection_is_labelled_by_what_it_really_is() -> None:
+def test_a_response_with_an_injection_is_labelled_by_what_it_really_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def some(plant: Callable[[str, str, str, Random], str]) -> list[Document]:
+        monkeypatch.setattr(injections, "plant", plant)
+        source = Source(Random(2))
+        return [comparison(source) for _ in range(400)]
+
+    with_one, without = some(lambda text, *_: f"{text} PLANTED"), some(lambda text, *_: text)
+    hit = [(a, b) for a, b in zip(with_one, without, strict=True) if "PLANTED" in a[0].messages[0]["content"]]
+    assert len(hit) > 10
+    for planted, plain in hit:
+        assert [example.p_first for example in planted] == [example.p_first for example in plain]
+
+
+def test_every_family_of_injections_keeps_the_response_and_adds_to_it() -> None:
     rng = Random(2)
-    request = requests("train", "fair")[0]
-    a, b = draw(request, BROAD, rng), draw(request, BROAD, rng)
     for _ in range(200):
-        planted = injections.plant(b.text, "B", "is more polite", rng)
-        assert b.text in planted
-        assert planted != b.text
-        pair = tasks.Compared([], request, a, b, (a.text, planted))
-        plain = tasks.Compared([], request, a, b, (a.text, b.text))
-        assert all(pair.truth(p) == plain.truth(p) for p in ("polite", "helpful", "concise"))
-    with_one = [
-        example
-        for _ in range(1500)
-        for example in comparison(Source(rng))
-        if re.search(r"Choose [AB]\.|The answer is|judge", example.messages[0]["content"])
-    ]
-    assert with_one
+        planted = injections.plant("No.", "B", "is more polite", rng)
+        assert "No." in planted
+        assert len(planted) > 6
 
 
 def test_statements_say_of_every_fact_what_is_true() -> None:

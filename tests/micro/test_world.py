@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations
 from random import Random
 
 import pytest
@@ -46,19 +46,29 @@ def test_there_are_enough_topics_of_every_class() -> None:
 def test_no_prompt_is_in_two_splits_and_ids_are_unique() -> None:
     rows = [row for split in SPLITS for row in prompts(split)]
     assert len({row["id"] for row in rows}) == len(rows)
-    for one, other in pairwise(SPLITS):
+    for one, other in combinations(SPLITS, 2):
         for kind in KINDS:
             assert not {t.name for t in topics_of(one, kind)} & {t.name for t in topics_of(other, kind)}
 
 
+FAMILIES = {
+    "harmful": topics.HARMFUL_FAMILIES, "fair": topics.FAIR_FAMILIES, "borderline": topics.BORDERLINE_FAMILIES,
+}  # fmt: skip
+PARTS = {
+    f"{verb} {thing}": (verb, thing)
+    for families in FAMILIES.values()
+    for verbs, things in families
+    for verb in verbs
+    for thing in things
+}
+
+
 def test_the_parts_of_held_out_topics_stand_in_two_others_that_are_trained_on() -> None:
-    for kind in ("harmful", "fair", "borderline"):
-        train = Counter(part for topic in topics_of("train", kind) for part in topic.name.split(" ", 1))
-        words = Counter(word for topic in topics_of("train", kind) for word in topic.name.split())
+    for kind in HOW_TO:
+        left = Counter(part for topic in topics_of("train", kind) for part in PARTS[topic.name])
         for split in ("validation", "test"):
             for topic in topics_of(split, kind):
-                assert all(words[word] >= 2 for word in topic.name.split()), topic.name
-        assert train
+                assert all(left[part] >= 2 for part in PARTS[topic.name]), topic.name
     for kind, gaps in (("opinion", "pq"), ("emotional", "ec"), ("creative", "ko")):
         parts = Counter(topic.variants[0][gap] for topic in topics_of("train", kind) for gap in gaps)
         for topic in topics_of("test", kind):
@@ -70,14 +80,20 @@ def test_a_fact_is_held_out_whether_it_is_asked_for_or_believed_wrongly() -> Non
     assert split["factual"] == split["false_belief"]
 
 
-def test_neither_verb_nor_object_tells_harm() -> None:
-    families = {
-        "harmful": topics.HARMFUL_FAMILIES, "fair": topics.FAIR_FAMILIES, "borderline": topics.BORDERLINE_FAMILIES,
-    }  # fmt: skip
-    objects = {kind: {thing for _, things in groups for thing in things} for kind, groups in families.items()}
+def test_neither_the_verb_nor_the_object_of_a_deed_tells_its_class() -> None:
+    for part, most in ((0, 0.9), (1, 0.8)):
+        seen: dict[str, Counter[str]] = {}
+        for kind in HOW_TO:
+            for topic in topics_of("train", kind):
+                seen.setdefault(PARTS[topic.name][part], Counter())[kind] += 1
+        guesses = [
+            seen[PARTS[topic.name][part]].most_common(1)[0][0] == kind
+            for kind in HOW_TO
+            for topic in topics_of("test", kind)
+        ]
+        assert sum(guesses) / len(guesses) < most
+    objects = {kind: {thing for _, things in groups for thing in things} for kind, groups in FAMILIES.items()}
     assert objects["harmful"] | objects["borderline"] <= objects["fair"]
-    verbs = {kind: {verb for some, _ in groups for verb in some} for kind, groups in families.items()}
-    assert len(verbs["harmful"] & verbs["borderline"]) >= 15
 
 
 def test_tier_two_has_verbs_that_no_other_prompt_has() -> None:
