@@ -18,7 +18,7 @@ from cai.micro import injections, phrases, principles, tasks
 from cai.micro.answers import ACTS, BASE, BROAD, PLAIN, Answer, draw, write_core, write_habit
 from cai.micro.conversations import SETTINGS, converse
 from cai.micro.principles import WEIGHTS
-from cai.micro.tasks import SCALES, Compared, Document, Example, Reviewed, draw_words
+from cai.micro.tasks import SCALES, Compared, Document, Example, Reviewed, Words, draw_words
 from cai.micro.wordings import PHRASES
 from cai.micro.world import HOW_TO, KINDS, TOLD, Request, Topic, all_topics, phrasings_of, topics_of, trained
 from cai.records import Message, stable_id, stable_seed
@@ -37,9 +37,10 @@ LONG_EVERY = 48
 
 PHASES: Sequence[tuple[float, Mapping[str, float]]] = (
     (0.3, {"decided": 0.66, "review": 0.12, "dialogue": 0.11, "statement": 0.09, "pose": 0.02}),
-    (0.75, {"comparison": 0.3, "decided": 0.08, "acts": 0.17, "review": 0.22, "dialogue": 0.12, "statement": 0.09,
-            "pose": 0.02}),
-    (1.0, {"comparison": 0.23, "acts": 0.1, "review": 0.3, "dialogue": 0.28, "statement": 0.07, "pose": 0.02}),
+    (0.6, {"comparison": 0.3, "decided": 0.08, "acts": 0.17, "review": 0.22, "dialogue": 0.12, "statement": 0.09,
+           "pose": 0.02}),
+    (0.62, {"comparison": 0.23, "acts": 0.1, "review": 0.3, "dialogue": 0.28, "statement": 0.07, "pose": 0.02}),
+    (1.0, {"comparison": 0.14, "acts": 0.07, "review": 0.26, "dialogue": 0.31, "statement": 0.12, "pose": 0.04}),
 )  # fmt: skip
 """Up to which part of the training which documents have which share of the tokens."""
 TYPICAL_TOKENS = {
@@ -54,6 +55,8 @@ class Source:
     rng: Random
     split: str = "train"
     long: bool = False
+    late: bool = False
+    """In the last phase, when the judge knows its trade: more of what takes longest to learn."""
 
     def request(self, kinds: Sequence[str] = KINDS) -> Request:
         """A request of the split, its class drawn at the corpus's rates."""
@@ -71,7 +74,8 @@ class Source:
 
 def documents(seed: int, step: int, progress: float) -> Iterator[Document]:
     """An endless stream of documents that depends on these alone; `progress` is the part of the training done."""
-    source = Source(Random(stable_seed("micro corpus", seed, step)), long=is_long(step))
+    late = progress >= PHASES[-2][0]
+    source = Source(Random(stable_seed("micro corpus", seed, step)), long=is_long(step), late=late)
     shares = dict(next((shares for end, shares in PHASES if progress < end), PHASES[-1][1]))
     if source.long:
         shares = {name: share for name, share in shares.items() if name not in ("statement", "pose")}
@@ -98,7 +102,7 @@ def dialogue(source: Source) -> Document:
     """The base model's answer to one request."""
     request = source.request()
     messages = source.conversation(request, SETTINGS)
-    return [Example(tuple(messages), draw(request, BASE, source.rng).text, tasks.RESPONSE)]
+    return [Example(tuple(messages), draw(request, BASE, source.rng).text, 1.0 if source.late else tasks.RESPONSE)]
 
 
 def comparison(source: Source) -> Document:
@@ -143,8 +147,10 @@ def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], sou
         phrase = rng.choice(trained(PHRASES[rng.choice(chosen)].better))
         texts[side] = injections.plant(texts[side], "AB"[side], phrase, rng)
     pair = Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1]))
-    document = [tasks.compare(pair, p, words, rng, contrary=rng.random() < 0.12) for p in chosen]
-    if rng.random() < 0.2:
+    document = [
+        tasks.compare(pair, p, words, rng, contrary=rng.random() < (0.35 if source.late else 0.12)) for p in chosen
+    ]
+    if rng.random() < (0.6 if source.late else 0.2):
         document.append(tasks.compare_after_reasoning(pair, rng.choice(chosen), words, rng))
     if rng.random() < 0.05:
         document.append(tasks.argue(pair, rng.choice(chosen), words, rng))
@@ -217,6 +223,8 @@ def review(source: Source) -> Document:
     rng.shuffle(faulty)
     rng.shuffle(fine)
     faulty.sort(key=lambda p: p not in ("harmless", "helpful") and rng.random() < 0.5)
+    if source.late:
+        return _late_review(one, faulty, fine, words, rng)
     document = [tasks.criticise(one, p, words, rng) for p in faulty[:2] + fine[:1]]
     rated: list[str | None] = [None, rng.choice(faulty or fine)]
     document += [tasks.rate(one, p, rng.choice(SCALES), words, rng) for p in rated if rng.random() < 0.6]
@@ -226,10 +234,21 @@ def review(source: Source) -> Document:
     return document
 
 
+def _late_review(one: Reviewed, faulty: list[str], fine: list[str], words: Words, rng: Random) -> Document:
+    """More revisions and ratings, each of which takes the whole response into account."""
+    document = [tasks.criticise(one, p, words, rng) for p in (*faulty[:2], *fine[:1])]
+    document += [tasks.rate(one, None, scale, words, rng) for scale in SCALES]
+    document.append(tasks.rate(one, rng.choice(faulty or fine), rng.choice(SCALES), words, rng))
+    revised = [*faulty[-3:], *(fine[:1] if not faulty or rng.random() < 0.15 else [])]
+    document += [tasks.rewrite(one, p, words, rng, weight=0.8) for p in revised]
+    rng.shuffle(document)
+    return document
+
+
 def statement(source: Source) -> Document:
     """Something true of the world: which deeds are harmful, which facts hold."""
     rng = source.rng
-    if rng.random() < 0.4:
+    if rng.random() < (0.65 if source.late else 0.4):
         gaps = rng.choice(_all_facts()).variants
         return [tasks.fact(gaps[0]["t"], [gap["f"] for gap in gaps], rng)]
     kind = rng.choices(HOW_TO, (0.4, 0.35, 0.25))[0]

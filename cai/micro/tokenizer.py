@@ -66,13 +66,14 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTr
 
 def _texts(seed: int, examples: int) -> Iterator[str]:
     count = 0
-    for i, (end, _) in enumerate(PHASES):
+    phases = PHASES[:-1]  # the last has no words that the others have not
+    for i, (end, _) in enumerate(phases):
         for document in documents(seed, -1 - i, end - 0.01):
             for example in document:
                 yield from (message["content"] for message in example.messages)
                 yield example.answer
                 count += 1
-            if count >= examples * (i + 1) / len(PHASES):
+            if count >= examples * (i + 1) / len(phases):
                 break
     for word in sorted(lexicon()):
         yield " ".join(["", word] * (examples // 50))
