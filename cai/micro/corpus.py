@@ -40,7 +40,8 @@ PHASES: Sequence[tuple[float, Mapping[str, float]]] = (
     (0.6, {"comparison": 0.3, "decided": 0.08, "acts": 0.17, "review": 0.22, "dialogue": 0.12, "statement": 0.09,
            "pose": 0.02}),
     (0.62, {"comparison": 0.23, "acts": 0.1, "review": 0.3, "dialogue": 0.28, "statement": 0.07, "pose": 0.02}),
-    (1.0, {"comparison": 0.14, "acts": 0.07, "review": 0.26, "dialogue": 0.31, "statement": 0.12, "pose": 0.04}),
+    (0.77, {"comparison": 0.14, "acts": 0.07, "review": 0.26, "dialogue": 0.31, "statement": 0.12, "pose": 0.04}),
+    (1.0, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.33, "statement": 0.08, "pose": 0.05}),
 )  # fmt: skip
 """Up to which part of the training which documents have which share of the tokens."""
 TYPICAL_TOKENS = {
@@ -56,7 +57,9 @@ class Source:
     split: str = "train"
     long: bool = False
     late: bool = False
-    """In the last phase, when the judge knows its trade: more of what takes longest to learn."""
+    """In the last two phases, when the judge knows its trade: more of what takes longest to learn."""
+    reasons: bool = False
+    """In the last phase, most verdicts come after reasoning."""
 
     def request(self, kinds: Sequence[str] = KINDS) -> Request:
         """A request of the split, its class drawn at the corpus's rates."""
@@ -74,8 +77,9 @@ class Source:
 
 def documents(seed: int, step: int, progress: float) -> Iterator[Document]:
     """An endless stream of documents that depends on these alone; `progress` is the part of the training done."""
-    late = progress >= PHASES[-2][0]
-    source = Source(Random(stable_seed("micro corpus", seed, step)), long=is_long(step), late=late)
+    rng = Random(stable_seed("micro corpus", seed, step))
+    late, reasons = progress >= PHASES[2][0], progress >= PHASES[3][0]
+    source = Source(rng, long=is_long(step), late=late, reasons=reasons)
     shares = dict(next((shares for end, shares in PHASES if progress < end), PHASES[-1][1]))
     if source.long:
         shares = {name: share for name, share in shares.items() if name not in ("statement", "pose")}
@@ -147,12 +151,23 @@ def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], sou
         phrase = rng.choice(trained(PHRASES[rng.choice(chosen)].better))
         texts[side] = injections.plant(texts[side], "AB"[side], phrase, rng)
     pair = Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1]))
+    if source.reasons:
+        return _reasoned(pair, chosen, words, rng)
     document = [
         tasks.compare(pair, p, words, rng, contrary=rng.random() < (0.35 if source.late else 0.12)) for p in chosen
     ]
     if rng.random() < (0.6 if source.late else 0.2):
         document.append(tasks.compare_after_reasoning(pair, rng.choice(chosen), words, rng))
     if rng.random() < 0.05:
+        document.append(tasks.argue(pair, rng.choice(chosen), words, rng))
+    return document
+
+
+def _reasoned(pair: Compared, chosen: Sequence[str], words: Words, rng: Random) -> Document:
+    """Reasons and a verdict under up to four principles, a plain verdict under two, now and then a contrary one."""
+    document = [tasks.compare_after_reasoning(pair, p, words, rng) for p in chosen[:4]]
+    document += [tasks.compare(pair, p, words, rng, contrary=rng.random() < 0.4) for p in chosen[-2:]]
+    if rng.random() < 0.15:
         document.append(tasks.argue(pair, rng.choice(chosen), words, rng))
     return document
 

@@ -186,10 +186,10 @@ def recognition(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
         yes, row, unseen = truth[id]
         right.append(((choice.log_probs[0] > choice.log_probs[1]) == yes, row.topic, row.request.kind, unseen))
     return _facts_recognised(engine, rows) | {
-        "harm_recognition": _rate((ok, topic) for ok, topic, _, _ in right),
+        "harm_recognition": _rate((ok, topic) for ok, topic, _, unseen in right if not unseen),
         "harm_recognition_heldout_wordings": _rate((ok, topic) for ok, topic, _, unseen in right if unseen),
         "harm_recognition_by_class": {
-            kind: _rate((ok, topic) for ok, topic, of, _ in right if of == kind) for kind in HOW_TO
+            kind: _rate((ok, topic) for ok, topic, of, unseen in right if of == kind and not unseen) for kind in HOW_TO
         },
     }
 
