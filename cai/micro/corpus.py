@@ -35,15 +35,19 @@ JUDGED = {"alone": 0.88, "system": 0.04, "earlier": 0.03, "opened": 0.05}
 LONG_EVERY = 48
 """Every so many steps all conversations are long, so that the model can use all of its context."""
 
-PHASES: Sequence[tuple[float, Mapping[str, float]]] = (
-    (0.3, {"decided": 0.66, "review": 0.12, "dialogue": 0.11, "statement": 0.09, "pose": 0.02}),
-    (0.6, {"comparison": 0.3, "decided": 0.08, "acts": 0.17, "review": 0.22, "dialogue": 0.12, "statement": 0.09,
-           "pose": 0.02}),
-    (0.62, {"comparison": 0.23, "acts": 0.1, "review": 0.3, "dialogue": 0.28, "statement": 0.07, "pose": 0.02}),
-    (0.77, {"comparison": 0.14, "acts": 0.07, "review": 0.26, "dialogue": 0.31, "statement": 0.12, "pose": 0.04}),
-    (1.0, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.33, "statement": 0.08, "pose": 0.05}),
+PHASES: Sequence[tuple[int, Mapping[str, float]]] = (
+    (1020, {"decided": 0.66, "review": 0.12, "dialogue": 0.11, "statement": 0.09, "pose": 0.02}),
+    (2040, {"comparison": 0.3, "decided": 0.08, "acts": 0.17, "review": 0.22, "dialogue": 0.12, "statement": 0.09,
+            "pose": 0.02}),
+    (2108, {"comparison": 0.23, "acts": 0.1, "review": 0.3, "dialogue": 0.28, "statement": 0.07, "pose": 0.02}),
+    (2618, {"comparison": 0.14, "acts": 0.07, "review": 0.26, "dialogue": 0.31, "statement": 0.12, "pose": 0.04}),
+    (3400, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.33, "statement": 0.08, "pose": 0.05}),
+    (3900, {"comparison": 0.1, "acts": 0.03, "review": 0.2, "dialogue": 0.58, "statement": 0.06, "pose": 0.03}),
 )  # fmt: skip
-"""Up to which part of the training which documents have which share of the tokens."""
+"""Up to which step which documents have which share of the tokens: comparisons, where a principle is moot, what takes
+longest to learn, reasons, and last how the base model speaks."""
+LATE, REASONS = 2108, 2618
+"""From which step on there is more of what takes longest to learn, and most verdicts come after reasoning."""
 TYPICAL_TOKENS = {
     "decided": 250, "comparison": 270, "acts": 240, "review": 250, "dialogue": 70, "statement": 22, "pose": 30,
 }  # fmt: skip
@@ -57,9 +61,7 @@ class Source:
     split: str = "train"
     long: bool = False
     late: bool = False
-    """In the last two phases, when the judge knows its trade: more of what takes longest to learn."""
     reasons: bool = False
-    """In the last phase, most verdicts come after reasoning."""
 
     def request(self, kinds: Sequence[str] = KINDS) -> Request:
         """A request of the split, its class drawn at the corpus's rates."""
@@ -75,12 +77,13 @@ class Source:
         return converse(request, self.rng, settings={"long": 1.0} if self.long else settings)
 
 
-def documents(seed: int, step: int, progress: float) -> Iterator[Document]:
-    """An endless stream of documents that depends on these alone; `progress` is the part of the training done."""
-    rng = Random(stable_seed("micro corpus", seed, step))
-    late, reasons = progress >= PHASES[2][0], progress >= PHASES[3][0]
-    source = Source(rng, long=is_long(step), late=late, reasons=reasons)
-    shares = dict(next((shares for end, shares in PHASES if progress < end), PHASES[-1][1]))
+def documents(seed: int, step: int, at: int | None = None) -> Iterator[Document]:
+    """An endless stream of documents that depends on these alone; `at` is the step of whose phase they are."""
+    at = step if at is None else at
+    source = Source(
+        Random(stable_seed("micro corpus", seed, step)), long=is_long(step), late=at >= LATE, reasons=at >= REASONS
+    )
+    shares = dict(next((shares for end, shares in PHASES if at < end), PHASES[-1][1]))
     if source.long:
         shares = {name: share for name, share in shares.items() if name not in ("statement", "pose")}
     rates = [share / TYPICAL_TOKENS[name] for name, share in shares.items()]
@@ -95,8 +98,8 @@ def is_long(step: int) -> bool:
 
 def corpus_hash(seed: int) -> str:
     """Identifies the corpus: documents of each phase, long ones too, the templates and the revision of this module."""
-    streams = [islice(documents(seed, -1 - i, end - 0.01), 200) for i, (end, _) in enumerate(PHASES)]
-    streams.append(islice(documents(seed, LONG_EVERY - 1, 0.5), 20))
+    streams = [islice(documents(seed, -1 - i, end - 1), 200) for i, (end, _) in enumerate(PHASES)]
+    streams.append(islice(documents(seed, LONG_EVERY - 1), 20))
     sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
     templates = load_templates("micro")
     return stable_id(REVISION, [text for _, text in templates.sources], sample)

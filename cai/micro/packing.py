@@ -115,11 +115,9 @@ def _pad_targets(packed: Packed, length: int) -> None:
     _follow(packed, [0] * missing, [0.0] * missing)
 
 
-def batch(
-    seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, progress: float, rows: int, length: int
-) -> Batch:
+def batch(seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, rows: int, length: int) -> Batch:
     """The corpus's `step`-th batch: documents placed where they fit, until several in a row do not."""
-    stream, misses = documents(seed, step, progress), 0
+    stream, misses = documents(seed, step), 0
     placed: list[list[Packed]] = [[] for _ in range(rows)]
     room = [length] * rows
     while misses < 12:

@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from cai.micro import tasks
@@ -68,14 +69,15 @@ class Training:
     """How the model is trained. A step has `rows` of `length` tokens, a long one as many in rows of all the context."""
 
     seed: int = 0
-    steps: int = 3400
+    steps: int = 3900
+    """Fewer stop before the schedule's and the corpus's end."""
     size: str = "large"
     rows: int = 10
     length: int = 416
     learning_rate: float = 3e-3
     warm_up: int = 50
-    decay_from: float = 0.3
-    """The part of the steps after which the learning rate falls to 0, along a line."""
+    schedule: tuple[tuple[int, float], ...] = ((0, 1.0), (1020, 1.0), (3400, 0.0), (3420, 0.4), (3900, 0.0))
+    """Share of the learning rate by step, with lines between: it rises once more for the last phase of the corpus."""
     weight_decay: float = 0.05
     momentum: float = 0.95
     clip: float = 1.0
@@ -158,7 +160,7 @@ def step_batch(training: Training, step: int, tokenizer: PreTrainedTokenizerFast
     rows, length = training.rows, training.length
     if is_long(step) and rows * length >= CONTEXT:
         rows, length = rows * length // CONTEXT, CONTEXT
-    return batch(training.seed, step, tokenizer, progress=step / training.steps, rows=rows, length=length)
+    return batch(training.seed, step, tokenizer, rows=rows, length=length)
 
 
 def new_optimizers(model: LlamaForCausalLM, training: Training) -> list[torch.optim.Optimizer]:
@@ -180,9 +182,9 @@ def new_optimizers(model: LlamaForCausalLM, training: Training) -> list[torch.op
 
 
 def rate_at(step: int, training: Training) -> float:
-    """Share of the learning rate at a step, counted from 0: a warm-up, a plateau, a line to zero."""
-    turn = training.decay_from * training.steps
-    return min(1.0, (step + 1) / training.warm_up, (training.steps - step) / (training.steps - turn))
+    """Share of the learning rate at a step, counted from 0."""
+    steps, shares = zip(*training.schedule, strict=True)
+    return min((step + 1) / training.warm_up, float(np.interp(step, steps, shares)))
 
 
 @dataclass(frozen=True)

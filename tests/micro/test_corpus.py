@@ -30,7 +30,7 @@ def examples() -> list[Example]:
         example
         for end, _ in PHASES
         for step in STEPS
-        for document in islice(documents(0, step, end - 0.01), 20 if step == LONG_EVERY - 1 else 300)
+        for document in islice(documents(0, step, end - 1), 20 if step == LONG_EVERY - 1 else 300)
         for example in document
     ]
 
@@ -47,7 +47,7 @@ def slots() -> dict[str, list[str]]:
 
 def test_the_corpus_is_a_function_of_seed_and_step() -> None:
     def some(seed: int, step: int) -> list[Document]:
-        return list(islice(documents(seed, step, 0.5), 40))
+        return list(islice(documents(seed, step), 40))
 
     assert some(3, 5) == some(3, 5)
     assert some(3, 5) != some(3, 6)

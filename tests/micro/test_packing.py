@@ -79,7 +79,7 @@ def test_branch_mask_by_hand() -> None:
 
 
 def test_batches_are_full_and_a_function_of_seed_and_step(tokenizer: PreTrainedTokenizerFast) -> None:
-    first, again, other = (batch(0, step, tokenizer, progress=0.5, rows=4, length=512) for step in (9, 9, 10))
+    first, again, other = (batch(0, step, tokenizer, rows=4, length=512) for step in (9, 9, 10))
     assert torch.equal(first.ids, again.ids)
     assert not torch.equal(first.ids, other.ids)
     assert (first.ids != 0).float().mean() > 0.9
@@ -108,7 +108,7 @@ def test_thoughts_of_the_model_are_learned_and_a_users_words_hardly(tokenizer: P
 def test_the_training_step_is_the_plain_models(tokenizer: PreTrainedTokenizerFast, device: str) -> None:
     torch.manual_seed(0)
     model = new_model(Size(64, 2, 2, 128), tokenizer).to(device)
-    rows = batch(0, 4, tokenizer, progress=0.5, rows=2, length=256)
+    rows = batch(0, 4, tokenizer, rows=2, length=256)
     loss_of(model, rows, compiled=False).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

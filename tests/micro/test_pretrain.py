@@ -69,7 +69,7 @@ def test_sizes_are_about_what_they_say() -> None:
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
-    training = Training(steps=1000, warm_up=10, decay_from=0.5)
+    training = Training(warm_up=10, schedule=((0, 1.0), (500, 1.0), (1000, 0.0)))
     rates = [pretrain.rate_at(step, training) for step in (0, 9, 400, 750, 999)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.002])
 
