@@ -34,6 +34,8 @@ def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
             axes.set_title(title, loc="left", fontsize=10, weight="bold")
             if metric.endswith("loss"):
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("{x:g}")
             else:
                 axes.set_ylim(0.45, 1.01)
             axes.grid(color="#e3e6ea", lw=0.8)
