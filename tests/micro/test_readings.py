@@ -18,21 +18,29 @@ def read() -> list[tuple[dict[str, Any], oracle.Reading]]:
     return [(label, oracle.read(label["prompt"], label["response"])) for label in labels]
 
 
-def test_the_oracle_and_the_readers_agree_on_what_can_be_read(read: list[tuple[dict[str, Any], oracle.Reading]]) -> None:
+def test_the_oracle_and_the_readers_agree_on_what_can_be_read(
+    read: list[tuple[dict[str, Any], oracle.Reading]],
+) -> None:
     assert len(read) == 200
-    assert sum(label["unclear"] == reading.unclear for label, reading in read) >= AGREED["unclear"]
+    assert sum(label["unclear"] == reading.unclear for label, reading in read) >= 182
 
 
 def test_where_both_can_read_they_read_the_same(read: list[tuple[dict[str, Any], oracle.Reading]]) -> None:
     both = [(label, reading) for label, reading in read if not label["unclear"] and not reading.unclear]
-    assert sum(label["act"] == reading.act for label, reading in both) >= len(both) - AGREED["other acts"]
-    assert sum(label["on_topic"] == reading.on_topic for label, reading in both) >= len(both) - AGREED["other topics"]
-    habits = sum(set(label["habits"]) == reading.attributes for label, reading in both)
-    assert habits >= len(both) - AGREED["other habits"]
+    assert len(both) >= 166
+    for label, reading in both:
+        assert (label["act"], label["on_topic"]) == (reading.act, reading.on_topic), label["response"]
+        assert set(label["habits"]) == reading.attributes, label["response"]
 
 
 def test_the_oracle_reads_no_act_into_what_the_readers_found_garbled(
     read: list[tuple[dict[str, Any], oracle.Reading]],
 ) -> None:
-    guessed = [label["response"] for label, reading in read if label["unclear"] and not reading.unclear]
-    assert len(guessed) <= AGREED["guessed"], guessed
+    assert not [label["response"] for label, reading in read if label["unclear"] and not reading.unclear]
+
+
+def test_what_the_oracle_alone_cannot_read_is_about_something_else_that_the_world_does_not_have(
+    read: list[tuple[dict[str, Any], oracle.Reading]],
+) -> None:
+    strict = [label for label, reading in read if reading.unclear and not label["unclear"]]
+    assert sum(not label["on_topic"] for label in strict) >= len(strict) - 2
