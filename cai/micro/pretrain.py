@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -110,7 +111,6 @@ def pretrain(
             log("nothing here to compile with (g++ on a CPU, triton on a GPU): a step takes nearly twice as long")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(training.seed)
-    torch.set_flush_denormal(True)
     tokenizer = train_tokenizer(training.seed, SIZES[training.size].vocabulary, TOKENIZER_EXAMPLES)
     model = new_model(SIZES[training.size], tokenizer).to(device)
     optimizers = new_optimizers(model, training)
@@ -126,12 +126,13 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * rate_at(step, training)
         rows = step_batch(training, step, tokenizer)
-        loss = loss_of(model, rows, compiled=compiled)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with denormals_flushed():
+            loss = loss_of(model, rows, compiled=compiled)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         tokens += rows.ids.numel()
         losses.append(loss.item())
         done = step + 1
@@ -150,6 +151,16 @@ def pretrain(
             summary = export(output, model, tokenizer, training, done, figures)
     (output / STATE).unlink(missing_ok=True)
     return summary
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Numbers too small for the hardware's fast way count as 0, in here only."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def can_compile(device: str) -> bool:
