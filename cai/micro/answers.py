@@ -101,6 +101,12 @@ def draw(request: Request, style: Style, rng: Random) -> Answer:
     return Answer(act, write_core(request, act, rng), habits)
 
 
+def with_another_act(request: Request, answer: Answer, rng: Random) -> Answer:
+    """The answer with its act exchanged for another that the request could get."""
+    act = rng.choice([act for act in ACTS[request.kind] if act != answer.act])
+    return Answer(act, write_core(request, act, rng), answer.habits)
+
+
 def write_habit(habit: str, rng: Random) -> str:
     """One sentence of the habit; rambling takes two."""
     sentences = phrases.HABITS[habit]

@@ -15,7 +15,7 @@ from itertools import islice
 from random import Random
 
 from cai.micro import injections, phrases, principles, tasks
-from cai.micro.answers import ACTS, BASE, BROAD, PLAIN, Answer, draw, write_core, write_habit
+from cai.micro.answers import BASE, BROAD, PLAIN, Answer, draw, with_another_act, write_habit
 from cai.micro.conversations import SETTINGS, converse
 from cai.micro.principles import WEIGHTS
 from cai.micro.tasks import SCALES, Compared, Document, Example, Reviewed, Words, draw_words
@@ -135,8 +135,9 @@ def acts(source: Source) -> Document:
     rng = source.rng
     request = source.request(("factual", "false_belief") if rng.random() < 0.33 else KINDS)
     a = draw(request, PLAIN, rng)
-    act = rng.choice([act for act in ACTS[request.kind] if act != a.act])
-    b = Answer(act, write_core(request, act, rng), a.habits if rng.random() < 0.5 else draw(request, PLAIN, rng).habits)
+    b = with_another_act(request, a, rng)
+    if rng.random() >= 0.5:
+        b = Answer(b.act, b.core, draw(request, PLAIN, rng).habits)
     separating = {p for p in WEIGHTS if principles.probability(p, request, a, b) != 0.5}
     chosen = 2 * sorted(separating | {"harmless", "helpful"})
     rng.shuffle(chosen)
@@ -195,8 +196,7 @@ def pair(request: Request, rng: Random) -> tuple[Answer, Answer]:
 def changed(request: Request, answer: Answer, rng: Random) -> Answer:
     """The answer with another act, or one habit added or taken away."""
     if rng.random() < 0.4:
-        act = rng.choice([act for act in ACTS[request.kind] if act != answer.act])
-        return Answer(act, write_core(request, act, rng), answer.habits)
+        return with_another_act(request, answer, rng)
     habit = rng.choice(list(BASE.habits))
     if habit in answer.habits:
         return answer.without(habit)

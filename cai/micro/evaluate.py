@@ -28,7 +28,7 @@ from cai.engines import Request as Generation
 from cai.errors import BadInput, StageFailed, nearest
 from cai.micro import WEIGHTS as SHIPPED
 from cai.micro import injections, oracle, principles, tasks
-from cai.micro.answers import ACTS, BROAD, PLAIN, Answer, draw, write_core
+from cai.micro.answers import BROAD, PLAIN, Answer, draw, with_another_act, write_core
 from cai.micro.conversations import as_prompt, find_request, said
 from cai.micro.corpus import pair
 from cai.micro.principles import WEIGHTS
@@ -40,14 +40,6 @@ from cai.records import Message, stable_seed
 from cai.statistics import rate
 from cai.templates import OPTIONS
 
-
-def unseen_words() -> Words:
-    """Wordings that the corpus has not, of every slot and of principles."""
-    return replace(nth_words(N_WORDINGS - 1), held_out=True)
-
-
-WORDS: Mapping[str, Callable[[], Words]] = {"": canonical_words, "_heldout_wordings": unseen_words}
-
 TIERS = {"test": 1, "test_tier2": 2}
 PAIRS = 2
 """Pairs of responses that are judged for each prompt, each under every principle."""
@@ -55,6 +47,14 @@ N_WORDINGS = 15
 """Wordings of every template slot; the last fifth is in no document of the corpus."""
 Figures = dict[str, object]
 Result = TypeVar("Result", Completion, Choice)
+
+
+def unseen_words() -> Words:
+    """Wordings that the corpus has not, of every slot and of principles."""
+    return replace(nth_words(N_WORDINGS - 1), held_out=True)
+
+
+WORDS: Mapping[str, Callable[[], Words]] = {"": canonical_words, "_heldout_wordings": unseen_words}
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _facts_recognised(engine: Engine, rows: Sequence[Row]) -> Figures:
     asked = [
         Question(
             f"{row.id} {said}",
-            [{"role": "user", "content": tasks.TRUE[0].format(f=row.request.gaps[said])}],
+            [{"role": "user", "content": tasks.FACT_QUESTIONS[0].format(f=row.request.gaps[said])}],
             ("Yes", "No"),
         )
         for row in believed
@@ -386,8 +386,8 @@ def _by_principle(found: Sequence[Judgement]) -> Figures:
 def acts_apart(request: Request, rng: Random) -> tuple[Answer, Answer]:
     """Two plain answers that do different things: what help and harm say of them depends on the request."""
     a = draw(request, PLAIN, rng)
-    act = rng.choice([act for act in ACTS[request.kind] if act != a.act])
-    return a, Answer(act, write_core(request, act, rng), draw(request, PLAIN, rng).habits)
+    b = with_another_act(request, a, rng)
+    return a, Answer(b.act, b.core, draw(request, PLAIN, rng).habits)
 
 
 def by_template(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
@@ -431,9 +431,7 @@ def reasoner(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
     for (id, flipped), order in orders.items():
         question = asked[id][2]
         verdict = tasks.ask_verdict(order, words, question, thoughts[f"{id} {flipped}"])
-        direct = words.templates.ask(
-            "compare", messages=order.messages, first=order.texts[0], second=order.texts[1], request=question
-        )
+        direct = tasks.ask_compare(order, words, question)
         questions += [Question(f"{id} {flipped} reasoned", verdict), Question(f"{id} {flipped} direct", direct)]
     choices = _complete(engine.choose(questions), Choice)
 

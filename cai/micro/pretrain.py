@@ -1,6 +1,6 @@
-"""Trains the small model from scratch on the generated corpus: on two CPU cores in an hour, on a GPU in minutes.
+"""Trains the small model from scratch on the generated corpus: in 80 minutes on one CPU core; a GPU has not been tried.
 
-Hidden matrices by Muon (Jordan et al. 2024), in half of the steps that AdamW needs here; embeddings and norms by AdamW.
+Hidden matrices by Muon (Jordan et al. 2024), which needed about half of AdamW's steps in trials; the rest by AdamW.
 Resumable: a checkpoint with the optimizers' state is written every few hundred steps, and the batch of a step depends
 on the seed and the step alone. What the model makes of the validation split is measured on the way, logged and drawn.
 Left out: several processes and gradient accumulation.
@@ -28,7 +28,7 @@ from cai.micro.corpus import MAKERS, Source, corpus_hash, is_long
 from cai.micro.curves import draw_curves
 from cai.micro.forward import logits_of, loss_of
 from cai.micro.packing import Batch, batch, collate, pack
-from cai.micro.tokenizer import BOS, END, PAD, train_tokenizer
+from cai.micro.tokenizer import BOS, CONTEXT_LENGTH, END, PAD, train_tokenizer
 from cai.micro.world import HOW_TO, topics_of
 from cai.records import canonical_json
 from cai.templates import OPTIONS
@@ -47,7 +47,6 @@ EVERY = 200
 LOGGED = 50
 VALIDATION_DOCUMENTS = 96
 TOKENIZER_EXAMPLES = 20_000
-CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def pretrain(
     if compiled is None:
         compiled = can_compile(device)
         if not compiled:
-            log("nothing here to compile with (g++ on a CPU, triton on a GPU): a step takes nearly twice as long")
+            log("nothing here to compile with (g++ on a CPU, triton on a GPU): a step takes about 1.6 times as long")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(training.seed)
     tokenizer = train_tokenizer(training.seed, SIZES[training.size].vocabulary, TOKENIZER_EXAMPLES)
@@ -143,7 +142,7 @@ def pretrain(
             _note(output / METRICS, {"step": done, "loss": sum(losses) / len(losses)})
             losses = []
         if done % EVERY == 0 or done == training.steps:
-            figures = validate(model, tokenizer, validation)
+            figures = validate(model, validation)
             log(f"step {done} " + " ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             _note(output / METRICS, {"step": done, **figures})
             draw_curves({output.name: output / METRICS}, output / "curves.svg")
@@ -173,8 +172,8 @@ def can_compile(device: str) -> bool:
 def step_batch(training: Training, step: int, tokenizer: PreTrainedTokenizerFast) -> Batch:
     """What a step learns from."""
     rows, length = training.rows, training.length
-    if is_long(step) and rows * length >= CONTEXT:
-        rows, length = rows * length // CONTEXT, CONTEXT
+    if is_long(step) and rows * length >= CONTEXT_LENGTH:
+        rows, length = rows * length // CONTEXT_LENGTH, CONTEXT_LENGTH
     return batch(training.seed, step, tokenizer, rows=rows, length=length)
 
 
@@ -236,7 +235,7 @@ def validation_batches(tokenizer: PreTrainedTokenizerFast, training: Training) -
 
 
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, validation: Validation) -> dict[str, float]:
+def validate(model: LlamaForCausalLM, validation: Validation) -> dict[str, float]:
     """Loss on the validation split; share of votes on the better side, and of deeds rightly called wrong or fine."""
     loss = weight = 0.0
     right = dict.fromkeys(validation.answers, 0)
@@ -270,7 +269,7 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
             num_hidden_layers=size.layers,
             num_attention_heads=size.heads,
             num_key_value_heads=size.heads,
-            max_position_embeddings=CONTEXT,
+            max_position_embeddings=CONTEXT_LENGTH,
             tie_word_embeddings=True,
             pad_token_id=pad,
             bos_token_id=bos,

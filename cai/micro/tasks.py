@@ -121,10 +121,7 @@ def compare(pair: Compared, principle: str, words: Words, rng: Random, *, contra
     wording = words.principle(principle, rng)
     p = pair.truth(principle)
     question = wording.contrary if contrary else wording.compare
-    messages = words.templates.ask(
-        "compare", messages=pair.messages, first=pair.texts[0], second=pair.texts[1], request=question
-    )
-    return _choice(messages, 1 - p if contrary else p, rng)
+    return _choice(ask_compare(pair, words, question), 1 - p if contrary else p, rng)
 
 
 def compare_after_reasoning(pair: Compared, principle: str, words: Words, rng: Random) -> Example:
@@ -132,6 +129,12 @@ def compare_after_reasoning(pair: Compared, principle: str, words: Words, rng: R
     reasoning = write_reasoning(pair, principle, rng)
     messages = ask_verdict(pair, words, words.principle(principle, rng).compare, reasoning)
     return replace(_choice(messages, pair.truth(principle), rng), thoughts=CRITIQUE)
+
+
+def ask_compare(pair: Compared, words: Words, question: str) -> list[Message]:
+    """The messages that ask which of the two it is."""
+    a, b = pair.texts
+    return words.templates.ask("compare", messages=pair.messages, first=a, second=b, request=question)
 
 
 def ask_reasoning(pair: Compared, words: Words, question: str) -> list[Message]:
@@ -275,16 +278,18 @@ def deed(kind: str, x: str, rng: Random) -> Example:
     return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT)
 
 
-TRUE = ("Is it true that {f}?", "Is it right that {f}?", "Is it the case that {f}?", "Yes or no: {f}?")
-TOLD = ("{t}.", "As everyone knows, {t}.", "It is true that {t}.", "It is a fact that {t}.")
+FACT_QUESTIONS = ("Is it true that {f}?", "Is it right that {f}?", "Is it the case that {f}?", "Yes or no: {f}?")
+FACT_SENTENCES = ("{t}.", "As everyone knows, {t}.", "It is true that {t}.", "It is a fact that {t}.")
 
 
 def fact(true: str, false: Sequence[str], rng: Random) -> Example:
     """A fact, told or asked about with yes or no."""
     if rng.random() < 0.4:
-        return Example((), _sentence(rng.choice(TOLD).format(t=true)), STATEMENT)
+        return Example((), _sentence(rng.choice(FACT_SENTENCES).format(t=true)), STATEMENT)
     said, answer = (true, "Yes") if rng.random() < 0.4 else (rng.choice(false), "No")
-    return Example(({"role": "user", "content": rng.choice(TRUE).format(f=said)},), f"{answer}, {true}.", STATEMENT)
+    return Example(
+        ({"role": "user", "content": rng.choice(FACT_QUESTIONS).format(f=said)},), f"{answer}, {true}.", STATEMENT
+    )
 
 
 def _sentence(text: str) -> str:

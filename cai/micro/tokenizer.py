@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+CONTEXT_LENGTH = 2048
 SPECIAL = (PAD, BOS, END, *ROLES.values())
 
 CHAT_TEMPLATE = (
@@ -59,7 +60,7 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTr
         eos_token=END,
         additional_special_tokens=list(ROLES.values()),
         chat_template=CHAT_TEMPLATE,
-        model_max_length=2048,
+        model_max_length=CONTEXT_LENGTH,
         clean_up_tokenization_spaces=False,
     )
 
