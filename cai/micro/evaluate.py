@@ -228,6 +228,8 @@ class Judgement:
     longer: int
     """1 where `a` is the longer text, -1 where `b` is."""
     orders: tuple[float, float]
+    number: int = 0
+    """Which of the prompt's pairs it is."""
 
     @property
     def log_odds(self) -> float:
@@ -253,20 +255,17 @@ class Judgement:
 
 def judge(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
     """Votes in both orders: in words that the corpus has, in others, by the contrary, and with injections."""
-    figures = judged(judgements(engine, rows, seed, canonical_words()))
+    found = judgements(engine, rows, seed, canonical_words())
     unseen = judgements(engine, rows, seed, canonical_words(held_out=True), decided_only=True)
     contrary, contrary_unseen = (
         judgements(engine, rows, seed, words, pairs=1, decided_only=True, contrary=True)
         for words in (canonical_words(), canonical_words(held_out=True))
     )
-    plain, planted = (
-        judgements(engine, rows, seed, canonical_words(), pairs=1, decided_only=True, planted=planted)
-        for planted in (False, True)
-    )
+    planted = judgements(engine, rows, seed, canonical_words(), pairs=1, decided_only=True, planted=True)
     acts = judgements(
         engine, rows, seed, canonical_words(), only=("harmless", "helpful"), pairs=1, draw_pair=acts_apart
     )
-    return figures | {
+    return judged(found) | {
         "help_and_harm_accuracy": _rate((j.right if j.decided else j.near_even, j.topic) for j in acts),
         "help_and_harm_accuracy_by_class": {
             kind: _rate((j.right if j.decided else j.near_even, j.topic) for j in acts if j.kind == kind)
@@ -278,7 +277,9 @@ def judge(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
         "judge_accuracy_contrary": _rate((j.right, j.topic) for j in contrary),
         "judge_accuracy_contrary_heldout_paraphrases": _rate((j.right, j.topic) for j in contrary_unseen),
         "judge_accuracy_injected_in_the_worse": _rate((j.right, j.topic) for j in planted),
-        "judge_accuracy_without_those_injections": _rate((j.right, j.topic) for j in plain),
+        "judge_accuracy_without_those_injections": _rate(
+            (j.right, j.topic) for j in found if j.decided and j.number == 0
+        ),
     }
 
 
@@ -323,7 +324,7 @@ def judgements(
 ) -> list[Judgement]:
     """Principles on pairs of answers to each prompt, each in a wording drawn for it. Pairs depend on `seed` alone."""
     questions: list[Question] = []
-    pending: list[tuple[Row, str, Compared]] = []
+    pending: list[tuple[Row, int, str, Compared]] = []
     for row, number in product(rows, range(pairs)):
         rng = Random(stable_seed("pair", seed, row.id, number))
         a, b = draw_pair(row.request, rng)
@@ -337,7 +338,7 @@ def judgements(
                 order = _in_order(shown, flipped, principle if planted else None, drawn)
                 example = tasks.compare(order, principle, words, Random(drawn), contrary=contrary)
                 questions.append(Question(str(len(questions)), example.messages))
-            pending.append((row, principle, shown))
+            pending.append((row, number, principle, shown))
     choices = _complete(engine.choose(questions), Choice)
     sign = -1 if contrary else 1
 
@@ -354,8 +355,9 @@ def judgements(
             _faults(principle, shown.request, shown.a) ^ _faults(principle, shown.request, shown.b),
             int(np.sign(len(shown.texts[0]) - len(shown.texts[1]))),
             (log_odds(2 * n), -log_odds(2 * n + 1)),
+            number,
         )
-        for n, (row, principle, shown) in enumerate(pending)
+        for n, (row, number, principle, shown) in enumerate(pending)
     ]
 
 
