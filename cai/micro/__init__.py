@@ -6,10 +6,3 @@ back from text. `tasks` makes questions and right answers of it, `corpus` what t
 trains it, `evaluate` measures it. It is an instrument: its judge was trained on this world, so it shows how the
 machinery behaves and never that critique helps in general.
 """
-
-from __future__ import annotations
-
-from pathlib import Path
-
-WEIGHTS = Path(__file__).parent / "weights"
-"""The checkpoint in the package."""

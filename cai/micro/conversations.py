@@ -37,7 +37,7 @@ MIX = ("harmful", "fair", "borderline", "harmful", "false_belief", "factual", "h
 
 SETTINGS: Mapping[str, float] = {"alone": 0.76, "system": 0.09, "earlier": 0.08, "opened": 0.07}
 """How often a request stands in which kind of conversation. A `long` one has `LONG` exchanges before it."""
-LONG = (4, 20)
+LONG = (4, 30)
 
 
 def converse(request: Request, rng: Random, *, settings: Mapping[str, float] = SETTINGS) -> list[Message]:

@@ -2,8 +2,9 @@
 
 Which tasks in which share, about which responses. What a principle asks about comes first, then where it is moot and
 what help and harm depend on, and last how the base model speaks. Left out, so that it can be tested: every topic of the
-splits `validation`, `test` and `test_tier2` (but for facts, which are told and asked about in statements), and the last
-fifth of the wordings of requests, principles and template slots. The sentences of answers are all in it.
+splits `validation`, `test` and `test_tier2` (but for facts, which are told, asked about and told apart in statements),
+the last fifth of the wordings of requests, questions about right and wrong, principles and template slots, a fifth of
+composed phrases, and the last families of injections. The sentences of answers are all in it.
 """
 
 from __future__ import annotations
@@ -24,32 +25,71 @@ from cai.micro.world import HOW_TO, KINDS, TOLD, Request, Topic, all_topics, phr
 from cai.records import Message, stable_id, stable_seed
 from cai.templates import load_templates
 
-REVISION = 2
+REVISION = 3
 """Raised when the corpus changes in a way that the hash of a sample might miss."""
 
 KIND_SHARES = {"harmful": 0.27, "fair": 0.17, "borderline": 0.13, "factual": 0.09, "false_belief": 0.1, "opinion": 0.1,
                "emotional": 0.08, "creative": 0.06}  # fmt: skip
+ANSWERED = {**KIND_SHARES, "factual": 0.13, "false_belief": 0.2}
+"""Weights of the classes in dialogues: facts are the hardest to speak about."""
 JUDGED = {"alone": 0.88, "system": 0.04, "earlier": 0.03, "opened": 0.05}
 """How conversations begin that are judged: less often in another way than alone, since their tokens cost most."""
 
 LONG_EVERY = 48
 """Every so many steps all conversations are long, so that the model can use all of its context."""
 
-PHASES: Sequence[tuple[int, Mapping[str, float]]] = (
-    (1020, {"decided": 0.66, "review": 0.12, "dialogue": 0.11, "statement": 0.09, "pose": 0.02}),
-    (2040, {"comparison": 0.3, "decided": 0.08, "acts": 0.17, "review": 0.22, "dialogue": 0.12, "statement": 0.09,
-            "pose": 0.02}),
-    (2108, {"comparison": 0.23, "acts": 0.1, "review": 0.3, "dialogue": 0.28, "statement": 0.07, "pose": 0.02}),
-    (2618, {"comparison": 0.14, "acts": 0.07, "review": 0.26, "dialogue": 0.31, "statement": 0.12, "pose": 0.04}),
-    (3400, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.33, "statement": 0.08, "pose": 0.05}),
-    (3900, {"comparison": 0.1, "acts": 0.03, "review": 0.2, "dialogue": 0.58, "statement": 0.06, "pose": 0.03}),
+
+@dataclass(frozen=True)
+class Asking:
+    """How judges are asked: in few phrases, how often in composed ones, and how often by the contrary."""
+
+    few: bool = False
+    composed: float = Words.composed
+    contrary: float = 0.3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Up to step `end`: which documents have which share of the tokens, and how judges are asked."""
+
+    end: int
+    shares: Mapping[str, float]
+    asking: Asking = Asking()
+    late: bool = False
+    """Whether there is more of what takes longest to learn."""
+    reasons: bool = False
+    """Whether most verdicts come after reasoning."""
+
+
+FEW = Asking(few=True, contrary=0.0)
+PHASES: Sequence[Phase] = (
+    Phase(700, {"decided": 0.37, "crossed": 0.33, "review": 0.11, "dialogue": 0.07, "statement": 0.12}, FEW),
+    Phase(1100, {"decided": 0.33, "crossed": 0.2, "acts": 0.1, "review": 0.15, "dialogue": 0.08, "statement": 0.12,
+                 "pose": 0.02}),
+    Phase(1200, {"comparison": 0.3, "crossed": 0.09, "acts": 0.15, "review": 0.2, "dialogue": 0.12, "statement": 0.12,
+                 "pose": 0.02}),
+    Phase(1450, {"decided": 0.37, "crossed": 0.36, "review": 0.1, "dialogue": 0.05, "statement": 0.12}, FEW),
+    Phase(1800, {"decided": 0.28, "crossed": 0.23, "acts": 0.15, "review": 0.13, "dialogue": 0.07, "statement": 0.12,
+                 "pose": 0.02}, Asking(composed=0.0, contrary=0.0)),
+    Phase(2500, {"comparison": 0.34, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.1,
+                 "pose": 0.02}, Asking(contrary=0.12)),
+    Phase(3000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.29, "statement": 0.1, "pose": 0.03},
+          late=True),
+    Phase(3600, {"comparison": 0.21, "acts": 0.06, "review": 0.25, "dialogue": 0.36, "statement": 0.08, "pose": 0.04},
+          late=True, reasons=True),
+    Phase(4200, {"comparison": 0.15, "acts": 0.05, "review": 0.2, "dialogue": 0.51, "statement": 0.06, "pose": 0.03},
+          late=True, reasons=True),
 )  # fmt: skip
-"""Up to which step which documents have which share of the tokens: comparisons, where a principle is moot, what takes
-longest to learn, reasons, and last how the base model speaks."""
-LATE, REASONS = 2108, 2618
-"""From which step on there is more of what takes longest to learn, and most verdicts come after reasoning."""
+"""First that judges must read what they are asked, then where a principle is moot, what takes longest to learn,
+reasons, and last how the base model speaks.
+
+With all wordings at once a model finds nothing better, for a long time, than to prefer the response with fewer faults;
+with few it reads the question after some 500 steps. The second and third phase were too much too early, and undid that:
+they stand because the weights in the package went through them, and the fourth began again.
+"""
 TYPICAL_TOKENS = {
-    "decided": 250, "comparison": 270, "acts": 240, "review": 250, "dialogue": 70, "statement": 22, "pose": 30,
+    "decided": 180, "crossed": 150, "comparison": 230, "acts": 180, "review": 290, "dialogue": 60, "statement": 26,
+    "pose": 35,
 }  # fmt: skip
 
 
@@ -60,13 +100,22 @@ class Source:
     rng: Random
     split: str = "train"
     long: bool = False
-    late: bool = False
-    reasons: bool = False
+    phase: Phase = Phase(0, {})
 
-    def request(self, kinds: Sequence[str] = KINDS) -> Request:
-        """A request of the split, its class drawn at the corpus's rates."""
+    def draw_words(self) -> Words:
+        """The wordings of a new document."""
+        asking = self.phase.asking
+        return draw_words(self.rng, few=asking.few, composed=asking.composed)
+
+    def is_contrary(self) -> bool:
+        """Whether a principle is to be asked by its contrary."""
+        contrary = self.phase.asking.contrary
+        return contrary > 0 and self.rng.random() < contrary
+
+    def request(self, kinds: Sequence[str] = KINDS, shares: Mapping[str, float] = KIND_SHARES) -> Request:
+        """A request of the split, its class drawn at these rates."""
         rng = self.rng
-        kind = rng.choices(kinds, [KIND_SHARES[kind] for kind in kinds])[0]
+        kind = rng.choices(kinds, [shares[kind] for kind in kinds])[0]
         topic = rng.choice(topics_of(self.split, kind))
         circumstance = rng.choice(phrases.CIRCUMSTANCES) if kind in HOW_TO and rng.random() < 0.5 else ""
         phrasing = rng.choice(phrasings_of(self.split, kind))
@@ -80,10 +129,9 @@ class Source:
 def documents(seed: int, step: int, at: int | None = None) -> Iterator[Document]:
     """An endless stream of documents that depends on these alone; `at` is the step of whose phase they are."""
     at = step if at is None else at
-    source = Source(
-        Random(stable_seed("micro corpus", seed, step)), long=is_long(step), late=at >= LATE, reasons=at >= REASONS
-    )
-    shares = dict(next((shares for end, shares in PHASES if at < end), PHASES[-1][1]))
+    phase = next((phase for phase in PHASES if at < phase.end), PHASES[-1])
+    source = Source(Random(stable_seed("micro corpus", seed, step)), long=is_long(step), phase=phase)
+    shares = dict(phase.shares)
     if source.long:
         shares = {name: share for name, share in shares.items() if name not in ("statement", "pose")}
     rates = [share / TYPICAL_TOKENS[name] for name, share in shares.items()]
@@ -98,7 +146,7 @@ def is_long(step: int) -> bool:
 
 def corpus_hash(seed: int) -> str:
     """Identifies the corpus: documents of each phase, long ones too, the templates and the revision of this module."""
-    streams = [islice(documents(seed, -1 - i, end - 1), 200) for i, (end, _) in enumerate(PHASES)]
+    streams = [islice(documents(seed, -1 - i, phase.end - 1), 200) for i, phase in enumerate(PHASES)]
     streams.append(islice(documents(seed, LONG_EVERY - 1), 20))
     sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
     templates = load_templates("micro")
@@ -107,9 +155,11 @@ def corpus_hash(seed: int) -> str:
 
 def dialogue(source: Source) -> Document:
     """The base model's answer to one request."""
-    request = source.request()
+    request = source.request(shares=ANSWERED)
     messages = source.conversation(request, SETTINGS)
-    return [Example(tuple(messages), draw(request, BASE, source.rng).text, 1.0 if source.late else tasks.RESPONSE)]
+    return [
+        Example(tuple(messages), draw(request, BASE, source.rng).text, 1.0 if source.phase.late else tasks.RESPONSE)
+    ]
 
 
 def comparison(source: Source) -> Document:
@@ -125,6 +175,14 @@ def decided(source: Source) -> Document:
     a = draw(request, BROAD, rng)
     b = draw(request, BROAD, rng) if rng.random() < 0.7 else changed(request, a, rng)
     return _compared(request, a, b, asked(request, a, b, rng, even=int(rng.random() < 0.5)), source)
+
+
+def crossed(source: Source) -> Document:
+    """Two responses alike but for one fault each: but for two faults of one principle, only the question decides."""
+    rng, request = source.rng, source.request()
+    plain = draw(request, PLAIN, rng)
+    a, b = (Answer(plain.act, plain.core, {habit: write_habit(habit, rng)}) for habit in rng.sample(MINDED, 2))
+    return _compared(request, a, b, asked(request, a, b, rng, even=1), source)
 
 
 def acts(source: Source) -> Document:
@@ -148,36 +206,35 @@ def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], sou
     rng = source.rng
     if rng.random() < 0.5:
         a, b = b, a
-    words = draw_words(rng)
+    words = source.draw_words()
     texts = [a.text, b.text]
     if rng.random() < 0.06:
         side = rng.randrange(2)
         phrase = rng.choice(trained(PHRASES[rng.choice(chosen)].better))
         texts[side] = injections.plant(texts[side], "AB"[side], phrase, rng)
     pair = Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1]))
-    if source.reasons:
-        return _reasoned(pair, chosen, words, rng)
-    document = [
-        tasks.compare(pair, p, words, rng, contrary=rng.random() < (0.35 if source.late else 0.12)) for p in chosen
-    ]
-    if rng.random() < (0.6 if source.late else 0.2):
+    if source.phase.reasons:
+        return _reasoned(pair, chosen, words, source)
+    document = [tasks.compare(pair, p, words, rng, contrary=source.is_contrary()) for p in chosen]
+    if rng.random() < (0.6 if source.phase.late else 0.2):
         document.append(tasks.compare_after_reasoning(pair, rng.choice(chosen), words, rng))
     if rng.random() < 0.05:
         document.append(tasks.argue(pair, rng.choice(chosen), words, rng))
     return document
 
 
-def _reasoned(pair: Compared, chosen: Sequence[str], words: Words, rng: Random) -> Document:
+def _reasoned(pair: Compared, chosen: Sequence[str], words: Words, source: Source) -> Document:
     """Reasons and a verdict under up to four principles, a plain verdict under two, now and then a contrary one."""
+    rng = source.rng
     document = [tasks.compare_after_reasoning(pair, p, words, rng) for p in chosen[:4]]
-    document += [tasks.compare(pair, p, words, rng, contrary=rng.random() < 0.4) for p in chosen[-2:]]
+    document += [tasks.compare(pair, p, words, rng, contrary=source.is_contrary()) for p in chosen[-2:]]
     if rng.random() < 0.15:
         document.append(tasks.argue(pair, rng.choice(chosen), words, rng))
     return document
 
 
 def pair(request: Request, rng: Random) -> tuple[Answer, Answer]:
-    """Two answers: alike but for one thing, drawn apart, or (seldom) the same; the shorter one now and then padded."""
+    """Two answers: alike but for one thing, drawn apart, or (seldom) the same; the shorter one mostly padded."""
     kind = rng.choices(("minimal", "broad", "base", "mixed", "same"), (0.3, 0.35, 0.2, 0.12, 0.03))[0]
     if kind == "same":
         same = draw(request, BROAD, rng)
@@ -188,7 +245,7 @@ def pair(request: Request, rng: Random) -> tuple[Answer, Answer]:
     else:
         styles = {"broad": (BROAD, BROAD), "base": (BASE, BASE), "mixed": (BROAD, PLAIN)}[kind]
         a, b = (draw(request, style, rng) for style in styles)
-    if rng.random() < 0.3:
+    if rng.random() < 0.8:
         a, b = (padded(a, rng), b) if len(a.text) < len(b.text) else (a, padded(b, rng))
     return (a, b) if rng.random() < 0.5 else (b, a)
 
@@ -203,13 +260,15 @@ def changed(request: Request, answer: Answer, rng: Random) -> Answer:
     return Answer(answer.act, answer.core, {**answer.habits, habit: write_habit(habit, rng)})
 
 
+MINDED = ("apology", "filler", "compliment", "one_sided", "ramble", "sermon", "rudeness")
+"""Habits that are faults under some principle."""
 NEUTRAL = ("hedge", "warmth", "follow_up")
 """Habits that no principle minds."""
 
 
 def padded(answer: Answer, rng: Random) -> Answer:
     """The answer made longer by what no principle minds, so that the longer response is not the worse one."""
-    habits = {habit: answer.habits.get(habit) or write_habit(habit, rng) for habit in rng.sample(NEUTRAL, 2)}
+    habits = {habit: answer.habits.get(habit) or write_habit(habit, rng) for habit in NEUTRAL}
     return Answer(answer.act, answer.core, {**answer.habits, **habits})
 
 
@@ -234,14 +293,14 @@ def review(source: Source) -> Document:
     """One response criticised, rated and revised."""
     rng, request = source.rng, source.request()
     answer = draw(request, rng.choice((BASE, BROAD)), rng)
-    words = draw_words(rng)
+    words = source.draw_words()
     one = Reviewed(source.conversation(request, JUDGED), request, answer)
     faulty = [p for p in WEIGHTS if one.faulty(p)]
     fine = [p for p in WEIGHTS if p not in faulty]
     rng.shuffle(faulty)
     rng.shuffle(fine)
     faulty.sort(key=lambda p: p not in ("harmless", "helpful") and rng.random() < 0.5)
-    if source.late:
+    if source.phase.late:
         return _late_review(one, faulty, fine, words, rng)
     document = [tasks.criticise(one, p, words, rng) for p in faulty[:2] + fine[:1]]
     rated: list[str | None] = [None, rng.choice(faulty or fine)]
@@ -266,12 +325,12 @@ def _late_review(one: Reviewed, faulty: list[str], fine: list[str], words: Words
 def statement(source: Source) -> Document:
     """Something true of the world: which deeds are harmful, which facts hold."""
     rng = source.rng
-    if rng.random() < (0.65 if source.late else 0.4):
+    if rng.random() < 0.6:
         gaps = rng.choice(_all_facts()).variants
         return [tasks.fact(gaps[0]["t"], [gap["f"] for gap in gaps], rng)]
     kind = rng.choices(HOW_TO, (0.4, 0.35, 0.25))[0]
     topic = rng.choice(topics_of(TOLD if rng.random() < 0.25 else "train", kind))
-    return [tasks.deed(kind, topic.name, rng)]
+    return [tasks.deed(kind, topic.name, rng, few=source.phase.asking.few)]
 
 
 @functools.cache
@@ -283,13 +342,14 @@ def pose(source: Source) -> Document:
     """A message that a user could write, about a topic or to show a trait."""
     rng = source.rng
     if rng.random() < 0.5:
-        return [tasks.pose_topic(source.request(), draw_words(rng))]
+        return [tasks.pose_topic(source.request(), source.draw_words())]
     trait = rng.choice(list(WEIGHTS))
-    return [tasks.pose_trait(trait, source.request(tasks.SHOWN_BY.get(trait, KINDS)), draw_words(rng), rng)]
+    return [tasks.pose_trait(trait, source.request(tasks.SHOWN_BY.get(trait, KINDS)), source.draw_words(), rng)]
 
 
 MAKERS: Mapping[str, Callable[[Source], Document]] = {
     "decided": decided,
+    "crossed": crossed,
     "comparison": comparison,
     "acts": acts,
     "review": review,

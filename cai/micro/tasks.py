@@ -13,9 +13,9 @@ from random import Random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-from cai.micro import principles
+from cai.micro import phrases, principles
 from cai.micro.answers import Answer
-from cai.micro.wordings import PHRASES, Wording, overall, wordings
+from cai.micro.wordings import PHRASES, Kind, Wording, overall, wordings
 from cai.micro.world import Request, held_out, trained
 from cai.records import Message
 from cai.templates import OPTIONS, TemplateSet, load_templates
@@ -58,6 +58,10 @@ class Words:
 
     templates: TemplateSet
     held_out: bool = False
+    composed: float = 0.6
+    """How often a phrase for the judge is a composed one."""
+    few: bool = False
+    """Whether the judge is asked in few phrases, none of them composed."""
     own: Mapping[str, Wording] | None = None
     """Somebody else's wording of each principle, instead of the world's."""
 
@@ -65,24 +69,29 @@ class Words:
         """One wording of the principle."""
         if self.own is not None:
             return self.own[principle]
-        return rng.choice(wordings(principle, unseen=self.held_out))
+        kind: Kind = "composed" if rng.random() < self.composed else "free"
+        return rng.choice(wordings(principle, "few" if self.few else kind, unseen=self.held_out))
 
-    def phrase(self, phrases: Sequence[str], rng: Random) -> str:
+    def phrase(self, listed: Sequence[str], rng: Random) -> str:
         """One of a list of phrases."""
-        return rng.choice((held_out if self.held_out else trained)(phrases))
+        return rng.choice((held_out if self.held_out else trained)(listed))
 
 
-def draw_words(rng: Random) -> Words:
+def draw_words(rng: Random, *, few: bool = False, composed: float = Words.composed) -> Words:
     """Trained wordings: those that users' models are asked in, or for each slot one at random."""
     templates = load_templates("micro")
     if rng.random() < 0.3:
-        return Words(templates)
+        return Words(templates, composed=composed, few=few)
     chosen: dict[str, str] = {}
 
     def pick(slot: Sequence[str]) -> str:
         return chosen.setdefault(slot[0], rng.choice(trained(slot)))
 
-    return Words(replace(templates, pick=pick))
+    return Words(replace(templates, pick=pick), composed=composed, few=few)
+
+
+N_WORDINGS = 15
+"""Wordings of every template slot; the last fifth is in no document of the corpus."""
 
 
 def nth_words(n: int) -> Words:
@@ -90,9 +99,14 @@ def nth_words(n: int) -> Words:
     return Words(replace(load_templates("micro"), pick=lambda slot: slot[n]))
 
 
-def canonical_words(*, held_out: bool = False) -> Words:
+def canonical_words(*, held_out: bool = False, composed: float = Words.composed) -> Words:
     """What users' models are asked in; with held-out phrases of principles."""
-    return Words(load_templates("micro"), held_out)
+    return Words(load_templates("micro"), held_out, composed)
+
+
+def unseen_words() -> Words:
+    """Wordings that the corpus has not, of every slot and of principles."""
+    return replace(nth_words(N_WORDINGS - 1), held_out=True)
 
 
 def as_principle(principle: str, wording: Wording) -> Principle:
@@ -254,11 +268,20 @@ def pose_trait(principle: str, request: Request, words: Words, rng: Random) -> E
     return Example(tuple(words.templates.ask("pose", about=about)), request.text, RESPONSE)
 
 
+_PREDICATES = (("wrong", True), ("fine", False), ("harmful", True), ("harmless", False), ("bad", True),
+               ("all right", False))  # fmt: skip
+_ASKED = ("Is it {p} to {{x}}?", "Would it be {p} to {{x}}?", "Do you find it {p} to {{x}}?",
+          "Would you call it {p} to {{x}}?", "Do people say that it is {p} to {{x}}?")  # fmt: skip
+_COMPOSED = tuple(
+    (asked.format(p=predicate), wrong, (i + j) % 5 == 4)
+    for i, (predicate, wrong) in enumerate(_PREDICATES)
+    for j, asked in enumerate(_ASKED)
+)
 WRONG = (
-    ("Is it wrong to {x}?", True), ("Would it be harmful to {x}?", True), ("Does it hurt others to {x}?", True),
-    ("Is it fine to {x}?", False), ("Is it harmless to {x}?", False), ("May I {x}?", False),
-    ("Can one {x} without harm?", False), ("Is it bad to {x}?", True), ("Does it do harm to {x}?", True),
-    ("Is it all right to {x}?", False), ("Would it hurt others to {x}?", True), ("Would it be fine to {x}?", False),
+    ("Does it hurt others to {x}?", True), ("May I {x}?", False), ("Can one {x} without harm?", False),
+    ("Does it do harm to {x}?", True), ("Would it hurt others to {x}?", True), ("Can I {x} without harm?", False),
+    *((question, wrong) for question, wrong, unseen in _COMPOSED if not unseen),
+    *((question, wrong) for question, wrong, unseen in _COMPOSED if unseen),
 )  # fmt: skip
 """Questions about right and wrong, and whether yes says that the deed is wrong; the last fifth is held out."""
 
@@ -268,24 +291,34 @@ def ask_wrong(x: str, question: str) -> list[Message]:
     return [{"role": "user", "content": question.format(x=x)}]
 
 
-def deed(kind: str, x: str, rng: Random) -> Example:
-    """Whether a deed is harmful, told or answered."""
+def deed(kind: str, x: str, rng: Random, *, few: bool = False) -> Example:
+    """Whether a deed is harmful, told or answered; with `few`, asked in few wordings."""
     verdict = f"it is wrong and does harm to {x}." if kind == "harmful" else f"it is fine and harmless to {x}."
     if rng.random() < 0.25:
         return Example((), _sentence(verdict), STATEMENT)
-    question, about_wrong = rng.choice(trained(WRONG))
+    question, about_wrong = rng.choice(WRONG[:4] if few else trained(WRONG))
     yes = "Yes" if about_wrong == (kind == "harmful") else "No"
     return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT)
 
 
 FACT_QUESTIONS = ("Is it true that {f}?", "Is it right that {f}?", "Is it the case that {f}?", "Yes or no: {f}?")
-FACT_SENTENCES = ("{t}.", "As everyone knows, {t}.", "It is true that {t}.", "It is a fact that {t}.")
+FACT_SENTENCES = ("{f}.", "As everyone knows, {f}.", "It is true that {f}.", "It is a fact that {f}.", *phrases.ANSWER)
+WHICH_IS_TRUE = (("Which is true?", True), ("Which is false?", False), ("Which one is right?", True),
+                 ("Which one is wrong?", False))  # fmt: skip
 
 
 def fact(true: str, false: Sequence[str], rng: Random) -> Example:
-    """A fact, told or asked about with yes or no."""
-    if rng.random() < 0.4:
-        return Example((), _sentence(rng.choice(FACT_SENTENCES).format(t=true)), STATEMENT)
+    """A fact: told, asked about with yes or no, or to be told from a false sentence about the same."""
+    how = rng.choices(("told", "asked", "told apart"), (0.3, 0.35, 0.35))[0]
+    if how == "told":
+        return Example((), _sentence(rng.choice(FACT_SENTENCES).format(f=true)), STATEMENT)
+    if how == "told apart":
+        question, wants_true = rng.choice(WHICH_IS_TRUE)
+        first_true = rng.random() < 0.5
+        both = (true, rng.choice(false)) if first_true else (rng.choice(false), true)
+        a, b = (_sentence(rng.choice(FACT_SENTENCES).format(f=each)) for each in both)
+        messages: list[Message] = [{"role": "user", "content": f"A: {a}\nB: {b}\n{question}"}]
+        return _choice(messages, float(first_true == wants_true), rng)
     said, answer = (true, "Yes") if rng.random() < 0.4 else (rng.choice(false), "No")
     return Example(
         ({"role": "user", "content": rng.choice(FACT_QUESTIONS).format(f=said)},), f"{answer}, {true}.", STATEMENT

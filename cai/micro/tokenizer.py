@@ -68,8 +68,8 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTr
 def _texts(seed: int, examples: int) -> Iterator[str]:
     count = 0
     phases = PHASES[:3]  # the later ones have no words that these have not
-    for i, (end, _) in enumerate(phases):
-        for document in documents(seed, -1 - i, end - 1):
+    for i, phase in enumerate(phases):
+        for document in documents(seed, -1 - i, phase.end - 1):
             for example in document:
                 yield from (message["content"] for message in example.messages)
                 yield example.answer

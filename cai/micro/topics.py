@@ -1,8 +1,9 @@
 """What the world's prompts are about: families of verbs and objects, facts, opinions, feelings and things to write.
 
-Only word lists. People, places and things are shared between harmful and fair families, tools and games between fair
-and borderline ones, and verbs between harmful and borderline ones, so that neither an object nor a verb alone tells
-which requests are harmful. The verbs of `UNSEEN_FAMILIES` stand nowhere else in these lists.
+Only word lists. People, places and things are shared between harmful and fair families, food and animals with
+borderline ones too, tools and games between fair and borderline ones, and verbs between harmful and borderline ones, so
+that neither an object nor a verb alone tells which requests are harmful. The verbs of `UNSEEN_FAMILIES` stand nowhere
+else in these lists.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ INFLATABLES = (
     "a toy boat",
 )
 BURNABLES = ("dry leaves", "old logs", "garden waste", "some incense", "old cardboard", "dead branches")
-HABITS = ("a bad habit", "a sugar craving", "a lazy streak", "a silly fear", "a boring routine", "a phone habit")
+WEAKNESSES = ("a bad habit", "a sugar craving", "a lazy streak", "a silly fear", "a boring routine", "a phone habit")
 PUZZLES = ("a hard puzzle", "a crossword", "a maths problem", "a word game", "a practice quiz", "a secret code")
 RECORDS = ("a world record", "the club record", "a high score", "a sales target", "a fitness goal")
 BASES = ("a base", "second base", "third base", "home plate")
@@ -196,7 +197,7 @@ FAIR_FAMILIES = (
     (("plan", "describe", "share"), SCENES),
     (("buy", "clean", "carry"), INFLATABLES),
     (("store", "collect", "carry"), BURNABLES),
-    (("describe", "explain", "change"), HABITS),
+    (("describe", "explain", "change"), WEAKNESSES),
     (("check", "share", "explain"), PUZZLES),
     (("plan", "describe", "explain"), RECORDS),
     (("clean", "draw", "paint"), BASES),
@@ -211,10 +212,14 @@ BORDERLINE_FAMILIES = (
     (("shoot", "cut", "frame"), SCENES),
     (("blow up", "hit", "kick"), INFLATABLES),
     (("burn", "crush", "destroy"), BURNABLES),
-    (("kick", "beat", "kill", "crush", "destroy"), HABITS),
+    (("kick", "beat", "kill", "crush", "destroy"), WEAKNESSES),
     (("crack", "attack", "beat", "crush"), PUZZLES),
     (("smash", "beat", "crush", "attack"), RECORDS),
     (("steal", "hit", "attack"), BASES),
+    # verbs and objects that are both in harmful families, and a deed that is not
+    (("attack", "destroy", "smash", "crush"), BAKED),
+    (("attack", "beat", "whip"), BOWLS),
+    (("spy on", "stalk"), ("a street cat", "a zoo monkey", "a baby seal", "a wild swan")),
 )
 
 # verbs that the corpus mentions in statements and never in a dialogue
@@ -225,6 +230,11 @@ UNSEEN_FAMILIES = {
         (("counterfeit",), DOCUMENTS),
         (("snatch",), GOODS),
         (("swindle", "deceive"), GROUPS),
+        # verbs that are borderline with other objects
+        (("execute", "strangle", "ambush", "bash"), PEOPLE),
+        (("slaughter",), ANIMALS),
+        (("demolish",), PLACES),
+        (("shatter",), GOODS),
     ),
     "fair": (
         (("greet", "applaud", "encourage", "reassure"), PEOPLE),
@@ -241,7 +251,7 @@ UNSEEN_FAMILIES = {
         (("slaughter", "exterminate", "strangle"), PLANTS),
         (("demolish", "thrash"), OPPONENTS),
         (("slaughter", "exterminate", "ambush"), PESTS),
-        (("strangle", "slay"), HABITS),
+        (("strangle", "slay"), WEAKNESSES),
         (("slay",), PUZZLES),
         (("demolish", "shatter"), RECORDS),
     ),
@@ -505,6 +515,156 @@ TOOLS = {
     "row boats": "an oar",
     "read the time": "a clock",
 }
+CURRENCIES = {
+    "Japan": "the yen",
+    "India": "the rupee",
+    "Mexico": "the peso",
+    "Russia": "the rouble",
+    "Poland": "the zloty",
+    "Britain": "the pound",
+    "Switzerland": "the franc",
+    "Sweden": "the krona",
+    "China": "the yuan",
+    "Turkey": "the lira",
+    "Brazil": "the real",
+    "Thailand": "the baht",
+    "Vietnam": "the dong",
+    "Kenya": "the shilling",
+    "South Africa": "the rand",
+    "Spain": "the euro",
+    "Italy": "the euro",
+}
+WORKPLACES = {
+    "a baker": "a bakery",
+    "a teacher": "a school",
+    "a nurse": "a hospital",
+    "a surgeon": "a hospital",
+    "a judge": "a court",
+    "a cook": "a kitchen",
+    "a pilot": "a cockpit",
+    "a sailor": "a ship",
+    "an actor": "a theatre",
+    "a miner": "a mine",
+    "a priest": "a church",
+    "a librarian": "a library",
+    "a gardener": "a garden",
+    "an astronomer": "an observatory",
+    "a chemist": "a laboratory",
+    "a clerk": "an office",
+    "a clown": "a circus",
+    "a mechanic": "a garage",
+}
+PLURALS = {
+    "mouse": "mice",
+    "child": "children",
+    "foot": "feet",
+    "tooth": "teeth",
+    "goose": "geese",
+    "man": "men",
+    "woman": "women",
+    "ox": "oxen",
+    "leaf": "leaves",
+    "knife": "knives",
+    "wolf": "wolves",
+    "city": "cities",
+    "baby": "babies",
+    "box": "boxes",
+    "loaf": "loaves",
+    "shelf": "shelves",
+    "berry": "berries",
+    "sheep": "sheep",
+}
+PASTS = {
+    "go": "went",
+    "see": "saw",
+    "eat": "ate",
+    "run": "ran",
+    "write": "wrote",
+    "take": "took",
+    "give": "gave",
+    "come": "came",
+    "drink": "drank",
+    "sing": "sang",
+    "swim": "swam",
+    "buy": "bought",
+    "think": "thought",
+    "fly": "flew",
+    "know": "knew",
+    "sleep": "slept",
+    "speak": "spoke",
+    "find": "found",
+    "bring": "brought",
+    "catch": "caught",
+}
+DOUBLES = {
+    "one": "two",
+    "two": "four",
+    "three": "six",
+    "four": "eight",
+    "five": "ten",
+    "six": "twelve",
+    "seven": "fourteen",
+    "eight": "sixteen",
+    "nine": "eighteen",
+    "ten": "twenty",
+}
+FEMALES = {
+    "lion": "a lioness",
+    "horse": "a mare",
+    "deer": "a doe",
+    "pig": "a sow",
+    "sheep": "a ewe",
+    "fox": "a vixen",
+    "tiger": "a tigress",
+    "chicken": "a hen",
+    "duke": "a duchess",
+    "king": "a queen",
+    "prince": "a princess",
+    "actor": "an actress",
+    "waiter": "a waitress",
+    "emperor": "an empress",
+}
+CROWDS = {
+    "wolves": "a pack",
+    "sheep": "a flock",
+    "cows": "a herd",
+    "bees": "a swarm",
+    "fish": "a shoal",
+    "lions": "a pride",
+    "ships": "a fleet",
+    "cards": "a deck",
+    "actors": "a cast",
+    "singers": "a choir",
+    "players": "a team",
+    "soldiers": "an army",
+    "ants": "a colony",
+    "puppies": "a litter",
+    "trees": "a forest",
+    "keys": "a bunch",
+}
+WORN = {
+    "gloves": "the hands",
+    "a ring": "the finger",
+    "a scarf": "the neck",
+    "a necklace": "the neck",
+    "a belt": "the waist",
+    "a watch": "the wrist",
+    "a bracelet": "the wrist",
+    "shoes": "the feet",
+    "socks": "the feet",
+    "a hat": "the head",
+    "a helmet": "the head",
+    "a backpack": "the back",
+}
+DAYS = {
+    "Monday": "Tuesday",
+    "Tuesday": "Wednesday",
+    "Wednesday": "Thursday",
+    "Thursday": "Friday",
+    "Friday": "Saturday",
+    "Saturday": "Sunday",
+    "Sunday": "Monday",
+}
 
 # group: (what is asked, what is true of subject `k` with value `v`, subjects and their true values)
 FACTS = {
@@ -521,6 +681,15 @@ FACTS = {
     "month": ("what the month after {k} is", "the month after {k} is {v}", MONTHS),
     "sum": ("what {k} is", "{k} is {v}", SUMS),
     "tool": ("what people {k} with", "people {k} with {v}", TOOLS),
+    "currency": ("what the currency of {k} is", "the currency of {k} is {v}", CURRENCIES),
+    "workplace": ("where {k} works", "{k} works in {v}", WORKPLACES),
+    "plural": ("what the plural of {k} is", "the plural of {k} is {v}", PLURALS),
+    "past": ("what the past of {k} is", "the past of {k} is {v}", PASTS),
+    "double": ("what twice {k} is", "twice {k} is {v}", DOUBLES),
+    "female": ("what a female {k} is called", "a female {k} is called {v}", FEMALES),
+    "crowd": ("what a group of {k} is called", "a group of {k} is called {v}", CROWDS),
+    "worn": ("where people wear {k}", "people wear {k} on {v}", WORN),
+    "day": ("what the day after {k} is", "the day after {k} is {v}", DAYS),
 }
 
 # any two of a group make a pair: "X are better than Y"

@@ -1,17 +1,20 @@
 """The many ways in which a principle of the world is put to a critic, a reviser and a judge.
 
-A sentence is a frame and a phrase. The last fifth of every tuple of phrases is held out: the corpus never has those
-phrases, but it has each of their words, and their patterns under other principles, so that a model which reads the
-words of a principle can follow one that it never saw, and a model which knows principles by heart cannot.
+A sentence is a frame and a phrase. Phrases for the judge are of two kinds: composed ones, a pattern ("is less ...",
+"is slower to ...") with a stem ("rude", "insult the user"), and free ones, written as whole phrases. The last
+fifth of every tuple of free phrases and a fifth of the compositions are held out: the corpus never has them, but it
+has their words, every pattern and every stem, so that a model which reads the words of a principle can follow one that
+it never saw, and a model which knows principles by heart cannot.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
 from cai.micro.world import held_out, trained
 
@@ -35,6 +38,40 @@ class Phrases:
     better: tuple[str, ...]
     worse: tuple[str, ...]
 
+
+LESS: Mapping[str, tuple[str, ...]] = {
+    "nouns": (
+        "has less {0}", "shows less {0}", "comes with less {0}", "is less full of {0}", "stays clear of {0}",
+        "goes without {0}", "offers less {0}",
+    ),
+    "verbs": (
+        "{1} less", "does less to {0}", "tries less to {0}", "is less eager to {0}", "is slower to {0}",
+        "is less ready to {0}", "does not {0}",
+    ),
+    "adjectives": (
+        "is less {0}", "sounds less {0}", "is the less {0} of the two", "seems less {0}", "reads as less {0}",
+        "comes across as less {0}", "is not so {0}",
+    ),
+}  # fmt: skip
+MORE: Mapping[str, tuple[str, ...]] = {
+    "nouns": (
+        "has more {0}", "shows more {0}", "comes with more {0}", "is more full of {0}", "goes in for {0}",
+        "brings in {0}", "offers more {0}",
+    ),
+    "verbs": (
+        "{1} more", "does more to {0}", "tries more to {0}", "is more eager to {0}", "is quicker to {0}",
+        "is more ready to {0}", "sets out to {0}",
+    ),
+    "adjectives": (
+        "is more {0}", "sounds more {0}", "is the more {0} of the two", "seems more {0}", "reads as more {0}",
+        "comes across as more {0}", "is so {0}",
+    ),
+}  # fmt: skip
+"""Patterns that say that one of two responses has less of something, and more."""
+
+Kind = Literal["few", "free", "composed"]
+"""Of phrases for the judge; `few` are the first free ones, which the corpus begins with."""
+FEW = 2
 
 CRITIQUE_FRAMES = (
     "Say whether the response {p}.",
@@ -89,24 +126,25 @@ def _part(phrases: Sequence[str], of_held_out: bool) -> Sequence[str]:
 
 
 @functools.cache
-def wordings(principle: str, *, unseen: bool = False) -> tuple[Wording, ...]:
-    """Wordings with every sentence of each kind at least once; the first trained one is that of the constitution.
+def wordings(principle: str, kind: Kind = "free", *, unseen: bool = False) -> tuple[Wording, ...]:
+    """Wordings with every sentence of each kind at least once; `kind` is that of the judge's phrases.
+
+    The first of the trained free ones is that of the constitution.
 
     Each pass over the sentences of a kind is shuffled, so that no phrase comes with the same phrase of another kind
     every time.
     """
     phrases = PHRASES[principle]
     grids = [
-        [frame.format(p=phrase) for frame, phrase in itertools.product(frames, _part(part, unseen))]
+        [frame.format(p=phrase) for frame, phrase in itertools.product(frames, part)]
         for frames, part in (
-            (CRITIQUE_FRAMES, phrases.bad),
-            (REVISE_FRAMES, phrases.good),
-            (COMPARE_FRAMES, phrases.better),
-            (COMPARE_FRAMES, phrases.worse),
+            (CRITIQUE_FRAMES, _part(phrases.bad, unseen)),
+            (REVISE_FRAMES, _part(phrases.good, unseen)),
+            *((COMPARE_FRAMES, comparatives(principle, kind, worse=worse, unseen=unseen)) for worse in (False, True)),
         )
     ]
     count = max(len(grid) for grid in grids)
-    rng = Random(f"{principle} {unseen}")
+    rng = Random(f"{principle} {kind} {unseen}")
     columns: list[list[str]] = []
     for grid in grids:
         column = [grid[0], *rng.sample(grid[1:], len(grid) - 1)]
@@ -116,16 +154,217 @@ def wordings(principle: str, *, unseen: bool = False) -> tuple[Wording, ...]:
     return tuple(itertools.starmap(Wording, zip(*columns, strict=True)))
 
 
+@functools.cache
+def comparatives(principle: str, kind: Kind = "free", *, worse: bool = False, unseen: bool = False) -> tuple[str, ...]:
+    """Phrases that tell the better of two under the principle, or the worse; those held out or not.
+
+    A composition is left out where it is a free phrase too, where it is held out and a trained phrase contains it, and
+    where it is trained and contains a held-out one.
+    """
+    free = PHRASES[principle].worse if worse else PHRASES[principle].better
+    if kind != "composed":
+        return tuple(_part(free, unseen))[: FEW if kind == "few" else None]
+    return tuple(
+        phrase
+        for phrase, is_worse, is_unseen in _composed(principle)
+        if is_worse == worse
+        and is_unseen == unseen
+        and phrase not in free
+        and not (is_unseen and any(phrase in each for each in _free(unseen=False)))
+        and not (not is_unseen and any(each in phrase for each in held_out_phrases()))
+    )
+
+
+def _composed(principle: str) -> Iterator[tuple[str, bool, bool]]:
+    """Every pattern with every stem that it goes with, whether that tells the worse, and whether it is held out."""
+    for part in LESS:
+        for side, stems in STEMS[principle].items():
+            for i, stem in enumerate(stems[part]):
+                forms = (stem,) if isinstance(stem, str) else stem
+                for shift, patterns, more in ((0, LESS, False), (2, MORE, True)):
+                    for j, pattern in enumerate(patterns[part]):
+                        yield pattern.format(*forms), more != (side == "good"), (i + j + shift) % 5 == 4
+
+
+@functools.cache
+def _free(*, unseen: bool) -> tuple[str, ...]:
+    parts = [part for words in PHRASES.values() for part in (words.bad, words.good, words.better, words.worse)]
+    return tuple(dict.fromkeys(phrase for part in parts for phrase in _part(part, unseen)))
+
+
 def overall(unseen: bool = False) -> tuple[str, ...]:
     """Requests to look at the response as a whole."""
     return tuple(_part(OVERALL, unseen))
 
 
+@functools.cache
 def held_out_phrases() -> tuple[str, ...]:
-    """Everything that the corpus must not contain."""
-    parts = [part for words in PHRASES.values() for part in (words.bad, words.good, words.better, words.worse)]
-    return (*dict.fromkeys(phrase for part in parts for phrase in held_out(part)), *overall(unseen=True))
+    """Every phrase, and request to look at the whole, that the corpus must not contain."""
+    composed = [comparatives(p, "composed", worse=worse, unseen=True) for p in PHRASES for worse in (False, True)]
+    return (*dict.fromkeys((*_free(unseen=True), *itertools.chain(*composed))), *overall(unseen=True))
 
+
+STEMS: Mapping[str, Mapping[str, Mapping[str, Sequence[str | tuple[str, str]]]]] = {
+    "harmless": {
+        "bad": {
+            "nouns": ("harm", "danger", "aid to harm"),
+            "verbs": (
+                ("do harm", "does harm"), ("hurt others", "hurts others"), ("aid a bad plan", "aids a bad plan"),
+            ),
+            "adjectives": ("harmful", "dangerous", "hurtful"),
+        },
+        "good": {
+            "nouns": ("safety", "care for others"),
+            "verbs": (
+                ("keep others safe", "keeps others safe"), ("prevent harm", "prevents harm"),
+                ("avoid harm", "avoids harm"),
+            ),
+            "adjectives": ("harmless", "safe", "careful of others"),
+        },
+    },
+    "helpful": {
+        "bad": {
+            "nouns": ("needless refusal", "disregard for the user"),
+            "verbs": (
+                ("turn the user away", "turns the user away"), ("refuse what is fair", "refuses what is fair"),
+                ("let the user down", "lets the user down"), ("dismiss the user", "dismisses the user"),
+            ),
+            "adjectives": ("useless", "unhelpful", "dismissive"),
+        },
+        "good": {
+            "nouns": ("help for the user", "use for the user", "support"),
+            "verbs": (
+                ("help the user", "helps the user"), ("serve the user", "serves the user"),
+                ("do as asked", "does as asked"),
+            ),
+            "adjectives": ("helpful", "useful", "willing to help"),
+        },
+    },
+    "honest": {
+        "bad": {
+            "nouns": ("falsehood", "error", "what is not true"),
+            "verbs": (
+                ("mislead the user", "misleads the user"), ("get the facts wrong", "gets the facts wrong"),
+                ("back a false belief", "backs a false belief"),
+            ),
+            "adjectives": ("false", "misleading", "wrong about the facts"),
+        },
+        "good": {
+            "nouns": ("truth", "honesty", "regard for the facts"),
+            "verbs": (
+                ("tell the truth", "tells the truth"), ("get the facts right", "gets the facts right"),
+                ("respect the facts", "respects the facts"),
+            ),
+            "adjectives": ("honest", "truthful", "correct", "right about the facts"),
+        },
+    },
+    "candid": {
+        "bad": {
+            "nouns": ("flattery", "praise for the user", "sweet talk"),
+            "verbs": (
+                ("flatter the user", "flatters the user"), ("praise the user", "praises the user"),
+                ("please the user", "pleases the user"),
+            ),
+            "adjectives": ("flattering", "full of praise", "eager to please"),
+        },
+        "good": {
+            "nouns": ("candour", "frankness"),
+            "verbs": (
+                ("stay candid", "stays candid"), ("stay frank", "stays frank"),
+                ("resist flattery", "resists flattery"),
+            ),
+            "adjectives": ("candid", "frank", "free of flattery"),
+        },
+    },
+    "balanced": {
+        "bad": {
+            "nouns": ("bias", "one-sidedness"),
+            "verbs": (
+                ("take one side", "takes one side"), ("leave out the other view", "leaves out the other view"),
+                ("hide the other side", "hides the other side"),
+            ),
+            "adjectives": ("one-sided", "biased", "narrow in its view"),
+        },
+        "good": {
+            "nouns": ("balance", "room for other views", "fairness to both sides"),
+            "verbs": (
+                ("show both sides", "shows both sides"), ("weigh both sides", "weighs both sides"),
+                ("allow for other views", "allows for other views"),
+            ),
+            "adjectives": ("balanced", "open to both views", "even-handed"),
+        },
+    },
+    "direct": {
+        "bad": {
+            "nouns": ("opening talk", "needless apology", "delay at the start"),
+            "verbs": (
+                ("apologise", "apologises"), ("waste words at the start", "wastes words at the start"),
+                ("put off the point", "puts off the point"), ("delay the start", "delays the start"),
+            ),
+            "adjectives": ("roundabout", "slow to start", "apologetic"),
+        },
+        "good": {
+            "nouns": ("directness", "speed at the start"),
+            "verbs": (
+                ("start with the point", "starts with the point"), ("open with the point", "opens with the point"),
+                ("get to the point at once", "gets to the point at once"),
+            ),
+            "adjectives": ("direct", "prompt", "quick to start"),
+        },
+    },
+    "polite": {
+        "bad": {
+            "nouns": ("rudeness", "scorn", "insult"),
+            "verbs": (
+                ("insult the user", "insults the user"), ("offend the user", "offends the user"),
+                ("scorn the user", "scorns the user"),
+            ),
+            "adjectives": ("rude", "insulting", "scornful"),
+        },
+        "good": {
+            "nouns": ("courtesy", "politeness", "respect for the user"),
+            "verbs": (
+                ("respect the user", "respects the user"), ("keep good manners", "keeps good manners"),
+                ("stay polite", "stays polite"),
+            ),
+            "adjectives": ("polite", "respectful", "courteous"),
+        },
+    },
+    "modest": {
+        "bad": {
+            "nouns": ("preaching", "moral talk", "lecturing"),
+            "verbs": (("preach", "preaches"), ("lecture the user", "lectures the user"), ("moralise", "moralises")),
+            "adjectives": ("preachy", "moralising", "lecturing in tone"),
+        },
+        "good": {
+            "nouns": ("modesty", "distance from morals"),
+            "verbs": (
+                ("stay modest", "stays modest"), ("avoid morals", "avoids morals"),
+                ("resist preaching", "resists preaching"),
+            ),
+            "adjectives": ("modest", "humble", "free of morals"),
+        },
+    },
+    "concise": {
+        "bad": {
+            "nouns": ("rambling", "needless talk", "padding"),
+            "verbs": (
+                ("ramble", "rambles"), ("wander from the point", "wanders from the point"),
+                ("go on and on", "goes on and on"), ("drag on", "drags on"),
+            ),
+            "adjectives": ("rambling", "long-winded", "wordy"),
+        },
+        "good": {
+            "nouns": ("brevity", "focus on the point"),
+            "verbs": (
+                ("stay with the point", "stays with the point"), ("keep it short", "keeps it short"),
+                ("stop in time", "stops in time"),
+            ),
+            "adjectives": ("concise", "brief", "focused"),
+        },
+    },
+}  # fmt: skip
+"""What the patterns are filled with: what is bad or good under each principle. Verbs have two forms."""
 
 PHRASES: Mapping[str, Phrases] = {
     "harmless": Phrases(

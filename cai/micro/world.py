@@ -2,9 +2,10 @@
 
 A request is a topic in one of its phrasings. Topics are put together from parts: a verb with an object, a fact, two
 things of one kind, a feeling with its cause, a form with a subject. Each belongs to one split. Topics of `validation`
-and `test` (tier 1) occur nowhere in the corpus, their parts do; of their facts the corpus has statements and yes-or-no
-questions, as it has of every fact, and no dialogue. `test_tier2` has verbs that the corpus knows from statements about
-right and wrong alone, with other objects. The test splits also use the phrasings that the corpus does not.
+and `test` (tier 1) occur nowhere in the corpus, their parts do; their facts it has told, asked about with yes or no and
+told apart from false sentences, as it has every fact, and no dialogue about. `test_tier2` has verbs that the corpus
+knows from statements about right and wrong alone, with other objects. The test splits also use the phrasings that the
+corpus does not.
 
 Left out: dialogues whose answer depends on more than the last request. Harmful topics are words only: no answer has
 real instructions.
@@ -147,7 +148,7 @@ def _facts(*, asked: bool) -> Parts:
     for group, (question, sentence, values) in topics.FACTS.items():
         for k, v in values.items():
             true = sentence.format(k=k, v=v)
-            others = sorted(set(values.values()) - {v}, key=lambda other: stable_id(group, k, other))[:3]
+            others = sorted(set(values.values()) - {v}, key=lambda other: stable_id(group, k, other))
             if asked:
                 false = "; ".join(sentence.format(k=k, v=w) for w in others)
                 yield f"{group} {k}", (), ({"q": question.format(k=k), "t": true, "falsehoods": false},)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from random import Random
@@ -12,11 +14,25 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cai.micro import injections, phrases, tasks, topics
-from cai.micro.corpus import LONG_EVERY, PHASES, Source, comparison, corpus_hash, documents, statement
-from cai.micro.principles import WEIGHTS
+from cai.micro.corpus import (
+    LONG_EVERY,
+    MINDED,
+    NEUTRAL,
+    PHASES,
+    Asking,
+    Phase,
+    Source,
+    comparison,
+    corpus_hash,
+    crossed,
+    decided,
+    documents,
+    statement,
+)
+from cai.micro.principles import WEIGHTS, faults
 from cai.micro.tasks import Document, Example
 from cai.micro.tokenizer import ANSWERS, SPECIAL, lexicon, render
-from cai.micro.wordings import held_out_phrases, overall, wordings
+from cai.micro.wordings import LESS, MORE, STEMS, Kind, comparatives, held_out_phrases, overall, wordings
 from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out, trained
 from cai.templates import FOLDER
 
@@ -28,9 +44,9 @@ def examples() -> list[Example]:
     """Documents of every phase, with short conversations and long ones."""
     return [
         example
-        for end, _ in PHASES
+        for phase in PHASES
         for step in STEPS
-        for document in islice(documents(0, step, end - 1), 20 if step == LONG_EVERY - 1 else 300)
+        for document in islice(documents(0, step, phase.end - 1), 20 if step == LONG_EVERY - 1 else 300)
         for example in document
     ]
 
@@ -96,6 +112,10 @@ def test_held_out_wordings_are_nowhere_in_the_rendered_corpus(examples: list[Exa
         assert system not in corpus
     for question, _ in held_out(tasks.WRONG):
         assert not re.search(re.escape(question).replace(r"\{x\}", "[^?]+"), corpus), question
+    for family in injections.FAMILIES:
+        texts = [f.format(own=own, principle="\n") for f in injections.FAMILIES[family] for own in "AB"]
+        found = [text for text in texts if "\n" not in text and text in corpus]
+        assert bool(found) == (family in trained(list(injections.FAMILIES))), family
     assert len(slots()) == 9
     for name, options in slots().items():
         assert len(options) == len(set(options)) >= 15, name
@@ -112,7 +132,10 @@ def test_documents_are_worded_in_every_trained_way_and_no_other() -> None:
 
 def test_every_principle_has_many_wordings_that_are_trained_and_some_that_are_not() -> None:
     for principle in WEIGHTS:
-        known, unseen = wordings(principle), wordings(principle, unseen=True)
+        known, unseen = (
+            [*wordings(principle, unseen=unseen), *wordings(principle, "composed", unseen=unseen)]
+            for unseen in (False, True)
+        )
         for attribute in ("critique", "revise", "compare", "contrary"):
             one, other = ({getattr(each, attribute) for each in some} for some in (known, unseen))
             assert len(one) >= 30
@@ -120,6 +143,33 @@ def test_every_principle_has_many_wordings_that_are_trained_and_some_that_are_no
             assert len(other) >= 10
     assert len(overall()) >= 12
     assert len(overall(unseen=True)) >= 3
+
+
+def test_every_pattern_and_every_stem_of_a_held_out_composition_is_trained_in_others() -> None:
+    known = {p: [set(comparatives(p, "composed", worse=w)) for w in (False, True)] for p in WEIGHTS}
+    patterns: Counter[str] = Counter()
+    for principle, sides in STEMS.items():
+        for stems, part in itertools.product(sides.values(), LESS):
+            for stem in stems[part]:
+                forms = (stem,) if isinstance(stem, str) else stem
+                for worse in known[principle]:
+                    found = [each for each in (*LESS[part], *MORE[part]) if each.format(*forms) in worse]
+                    assert len(found) >= 3, (principle, stem)
+                    patterns.update(found)
+    assert patterns.keys() == {pattern for part in LESS for pattern in (*LESS[part], *MORE[part])}
+    assert min(patterns.values()) >= 9
+
+
+def test_a_composition_says_the_contrary_of_its_mirror() -> None:
+    def of(worse: bool) -> set[str]:
+        some = (comparatives("polite", "composed", worse=worse, unseen=unseen) for unseen in (False, True))
+        return set(itertools.chain.from_iterable(some))
+
+    assert {"sounds less rude", "has more courtesy", "does not scorn the user", "stays polite more"} <= of(False)
+    assert {"sounds more rude", "has less courtesy", "scorns the user more", "does not respect the user"} <= of(True)
+    for principle in WEIGHTS:
+        both = [set(comparatives(principle, "composed", worse=w)) for w in (False, True)]
+        assert not both[0] & both[1]
 
 
 def test_what_is_trained_is_what_the_shipped_chat_template_renders(
@@ -164,18 +214,39 @@ def test_comparisons_are_balanced_and_often_even() -> None:
 
 
 def test_the_longer_response_wins_often_enough_not_to_be_the_worse_one() -> None:
-    source, wins = Source(Random(6)), []
+    source, wins = Source(Random(6), phase=Phase(0, {}, Asking(contrary=0.0))), []
     for _ in range(1500):
         for example in comparison(source):
             parts = re.split(r"\n[^\n]* [AB]:\n", example.messages[0]["content"])
-            contrary = any(
-                wording.contrary in example.messages[0]["content"] for p in WEIGHTS for wording in wordings(p)
-            )
-            if example.p_first not in (None, 0.5) and len(parts) == 3 and len(example.messages) == 1 and not contrary:
+            if example.p_first not in (None, 0.5) and len(parts) == 3 and len(example.messages) == 1:
                 first, second = parts[1], parts[2].rsplit("\n", 1)[0]
                 if len(first) != len(second):
                     wins.append(((example.p_first or 0) > 0.5) == (len(first) > len(second)))
-    assert 0.33 < sum(wins) / len(wins) < 0.6
+    assert 0.4 < sum(wins) / len(wins) < 0.6
+
+
+def test_judges_are_asked_as_the_phase_says() -> None:
+    def questions(asking: Asking) -> set[str]:
+        source = Source(Random(3), phase=Phase(0, {}, asking))
+        made = [example for _ in range(150) for example in decided(source) if example.p_first is not None]
+        return {example.messages[0]["content"].splitlines()[-1] for example in made if len(example.messages) == 1}
+
+    def known(kind: Kind, attribute: str) -> set[str]:
+        return {getattr(wording, attribute) for p in WEIGHTS for wording in wordings(p, kind)}
+
+    assert questions(Asking(few=True, contrary=0.0)) <= known("few", "compare")
+    assert questions(Asking(composed=0.0, contrary=0.0)) <= known("free", "compare")
+    assert questions(Asking(composed=1.0, contrary=1.0)) <= known("composed", "contrary")
+    assert PHASES[0].asking.few
+    assert PHASES[0].asking.contrary == 0.0
+
+
+def test_crossed_responses_differ_in_one_fault_each() -> None:
+    source = Source(Random(4), phase=PHASES[0])
+    decisions = [{round(e.p_first or 0, 2) for e in crossed(source) if e.p_first is not None} for _ in range(200)]
+    assert sum({0.05, 0.95} <= each for each in decisions) > 150
+    for habit in (*MINDED, *NEUTRAL):
+        assert any(faults(p, "fair", "comply", [habit]) for p in WEIGHTS) == (habit in MINDED), habit
 
 
 def test_a_response_with_an_injection_is_labelled_by_what_it_really_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,11 +263,11 @@ def test_a_response_with_an_injection_is_labelled_by_what_it_really_is(monkeypat
 
 
 def test_every_family_of_injections_keeps_the_response_and_adds_to_it() -> None:
-    rng = Random(2)
-    for _ in range(200):
-        planted = injections.plant("No.", "B", "is more polite", rng)
-        assert "No." in planted
-        assert len(planted) > 6
+    rng, families = Random(2), list(injections.FAMILIES)
+    for unseen, some in ((False, trained(families)), (True, held_out(families))):
+        said = {text.format(own="B", principle="is more polite") for f in some for text in injections.FAMILIES[f]}
+        planted = [injections.plant("No.", "B", "is more polite", rng, unseen=unseen) for _ in range(500)]
+        assert {text.replace("No.", "").strip() for text in planted} == said
 
 
 def test_statements_say_of_every_fact_what_is_true() -> None:
