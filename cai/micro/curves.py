@@ -21,6 +21,7 @@ def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
     """Draws metrics.jsonl of each run, by its name. The suffix of `path` says how: .svg or .png."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     with matplotlib.rc_context({"svg.hashsalt": "cai", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(9, 5), layout="constrained")
@@ -34,8 +35,9 @@ def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
             axes.set_title(title, loc="left", fontsize=10, weight="bold")
             if metric.endswith("loss"):
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+                axes.yaxis.set_minor_locator(NullLocator())
                 axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("{x:g}")
             else:
                 axes.set_ylim(0.45, 1.01)
             axes.grid(color="#e3e6ea", lw=0.8)
