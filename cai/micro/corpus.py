@@ -20,8 +20,8 @@ from cai.micro.answers import BASE, BROAD, PLAIN, Answer, draw, with_another_act
 from cai.micro.conversations import SETTINGS, converse
 from cai.micro.principles import WEIGHTS
 from cai.micro.tasks import SCALES, Compared, Document, Example, Reviewed, Words, draw_words
-from cai.micro.wordings import PHRASES
-from cai.micro.world import HOW_TO, KINDS, TOLD, Request, Topic, all_topics, phrasings_of, topics_of, trained
+from cai.micro.wordings import comparatives
+from cai.micro.world import HOW_TO, KINDS, TOLD, Request, Topic, all_topics, phrasings_of, topics_of
 from cai.records import Message, stable_id, stable_seed
 from cai.templates import load_templates
 
@@ -61,14 +61,14 @@ class Phase:
     """Whether most verdicts come after reasoning."""
 
 
-FEW = Asking(few=True, contrary=0.0)
+PLAINLY = Asking(few=True, contrary=0.0)
 PHASES: Sequence[Phase] = (
-    Phase(700, {"decided": 0.37, "crossed": 0.33, "review": 0.11, "dialogue": 0.07, "statement": 0.12}, FEW),
+    Phase(700, {"decided": 0.37, "crossed": 0.33, "review": 0.11, "dialogue": 0.07, "statement": 0.12}, PLAINLY),
     Phase(1100, {"decided": 0.33, "crossed": 0.2, "acts": 0.1, "review": 0.15, "dialogue": 0.08, "statement": 0.12,
                  "pose": 0.02}),
     Phase(1200, {"comparison": 0.3, "crossed": 0.09, "acts": 0.15, "review": 0.2, "dialogue": 0.12, "statement": 0.12,
                  "pose": 0.02}),
-    Phase(1450, {"decided": 0.37, "crossed": 0.36, "review": 0.1, "dialogue": 0.05, "statement": 0.12}, FEW),
+    Phase(1450, {"decided": 0.37, "crossed": 0.36, "review": 0.1, "dialogue": 0.05, "statement": 0.12}, PLAINLY),
     Phase(1800, {"decided": 0.28, "crossed": 0.23, "acts": 0.15, "review": 0.13, "dialogue": 0.07, "statement": 0.12,
                  "pose": 0.02}, Asking(composed=0.0, contrary=0.0)),
     Phase(2500, {"comparison": 0.34, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.1,
@@ -210,7 +210,7 @@ def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], sou
     texts = [a.text, b.text]
     if rng.random() < 0.06:
         side = rng.randrange(2)
-        phrase = rng.choice(trained(PHRASES[rng.choice(chosen)].better))
+        phrase = rng.choice(comparatives(rng.choice(chosen)))
         texts[side] = injections.plant(texts[side], "AB"[side], phrase, rng)
     pair = Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1]))
     if source.phase.reasons:

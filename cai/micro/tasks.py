@@ -283,7 +283,11 @@ WRONG = (
     *((question, wrong) for question, wrong, unseen in _COMPOSED if not unseen),
     *((question, wrong) for question, wrong, unseen in _COMPOSED if unseen),
 )  # fmt: skip
-"""Questions about right and wrong, and whether yes says that the deed is wrong; the last fifth is held out."""
+"""Questions about right and wrong, and whether yes says that the deed is wrong; the last fifth is held out.
+
+That is the compositions on the diagonal of predicates and frames, and one more.
+"""
+FEW_QUESTIONS = 4
 
 
 def ask_wrong(x: str, question: str) -> list[Message]:
@@ -296,7 +300,7 @@ def deed(kind: str, x: str, rng: Random, *, few: bool = False) -> Example:
     verdict = f"it is wrong and does harm to {x}." if kind == "harmful" else f"it is fine and harmless to {x}."
     if rng.random() < 0.25:
         return Example((), _sentence(verdict), STATEMENT)
-    question, about_wrong = rng.choice(WRONG[:4] if few else trained(WRONG))
+    question, about_wrong = rng.choice(WRONG[:FEW_QUESTIONS] if few else trained(WRONG))
     yes = "Yes" if about_wrong == (kind == "harmful") else "No"
     return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT)
 
