@@ -25,13 +25,15 @@ from cai.micro.world import HOW_TO, KINDS, TOLD, Request, Topic, all_topics, phr
 from cai.records import Message, stable_id, stable_seed
 from cai.templates import load_templates
 
-REVISION = 3
+REVISION = 4
 """Raised when the corpus changes in a way that the hash of a sample might miss."""
 
 KIND_SHARES = {"harmful": 0.27, "fair": 0.17, "borderline": 0.13, "factual": 0.09, "false_belief": 0.1, "opinion": 0.1,
                "emotional": 0.08, "creative": 0.06}  # fmt: skip
 ANSWERED = {**KIND_SHARES, "factual": 0.13, "false_belief": 0.2}
 """Weights of the classes in dialogues: facts are the hardest to speak about."""
+ACTED = {**KIND_SHARES, "borderline": 0.24}
+"""In pairs of acts: compliance does no harm where a request only sounds harmful, which is judged wrongly most often."""
 JUDGED = {"alone": 0.88, "system": 0.04, "earlier": 0.03, "opened": 0.05}
 """How conversations begin that are judged: less often in another way than alone, since their tokens cost most."""
 
@@ -61,34 +63,32 @@ class Phase:
     """Whether most verdicts come after reasoning."""
 
 
-PLAINLY = Asking(few=True, contrary=0.0)
 PHASES: Sequence[Phase] = (
-    Phase(700, {"decided": 0.37, "crossed": 0.33, "review": 0.11, "dialogue": 0.07, "statement": 0.12}, PLAINLY),
-    Phase(1100, {"decided": 0.33, "crossed": 0.2, "acts": 0.1, "review": 0.15, "dialogue": 0.08, "statement": 0.12,
-                 "pose": 0.02}),
-    Phase(1200, {"comparison": 0.3, "crossed": 0.09, "acts": 0.15, "review": 0.2, "dialogue": 0.12, "statement": 0.12,
-                 "pose": 0.02}),
-    Phase(1450, {"decided": 0.37, "crossed": 0.36, "review": 0.1, "dialogue": 0.05, "statement": 0.12}, PLAINLY),
-    Phase(1800, {"decided": 0.28, "crossed": 0.23, "acts": 0.15, "review": 0.13, "dialogue": 0.07, "statement": 0.12,
+    Phase(650, {"decided": 0.33, "crossed": 0.29, "acts": 0.04, "review": 0.09, "dialogue": 0.06, "statement": 0.19},
+          Asking(few=True, contrary=0.0)),
+    Phase(1000, {"decided": 0.28, "crossed": 0.21, "acts": 0.14, "review": 0.12, "dialogue": 0.06, "statement": 0.17,
                  "pose": 0.02}, Asking(composed=0.0, contrary=0.0)),
-    Phase(2500, {"comparison": 0.34, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.1,
-                 "pose": 0.02}, Asking(contrary=0.12)),
-    Phase(3000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.29, "statement": 0.1, "pose": 0.03},
+    Phase(1350, {"decided": 0.26, "crossed": 0.2, "acts": 0.15, "review": 0.14, "dialogue": 0.07, "statement": 0.16,
+                 "pose": 0.02}, Asking(contrary=0.0)),
+    Phase(1900, {"decided": 0.26, "crossed": 0.2, "acts": 0.15, "review": 0.15, "dialogue": 0.07, "statement": 0.15,
+                 "pose": 0.02}),
+    Phase(2500, {"comparison": 0.32, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.12,
+                 "pose": 0.02}),
+    Phase(3000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.28, "statement": 0.11, "pose": 0.03},
           late=True),
-    Phase(3600, {"comparison": 0.21, "acts": 0.06, "review": 0.25, "dialogue": 0.36, "statement": 0.08, "pose": 0.04},
+    Phase(3600, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.35, "statement": 0.09, "pose": 0.04},
           late=True, reasons=True),
-    Phase(4200, {"comparison": 0.15, "acts": 0.05, "review": 0.2, "dialogue": 0.51, "statement": 0.06, "pose": 0.03},
+    Phase(4200, {"comparison": 0.16, "acts": 0.06, "review": 0.2, "dialogue": 0.49, "statement": 0.06, "pose": 0.03},
           late=True, reasons=True),
 )  # fmt: skip
-"""First that judges must read what they are asked, then where a principle is moot, what takes longest to learn,
-reasons, and last how the base model speaks.
+"""First that judges must read what they are asked, in few phrases, in free ones, in composed ones, by the contrary too;
+then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks.
 
 With all wordings at once a model finds nothing better, for a long time, than to prefer the response with fewer faults;
-with few it reads the question after some 500 steps. The second and third phase were too much too early, and undid that:
-they stand because the weights in the package went through them, and the fourth began again.
+with few it reads the question after some 500 steps, and what it then reads it learns more words for.
 """
 TYPICAL_TOKENS = {
-    "decided": 180, "crossed": 150, "comparison": 230, "acts": 180, "review": 290, "dialogue": 60, "statement": 26,
+    "decided": 180, "crossed": 150, "comparison": 230, "acts": 180, "review": 290, "dialogue": 60, "statement": 33,
     "pose": 35,
 }  # fmt: skip
 
@@ -191,7 +191,7 @@ def acts(source: Source) -> Document:
     Every third is about what is true.
     """
     rng = source.rng
-    request = source.request(("factual", "false_belief") if rng.random() < 0.33 else KINDS)
+    request = source.request(("factual", "false_belief") if rng.random() < 0.33 else KINDS, ACTED)
     a = draw(request, PLAIN, rng)
     b = with_another_act(request, a, rng)
     if rng.random() >= 0.5:
@@ -246,7 +246,7 @@ def pair(request: Request, rng: Random) -> tuple[Answer, Answer]:
         styles = {"broad": (BROAD, BROAD), "base": (BASE, BASE), "mixed": (BROAD, PLAIN)}[kind]
         a, b = (draw(request, style, rng) for style in styles)
     if rng.random() < 0.8:
-        a, b = (padded(a, rng), b) if len(a.text) < len(b.text) else (a, padded(b, rng))
+        a, b = (padded(a, b, rng), b) if len(a.text) < len(b.text) else (a, padded(b, a, rng))
     return (a, b) if rng.random() < 0.5 else (b, a)
 
 
@@ -266,10 +266,13 @@ NEUTRAL = ("hedge", "warmth", "follow_up")
 """Habits that no principle minds."""
 
 
-def padded(answer: Answer, rng: Random) -> Answer:
-    """The answer made longer by what no principle minds, so that the longer response is not the worse one."""
-    habits = {habit: answer.habits.get(habit) or write_habit(habit, rng) for habit in NEUTRAL}
-    return Answer(answer.act, answer.core, {**answer.habits, **habits})
+def padded(answer: Answer, other: Answer, rng: Random) -> Answer:
+    """The answer with habits that no principle minds, up to all of them, until it is longer than the other."""
+    for habit in rng.sample(NEUTRAL, len(NEUTRAL)):
+        if len(answer.text) > len(other.text):
+            break
+        answer = Answer(answer.act, answer.core, {habit: write_habit(habit, rng), **answer.habits})
+    return answer
 
 
 def asked(request: Request, a: Answer, b: Answer, rng: Random, *, even: int) -> list[str]:
@@ -325,12 +328,13 @@ def _late_review(one: Reviewed, faulty: list[str], fine: list[str], words: Words
 def statement(source: Source) -> Document:
     """Something true of the world: which deeds are harmful, which facts hold."""
     rng = source.rng
-    if rng.random() < 0.6:
-        gaps = rng.choice(_all_facts()).variants
-        return [tasks.fact(gaps[0]["t"], [gap["f"] for gap in gaps], rng)]
+    few = source.phase.asking.few
+    if rng.random() < 0.7:
+        believed = rng.choice(rng.choice(_all_facts()).variants)
+        return tasks.fact(believed["t"], believed["f"], rng, few=few)
     kind = rng.choices(HOW_TO, (0.4, 0.35, 0.25))[0]
     topic = rng.choice(topics_of(TOLD if rng.random() < 0.25 else "train", kind))
-    return [tasks.deed(kind, topic.name, rng, few=source.phase.asking.few)]
+    return [tasks.deed(kind, topic.name, rng, few=few)]
 
 
 @functools.cache

@@ -38,7 +38,8 @@ class Example:
     """A conversation and the answer to it, whose tokens count `weight` in the loss.
 
     `p_first` is the target of the first option where that is the question. `thoughts` is what the tokens of the
-    conversation's own assistant turns count: not nearly nothing only where the model wrote them itself.
+    conversation's own assistant turns count: not nearly nothing only where the model wrote them itself. `first` is what
+    the answer's first token counts where that decides.
     """
 
     messages: tuple[Message, ...]
@@ -46,6 +47,7 @@ class Example:
     weight: float
     p_first: float | None = None
     thoughts: float | None = None
+    first: float | None = None
 
 
 Document = list[Example]
@@ -302,31 +304,41 @@ def deed(kind: str, x: str, rng: Random, *, few: bool = False) -> Example:
         return Example((), _sentence(verdict), STATEMENT)
     question, about_wrong = rng.choice(WRONG[:FEW_QUESTIONS] if few else trained(WRONG))
     yes = "Yes" if about_wrong == (kind == "harmful") else "No"
-    return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT)
+    return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT, first=LETTER)
 
 
-FACT_QUESTIONS = ("Is it true that {f}?", "Is it right that {f}?", "Is it the case that {f}?", "Yes or no: {f}?")
+FACT_QUESTIONS = ("Is it true that {f}?", "{s} Is that true?", "Is it right that {f}?", "{s} Is that right?",
+                  "Is it the case that {f}?", "Yes or no: {f}?")  # fmt: skip
 FACT_SENTENCES = ("{f}.", "As everyone knows, {f}.", "It is true that {f}.", "It is a fact that {f}.", *phrases.ANSWER)
 WHICH_IS_TRUE = (("Which is true?", True), ("Which is false?", False), ("Which one is right?", True),
                  ("Which one is wrong?", False))  # fmt: skip
 
 
-def fact(true: str, false: Sequence[str], rng: Random) -> Example:
-    """A fact: told, asked about with yes or no, or to be told from a false sentence about the same."""
-    how = rng.choices(("told", "asked", "told apart"), (0.3, 0.35, 0.35))[0]
+def fact(true: str, false: str, rng: Random, *, few: bool = False) -> Document:
+    """A fact: told, or together with a false sentence about the same: each asked about with yes or no, or told apart.
+
+    With `few`, in few wordings.
+    """
+    how = rng.choices(("told", "asked", "told apart"), (0.2, 0.5, 0.3))[0]
     if how == "told":
-        return Example((), _sentence(rng.choice(FACT_SENTENCES).format(f=true)), STATEMENT)
-    if how == "told apart":
-        question, wants_true = rng.choice(WHICH_IS_TRUE)
-        first_true = rng.random() < 0.5
-        both = (true, rng.choice(false)) if first_true else (rng.choice(false), true)
-        a, b = (_sentence(rng.choice(FACT_SENTENCES).format(f=each)) for each in both)
-        messages: list[Message] = [{"role": "user", "content": f"A: {a}\nB: {b}\n{question}"}]
-        return _choice(messages, float(first_true == wants_true), rng)
-    said, answer = (true, "Yes") if rng.random() < 0.4 else (rng.choice(false), "No")
-    return Example(
-        ({"role": "user", "content": rng.choice(FACT_QUESTIONS).format(f=said)},), f"{answer}, {true}.", STATEMENT
-    )
+        return [Example((), _sentence(rng.choice(FACT_SENTENCES).format(f=true)), STATEMENT)]
+    if how == "asked":
+        question, sentence = rng.choice(FACT_QUESTIONS[: 2 if few else None]), rng.choice(FACT_SENTENCES)
+        asked = [
+            (question.format(f=said, s=_sentence(sentence.format(f=said))), yes)
+            for said, yes in rng.sample(((true, "Yes"), (false, "No")), 2)
+        ]
+        return [
+            Example(({"role": "user", "content": text},), f"{yes}, {true}.", STATEMENT, first=LETTER)
+            for text, yes in asked
+        ]
+    both = rng.sample((true, false), 2)
+    a, b = (_sentence(rng.choice(FACT_SENTENCES[: 2 if few else None]).format(f=each)) for each in both)
+    questions = WHICH_IS_TRUE[:2] if few else rng.sample(WHICH_IS_TRUE, 2)
+    return [
+        _choice([{"role": "user", "content": f"A: {a}\nB: {b}\n{question}"}], float((both[0] == true) == truth), rng)
+        for question, truth in questions
+    ]
 
 
 def _sentence(text: str) -> str:

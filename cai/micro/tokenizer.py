@@ -67,14 +67,13 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTr
 
 def _texts(seed: int, examples: int) -> Iterator[str]:
     count = 0
-    phases = PHASES[:3]  # the later ones have no words that these have not
-    for i, phase in enumerate(phases):
+    for i, phase in enumerate(PHASES):
         for document in documents(seed, -1 - i, phase.end - 1):
             for example in document:
                 yield from (message["content"] for message in example.messages)
                 yield example.answer
                 count += 1
-            if count >= examples * (i + 1) / len(phases):
+            if count >= examples * (i + 1) / len(PHASES):
                 break
     for word in sorted(lexicon()):
         yield " ".join(["", word] * (examples // 50))

@@ -46,7 +46,7 @@ def examples() -> list[Example]:
         example
         for phase in PHASES
         for step in STEPS
-        for document in islice(documents(0, step, phase.end - 1), 20 if step == LONG_EVERY - 1 else 300)
+        for document in islice(documents(0, step, phase.end - 1), 20 if step == LONG_EVERY - 1 else 400)
         for example in document
     ]
 
