@@ -40,6 +40,24 @@ def direct_preference(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, p_
     return bradley_terry(beta * (chosen_log_ratios - rejected_log_ratios), p_chosen)
 
 
+def likelihood(
+    chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor,
+    p_chosen: Tensor,
+) -> Tensor:  # fmt: skip
+    """Negative log-likelihood of the better response under a soft label, in nats a token.
+
+    The hard form is the second term of Pang et al. 2024 (arXiv 2404.19733, eq. 1), which keeps the better response from
+    becoming less likely while the worse one becomes so even faster.
+
+    chosen_log_probs, rejected_log_probs: (pairs,) log π(response), summed over the tokens
+    chosen_lengths, rejected_lengths:     (pairs,) tokens
+    p_chosen: (pairs,) label in [0, 1]
+    returns:  (pairs,)
+    """
+    chosen, rejected = chosen_log_probs / chosen_lengths, rejected_log_probs / rejected_lengths
+    return -(p_chosen * chosen + (1 - p_chosen) * rejected)
+
+
 def label_entropy(p_chosen: Tensor) -> Tensor:
     """The least that either loss can be for these labels, in nats. (pairs,) → (pairs,)"""
     entropy: Tensor = torch.special.entr(p_chosen) + torch.special.entr(1 - p_chosen)

@@ -131,6 +131,10 @@ class LabelledDPOCollator(DPOCollator):  # type: ignore[misc]
 class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
     """Rows: `prompt_ids`, `chosen_ids`, `rejected_ids` and `p_chosen`. The reference is what the trainer is given."""
 
+    def __init__(self, *args: Any, sft_weight: float = 0.0, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.sft_weight = sft_weight
+
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset  # TRL would render and tokenise even rows that are tokenised
 
@@ -159,10 +163,13 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or model, inputs)
         chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
         per_pair = losses.direct_preference(chosen_ratios, rejected_ratios, inputs["p_chosen"], self.beta)
+        lengths = mask.sum(dim=1).float()
+        if self.sft_weight:
+            supervised = losses.likelihood(chosen, rejected, *lengths.chunk(2), inputs["p_chosen"])
+            per_pair = per_pair + self.sft_weight * supervised
         if self.aux_loss_enabled:  # a mixture of experts' own loss for balance, one number a micro-batch
             per_pair = per_pair + self.router_aux_loss_coef * outputs.aux_loss
         loss = self._mean(per_pair, num_items_in_batch)
-        lengths = mask.sum(dim=1).float()
         self._record(chosen, rejected, chosen_ratios, rejected_ratios, lengths)
         return (loss, outputs) if return_outputs else loss
 

@@ -73,14 +73,14 @@ class Training:
     """How the model is trained. A step has `rows` of `length` tokens, a long one as many in rows of all the context."""
 
     seed: int = 0
-    steps: int = 4200
+    steps: int = 6000
     """Fewer stop before the schedule's and the corpus's end."""
     size: str = "large"
     rows: int = 10
     length: int = 416
     learning_rate: float = 3e-3
     warm_up: int = 50
-    schedule: tuple[tuple[int, float], ...] = ((0, 1.0), (2200, 1.0), (4200, 0.0))
+    schedule: tuple[tuple[int, float], ...] = ((0, 1.0), (3200, 1.0), (6000, 0.0))
     """Share of the learning rate by step, with lines between."""
     weight_decay: float = 0.05
     momentum: float = 0.95

@@ -5,7 +5,7 @@ that label (`cai.losses`). The reference is the stage's starting policy, always:
 trained, the model with its adapter off where `lora:` is. Dropout is off.
 
 Logged at each step beside the loss: log-probabilities and lengths of chosen and rejected responses. A chosen response
-that gets less likely, or lengths that pull apart, show what the loss does not.
+that gets less likely, or lengths that pull apart, show what the loss does not. Against the first there is `sft_weight`.
 
 Left out: DPO's other losses (`train: {loss_type}`), whose meaning under a soft label is not settled.
 """
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from cai.errors import StageFailed
 from cai.stages import Context, Rows, TrainingConfig, is_held_out
@@ -37,6 +39,9 @@ class Config(TrainingConfig):
     }
 
     kind: Literal["dpo"] = "dpo"
+    sft_weight: float = Field(
+        0.0, ge=0, description="Weight of the better response's mean negative log-likelihood; 0 = DPO alone."
+    )
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -66,6 +71,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             eval_dataset=training.dataset([_ids(pair) for pair in held_out]) if held_out else None,
             processing_class=chat.tokenizer,
             peft_config=training.adapter(config.lora, "CAUSAL_LM"),
+            sft_weight=config.sft_weight,
         )
         figures = training.train(trainer, context)
         if held_out:

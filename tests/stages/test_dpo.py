@@ -114,6 +114,20 @@ def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Callab
     assert abs(moved[0]) < 0.05 < moved[1]
 
 
+def test_a_supervised_term_keeps_the_better_response_likely(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    alike = [preference(number, "yes yes no", "yes yes yes", p=1.0) for number in range(16)]
+    ended = {}
+    for weight in (0.0, 1.0):
+        folder = tmp_path / str(weight)
+        train = {"learning_rate": 1e-3, "num_train_epochs": 4}
+        run_stage("dpo", folder, alike, tiny("llama"), train=train, sft_weight=weight)
+        ended[weight] = metrics(folder)
+    assert ended[1.0][0]["loss"] > ended[0.0][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert ended[1.0][-1]["log_ratio/chosen"] > ended[0.0][-1]["log_ratio/chosen"]
+    assert ended[1.0][-1]["log_ratio/chosen"] > 0
+    assert ended[1.0][-1]["reward/margin"] > 0
+
+
 def test_held_out_pairs_are_measured_and_never_learned_from(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
