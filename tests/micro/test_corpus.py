@@ -275,3 +275,22 @@ def test_statements_say_of_every_fact_what_is_true() -> None:
     said = " ".join(example.answer for _ in range(9000) for example in statement(source))
     facts = [topic for topic in all_topics() if topic.kind == "factual"]
     assert sum(topic.variants[0]["t"][1:] in said for topic in facts) > 0.95 * len(facts)
+
+
+def test_a_fact_is_asked_about_together_with_what_is_false() -> None:
+    asked: Counter[tuple[bool, str]] = Counter()
+    apart: Counter[tuple[bool, float]] = Counter()
+    for seed in range(600):
+        for example in tasks.fact("a cat has four legs", "a cat has two legs", Random(seed)):
+            text = example.messages[0]["content"] if example.messages else ""
+            if example.p_first is not None:
+                first, second, question = text.splitlines()
+                assert ("four" in first) + ("four" in second) == 1
+                apart[("four" in first) == dict(tasks.WHICH_IS_TRUE)[question], example.p_first] += 1
+            elif text:
+                asked["four" in text, example.answer.partition(",")[0]] += 1
+            assert example.p_first is not None or "cat has four legs" in example.answer
+    assert asked.keys() == {(True, "Yes"), (False, "No")}
+    assert len(set(asked.values())) == 1
+    assert {round(p, 2) for first_is_right, p in apart if first_is_right} == {tasks.SURE}
+    assert {round(p, 2) for first_is_right, p in apart if not first_is_right} == {round(1 - tasks.SURE, 2)}

@@ -12,7 +12,7 @@ from cai.micro.corpus import Source, comparison, dialogue, review, statement
 from cai.micro.forward import logits_of, loss_of
 from cai.micro.packing import batch, branch_mask, collate, pack
 from cai.micro.pretrain import Size, new_model
-from cai.micro.tasks import CRITIQUE, Document
+from cai.micro.tasks import CRITIQUE, LETTER, STATEMENT, Document, fact
 from cai.micro.tokenizer import END, render
 
 
@@ -62,6 +62,16 @@ def test_targets_follow_their_own_branch_and_soft_ones_stand_at_the_letter(
                     assert k == len(ids) - 3  # letter and end follow
                     assert packed.shares[j] == example.p_first
             assert packed.weights[at[-1]] == 0
+
+
+def test_yes_and_no_count_as_much_as_a_letter(tokenizer: PreTrainedTokenizerFast) -> None:
+    facts = (fact("it is so", "it is not so", Random(seed)) for seed in range(99))
+    asked = next(document for document in facts if len(document) == 2 and document[0].first)
+    yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    packed = pack(asked, tokenizer, 256)
+    deciding = [weight for id, weight in zip(packed.targets, packed.weights, strict=True) if id in (yes, no)]
+    assert deciding == [LETTER, LETTER]
+    assert max(weight for weight in packed.weights if weight not in deciding) == STATEMENT
 
 
 def test_branch_mask_by_hand() -> None:
