@@ -165,7 +165,10 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         per_pair = losses.direct_preference(chosen_ratios, rejected_ratios, inputs["p_chosen"], self.beta)
         lengths = mask.sum(dim=1).float()
         if self.sft_weight:
-            supervised = losses.likelihood(chosen, rejected, *lengths.chunk(2), inputs["p_chosen"])
+            chosen_length, rejected_length = lengths.chunk(2)
+            supervised = losses.likelihood(
+                chosen, rejected, chosen_length, rejected_length, p_chosen=inputs["p_chosen"]
+            )
             per_pair = per_pair + self.sft_weight * supervised
         if self.aux_loss_enabled:  # a mixture of experts' own loss for balance, one number a micro-batch
             per_pair = per_pair + self.router_aux_loss_coef * outputs.aux_loss
