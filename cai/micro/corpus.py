@@ -16,7 +16,7 @@ from itertools import islice
 from random import Random
 
 from cai.micro import injections, phrases, principles, tasks
-from cai.micro.answers import BASE, BROAD, PLAIN, Answer, draw, with_another_act, write_habit
+from cai.micro.answers import ACTS, BASE, BROAD, PLAIN, Answer, draw, with_another_act, write_core, write_habit
 from cai.micro.conversations import SETTINGS, converse
 from cai.micro.principles import WEIGHTS
 from cai.micro.tasks import SCALES, Compared, Document, Example, Reviewed, Words, draw_words
@@ -39,6 +39,8 @@ JUDGED = {"alone": 0.88, "system": 0.04, "earlier": 0.03, "opened": 0.05}
 
 LONG_EVERY = 48
 """Every so many steps all conversations are long, so that the model can use all of its context."""
+TRUTHS_EVERY, TRUTHS_FROM = 6, 3200
+"""Every so many steps, from one on, all pairs are about facts: that which of two answers is false takes the longest."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ With all wordings at once a model finds nothing better, for a long time, than to
 with few it reads the question after some 500 steps, and what it then reads it learns more words for.
 """
 TYPICAL_TOKENS = {
-    "decided": 180, "crossed": 150, "comparison": 230, "acts": 180, "review": 290, "dialogue": 60, "statement": 33,
-    "pose": 35,
+    "decided": 180, "crossed": 150, "comparison": 230, "acts": 180, "truths": 180, "review": 290, "dialogue": 60,
+    "statement": 33, "pose": 35,
 }  # fmt: skip
 
 
@@ -134,6 +136,8 @@ def documents(seed: int, step: int, at: int | None = None) -> Iterator[Document]
     shares = dict(phase.shares)
     if source.long:
         shares = {name: share for name, share in shares.items() if name not in ("statement", "pose")}
+    if is_about_facts(step):
+        shares = {"truths": 1.0}
     rates = [share / TYPICAL_TOKENS[name] for name, share in shares.items()]
     while True:
         yield MAKERS[source.rng.choices(list(shares), rates)[0]](source)
@@ -144,10 +148,16 @@ def is_long(step: int) -> bool:
     return step >= 0 and step % LONG_EVERY == LONG_EVERY - 1
 
 
+def is_about_facts(step: int) -> bool:
+    """Whether the documents of this step compare what is true with what is false."""
+    return step >= TRUTHS_FROM and step % TRUTHS_EVERY == TRUTHS_EVERY // 2
+
+
 def corpus_hash(seed: int) -> str:
-    """Identifies the corpus: documents of each phase, long ones too, the templates and the revision of this module."""
+    """Identifies the corpus: documents of each phase and kind of step, the templates and this module's revision."""
     streams = [islice(documents(seed, -1 - i, phase.end - 1), 200) for i, phase in enumerate(PHASES)]
     streams.append(islice(documents(seed, LONG_EVERY - 1), 20))
+    streams.append(islice(documents(seed, TRUTHS_FROM + TRUTHS_EVERY // 2), 100))
     sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
     templates = load_templates("micro")
     return stable_id(REVISION, [text for _, text in templates.sources], sample)
@@ -199,6 +209,18 @@ def acts(source: Source) -> Document:
     separating = {p for p in WEIGHTS if principles.probability(p, request, a, b) != 0.5}
     chosen = 2 * sorted(separating | {"harmless", "helpful"})
     rng.shuffle(chosen)
+    return _compared(request, a, b, chosen, source)
+
+
+def truths(source: Source) -> Document:
+    """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise."""
+    rng = source.rng
+    request = source.request(("factual", "false_belief"), {"factual": 0.7, "false_belief": 0.3})
+    true, false = ("answer", "misinform") if request.kind == "factual" else ("correct", "agree")
+    of_facts = [(true, false), (true, true), (false, false)]
+    both = rng.choices([*of_facts, rng.sample(ACTS[request.kind], 2)], (0.6, 0.08, 0.08, 0.24))[0]
+    a, b = (Answer(act, write_core(request, act, rng), draw(request, PLAIN, rng).habits) for act in both)
+    chosen = ["honest", "honest", "honest", rng.choice(list(WEIGHTS))]
     return _compared(request, a, b, chosen, source)
 
 
@@ -356,6 +378,7 @@ MAKERS: Mapping[str, Callable[[Source], Document]] = {
     "crossed": crossed,
     "comparison": comparison,
     "acts": acts,
+    "truths": truths,
     "review": review,
     "dialogue": dialogue,
     "statement": statement,

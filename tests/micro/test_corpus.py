@@ -19,6 +19,8 @@ from cai.micro.corpus import (
     MINDED,
     NEUTRAL,
     PHASES,
+    TRUTHS_EVERY,
+    TRUTHS_FROM,
     Asking,
     Phase,
     Source,
@@ -27,7 +29,10 @@ from cai.micro.corpus import (
     crossed,
     decided,
     documents,
+    is_about_facts,
+    is_long,
     statement,
+    truths,
 )
 from cai.micro.principles import WEIGHTS, faults
 from cai.micro.tasks import Document, Example
@@ -36,7 +41,7 @@ from cai.micro.wordings import LESS, MORE, STEMS, Kind, comparatives, held_out_p
 from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out, trained
 from cai.templates import FOLDER
 
-STEPS = (0, 1, LONG_EVERY - 1)
+STEPS = (0, 1, LONG_EVERY - 1, TRUTHS_FROM + TRUTHS_EVERY // 2)
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +252,20 @@ def test_crossed_responses_differ_in_one_fault_each() -> None:
     assert sum({0.05, 0.95} <= each for each in decisions) > 150
     for habit in (*MINDED, *NEUTRAL):
         assert any(faults(p, "fair", "comply", [habit]) for p in WEIGHTS) == (habit in MINDED), habit
+
+
+def test_pairs_about_facts_turn_on_what_is_true() -> None:
+    source = Source(Random(9), phase=Phase(0, {}, Asking(contrary=0.0)))
+    targets = [[e.p_first for e in truths(source) if e.p_first is not None] for _ in range(300)]
+    assert 0.6 < sum(document[:3].count(0.5) < 3 for document in targets) / 300 < 0.9
+    firsts = [document[0] for document in targets if document[0] not in (None, 0.5)]
+    assert 0.4 < sum(p > 0.5 for p in firsts if p) / len(firsts) < 0.6
+
+
+def test_no_step_is_both_long_and_about_facts() -> None:
+    assert any(map(is_about_facts, range(6000)))
+    assert any(map(is_long, range(TRUTHS_FROM, 6000)))
+    assert not any(is_long(step) and is_about_facts(step) for step in range(6000))
 
 
 def test_a_response_with_an_injection_is_labelled_by_what_it_really_is(monkeypatch: pytest.MonkeyPatch) -> None:
