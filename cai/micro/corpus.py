@@ -39,8 +39,6 @@ JUDGED = {"alone": 0.88, "system": 0.04, "earlier": 0.03, "opened": 0.05}
 
 LONG_EVERY = 48
 """Every so many steps all conversations are long, so that the model can use all of its context."""
-TRUTHS_EVERY, TRUTHS_FROM = 6, 3200
-"""Every so many steps, from one on, all pairs are about facts: that which of two answers is false takes the longest."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,8 @@ class Phase:
     """Whether there is more of what takes longest to learn."""
     reasons: bool = False
     """Whether most verdicts come after reasoning."""
+    truths_every: int = 0
+    """Every so many steps all pairs are about facts; 0 for never."""
 
 
 PHASES: Sequence[Phase] = (
@@ -77,11 +77,11 @@ PHASES: Sequence[Phase] = (
     Phase(3200, {"comparison": 0.32, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.12,
                  "pose": 0.02}),
     Phase(4000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.28, "statement": 0.11, "pose": 0.03},
-          late=True),
+          late=True, truths_every=6),
     Phase(5000, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.35, "statement": 0.09, "pose": 0.04},
-          late=True, reasons=True),
+          late=True, reasons=True, truths_every=3),
     Phase(6000, {"comparison": 0.16, "acts": 0.06, "review": 0.2, "dialogue": 0.49, "statement": 0.06, "pose": 0.03},
-          late=True, reasons=True),
+          late=True, reasons=True, truths_every=6),
 )  # fmt: skip
 """First that judges must read what they are asked, in few phrases, in free ones, in composed ones, by the contrary too;
 then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks.
@@ -136,7 +136,7 @@ def documents(seed: int, step: int, at: int | None = None) -> Iterator[Document]
     shares = dict(phase.shares)
     if source.long:
         shares = {name: share for name, share in shares.items() if name not in ("statement", "pose")}
-    if is_about_facts(step):
+    if is_about_facts(step, phase):
         shares = {"truths": 1.0}
     rates = [share / TYPICAL_TOKENS[name] for name, share in shares.items()]
     while True:
@@ -148,16 +148,19 @@ def is_long(step: int) -> bool:
     return step >= 0 and step % LONG_EVERY == LONG_EVERY - 1
 
 
-def is_about_facts(step: int) -> bool:
+def is_about_facts(step: int, phase: Phase) -> bool:
     """Whether the documents of this step compare what is true with what is false."""
-    return step >= TRUTHS_FROM and step % TRUTHS_EVERY == TRUTHS_EVERY // 2
+    every = phase.truths_every
+    return step >= 0 < every and step % every == every // 2
 
 
 def corpus_hash(seed: int) -> str:
     """Identifies the corpus: documents of each phase and kind of step, the templates and this module's revision."""
     streams = [islice(documents(seed, -1 - i, phase.end - 1), 200) for i, phase in enumerate(PHASES)]
     streams.append(islice(documents(seed, LONG_EVERY - 1), 20))
-    streams.append(islice(documents(seed, TRUTHS_FROM + TRUTHS_EVERY // 2), 100))
+    for phase in PHASES:
+        about_facts = (step for step in range(phase.end) if is_about_facts(step, phase))
+        streams += [islice(documents(seed, step, phase.end - 1), 50) for step in islice(about_facts, 1)]
     sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
     templates = load_templates("micro")
     return stable_id(REVISION, [text for _, text in templates.sources], sample)
@@ -221,10 +224,12 @@ def truths(source: Source) -> Document:
     both = rng.choices([*of_facts, rng.sample(ACTS[request.kind], 2)], (0.6, 0.08, 0.08, 0.24))[0]
     a, b = (Answer(act, write_core(request, act, rng), draw(request, PLAIN, rng).habits) for act in both)
     chosen = ["honest", "honest", "honest", rng.choice(list(WEIGHTS))]
-    return _compared(request, a, b, chosen, source)
+    return _compared(request, a, b, chosen, source, reasons=False)
 
 
-def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source) -> Document:
+def _compared(
+    request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source, *, reasons: bool = True
+) -> Document:
     rng = source.rng
     if rng.random() < 0.5:
         a, b = b, a
@@ -235,7 +240,7 @@ def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], sou
         phrase = rng.choice(comparatives(rng.choice(chosen)))
         texts[side] = injections.plant(texts[side], "AB"[side], phrase, rng)
     pair = Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1]))
-    if source.phase.reasons:
+    if reasons and source.phase.reasons:
         return _reasoned(pair, chosen, words, source)
     document = [tasks.compare(pair, p, words, rng, contrary=source.is_contrary()) for p in chosen]
     if rng.random() < (0.6 if source.phase.late else 0.2):
