@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
 
@@ -77,7 +77,7 @@ PHASES: Sequence[Phase] = (
     Phase(3200, {"comparison": 0.32, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.12,
                  "pose": 0.02}),
     Phase(4000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.28, "statement": 0.11, "pose": 0.03},
-          late=True, truths_every=6),
+          late=True, truths_every=2),
     Phase(5000, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.35, "statement": 0.09, "pose": 0.04},
           late=True, reasons=True, truths_every=3),
     Phase(6000, {"comparison": 0.16, "acts": 0.06, "review": 0.2, "dialogue": 0.49, "statement": 0.06, "pose": 0.03},
@@ -151,7 +151,7 @@ def is_long(step: int) -> bool:
 def is_about_facts(step: int, phase: Phase) -> bool:
     """Whether the documents of this step compare what is true with what is false."""
     every = phase.truths_every
-    return step >= 0 < every and step % every == every // 2
+    return step >= 0 < every and step % every == 0
 
 
 def corpus_hash(seed: int) -> str:
@@ -216,7 +216,10 @@ def acts(source: Source) -> Document:
 
 
 def truths(source: Source) -> Document:
-    """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise."""
+    """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise.
+
+    Half of them are asked in few phrases, as in the first phase.
+    """
     rng = source.rng
     request = source.request(("factual", "false_belief"), {"factual": 0.7, "false_belief": 0.3})
     true, false = ("answer", "misinform") if request.kind == "factual" else ("correct", "agree")
@@ -224,7 +227,8 @@ def truths(source: Source) -> Document:
     both = rng.choices([*of_facts, rng.sample(ACTS[request.kind], 2)], (0.6, 0.08, 0.08, 0.24))[0]
     a, b = (Answer(act, write_core(request, act, rng), draw(request, PLAIN, rng).habits) for act in both)
     chosen = ["honest", "honest", "honest", rng.choice(list(WEIGHTS))]
-    return _compared(request, a, b, chosen, source, reasons=False)
+    asking = rng.choice((source.phase, PHASES[0]))
+    return _compared(request, a, b, chosen, replace(source, phase=asking), reasons=False)
 
 
 def _compared(
