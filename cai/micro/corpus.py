@@ -79,7 +79,7 @@ PHASES: Sequence[Phase] = (
     Phase(4000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.28, "statement": 0.11, "pose": 0.03},
           late=True, truths_every=2),
     Phase(5000, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.35, "statement": 0.09, "pose": 0.04},
-          late=True, reasons=True, truths_every=3),
+          late=True, reasons=True, truths_every=2),
     Phase(6000, {"comparison": 0.16, "acts": 0.06, "review": 0.2, "dialogue": 0.49, "statement": 0.06, "pose": 0.03},
           late=True, reasons=True, truths_every=6),
 )  # fmt: skip
@@ -218,7 +218,7 @@ def acts(source: Source) -> Document:
 def truths(source: Source) -> Document:
     """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise.
 
-    Half of them are asked in few phrases, as in the first phase.
+    Half of them are asked in few phrases, as in the first phase, later all of them also in the words of statements.
     """
     rng = source.rng
     request = source.request(("factual", "false_belief"), {"factual": 0.7, "false_belief": 0.3})
@@ -227,13 +227,21 @@ def truths(source: Source) -> Document:
     both = rng.choices([*of_facts, rng.sample(ACTS[request.kind], 2)], (0.6, 0.08, 0.08, 0.24))[0]
     a, b = (Answer(act, write_core(request, act, rng), draw(request, PLAIN, rng).habits) for act in both)
     chosen = ["honest", "honest", "honest", rng.choice(list(WEIGHTS))]
-    asking = rng.choice((source.phase, PHASES[0]))
-    return _compared(request, a, b, chosen, replace(source, phase=asking), reasons=False)
+    asked_by = replace(source, phase=rng.choice((source.phase, PHASES[0])))
+    shown, words = _shown(request, a, b, chosen, asked_by)
+    document = _verdicts(shown, chosen, words, asked_by)
+    if source.phase.reasons:
+        document += [tasks.which_is_true(shown, words, rng) for _ in range(2)]
+    return document
 
 
-def _compared(
-    request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source, *, reasons: bool = True
-) -> Document:
+def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source) -> Document:
+    """Two responses judged under the chosen principles, in this order or the other, now and then with an injection."""
+    shown, words = _shown(request, a, b, chosen, source)
+    return (_reasoned if source.phase.reasons else _verdicts)(shown, chosen, words, source)
+
+
+def _shown(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source) -> tuple[Compared, Words]:
     rng = source.rng
     if rng.random() < 0.5:
         a, b = b, a
@@ -243,9 +251,12 @@ def _compared(
         side = rng.randrange(2)
         phrase = rng.choice(comparatives(rng.choice(chosen)))
         texts[side] = injections.plant(texts[side], "AB"[side], phrase, rng)
-    pair = Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1]))
-    if reasons and source.phase.reasons:
-        return _reasoned(pair, chosen, words, source)
+    return Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1])), words
+
+
+def _verdicts(pair: Compared, chosen: Sequence[str], words: Words, source: Source) -> Document:
+    """A plain verdict under each principle, now and then one after reasoning and an argument for one side."""
+    rng = source.rng
     document = [tasks.compare(pair, p, words, rng, contrary=source.is_contrary()) for p in chosen]
     if rng.random() < (0.6 if source.phase.late else 0.2):
         document.append(tasks.compare_after_reasoning(pair, rng.choice(chosen), words, rng))

@@ -140,6 +140,13 @@ def compare(pair: Compared, principle: str, words: Words, rng: Random, *, contra
     return _choice(ask_compare(pair, words, question), 1 - p if contrary else p, rng)
 
 
+def which_is_true(pair: Compared, words: Words, rng: Random) -> Example:
+    """Which of two responses is true, in the words in which sentences are told apart."""
+    question, wants_true = rng.choice(WHICH_IS_TRUE)
+    p = pair.truth("honest")
+    return _choice(ask_compare(pair, words, question), p if wants_true else 1 - p, rng)
+
+
 def compare_after_reasoning(pair: Compared, principle: str, words: Words, rng: Random) -> Example:
     """What is wrong with each first, then which is better."""
     reasoning = write_reasoning(pair, principle, rng)
