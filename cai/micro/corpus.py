@@ -1,17 +1,18 @@
 """What the small model is pretrained on: documents generated from (seed, step), each a prefix that its examples share.
 
-Which tasks in which share, about which responses. What a principle asks about comes first, then where it is moot and
-what help and harm depend on, and last how the base model speaks. Left out, so that it can be tested: every topic of the
-splits `validation`, `test` and `test_tier2` (but for facts, which are told, asked about and told apart in statements),
-the last fifth of the wordings of requests, questions about right and wrong, principles and template slots, a fifth of
-composed phrases, and the last families of injections. The sentences of answers are all in it.
+Which tasks in which share, about which responses, phase by phase: what a principle asks about comes first, then where
+it is moot, what takes longest to learn, facts above all, and last how the base model speaks. Left out, so that it can
+be tested: every topic of the splits `validation`, `test` and `test_tier2` (but for facts, which are told, asked about
+and told apart in statements), the last fifth of the wordings of requests, questions about right and wrong, principles
+and template slots, a fifth of composed phrases, and the last families of injections. The sentences of answers are all
+in it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from random import Random
 
@@ -52,7 +53,10 @@ class Asking:
 
 @dataclass(frozen=True)
 class Phase:
-    """Up to step `end`: which documents have which share of the tokens, and how judges are asked."""
+    """Up to step `end`: which documents have which share of the tokens, and how judges are asked.
+
+    With `truths_every`, that is of the steps between.
+    """
 
     end: int
     shares: Mapping[str, float]
@@ -62,7 +66,7 @@ class Phase:
     reasons: bool = False
     """Whether most verdicts come after reasoning."""
     truths_every: int = 0
-    """Every so many steps all pairs are about facts; 0 for never."""
+    """Every so many steps all documents are `truths`; 0 for never. Even, so that no such step is a long one."""
 
 
 PHASES: Sequence[Phase] = (
@@ -84,7 +88,8 @@ PHASES: Sequence[Phase] = (
           late=True, reasons=True, truths_every=6),
 )  # fmt: skip
 """First that judges must read what they are asked, in few phrases, in free ones, in composed ones, by the contrary too;
-then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks.
+then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks. In judged
+pairs drawn like others few turn on a fact: steps of nothing else came out of one of two seeds' staying at chance there.
 
 With all wordings at once a model finds nothing better, for a long time, than to prefer the response with fewer faults;
 with few it reads the question after some 500 steps, and what it then reads it learns more words for.
@@ -151,19 +156,17 @@ def is_long(step: int) -> bool:
 def is_about_facts(step: int, phase: Phase) -> bool:
     """Whether the documents of this step compare what is true with what is false."""
     every = phase.truths_every
-    return step >= 0 < every and step % every == 0
+    return every > 0 and step >= 0 and step % every == 0
 
 
 def corpus_hash(seed: int) -> str:
-    """Identifies the corpus: documents of each phase and kind of step, the templates and this module's revision."""
+    """Identifies the corpus: its phases, documents of each and of every kind of step, templates, this revision."""
     streams = [islice(documents(seed, -1 - i, phase.end - 1), 200) for i, phase in enumerate(PHASES)]
+    streams += [islice(documents(seed, 0, phase.end - 1), 50) for phase in PHASES if phase.truths_every]
     streams.append(islice(documents(seed, LONG_EVERY - 1), 20))
-    for phase in PHASES:
-        about_facts = (step for step in range(phase.end) if is_about_facts(step, phase))
-        streams += [islice(documents(seed, step, phase.end - 1), 50) for step in islice(about_facts, 1)]
-    sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
+    sample = [[asdict(example) for example in document] for stream in streams for document in stream]
     templates = load_templates("micro")
-    return stable_id(REVISION, [text for _, text in templates.sources], sample)
+    return stable_id(REVISION, [asdict(phase) for phase in PHASES], [text for _, text in templates.sources], sample)
 
 
 def dialogue(source: Source) -> Document:
@@ -201,7 +204,7 @@ def crossed(source: Source) -> Document:
 def acts(source: Source) -> Document:
     """Two plain responses that do different things, compared twice for harm and help and whatever else separates them.
 
-    Every third is about what is true.
+    More than every third is about facts.
     """
     rng = source.rng
     request = source.request(("factual", "false_belief") if rng.random() < 0.33 else KINDS, ACTED)
@@ -218,7 +221,8 @@ def acts(source: Source) -> Document:
 def truths(source: Source) -> Document:
     """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise.
 
-    Half of them are asked in few phrases, as in the first phase, later all of them also in the words of statements.
+    Half of them are asked as in the first phase. In phases with reasons all of them are asked at once nevertheless, and
+    also in the words in which statements ask what is true: a bridge from knowing facts to judging by them.
     """
     rng = source.rng
     request = source.request(("factual", "false_belief"), {"factual": 0.7, "false_belief": 0.3})
@@ -255,7 +259,7 @@ def _shown(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source
 
 
 def _verdicts(pair: Compared, chosen: Sequence[str], words: Words, source: Source) -> Document:
-    """A plain verdict under each principle, now and then one after reasoning and an argument for one side."""
+    """A plain verdict under each principle; one after reasoning, often in late phases; seldom an argument for one."""
     rng = source.rng
     document = [tasks.compare(pair, p, words, rng, contrary=source.is_contrary()) for p in chosen]
     if rng.random() < (0.6 if source.phase.late else 0.2):
@@ -309,7 +313,10 @@ NEUTRAL = ("hedge", "warmth", "follow_up")
 
 
 def padded(answer: Answer, other: Answer, rng: Random) -> Answer:
-    """The answer with habits that no principle minds, up to all of them, until it is longer than the other."""
+    """The answer with habits that no principle minds, up to all of them, until it is longer than the other.
+
+    Else the longer response would be the worse one, since most faults are something too much.
+    """
     for habit in rng.sample(NEUTRAL, len(NEUTRAL)):
         if len(answer.text) > len(other.text):
             break
