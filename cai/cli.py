@@ -396,7 +396,7 @@ def micro_pretrain(folder: Path, size: str, steps: int | None, seed: int, on: st
     """Train the embedded model from scratch into a folder; started again, it goes on from its last checkpoint.
 
     \b
-    cai micro pretrain my-micro                   # 80 minutes on one CPU core
+    cai micro pretrain my-micro                   # 70 minutes on one CPU core
     cai micro pretrain my-micro --on 1gpu
     cai run quickstart --set model=my-micro
     """

@@ -1,4 +1,4 @@
-"""Trains the small model from scratch on the generated corpus: in 90 minutes on one CPU core; a GPU has not been tried.
+"""Trains the small model from scratch on the generated corpus: in 70 minutes on one CPU core; a GPU has not been tried.
 
 Hidden matrices by Muon (Jordan et al. 2024), which needed about half of AdamW's steps in trials; the rest by AdamW.
 Resumable: a checkpoint with the optimizers' state is written every few hundred steps, and the batch of a step depends
