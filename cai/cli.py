@@ -257,28 +257,36 @@ def constitution() -> None:
 
 @constitution.command("check")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def constitution_check(files: tuple[str, ...], as_json: bool) -> None:
-    """Load each document with what it extends. Exit code 2 if one is wrong; every wrong one is named."""
+@click.option("--strict", is_flag=True, help="Name what is weak too: no examples, no criterion, twice the same.")
+@JSON
+def constitution_check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
+    """Load each document with what it extends. Exit code 2 if one is wrong; every wrong one is named.
+
+    With --strict, exit code 1 if none is wrong and one is weak.
+    """
     from cai.constitution import load_constitution
     from cai.constitution.report import summary, summary_line
+    from cai.constitution.weaknesses import weaknesses
 
     facts: list[dict[str, object]] = []
     errors: list[dict[str, str]] = []
+    weak: list[str] = []
     for file in files:
         try:
             document = load_constitution(file)
         except BadInput as error:
             errors.append({"path": file, "message": str(error)})
             click.echo(str(error), err=True)
-        else:
-            facts.append(summary(document))
-            if not as_json:
-                click.echo(summary_line(document))
+            continue
+        facts.append(summary(document))
+        found = list(weaknesses(document)) if strict else []
+        weak += found
+        if not as_json:
+            click.echo("\n".join([summary_line(document), *found]))
     if as_json:
-        click.echo(json.dumps({"documents": facts, "errors": errors}))
-    if errors:
-        raise SystemExit(BadInput.exit_code)
+        click.echo(json.dumps({"documents": facts, "errors": errors} | ({"weak": weak} if strict else {})))
+    if errors or weak:
+        raise SystemExit(BadInput.exit_code if errors else 1)
 
 
 @constitution.command("show")
