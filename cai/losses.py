@@ -2,7 +2,7 @@
 
 A label here is a probability, not a verdict: `p` is how likely the chosen response is the better one. Every loss is the
 expectation of its hard form under that label, p · loss(chosen, rejected) + (1 − p) · loss(rejected, chosen), so p = 1
-gives back the published loss and p = ½ teaches that the two are equal.
+gives back the published loss. Of the two losses on margins, p = ½ teaches that the two responses are equal.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ def direct_preference(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, p_
     return bradley_terry(beta * (chosen_log_ratios - rejected_log_ratios), p_chosen)
 
 
-def likelihood(
+def negative_log_likelihood(
     chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor,
     p_chosen: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Negative log-likelihood of the better response under a soft label, in nats a token.
+    """Expected negative log-likelihood under the label: p of the chosen response's, 1 − p of the rejected one's.
 
-    The hard form is the second term of Pang et al. 2024 (arXiv 2404.19733, eq. 1), which keeps the better response from
-    becoming less likely while the worse one becomes so even faster.
+    In nats a token of each response. The hard form is the second term of Pang et al. 2024 (arXiv 2404.19733, eq. 1),
+    which keeps the chosen response from becoming less likely while the rejected one becomes so even faster. An even
+    label raises both.
 
     chosen_log_probs, rejected_log_probs: (pairs,) log π(response), summed over the tokens
     chosen_lengths, rejected_lengths:     (pairs,) tokens
@@ -59,6 +60,6 @@ def likelihood(
 
 
 def label_entropy(p_chosen: Tensor) -> Tensor:
-    """The least that either loss can be for these labels, in nats. (pairs,) → (pairs,)"""
+    """The least that either loss on margins can be for these labels, in nats. (pairs,) → (pairs,)"""
     entropy: Tensor = torch.special.entr(p_chosen) + torch.special.entr(1 - p_chosen)
     return entropy

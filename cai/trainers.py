@@ -11,7 +11,7 @@ Left out: DPO's other losses. What a soft label means for them is not settled, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,22 +164,25 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
         per_pair = losses.direct_preference(chosen_ratios, rejected_ratios, inputs["p_chosen"], self.beta)
         lengths = mask.sum(dim=1).float()
+        parts = {}
         if self.sft_weight:
             chosen_length, rejected_length = lengths.chunk(2)
-            supervised = losses.likelihood(
-                chosen, rejected, chosen_length, rejected_length, p_chosen=inputs["p_chosen"]
+            supervised = losses.negative_log_likelihood(
+                chosen, rejected, chosen_length, rejected_length, inputs["p_chosen"]
             )
+            parts = {"loss/dpo": per_pair, "loss/sft": supervised}
             per_pair = per_pair + self.sft_weight * supervised
         if self.aux_loss_enabled:  # a mixture of experts' own loss for balance, one number a micro-batch
             per_pair = per_pair + self.router_aux_loss_coef * outputs.aux_loss
         loss = self._mean(per_pair, num_items_in_batch)
-        self._record(chosen, rejected, chosen_ratios, rejected_ratios, lengths)
+        self._record(chosen, rejected, chosen_ratios, rejected_ratios, lengths, parts)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def _record(
-        self, chosen: Tensor, rejected: Tensor, chosen_ratios: Tensor, rejected_ratios: Tensor, lengths: Tensor
-    ) -> None:
+        self, chosen: Tensor, rejected: Tensor, chosen_ratios: Tensor, rejected_ratios: Tensor, lengths: Tensor,
+        parts: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         """Diagnostics of one batch, over all ranks.
 
         A falling `log_prob/chosen` and a `length/…` that pulls apart are how DPO goes wrong while its loss looks well.
@@ -194,6 +197,7 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
             "reward/accuracy": (chosen_ratios > rejected_ratios).float(),
             "length/chosen": chosen_length,
             "length/rejected": rejected_length,
+            **parts,
         }
         # One value a pair: TRL's mean over what is appended is then a mean over the step's pairs. (`gather_for_metrics`
         # would drop some of them in the last step of an epoch, whose micro-batches are fetched in advance.)

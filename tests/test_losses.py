@@ -43,13 +43,13 @@ def test_a_policy_that_is_its_own_reference_loses_log_two_for_any_label() -> Non
     assert losses.direct_preference(zero, zero, torch.rand(5), beta=0.1).tolist() == pytest.approx([math.log(2)] * 5)
 
 
-def test_the_likelihood_is_that_of_the_better_response_a_token() -> None:
+def test_the_likelihood_is_expected_under_the_label_and_counted_a_token() -> None:
     chosen, rejected = -RANDOM.uniform(1, 90, size=(2, 30))
     long, short = RANDOM.integers(1, 60, size=(2, 30))
     p = RANDOM.uniform(size=30)
-    loss = losses.likelihood(*(tensor(each) for each in (chosen, rejected, long, short, p)))
+    loss = losses.negative_log_likelihood(*(tensor(each) for each in (chosen, rejected, long, short, p)))
     np.testing.assert_allclose(loss.numpy(), -p * chosen / long - (1 - p) * rejected / short, atol=1e-12)
-    certain = losses.likelihood(*(tensor(each) for each in (chosen, rejected, long, short, np.ones(30))))
+    certain = losses.negative_log_likelihood(*(tensor(each) for each in (chosen, rejected, long, short, np.ones(30))))
     np.testing.assert_allclose(certain.numpy(), -chosen / long, atol=1e-12)
 
 

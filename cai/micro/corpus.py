@@ -1,22 +1,23 @@
 """What the small model is pretrained on: documents generated from (seed, step), each a prefix that its examples share.
 
-Which tasks in which share, about which responses. What a principle asks about comes first, then where it is moot and
-what help and harm depend on, and last how the base model speaks. Left out, so that it can be tested: every topic of the
-splits `validation`, `test` and `test_tier2` (but for facts, which are told, asked about and told apart in statements),
-the last fifth of the wordings of requests, questions about right and wrong, principles and template slots, a fifth of
-composed phrases, and the last families of injections. The sentences of answers are all in it.
+Which tasks in which share, about which responses, phase by phase: what a principle asks about comes first, then where
+it is moot, what takes longest to learn, facts above all, and last how the base model speaks. Left out, so that it can
+be tested: every topic of the splits `validation`, `test` and `test_tier2` (but for facts, which are told, asked about
+and told apart in statements), the last fifth of the wordings of requests, questions about right and wrong, principles
+and template slots, a fifth of composed phrases, and the last families of injections. The sentences of answers are all
+in it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from random import Random
 
 from cai.micro import injections, phrases, principles, tasks
-from cai.micro.answers import BASE, BROAD, PLAIN, Answer, draw, with_another_act, write_habit
+from cai.micro.answers import ACTS, BASE, BROAD, PLAIN, Answer, draw, with_another_act, write_core, write_habit
 from cai.micro.conversations import SETTINGS, converse
 from cai.micro.principles import WEIGHTS
 from cai.micro.tasks import SCALES, Compared, Document, Example, Reviewed, Words, draw_words
@@ -52,7 +53,10 @@ class Asking:
 
 @dataclass(frozen=True)
 class Phase:
-    """Up to step `end`: which documents have which share of the tokens, and how judges are asked."""
+    """Up to step `end`: which documents have which share of the tokens, and how judges are asked.
+
+    With `truths_every`, that is of the steps between.
+    """
 
     end: int
     shares: Mapping[str, float]
@@ -61,6 +65,8 @@ class Phase:
     """Whether there is more of what takes longest to learn."""
     reasons: bool = False
     """Whether most verdicts come after reasoning."""
+    truths_every: int = 0
+    """Every so many steps all documents are `truths`; 0 for never. Even, so that no such step is a long one."""
 
 
 PHASES: Sequence[Phase] = (
@@ -75,21 +81,22 @@ PHASES: Sequence[Phase] = (
     Phase(3200, {"comparison": 0.32, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.12,
                  "pose": 0.02}),
     Phase(4000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.28, "statement": 0.11, "pose": 0.03},
-          late=True),
+          late=True, truths_every=2),
     Phase(5000, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.35, "statement": 0.09, "pose": 0.04},
-          late=True, reasons=True),
+          late=True, reasons=True, truths_every=2),
     Phase(6000, {"comparison": 0.16, "acts": 0.06, "review": 0.2, "dialogue": 0.49, "statement": 0.06, "pose": 0.03},
-          late=True, reasons=True),
+          late=True, reasons=True, truths_every=6),
 )  # fmt: skip
 """First that judges must read what they are asked, in few phrases, in free ones, in composed ones, by the contrary too;
-then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks.
+then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks. In judged
+pairs drawn like others few turn on a fact: steps of nothing else came out of one of two seeds' staying at chance there.
 
 With all wordings at once a model finds nothing better, for a long time, than to prefer the response with fewer faults;
 with few it reads the question after some 500 steps, and what it then reads it learns more words for.
 """
 TYPICAL_TOKENS = {
-    "decided": 180, "crossed": 150, "comparison": 230, "acts": 180, "review": 290, "dialogue": 60, "statement": 33,
-    "pose": 35,
+    "decided": 180, "crossed": 150, "comparison": 230, "acts": 180, "truths": 180, "review": 290, "dialogue": 60,
+    "statement": 33, "pose": 35,
 }  # fmt: skip
 
 
@@ -134,6 +141,8 @@ def documents(seed: int, step: int, at: int | None = None) -> Iterator[Document]
     shares = dict(phase.shares)
     if source.long:
         shares = {name: share for name, share in shares.items() if name not in ("statement", "pose")}
+    if is_about_facts(step, phase):
+        shares = {"truths": 1.0}
     rates = [share / TYPICAL_TOKENS[name] for name, share in shares.items()]
     while True:
         yield MAKERS[source.rng.choices(list(shares), rates)[0]](source)
@@ -144,13 +153,20 @@ def is_long(step: int) -> bool:
     return step >= 0 and step % LONG_EVERY == LONG_EVERY - 1
 
 
+def is_about_facts(step: int, phase: Phase) -> bool:
+    """Whether the documents of this step compare what is true with what is false."""
+    every = phase.truths_every
+    return every > 0 and step >= 0 and step % every == 0
+
+
 def corpus_hash(seed: int) -> str:
-    """Identifies the corpus: documents of each phase, long ones too, the templates and the revision of this module."""
+    """Identifies the corpus: its phases, documents of each and of every kind of step, templates, this revision."""
     streams = [islice(documents(seed, -1 - i, phase.end - 1), 200) for i, phase in enumerate(PHASES)]
+    streams += [islice(documents(seed, 0, phase.end - 1), 50) for phase in PHASES if phase.truths_every]
     streams.append(islice(documents(seed, LONG_EVERY - 1), 20))
-    sample = [[(list(e.messages), e.answer, e.p_first) for e in d] for stream in streams for d in stream]
+    sample = [[asdict(example) for example in document] for stream in streams for document in stream]
     templates = load_templates("micro")
-    return stable_id(REVISION, [text for _, text in templates.sources], sample)
+    return stable_id(REVISION, [asdict(phase) for phase in PHASES], [text for _, text in templates.sources], sample)
 
 
 def dialogue(source: Source) -> Document:
@@ -188,7 +204,7 @@ def crossed(source: Source) -> Document:
 def acts(source: Source) -> Document:
     """Two plain responses that do different things, compared twice for harm and help and whatever else separates them.
 
-    Every third is about what is true.
+    More than every third is about facts.
     """
     rng = source.rng
     request = source.request(("factual", "false_belief") if rng.random() < 0.33 else KINDS, ACTED)
@@ -202,7 +218,34 @@ def acts(source: Source) -> Document:
     return _compared(request, a, b, chosen, source)
 
 
+def truths(source: Source) -> Document:
+    """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise.
+
+    Half of them are asked as in the first phase. In phases with reasons all of them are asked at once nevertheless, and
+    also in the words in which statements ask what is true: a bridge from knowing facts to judging by them.
+    """
+    rng = source.rng
+    request = source.request(("factual", "false_belief"), {"factual": 0.7, "false_belief": 0.3})
+    true, false = ("answer", "misinform") if request.kind == "factual" else ("correct", "agree")
+    of_facts = [(true, false), (true, true), (false, false)]
+    both = rng.choices([*of_facts, rng.sample(ACTS[request.kind], 2)], (0.6, 0.08, 0.08, 0.24))[0]
+    a, b = (Answer(act, write_core(request, act, rng), draw(request, PLAIN, rng).habits) for act in both)
+    chosen = ["honest", "honest", "honest", rng.choice(list(WEIGHTS))]
+    asked_by = replace(source, phase=rng.choice((source.phase, PHASES[0])))
+    shown, words = _shown(request, a, b, chosen, asked_by)
+    document = _verdicts(shown, chosen, words, asked_by)
+    if source.phase.reasons:
+        document += [tasks.which_is_true(shown, words, rng) for _ in range(2)]
+    return document
+
+
 def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source) -> Document:
+    """Two responses judged under the chosen principles, in this order or the other, now and then with an injection."""
+    shown, words = _shown(request, a, b, chosen, source)
+    return (_reasoned if source.phase.reasons else _verdicts)(shown, chosen, words, source)
+
+
+def _shown(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source) -> tuple[Compared, Words]:
     rng = source.rng
     if rng.random() < 0.5:
         a, b = b, a
@@ -212,9 +255,12 @@ def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], sou
         side = rng.randrange(2)
         phrase = rng.choice(comparatives(rng.choice(chosen)))
         texts[side] = injections.plant(texts[side], "AB"[side], phrase, rng)
-    pair = Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1]))
-    if source.phase.reasons:
-        return _reasoned(pair, chosen, words, source)
+    return Compared(source.conversation(request, JUDGED), request, a, b, (texts[0], texts[1])), words
+
+
+def _verdicts(pair: Compared, chosen: Sequence[str], words: Words, source: Source) -> Document:
+    """A plain verdict under each principle; one after reasoning, often in late phases; seldom an argument for one."""
+    rng = source.rng
     document = [tasks.compare(pair, p, words, rng, contrary=source.is_contrary()) for p in chosen]
     if rng.random() < (0.6 if source.phase.late else 0.2):
         document.append(tasks.compare_after_reasoning(pair, rng.choice(chosen), words, rng))
@@ -267,7 +313,10 @@ NEUTRAL = ("hedge", "warmth", "follow_up")
 
 
 def padded(answer: Answer, other: Answer, rng: Random) -> Answer:
-    """The answer with habits that no principle minds, up to all of them, until it is longer than the other."""
+    """The answer with habits that no principle minds, up to all of them, until it is longer than the other.
+
+    Else the longer response would be the worse one, since most faults are something too much.
+    """
     for habit in rng.sample(NEUTRAL, len(NEUTRAL)):
         if len(answer.text) > len(other.text):
             break
@@ -356,6 +405,7 @@ MAKERS: Mapping[str, Callable[[Source], Document]] = {
     "crossed": crossed,
     "comparison": comparison,
     "acts": acts,
+    "truths": truths,
     "review": review,
     "dialogue": dialogue,
     "statement": statement,

@@ -66,8 +66,8 @@ def pack(document: Document, tokenizer: PreTrainedTokenizerFast, limit: int) -> 
         if len(packed.ids) + len(ids) > limit and (branch > 1 or shared):
             continue
         weights = _question_weights(example, question, tokenizer)[shared:] + [example.weight] * (len(answer) + 1)
-        if example.first is not None:
-            weights[len(question) - shared] = example.first
+        if example.first_weight is not None:
+            weights[len(question) - shared] = example.first_weight
         if example.p_first is not None:
             weights[-1] = 0.05
         start = len(packed.ids)

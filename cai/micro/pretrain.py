@@ -80,7 +80,7 @@ class Training:
     length: int = 416
     learning_rate: float = 3e-3
     warm_up: int = 50
-    schedule: tuple[tuple[int, float], ...] = ((0, 1.0), (3200, 1.0), (6000, 0.0))
+    schedule: tuple[tuple[int, float], ...] = ((0, 1.0), (4000, 1.0), (6000, 0.0))
     """Share of the learning rate by step, with lines between."""
     weight_decay: float = 0.05
     momentum: float = 0.95

@@ -1,8 +1,8 @@
-"""What the small model is asked, and what the world's truth answers: one function a task, each of which makes Examples.
+"""What the small model is asked, and what the world's truth answers: one function a task, for one Example or several.
 
 Questions go through template set `micro`, so that what is trained is token for token what `cai` asks later. The tasks:
-compare two responses (also after reasoning, also by the contrary of a principle), argue for one, criticise, rate and
-revise one, write what a user could say, and say what is wrong or true in the world.
+compare two responses (also after reasoning, by the contrary of a principle, or by which is true), argue for one,
+criticise, rate and revise one, write what a user could say, and say what is wrong or true in the world.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Example:
     """A conversation and the answer to it, whose tokens count `weight` in the loss.
 
     `p_first` is the target of the first option where that is the question. `thoughts` is what the tokens of the
-    conversation's own assistant turns count: not nearly nothing only where the model wrote them itself. `first` is what
-    the answer's first token counts where that decides.
+    conversation's own assistant turns count: not nearly nothing only where the model wrote them itself. `first_weight`
+    is what the answer's first token counts where it is the verdict, Yes or No.
     """
 
     messages: tuple[Message, ...]
@@ -47,7 +47,7 @@ class Example:
     weight: float
     p_first: float | None = None
     thoughts: float | None = None
-    first: float | None = None
+    first_weight: float | None = None
 
 
 Document = list[Example]
@@ -138,6 +138,16 @@ def compare(pair: Compared, principle: str, words: Words, rng: Random, *, contra
     p = pair.truth(principle)
     question = wording.contrary if contrary else wording.compare
     return _choice(ask_compare(pair, words, question), 1 - p if contrary else p, rng)
+
+
+def which_is_true(pair: Compared, words: Words, rng: Random) -> Example:
+    """Which of two responses is more honest, in the words in which sentences are told apart.
+
+    A refusal says nothing false: against a falsehood it is the true one, against a truth the target is even.
+    """
+    question, wants_true = rng.choice(WHICH_IS_TRUE)
+    p = pair.truth("honest")
+    return _choice(ask_compare(pair, words, question), p if wants_true else 1 - p, rng)
 
 
 def compare_after_reasoning(pair: Compared, principle: str, words: Words, rng: Random) -> Example:
@@ -304,7 +314,7 @@ def deed(kind: str, x: str, rng: Random, *, few: bool = False) -> Example:
         return Example((), _sentence(verdict), STATEMENT)
     question, about_wrong = rng.choice(WRONG[:FEW_QUESTIONS] if few else trained(WRONG))
     yes = "Yes" if about_wrong == (kind == "harmful") else "No"
-    return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT, first=LETTER)
+    return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT, first_weight=LETTER)
 
 
 FACT_QUESTIONS = ("Is it true that {f}?", "{s} Is that true?", "Is it right that {f}?", "{s} Is that right?",
@@ -312,29 +322,31 @@ FACT_QUESTIONS = ("Is it true that {f}?", "{s} Is that true?", "Is it right that
 FACT_SENTENCES = ("{f}.", "As everyone knows, {f}.", "It is true that {f}.", "It is a fact that {f}.", *phrases.ANSWER)
 WHICH_IS_TRUE = (("Which is true?", True), ("Which is false?", False), ("Which one is right?", True),
                  ("Which one is wrong?", False))  # fmt: skip
+FEW_FACTS = 2
+"""Of the questions and sentences about facts, those that the corpus begins with are the first."""
 
 
 def fact(true: str, false: str, rng: Random, *, few: bool = False) -> Document:
     """A fact: told, or together with a false sentence about the same: each asked about with yes or no, or told apart.
 
-    With `few`, in few wordings.
+    With `few`, questions are few, and so are the sentences told apart.
     """
     how = rng.choices(("told", "asked", "told apart"), (0.2, 0.5, 0.3))[0]
     if how == "told":
         return [Example((), _sentence(rng.choice(FACT_SENTENCES).format(f=true)), STATEMENT)]
     if how == "asked":
-        question, sentence = rng.choice(FACT_QUESTIONS[: 2 if few else None]), rng.choice(FACT_SENTENCES)
+        question, sentence = rng.choice(FACT_QUESTIONS[: FEW_FACTS if few else None]), rng.choice(FACT_SENTENCES)
         asked = [
             (question.format(f=said, s=_sentence(sentence.format(f=said))), yes)
             for said, yes in rng.sample(((true, "Yes"), (false, "No")), 2)
         ]
         return [
-            Example(({"role": "user", "content": text},), f"{yes}, {true}.", STATEMENT, first=LETTER)
+            Example(({"role": "user", "content": text},), f"{yes}, {true}.", STATEMENT, first_weight=LETTER)
             for text, yes in asked
         ]
     both = rng.sample((true, false), 2)
-    a, b = (_sentence(rng.choice(FACT_SENTENCES[: 2 if few else None]).format(f=each)) for each in both)
-    questions = WHICH_IS_TRUE[:2] if few else rng.sample(WHICH_IS_TRUE, 2)
+    a, b = (_sentence(rng.choice(FACT_SENTENCES[: FEW_FACTS if few else None]).format(f=each)) for each in both)
+    questions = WHICH_IS_TRUE[:FEW_FACTS] if few else rng.sample(WHICH_IS_TRUE, 2)
     return [
         _choice([{"role": "user", "content": f"A: {a}\nB: {b}\n{question}"}], float((both[0] == true) == truth), rng)
         for question, truth in questions

@@ -5,7 +5,8 @@ that label (`cai.losses`). The reference is the stage's starting policy, always:
 trained, the model with its adapter off where `lora:` is. Dropout is off.
 
 Logged at each step beside the loss: log-probabilities and lengths of chosen and rejected responses. A chosen response
-that gets less likely, or lengths that pull apart, show what the loss does not. Against the first there is `sft_weight`.
+that gets less likely, or lengths that pull apart, show what the loss does not. Against the first there is `sft_weight`
+(Pang et al. 2024, arXiv 2404.19733); with it, what it adds is logged as `loss/sft`, beside `loss/dpo`.
 
 Left out: DPO's other losses (`train: {loss_type}`), whose meaning under a soft label is not settled.
 """
@@ -40,7 +41,9 @@ class Config(TrainingConfig):
 
     kind: Literal["dpo"] = "dpo"
     sft_weight: float = Field(
-        0.0, ge=0, description="Weight of the better response's mean negative log-likelihood; 0 = DPO alone."
+        0.0,
+        ge=0,
+        description="Weight of the responses' expected negative log-likelihood a token (RPO); 0 = DPO alone.",
     )
 
 

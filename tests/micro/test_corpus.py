@@ -7,13 +7,16 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from cai.micro import corpus as corpus_module
 from cai.micro import injections, phrases, tasks, topics
+from cai.micro.answers import Answer, write_core
 from cai.micro.corpus import (
     LONG_EVERY,
     MINDED,
@@ -27,16 +30,21 @@ from cai.micro.corpus import (
     crossed,
     decided,
     documents,
+    is_about_facts,
+    is_long,
     statement,
+    truths,
 )
 from cai.micro.principles import WEIGHTS, faults
 from cai.micro.tasks import Document, Example
 from cai.micro.tokenizer import ANSWERS, SPECIAL, lexicon, render
 from cai.micro.wordings import LESS, MORE, STEMS, Kind, comparatives, held_out_phrases, overall, wordings
 from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out, trained
+from cai.records import Message
 from cai.templates import FOLDER
 
 STEPS = (0, 1, LONG_EVERY - 1)
+"""About facts in phases that have such steps; ordinary; long."""
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +255,49 @@ def test_crossed_responses_differ_in_one_fault_each() -> None:
     assert sum({0.05, 0.95} <= each for each in decisions) > 150
     for habit in (*MINDED, *NEUTRAL):
         assert any(faults(p, "fair", "comply", [habit]) for p in WEIGHTS) == (habit in MINDED), habit
+
+
+def test_pairs_about_facts_turn_on_what_is_true() -> None:
+    """The better response is the one that says the request's fact, read from what the judge is shown."""
+    source = Source(Random(9), phase=Phase(0, {}, Asking(contrary=0.0)))
+    facts = {topic.variants[0]["t"]: topic for topic in all_topics() if topic.kind == "factual"}
+    decided_by = Counter[bool]()
+    for document in (truths(source) for _ in range(400)):
+        text = document[0].messages[-1]["content"]
+        first, second = re.split(r"\n[^\n]* [AB]:\n", text)[-2:]
+        said = [[fact in part and f"{fact}, not" not in part for fact in facts] for part in (first, second)]
+        p = document[0].p_first
+        if p is not None and p != 0.5 and any(said[0]) != any(said[1]) and "refus" not in text:
+            decided_by[any(said[0]) == (p > 0.5)] += 1
+    assert decided_by[True] > 100
+    assert decided_by[False] < 0.05 * decided_by[True]  # corrections name both, refusals neither
+
+
+def test_which_is_true_is_answered_by_what_the_responses_say() -> None:
+    request = Source(Random(1)).request(("factual",))
+    true, false, silent = (
+        Answer(act, write_core(request, act, Random(0))) for act in ("answer", "misinform", "refuse")
+    )
+    said: list[Message] = [{"role": "user", "content": request.text}]
+    for a, b, expected in ((true, false, 0.95), (false, true, 0.05), (silent, false, 0.95), (true, silent, 0.5)):
+        shown = tasks.Compared(said, request, a, b, (a.text, b.text))
+        for seed in range(20):
+            example = tasks.which_is_true(shown, tasks.canonical_words(), Random(seed))
+            wants_true = dict(tasks.WHICH_IS_TRUE)[example.messages[0]["content"].splitlines()[-1]]
+            assert example.p_first == pytest.approx(expected if wants_true else 1 - expected)
+
+
+def test_the_hash_of_the_corpus_knows_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, last = corpus_hash(0), PHASES[-1]
+    for change in ({"end": last.end + 1}, {"truths_every": last.truths_every + 2}, {"late": not last.late}):
+        monkeypatch.setattr(corpus_module, "PHASES", (*PHASES[:-1], replace(last, **change)))
+        assert corpus_hash(0) != before, change
+
+
+def test_no_step_is_both_long_and_about_facts() -> None:
+    for phase in PHASES:
+        assert any(is_about_facts(step, phase) for step in range(48)) == bool(phase.truths_every)
+        assert not any(is_long(step) and is_about_facts(step, phase) for step in range(-20, 480))
 
 
 def test_a_response_with_an_injection_is_labelled_by_what_it_really_is(monkeypatch: pytest.MonkeyPatch) -> None:

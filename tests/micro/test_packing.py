@@ -66,7 +66,7 @@ def test_targets_follow_their_own_branch_and_soft_ones_stand_at_the_letter(
 
 def test_yes_and_no_count_as_much_as_a_letter(tokenizer: PreTrainedTokenizerFast) -> None:
     facts = (fact("it is so", "it is not so", Random(seed)) for seed in range(99))
-    asked = next(document for document in facts if len(document) == 2 and document[0].first)
+    asked = next(document for document in facts if len(document) == 2 and document[0].first_weight)
     yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
     packed = pack(asked, tokenizer, 256)
     deciding = [weight for id, weight in zip(packed.targets, packed.weights, strict=True) if id in (yes, no)]

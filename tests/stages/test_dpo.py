@@ -81,13 +81,16 @@ def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
     load_causal_lm(trained(tmp_path / "second"))
 
 
-def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_micro_batches_change_neither_the_steps_nor_their_losses(
+    sft_weight: float, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
     measured = []
     for micro_batch in (1, 4, 8):
         folder = tmp_path / f"micro{micro_batch}"
         profile = CPU.model_copy(update={"micro_batch": micro_batch})
         train = {"learning_rate": 1e-3, "num_train_epochs": 2}
-        run_stage("dpo", folder, mixed(13), tiny("llama"), profile=profile, train=train)
+        run_stage("dpo", folder, mixed(13), tiny("llama"), profile=profile, train=train, sft_weight=sft_weight)
         measured.append([entry["loss"] for entry in metrics(folder)])
     assert len(measured[0]) == 4
     for other in measured[1:]:
@@ -114,18 +117,26 @@ def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Callab
     assert abs(moved[0]) < 0.05 < moved[1]
 
 
-def test_a_supervised_term_keeps_the_better_response_likely(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_supervised_term_is_added_and_logged(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    rows = [preference(1, "yes " * 5, "no", p=0.7)]
+    run_stage("dpo", tmp_path / "stage", rows, tiny("llama"), sft_weight=0.5)
+    entry = metrics(tmp_path / "stage")[0]
+    chosen, rejected = (entry[f"log_prob/{side}"] / entry[f"length/{side}"] for side in ("chosen", "rejected"))
+    assert entry["length/chosen"] != entry["length/rejected"]
+    assert entry["loss/sft"] == pytest.approx(-(0.7 * chosen + 0.3 * rejected), rel=1e-4)
+    assert entry["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert entry["loss"] == pytest.approx(entry["loss/dpo"] + 0.5 * entry["loss/sft"], rel=1e-4)
+
+
+def test_the_supervised_term_makes_the_chosen_response_likelier(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     alike = [preference(number, "yes yes no", "yes yes yes", p=1.0) for number in range(16)]
     ended = {}
     for weight in (0.0, 1.0):
-        folder = tmp_path / str(weight)
         train = {"learning_rate": 1e-3, "num_train_epochs": 4}
-        run_stage("dpo", folder, alike, tiny("llama"), train=train, sft_weight=weight)
-        ended[weight] = metrics(folder)
-    assert ended[1.0][0]["loss"] > ended[0.0][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert ended[1.0][-1]["log_ratio/chosen"] > ended[0.0][-1]["log_ratio/chosen"]
-    assert ended[1.0][-1]["log_ratio/chosen"] > 0
-    assert ended[1.0][-1]["reward/margin"] > 0
+        run_stage("dpo", tmp_path / str(weight), alike, tiny("llama"), train=train, sft_weight=weight)
+        ended[weight] = metrics(tmp_path / str(weight))[-1]
+    assert ended[1.0]["log_ratio/chosen"] > max(0, ended[0.0]["log_ratio/chosen"])
+    assert ended[1.0]["reward/margin"] > 0
 
 
 def test_held_out_pairs_are_measured_and_never_learned_from(
