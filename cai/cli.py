@@ -257,28 +257,36 @@ def constitution() -> None:
 
 @constitution.command("check")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def constitution_check(files: tuple[str, ...], as_json: bool) -> None:
-    """Load each document with what it extends. Exit code 2 if one is wrong; every wrong one is named."""
+@click.option("--strict", is_flag=True, help="Name what is weak too: no examples, no criterion, twice the same.")
+@JSON
+def constitution_check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
+    """Load each document with what it extends. Exit code 2 if one is wrong; every wrong one is named.
+
+    With --strict, exit code 1 if none is wrong and one is weak.
+    """
     from cai.constitution import load_constitution
     from cai.constitution.report import summary, summary_line
+    from cai.constitution.weaknesses import weaknesses
 
     facts: list[dict[str, object]] = []
     errors: list[dict[str, str]] = []
+    weak: list[str] = []
     for file in files:
         try:
             document = load_constitution(file)
         except BadInput as error:
             errors.append({"path": file, "message": str(error)})
             click.echo(str(error), err=True)
-        else:
-            facts.append(summary(document))
-            if not as_json:
-                click.echo(summary_line(document))
+            continue
+        facts.append(summary(document))
+        found = list(weaknesses(document)) if strict else []
+        weak += found
+        if not as_json:
+            click.echo("\n".join([summary_line(document), *found]))
     if as_json:
-        click.echo(json.dumps({"documents": facts, "errors": errors}))
-    if errors:
-        raise SystemExit(BadInput.exit_code)
+        click.echo(json.dumps({"documents": facts, "errors": errors} | ({"weak": weak} if strict else {})))
+    if errors or weak:
+        raise SystemExit(BadInput.exit_code if errors else 1)
 
 
 @constitution.command("show")
@@ -312,6 +320,56 @@ def constitution_show(file: str, prompt: bool, principle: str | None, templates:
         click.echo(json.dumps(document.plain()))
     else:
         click.echo("\n".join(document_lines(document)))
+
+
+@constitution.command("test")
+@click.argument("file")
+@click.option("--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id.")
+@click.option("--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's.")
+@click.option("--examples", metavar="FILE", help="Take the examples of this constitution instead, by principle.")
+@click.option("--min-accuracy", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit code 1 below this.")
+@PROFILE
+@JSON
+def constitution_test(
+    file: str,
+    model: str,
+    templates: str,
+    examples: str | None,
+    min_accuracy: float | None,
+    on: str | None,
+    as_json: bool,
+) -> None:
+    """Put every example to a judge under its principle, in both orders; name those that it sees the other way.
+
+    \b
+    cai constitution test constitutions/micro.yaml --min-accuracy 0.95
+    cai constitution test mine.yaml --model my-model --examples colleague.yaml --json
+    """
+    from cai.constitution import load_constitution
+    from cai.pipeline import prepare
+    from cai.profile import load_profile
+
+    document = load_constitution(file)
+    profile = load_profile(on)
+    from cai.feedback import principle_tests
+
+    if examples is not None:
+        document = principle_tests.with_examples_of(document, load_constitution(examples))
+    prepare(profile)
+    from cai import checkpoint
+    from cai.engines import open_engine
+    from cai.templates import load_templates
+
+    judge = checkpoint.resolve(model, templates=templates, folder=Path.cwd())
+    with open_engine(judge, profile) as engine:
+        outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates))
+    figures = principle_tests.figures(outcomes)
+    if as_json:
+        click.echo(json.dumps({"constitution": document.name, "model": judge.name} | figures))
+    else:
+        click.echo("\n".join(principle_tests.lines(outcomes)))
+    if min_accuracy is not None and figures["accuracy"] < min_accuracy:
+        raise SystemExit(1)
 
 
 @constitution.command("schema")
