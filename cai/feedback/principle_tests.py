@@ -9,22 +9,21 @@ Left out: whether the principle is a good one, and how it gets along with the ot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from cai.constitution import Constitution, Example, Principle
 from cai.engines import Engine
 from cai.engines.retry import choose_all
 from cai.errors import BadInput, nearest
-from cai.feedback.votes import Pair, to_questions, to_votes
-from cai.statistics import Rate, rate
+from cai.feedback.labels import probability
+from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
+from cai.statistics import rate
 from cai.templates import TemplateSet
 from cai.wording import printable, shorten
-
-MIN_MASS = 0.1
-"""Probability that the options must hold together, as in the judge stage."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,16 @@ class Outcome:
     @property
     def p_better(self) -> float:
         """Probability of the better response by the averaged log-odds."""
-        return 0.0 if self.log_odds is None else 1 / (1 + math.exp(-sum(self.log_odds) / 2))
+        return 0.0 if self.log_odds is None else float(probability(np.array(sum(self.log_odds) / 2)))
 
     def as_json(self) -> dict[str, Any]:
         """The example's name, prompt and verdict."""
-        return {"name": self.name, "prompt": self.prompt, "p_better": self.p_better, "reason": self.reason}
+        return {
+            "name": self.name,
+            "prompt": self.prompt,
+            "p_better": None if self.log_odds is None else self.p_better,
+            "reason": self.reason,
+        }
 
 
 def with_examples_of(constitution: Constitution, other: Constitution) -> Constitution:
@@ -117,7 +121,7 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _measured(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    accuracy = accuracy_of(outcomes)
+    accuracy = rate([float(each.passed) for each in outcomes], [each.prompt for each in outcomes])
     answered = [each for each in outcomes if each.log_odds is not None]
     return {
         "accuracy": accuracy.value,
@@ -129,11 +133,6 @@ def _measured(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         if answered
         else None,
     }
-
-
-def accuracy_of(outcomes: Sequence[Outcome]) -> Rate:
-    """Share of examples that pass."""
-    return rate([float(each.passed) for each in outcomes], [each.prompt for each in outcomes])
 
 
 def lines(outcomes: Sequence[Outcome]) -> Iterator[str]:

@@ -16,6 +16,8 @@ from cai.templates import OPTIONS, TemplateSet
 
 ORDERS: tuple[Literal["ab", "ba"], ...] = ("ab", "ba")
 """Which response is shown first."""
+MIN_MASS = 0.1
+"""Probability that the options must hold together, unless a recipe says otherwise."""
 
 
 class Pair(NamedTuple):

@@ -88,8 +88,8 @@ PHASES: Sequence[Phase] = (
           late=True, reasons=True, truths_every=6),
 )  # fmt: skip
 """First that judges must read what they are asked, in few phrases, in free ones, in composed ones, by the contrary too;
-then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks. In judged
-pairs drawn like others few turn on a fact: steps of nothing else came out of one of two seeds' staying at chance there.
+then where a principle is moot, what takes longest to learn, reasons, and last how the base model speaks. Few of
+the pairs judged until then turn on a fact, and one of two seeds stayed at chance on these: hence steps of nothing else.
 
 With all wordings at once a model finds nothing better, for a long time, than to prefer the response with fewer faults;
 with few it reads the question after some 500 steps, and what it then reads it learns more words for.
@@ -246,6 +246,7 @@ def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], sou
 
 
 def _shown(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source) -> tuple[Compared, Words]:
+    """The pair as the judge sees it, and the words of its document."""
     rng = source.rng
     if rng.random() < 0.5:
         a, b = b, a

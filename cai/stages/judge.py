@@ -30,7 +30,7 @@ from pydantic import Field
 from cai.constitution import Constitution, Principle
 from cai.engines.retry import choose_all
 from cai.errors import BadInput, StageFailed
-from cai.feedback.votes import Pair, to_questions, to_votes
+from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
 from cai.journal import RECORDS
 from cai.records import Candidate, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
@@ -56,7 +56,7 @@ class Config(FeedbackConfig):
         "all", description="Principles asked about a pair: one or k drawn at random from those that apply, or all."
     )
     min_mass: float = Field(
-        0.1, ge=0, le=1,
+        MIN_MASS, ge=0, le=1,
         description="Probability that the options must hold together. A judge that understood the question puts nearly "
         "all of it there; below a tenth it was about to say something else, and the ratio of the options is noise.",
     )  # fmt: skip

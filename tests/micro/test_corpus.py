@@ -14,7 +14,6 @@ from random import Random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cai.micro import corpus as corpus_module
 from cai.micro import injections, phrases, tasks, topics
 from cai.micro.answers import Answer, write_core
 from cai.micro.corpus import (
@@ -260,17 +259,16 @@ def test_crossed_responses_differ_in_one_fault_each() -> None:
 def test_pairs_about_facts_turn_on_what_is_true() -> None:
     """The better response is the one that says the request's fact, read from what the judge is shown."""
     source = Source(Random(9), phase=Phase(0, {}, Asking(contrary=0.0)))
-    facts = {topic.variants[0]["t"]: topic for topic in all_topics() if topic.kind == "factual"}
+    facts = {topic.variants[0]["t"] for topic in all_topics() if topic.kind == "factual"}
     decided_by = Counter[bool]()
     for document in (truths(source) for _ in range(400)):
-        text = document[0].messages[-1]["content"]
-        first, second = re.split(r"\n[^\n]* [AB]:\n", text)[-2:]
-        said = [[fact in part and f"{fact}, not" not in part for fact in facts] for part in (first, second)]
+        first, second = re.split(r"\n[^\n]* [AB]:\n", document[0].messages[-1]["content"])[-2:]
+        true = [any(fact in part for fact in facts) for part in (first, second)]
         p = document[0].p_first
-        if p is not None and p != 0.5 and any(said[0]) != any(said[1]) and "refus" not in text:
-            decided_by[any(said[0]) == (p > 0.5)] += 1
-    assert decided_by[True] > 100
-    assert decided_by[False] < 0.05 * decided_by[True]  # corrections name both, refusals neither
+        if p is not None and p != 0.5 and true[0] != true[1]:
+            decided_by[true[0] == (p > 0.5)] += 1
+    assert decided_by[True] > 200
+    assert decided_by[False] == 0
 
 
 def test_which_is_true_is_answered_by_what_the_responses_say() -> None:
@@ -290,7 +288,7 @@ def test_which_is_true_is_answered_by_what_the_responses_say() -> None:
 def test_the_hash_of_the_corpus_knows_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     before, last = corpus_hash(0), PHASES[-1]
     for change in ({"end": last.end + 1}, {"truths_every": last.truths_every + 2}, {"late": not last.late}):
-        monkeypatch.setattr(corpus_module, "PHASES", (*PHASES[:-1], replace(last, **change)))
+        monkeypatch.setattr("cai.micro.corpus.PHASES", (*PHASES[:-1], replace(last, **change)))
         assert corpus_hash(0) != before, change
 
 
