@@ -207,6 +207,55 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
     click.echo(json.dumps(found) if as_json else "\n".join(life_lines(found)))
 
 
+@main.group()
+def votes() -> None:
+    """Say what principles and judges do, from the votes of finished runs: no model is asked."""
+
+
+EXAMPLE_PAIRS = click.option(
+    "--examples", "n_examples", type=click.IntRange(min=0), default=3, show_default=True, help="Pairs to read."
+)
+
+
+@votes.command("explain")
+@click.argument("run")
+@EXAMPLE_PAIRS
+@RUNS
+@JSON
+def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+    """Say of every principle how often it decides, with whom it goes, and which labels turn without it.
+
+    RUN is a run's name or folder, or RUN/STAGE where several stages of it turn votes into preferences.
+
+    \b
+    cai votes explain quickstart
+    cai votes explain quickstart --examples 10 --json
+    """
+    from cai.feedback import explain
+
+    found = explain.explain(explain.evidence(run, runs_folder), n_examples)
+    click.echo(json.dumps(found) if as_json else "\n".join(explain.explain_lines(found)))
+
+
+@votes.command("diff")
+@click.argument("one")
+@click.argument("other")
+@EXAMPLE_PAIRS
+@RUNS
+@JSON
+def votes_diff(one: str, other: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+    """Compare two judges, or two wordings of principles, on the pairs that two runs have in common.
+
+    \b
+    cai votes diff quickstart my-run
+    cai votes diff my-run/by-micro my-run/by-another
+    """
+    from cai.feedback import explain
+
+    found = explain.diff(explain.evidence(one, runs_folder), explain.evidence(other, runs_folder), n_examples)
+    click.echo(json.dumps(found) if as_json else "\n".join(explain.diff_lines(found)))
+
+
 @main.command()
 @click.argument("run")
 @click.option("--yes", is_flag=True, help="Do not ask.")

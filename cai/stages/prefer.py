@@ -13,10 +13,7 @@ Left out: fitting the temperature, and learning how far each principle can be tr
 
 from __future__ import annotations
 
-import json
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -25,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cai.constitution import Constitution
 from cai.errors import BadInput, StageFailed
 from cai.feedback.label_figures import figures
-from cai.feedback.labels import Ballots, Floats, aggregate, over_orders, probability
+from cai.feedback.labels import Floats, aggregate, over_orders, probability
+from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.prompts import PairSet, load_human_pairs
@@ -72,14 +70,6 @@ class Config(StageConfig):
         if not self.from_ and self.pairs is None:
             raise ValueError("found neither `from:` nor `pairs:`, expected stages with votes or a file of human pairs")
         return self
-
-
-class Votes(NamedTuple):
-    """Vote rows without their votes, and the votes of all of them as columns."""
-
-    rows: list[dict[str, Any]]
-    principles: list[str]
-    ballots: Ballots
 
 
 class Labelled(NamedTuple):
@@ -132,28 +122,6 @@ def from_votes(config: Config, context: Context) -> Labelled:
     ]
     towards_chosen = by_principle[kept] * np.where(chosen_is_a, 1.0, -1.0)[:, None]
     return Labelled(rows, {"votes": len(votes.rows), **left_out}, votes.principles, towards_chosen)
-
-
-def read_votes(paths: Iterable[Path]) -> Votes:
-    """All vote rows of several files. Only numbers are kept of the votes: 100,000 pairs have millions."""
-    rows: list[dict[str, Any]] = []
-    numbers: dict[str, int] = {}
-    pair, principle, swapped, log_odds = array("q"), array("q"), array("b"), array("d")
-    for path in paths:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                votes = row.pop("votes")
-                pair.extend([len(rows)] * len(votes))
-                principle.extend([numbers.setdefault(vote["principle"], len(numbers)) for vote in votes])
-                swapped.extend([vote["order"] == "ba" for vote in votes])
-                log_odds.extend([vote["log_odds"] for vote in votes])
-                rows.append(row)
-    principles = sorted(numbers)
-    # In alphabetical order, so that sums come out the same to the last bit whichever row was read first.
-    column = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
-    columns = Ballots(np.array(pair), column[np.array(principle)], np.array(swapped, dtype=bool), np.array(log_odds))
-    return Votes(rows, principles, columns)
 
 
 def weights_of(principles: Sequence[str], constitution: Constitution | None) -> Floats:
