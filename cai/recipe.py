@@ -279,7 +279,7 @@ def _check_source(document: Document, keys: tuple[Key, ...], source: str) -> Non
 def _constitution(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
     if written.constitution is None:
         for index, config in enumerate(configs):
-            if config.asks or (config.uses_weights and inputs_of(config)):
+            if config.requests or (config.uses_weights and inputs_of(config)):
                 raise fail(
                     document,
                     ("stages", index, "kind"),

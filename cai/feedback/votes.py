@@ -44,7 +44,7 @@ def to_questions(pair: Pair, principles: Sequence[Principle], templates: Templat
         first, second = (texts[side] for side in order)
         for principle in principles:
             yield Question(
-                _question_id(pair, order, principle),
+                question_id(pair, order, principle),
                 templates.compare(pair.messages, first, second, principle),
                 OPTIONS,
             )
@@ -58,10 +58,19 @@ def to_votes(
     One order alone leaks the judge's preference for a position, so a principle's votes are kept together or not at all.
     Options that hold less than `min_mass` of the probability between them are no answer.
     """
+    by_principle = [
+        [_to_vote(pair, order, principle, answers, min_mass) for order in ORDERS] for principle in principles
+    ]
+    return together(pair, by_principle)
+
+
+def together(
+    pair: Pair, by_principle: Sequence[Sequence[PrincipleVote | Failure]]
+) -> tuple[list[PrincipleVote], list[Failure]]:
+    """Each principle's votes where both orders have one, and what failed; the pair itself where no principle has."""
     votes: list[PrincipleVote] = []
     failures: list[Failure] = []
-    for principle in principles:
-        both = [_to_vote(pair, order, principle, answers, min_mass) for order in ORDERS]
+    for both in by_principle:
         failed = [vote for vote in both if isinstance(vote, Failure)]
         failures += failed
         if not failed:
@@ -80,7 +89,7 @@ def _to_vote(
     min_mass: float,
 ) -> PrincipleVote | Failure:
     """The log-odds that *a* is better, whichever was shown first."""
-    answer = answers[_question_id(pair, order, principle)]
+    answer = answers[question_id(pair, order, principle)]
     where = f"pair {pair.id}, {principle.id!r}, order {order}"
     if isinstance(answer, Failure):
         return Failure(answer.id, f"{where}: {answer.reason}")
@@ -92,7 +101,8 @@ def _to_vote(
     return PrincipleVote(principle=principle.id, order=order, log_odds=log_odds, mass=answer.mass)
 
 
-def _question_id(pair: Pair, order: str, principle: Principle) -> str:
+def question_id(pair: Pair, order: str, principle: Principle) -> str:
+    """Names the question about a pair in one order under one principle."""
     return f"{pair.id}/{order}/{principle.id}"
 
 

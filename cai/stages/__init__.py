@@ -63,7 +63,9 @@ class StageConfig(BaseModel):
     revision: ClassVar[int] = 1
     """Raised when the stage's code changes what it computes: earlier outputs are then not reused."""
     asks: ClassVar[tuple[str, ...]] = ()
-    """Templates that reach a model here, and with them the principles' requests of the same name."""
+    """Templates that reach a model here."""
+    requests: ClassVar[tuple[str, ...]] = ()
+    """What principles say that reaches a model: `critique`, `revise`, `compare`."""
     reads_files: ClassVar[tuple[str, ...]] = ()
     """Keys with a `source:` outside of the run, a path relative to the recipe: what lies there is part of the input."""
     uses_weights: ClassVar[bool] = False

@@ -56,7 +56,9 @@ class Config(StageConfig):
     kind: Literal["prefer"] = "prefer"
     from_: Names = Field([], alias="from", description="Stages whose votes become labels.")
     pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
-    labels: Literal["soft", "hard"] | Clamp = Field("soft", description="soft, hard, or {clamp: [0.4, 0.6]}.")
+    labels: Literal["soft", "hard"] | Clamp | None = Field(
+        None, description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft, and that clamp where votes are reasoned."
+    )
     temperature: Literal["sum_of_weights"] | float = Field(
         "sum_of_weights", gt=0, description="What the weighted sum of log-odds is divided by."
     )
@@ -89,7 +91,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     found: dict[str, Any] = dict(ours.left_out)
     if config.pairs is not None:
         human = load_human_pairs(config.pairs, context.home)
-        preferences += relabelled(human.preferences, config.labels)
+        preferences += relabelled(human.preferences, config.labels or "soft")
         found["human"] = {"rows": human.rows, "pairs": len(human.preferences), "left_out": human.left_out}
     if not preferences:
         raise StageFailed(f"none of the pairs gets a label: {found}")
@@ -113,7 +115,7 @@ def from_votes(config: Config, context: Context) -> Labelled:
     kept, left_out = choose(log_odds, config)
     chosen_is_a = np.array([prefers_a(votes.rows[index], log_odds[index]) for index in kept], dtype=bool)
     strength = np.abs(log_odds[kept])
-    p_chosen = labels(strength, config.labels)
+    p_chosen = labels(strength, config.labels or usual_labels(votes.rows))
     rows = [
         to_row(votes.rows[index], a_is_chosen, p, odds, context.stage_id)
         for index, a_is_chosen, p, odds in zip(
@@ -148,6 +150,12 @@ def prefers_a(row: Mapping[str, Any], log_odds: float) -> bool:
         return log_odds > 0
     a, b = row["a"], row["b"]
     return stable_id(a["id"], a["text"]) < stable_id(b["id"], b["text"])
+
+
+def usual_labels(rows: Iterable[Mapping[str, Any]]) -> str | Clamp:
+    """Soft; after reasons, which leave a judge all too sure, kept within 40 to 60 %, which the paper found best."""
+    methods = {row.get("method", "pairwise") for row in rows}
+    return Clamp(clamp=(0.4, 0.6)) if methods == {"reasoned"} else "soft"
 
 
 def labels(strength: Floats, kind: str | Clamp) -> Floats:
