@@ -256,6 +256,30 @@ def votes_diff(one: str, other: str, n_examples: int, runs_folder: Path, as_json
     click.echo(json.dumps(found) if as_json else "\n".join(explain.diff_lines(found)))
 
 
+@votes.command("calibrate")
+@click.argument("run")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it too: a file .svg or .png.")
+@RUNS
+@JSON
+def votes_calibrate(run: str, picture: Path | None, runs_folder: Path, as_json: bool) -> None:
+    """Say whether labels are right as often as they say, where the truth is known: on prompts of source micro.
+
+    \b
+    cai votes calibrate quickstart --picture reliability.svg
+    """
+    from cai.feedback import calibration
+    from cai.feedback.explain import evidence
+
+    if picture is not None and picture.suffix not in {".svg", ".png"}:
+        raise BadInput(f"--picture: found {picture.name!r}, expected a file .svg or .png")
+    found = calibration.of_labels(evidence(run, runs_folder))
+    if picture is not None:
+        from cai.report.reliability import draw_reliability
+
+        draw_reliability(found, picture)
+    click.echo(json.dumps(found) if as_json else "\n".join(calibration.lines(found)))
+
+
 @main.command()
 @click.argument("run")
 @click.option("--yes", is_flag=True, help="Do not ask.")
