@@ -51,7 +51,7 @@ class Commands(click.Group):
 def main() -> None:
     """Constitutional AI and RLAIF: author a constitution, run a recipe, compare checkpoints.
 
-    Exit codes: 0 done, 2 wrong input, 3 a stage failed, 130 or 143 interrupted (resumable).
+    Exit codes: 0 done, 1 a check or gate failed, 2 wrong input, 3 a stage failed, 130 or 143 interrupted (resumable).
     """
 
 

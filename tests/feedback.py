@@ -152,4 +152,5 @@ def run_stage(
     )  # fmt: skip
     figures = run_function(kind)(config_class(kind).model_validate(config), context)
     failures = read_rows(folder / FAILURES) if (folder / FAILURES).exists() else []
-    return Outcome(read_rows(folder / RECORDS), failures, figures, folder)
+    rows = read_rows(folder / RECORDS) if (folder / RECORDS).exists() else []
+    return Outcome(rows, failures, figures, folder)
