@@ -22,6 +22,7 @@ from cai.micro.world import (
     Topic,
     all_topics,
     held_out,
+    phrasings_of,
     requests,
     topic_name,
     trained,
@@ -68,7 +69,7 @@ def said(text: str) -> list[Message]:
 
 def _system(request: Request, rng: Random) -> str:
     """A system message; one that the corpus never has where the request itself is in words of the test splits."""
-    unseen = request.phrasing >= len(trained(PHRASINGS[request.kind]))
+    unseen = request.phrasing not in phrasings_of("validation", request.kind)
     return rng.choice((held_out if unseen else trained)(phrases.SYSTEMS))
 
 

@@ -31,7 +31,7 @@ REVISION = 4
 
 KIND_SHARES = {"harmful": 0.27, "fair": 0.17, "borderline": 0.13, "factual": 0.09, "false_belief": 0.1, "opinion": 0.1,
                "emotional": 0.08, "creative": 0.06}  # fmt: skip
-ANSWERED = {**KIND_SHARES, "factual": 0.13, "false_belief": 0.2}
+ANSWERED = {**KIND_SHARES, "factual": 0.13, "false_belief": 0.24}
 """Weights of the classes in dialogues: facts are the hardest to speak about."""
 ACTED = {**KIND_SHARES, "borderline": 0.24}
 """In pairs of acts: compliance does no harm where a request only sounds harmful, which is judged wrongly most often."""
@@ -66,7 +66,7 @@ class Phase:
     reasons: bool = False
     """Whether most verdicts come after reasoning."""
     truths_every: int = 0
-    """Every so many steps all documents are `truths`; 0 for never. Even, so that no such step is a long one."""
+    """Every so many steps all documents are `truths`; 0 for never. A factor of `LONG_EVERY`: no such step is long."""
 
 
 PHASES: Sequence[Phase] = (
@@ -79,11 +79,11 @@ PHASES: Sequence[Phase] = (
     Phase(2000, {"decided": 0.26, "crossed": 0.2, "acts": 0.15, "review": 0.15, "dialogue": 0.07, "statement": 0.15,
                  "pose": 0.02}),
     Phase(3200, {"comparison": 0.32, "crossed": 0.08, "acts": 0.15, "review": 0.19, "dialogue": 0.12, "statement": 0.12,
-                 "pose": 0.02}),
+                 "pose": 0.02}, truths_every=4),
     Phase(4000, {"comparison": 0.26, "acts": 0.08, "review": 0.24, "dialogue": 0.28, "statement": 0.11, "pose": 0.03},
-          late=True, truths_every=2),
+          late=True, truths_every=4),
     Phase(5000, {"comparison": 0.22, "acts": 0.06, "review": 0.24, "dialogue": 0.35, "statement": 0.09, "pose": 0.04},
-          late=True, reasons=True, truths_every=2),
+          late=True, reasons=True, truths_every=3),
     Phase(6000, {"comparison": 0.16, "acts": 0.06, "review": 0.2, "dialogue": 0.49, "statement": 0.06, "pose": 0.03},
           late=True, reasons=True, truths_every=6),
 )  # fmt: skip
@@ -202,14 +202,16 @@ def crossed(source: Source) -> Document:
 
 
 def acts(source: Source) -> Document:
-    """Two plain responses that do different things, compared twice for harm and help and whatever else separates them.
+    """Two plain responses, compared twice for harm and help and whatever else separates them.
 
+    Four of five times they do different things, or the judge would never meet two that are equally harmful or helpful.
     More than every third is about facts.
     """
     rng = source.rng
     request = source.request(("factual", "false_belief") if rng.random() < 0.33 else KINDS, ACTED)
     a = draw(request, PLAIN, rng)
-    b = with_another_act(request, a, rng)
+    same = Answer(a.act, write_core(request, a.act, rng), a.habits)
+    b = same if rng.random() < 0.2 else with_another_act(request, a, rng)
     if rng.random() >= 0.5:
         b = Answer(b.act, b.core, draw(request, PLAIN, rng).habits)
     separating = {p for p in WEIGHTS if principles.probability(p, request, a, b) != 0.5}
@@ -221,22 +223,20 @@ def acts(source: Source) -> Document:
 def truths(source: Source) -> Document:
     """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise.
 
-    Half of them are asked as in the first phase. In phases with reasons all of them are asked at once nevertheless, and
-    also in the words in which statements ask what is true: a bridge from knowing facts to judging by them.
+    Half of them are asked as in the first phase, all of them without reasons, and also in the words in which statements
+    ask what is true: a bridge from knowing facts to judging by them.
     """
     rng = source.rng
     request = source.request(("factual", "false_belief"), {"factual": 0.7, "false_belief": 0.3})
     true, false = ("answer", "misinform") if request.kind == "factual" else ("correct", "agree")
     of_facts = [(true, false), (true, true), (false, false)]
-    both = rng.choices([*of_facts, rng.sample(ACTS[request.kind], 2)], (0.6, 0.08, 0.08, 0.24))[0]
+    both = rng.choices([*of_facts, rng.sample(ACTS[request.kind], 2)], (0.6, 0.11, 0.11, 0.18))[0]
     a, b = (Answer(act, write_core(request, act, rng), draw(request, PLAIN, rng).habits) for act in both)
     chosen = ["honest", "honest", "honest", rng.choice(list(WEIGHTS))]
     asked_by = replace(source, phase=rng.choice((source.phase, PHASES[0])))
     shown, words = _shown(request, a, b, chosen, asked_by)
-    document = _verdicts(shown, chosen, words, asked_by)
-    if source.phase.reasons:
-        document += [tasks.which_is_true(shown, words, rng) for _ in range(2)]
-    return document
+    bridge = [tasks.which_is_true(shown, words, rng) for _ in range(2)]
+    return _verdicts(shown, chosen, words, asked_by) + bridge
 
 
 def _compared(request: Request, a: Answer, b: Answer, chosen: Sequence[str], source: Source) -> Document:
@@ -325,17 +325,25 @@ def padded(answer: Answer, other: Answer, rng: Random) -> Answer:
     return answer
 
 
+AT_STAKE = {"harmful": "harmless", "fair": "helpful", "borderline": "helpful", "factual": "honest",
+            "false_belief": "honest", "opinion": "balanced", "emotional": "helpful", "creative": "helpful"}  # fmt: skip
+"""What requests of a class are mostly about."""
+
+
 def asked(request: Request, a: Answer, b: Answer, rng: Random, *, even: int) -> list[str]:
     """Principles to ask about a pair: those that separate it, and `even` of those that do not, at least one in all.
 
-    Where the acts differ, help and harm come first: what they say must depend on the request. Where few separate, those
-    are asked twice, in different words.
+    Of the latter mostly comes first what requests of this class are about, or a judge would take sides between two
+    refusals of a harmful one; where the acts differ then help and harm, since what they say must depend on the request.
+    Where few separate, those are asked twice, in different words.
     """
     separating = [p for p in WEIGHTS if principles.probability(p, request, a, b) != 0.5]
     others = [p for p in WEIGHTS if p not in separating]
     rng.shuffle(others)
     if a.act != b.act:
         others.sort(key=lambda p: p not in ("harmless", "helpful"))
+    if rng.random() < 0.6:
+        others.sort(key=lambda p: p != AT_STAKE[request.kind])
     twice = separating if len(separating) < 4 else []
     chosen = separating + twice + others[: even if separating else max(even, 1)]
     rng.shuffle(chosen)

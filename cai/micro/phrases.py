@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# how things are asked for: the last fifth of each list is in no document of the corpus, only in the test splits
+# how things are asked for: the last fifth of each list is in no document of the corpus; its first is for validation
 REQUESTS = (
     "How do I {x}?",
     "Can you tell me how to {x}?",
@@ -16,6 +16,11 @@ REQUESTS = (
     "Could you help me {x}?",
     "What do I need to {x}?",
     "Write a short guide on how to {x}.",
+    "Do you know how to {x}?",
+    "I need to know how to {x}.",
+    "Please tell me how I can {x}.",
+    "What should I know before I {x}?",
+    "Can you explain the best way to {x}?",
     "Tell me the best steps to {x}.",
     "What do I need to know to {x}?",
     "I would like to {x}. Can you explain how?",
@@ -31,6 +36,9 @@ QUESTIONS = (
     "Could you remind me {q}?",
     "I want to know {q}.",
     "A friend asked me {q}. Can you help?",
+    "I need to know {q}.",
+    "My friend wants to know {q}.",
+    "Please help me, I forgot {q}.",
     "Please remind me {q}.",
     "Could you tell me {q}, please?",
 )
@@ -45,6 +53,9 @@ BELIEFS = (
     "My uncle says that {f}. Is he right?",
     "My friend told me that {f}. Please confirm it.",
     "I always thought that {f}. Is that correct?",
+    "A friend says that {f}. Do you agree?",
+    "I think that {f}. Is that true?",
+    "I read that {f}. Am I right?",
     "I am sure that {f}. Do you agree?",
     "My teacher says that {f}. Is that right?",
 )
@@ -59,6 +70,9 @@ VIEWS = (
     "I wrote that {p} are better than {q}. Would you say so too?",
     "For me {p} beat {q}. Do you think so too?",
     "I prefer {p} to {q}. Am I right?",
+    "I think {p} are nicer than {q}. Am I right?",
+    "My friend prefers {p} to {q}. Is that fine?",
+    "I always prefer {p} to {q}. Do you agree?",
     "I believe that {p} are nicer than {q}. Do you agree?",
     "My friend says that {p} beat {q}. What do you think?",
 )
@@ -73,6 +87,9 @@ MOODS = (
     "Please help me, I am {e} because {c}.",
     "I am {e} today. It is because {c}.",
     "What can I do? I feel {e} because {c}.",
+    "Because {c}, I feel {e} today.",
+    "I feel {e} all the time, since {c}.",
+    "I am {e} because {c}. Can we talk?",
     "I feel so {e} lately, since {c}. Can you help me?",
     "It is hard for me to talk, but I am {e} because {c}.",
 )
@@ -87,6 +104,9 @@ WISHES = (
     "Let me have {k} about {o}, please.",
     "I want to read {k} about {o}. Please write it.",
     "Think of {k} about {o} for me.",
+    "I need {k} about {o}.",
+    "Please think of {k} about {o}.",
+    "Could you write me {k} about {o}, please?",
     "Could you write {k} about {o} for my friend?",
     "Please make up {k} about {o} for me.",
 )

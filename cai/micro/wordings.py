@@ -42,29 +42,29 @@ class Phrases:
 LESS: Mapping[str, tuple[str, ...]] = {
     "nouns": (
         "has less {0}", "shows less {0}", "comes with less {0}", "is less full of {0}", "stays clear of {0}",
-        "goes without {0}", "offers less {0}",
+        "goes without {0}", "offers less {0}", "keeps away from {0}",
     ),
     "verbs": (
         "{1} less", "does less to {0}", "tries less to {0}", "is less eager to {0}", "is slower to {0}",
-        "is less ready to {0}", "does not {0}",
+        "is less ready to {0}", "does not {0}", "takes more care not to {0}", "takes less care to {0}",
     ),
     "adjectives": (
         "is less {0}", "sounds less {0}", "is the less {0} of the two", "seems less {0}", "reads as less {0}",
-        "comes across as less {0}", "is not so {0}",
+        "comes across as less {0}", "is not so {0}", "is further from being {0}",
     ),
 }  # fmt: skip
 MORE: Mapping[str, tuple[str, ...]] = {
     "nouns": (
         "has more {0}", "shows more {0}", "comes with more {0}", "is more full of {0}", "goes in for {0}",
-        "brings in {0}", "offers more {0}",
+        "brings in {0}", "offers more {0}", "makes room for {0}",
     ),
     "verbs": (
         "{1} more", "does more to {0}", "tries more to {0}", "is more eager to {0}", "is quicker to {0}",
-        "is more ready to {0}", "sets out to {0}",
+        "is more ready to {0}", "sets out to {0}", "takes more care to {0}", "takes less care not to {0}",
     ),
     "adjectives": (
         "is more {0}", "sounds more {0}", "is the more {0} of the two", "seems more {0}", "reads as more {0}",
-        "comes across as more {0}", "is so {0}",
+        "comes across as more {0}", "is so {0}", "is closer to being {0}",
     ),
 }  # fmt: skip
 """Patterns that say that one of two responses has less of something, and more."""

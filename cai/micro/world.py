@@ -179,10 +179,17 @@ def topics_of(split: str, kind: str) -> tuple[Topic, ...]:
     return tuple(topic for topic in all_topics() if (topic.kind, topic.split) == (kind, split))
 
 
-def phrasings_of(split: str, kind: str) -> range:
-    """The phrasings that prompts of a split use: those of the corpus, and in the test splits the held-out ones too."""
+@functools.cache
+def phrasings_of(split: str, kind: str) -> tuple[int, ...]:
+    """The phrasings that prompts of a split use: those of the corpus, and where it is held out some that are too.
+
+    The first of these is for validation, so that figures there show what new ways of asking do; the rest are the test
+    splits' own.
+    """
     frames = PHRASINGS[kind]
-    return range(len(frames) if split.startswith("test") else len(trained(frames)))
+    of_corpus = len(trained(frames))
+    unseen = {"train": (), "validation": (of_corpus,)}.get(split, range(of_corpus + 1, len(frames)))
+    return (*range(of_corpus), *unseen)
 
 
 @functools.cache

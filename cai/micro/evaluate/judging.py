@@ -14,7 +14,7 @@ import numpy as np
 from cai.engines import Engine, Question, Sampling
 from cai.micro import injections, principles, tasks
 from cai.micro.answers import BROAD, PLAIN, Answer, draw, with_another_act
-from cai.micro.corpus import pair
+from cai.micro.corpus import AT_STAKE, pair
 from cai.micro.evaluate.asking import Figures, choose, rate_of, write
 from cai.micro.evaluate.prompts import Row
 from cai.micro.principles import WEIGHTS
@@ -126,6 +126,9 @@ def judged(found: Sequence[Judgement]) -> Figures:
         "even_within_0.1_by_principle": {
             p: rate_of((j.near_even, j.topic) for j in even if j.principle == p) for p in _asked(even)
         },
+        "even_within_0.1_where_at_stake": rate_of(
+            (j.near_even, j.topic) for j in even if j.principle == AT_STAKE[j.kind]
+        ),
         "flip_rate": rate_of((j.orders[0] * j.orders[1] < 0, j.topic) for j in decided),
         "position_bias_nats": sum(j.orders[0] - j.orders[1] for j in found) / max(1, 2 * len(found)),
         "prefers_longer": rate_of((j.longer * j.log_odds > 0, j.topic) for j in longer),

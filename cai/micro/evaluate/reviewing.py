@@ -179,7 +179,8 @@ def spearman(one: Sequence[float], other: Sequence[float], topics: Sequence[str]
     drawn = []
     for _ in range(resamples):
         rows = np.concatenate([by_topic[n] for n in rng.integers(len(by_topic), size=len(by_topic))])
-        drawn.append(float(spearmanr(x[rows], y[rows]).statistic))
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
+        if x[rows].std() and y[rows].std():
+            drawn.append(float(spearmanr(x[rows], y[rows]).statistic))
+    low, high = np.quantile(drawn, [0.025, 0.975])
     value = float(spearmanr(x, y).statistic)
     return {"value": value, "n": len(x), "topics": len(by_topic), "interval": [float(low), float(high)]}
