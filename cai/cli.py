@@ -51,7 +51,7 @@ class Commands(click.Group):
 def main() -> None:
     """Constitutional AI and RLAIF: author a constitution, run a recipe, compare checkpoints.
 
-    Exit codes: 0 done, 2 wrong input, 3 a stage failed, 130 or 143 interrupted (resumable).
+    Exit codes: 0 done, 1 a check or gate failed, 2 wrong input, 3 a stage failed, 130 or 143 interrupted (resumable).
     """
 
 
@@ -205,6 +205,79 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
         raise BadInput("cai show RUN ITEM shows an item, cai show RUN --random picks one; give one of the two")
     found = life(find_run(run, runs_folder), item)
     click.echo(json.dumps(found) if as_json else "\n".join(life_lines(found)))
+
+
+@main.group()
+def votes() -> None:
+    """Say what principles and judges do, from the votes of finished runs: no model is asked."""
+
+
+EXAMPLE_PAIRS = click.option(
+    "--examples", "n_examples", type=click.IntRange(min=0), default=3, show_default=True, help="Pairs to read."
+)
+
+
+@votes.command("explain")
+@click.argument("run")
+@EXAMPLE_PAIRS
+@RUNS
+@JSON
+def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+    """Say of every principle how often it decides, with whom it goes, and which labels turn without it.
+
+    RUN is a run's name or folder, or RUN/STAGE where several stages of it turn votes into preferences.
+
+    \b
+    cai votes explain quickstart
+    cai votes explain quickstart --examples 10 --json
+    """
+    from cai.feedback import explain
+
+    found = explain.explain(explain.evidence(run, runs_folder), n_examples)
+    click.echo(json.dumps(found) if as_json else "\n".join(explain.explain_lines(found)))
+
+
+@votes.command("diff")
+@click.argument("one")
+@click.argument("other")
+@EXAMPLE_PAIRS
+@RUNS
+@JSON
+def votes_diff(one: str, other: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+    """Compare two judges, or two wordings of principles, on the pairs that two runs have in common.
+
+    \b
+    cai votes diff quickstart my-run
+    cai votes diff my-run/by-micro my-run/by-another
+    """
+    from cai.feedback import explain
+
+    found = explain.diff(explain.evidence(one, runs_folder), explain.evidence(other, runs_folder), n_examples)
+    click.echo(json.dumps(found) if as_json else "\n".join(explain.diff_lines(found)))
+
+
+@votes.command("calibrate")
+@click.argument("run")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it too: a file .svg or .png.")
+@RUNS
+@JSON
+def votes_calibrate(run: str, picture: Path | None, runs_folder: Path, as_json: bool) -> None:
+    """Say whether labels are right as often as they say, where the truth is known: on prompts of source micro.
+
+    \b
+    cai votes calibrate quickstart --picture reliability.svg
+    """
+    from cai.feedback import calibration
+    from cai.feedback.explain import evidence
+
+    if picture is not None and picture.suffix not in {".svg", ".png"}:
+        raise BadInput(f"--picture: found {picture.name!r}, expected a file .svg or .png")
+    found = calibration.of_labels(evidence(run, runs_folder))
+    if picture is not None:
+        from cai.report.reliability import draw_reliability
+
+        draw_reliability(found, picture)
+    click.echo(json.dumps(found) if as_json else "\n".join(calibration.lines(found)))
 
 
 @main.command()

@@ -27,6 +27,12 @@ class StageFailed(CaiError):
     exit_code = 3
 
 
+class GateFailed(CaiError):
+    """A check did not hold, and the recipe says that the run stops then."""
+
+    exit_code = 1
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: ends a run like Ctrl-C does, with an exit code of its own."""
 

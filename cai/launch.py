@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cai.errors import BadInput, CaiError, StageFailed
+from cai.errors import BadInput, CaiError, GateFailed, StageFailed
 from cai.files import read_json, write_json
 from cai.profile import Profile
 from cai.progress import FileLine, StageLine, relay
@@ -113,7 +113,8 @@ def _first_error(folder: Path, stage: str, code: int) -> CaiError:
     errors = [read_json(path) for path in folder.glob("error-*.json")]
     if errors:
         first = min(errors, key=lambda error: error["time"])
-        return (BadInput if first["exit_code"] == BadInput.exit_code else StageFailed)(first["message"])
+        kinds = {kind.exit_code: kind for kind in (BadInput, GateFailed)}
+        return kinds.get(first["exit_code"], StageFailed)(first["message"])
     ended = f"signal {-code}" if code < 0 else f"exit code {code}"
     return StageFailed(f"stage {stage!r} ended with {ended}; see {folder / 'log.txt'}")
 

@@ -181,16 +181,16 @@ class Planner:
 
     def _constitution_parts(self, config: StageConfig) -> Parts:
         constitution = self.recipe.constitution
-        if constitution is None or not (config.asks or config.uses_weights):
+        if constitution is None or not (config.requests or config.uses_weights):
             return {}
         parts: Parts = {"constitution": constitution.name, "principles": [each.id for each in constitution.principles]}
         named = getattr(config, "principles", None)
         for principle in constitution.principles:
             if isinstance(named, list):
                 parts[f"principle.{principle.id}.named"] = [tag for tag in principle.tags if tag in named]
-            for ask in config.asks:
+            for ask in config.requests:
                 parts[f"principle.{principle.id}.{ask}"] = getattr(principle, ask)
-            if config.asks:
+            if config.requests:
                 parts[f"principle.{principle.id}.applies_to"] = principle.applies_to and list(principle.applies_to)
             if config.uses_weights:
                 parts[f"weight.{principle.id}"] = principle.weight

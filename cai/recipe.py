@@ -25,7 +25,7 @@ from cai.overrides import override_value
 from cai.profile import find
 from cai.prompts import MICRO, PromptSet, read_prompt_set
 from cai.records import HELD_OUT, TOPIC
-from cai.stages import STAGES, StageConfig, TrainingConfig, config_class
+from cai.stages import STAGES, Bars, StageConfig, TrainingConfig, config_class
 from cai.templates import template_sets
 from cai.train_fields import check_train
 from cai.wording import Key, describe
@@ -34,6 +34,8 @@ SELF = "self"
 """As a judge: whoever wrote the responses."""
 OWN = "model"
 """Among the models of a stage: the recipe's `model:`."""
+GATE = "gate"
+"""Id of the stage that `gate:` stands for."""
 MODELS = ("policy", "reward")
 """What a stage may give that is a model."""
 
@@ -64,6 +66,9 @@ class RecipeDocument(BaseModel):
     constitution: str | None = Field(None, description="A file, relative to the recipe, or a shipped name.")
     templates: str = Field("auto", description="Template set; auto = the one recorded with the model, else `default`.")
     chat_template: str | None = Field(None, description="Chat template, a file or Jinja text, for models without one.")
+    gate: Bars | None = Field(
+        None, description="What the judge must reach on the constitution's examples before anything is built on it."
+    )
     prompts: dict[str, PromptSet] = Field(default_factory=dict, description="Prompt sets by name.")
     stages: list[StageEntry] = Field(min_length=1, description="The stages, in the order of the method.")
 
@@ -129,6 +134,7 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
     stages: dict[str, StageConfig] = {}
     for config in ordered:
         stages[config.id] = _with_judge(document, configs.index(config), config, stages, written)
+    stages = _gated(document, written, stages)
     return Recipe(
         name=written.name,
         seed=written.seed,
@@ -279,7 +285,7 @@ def _check_source(document: Document, keys: tuple[Key, ...], source: str) -> Non
 def _constitution(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
     if written.constitution is None:
         for index, config in enumerate(configs):
-            if config.asks or (config.uses_weights and inputs_of(config)):
+            if config.requests or (config.uses_weights and inputs_of(config)):
                 raise fail(
                     document,
                     ("stages", index, "kind"),
@@ -396,6 +402,25 @@ def _in_order(document: Document, configs: Sequence[StageConfig]) -> list[StageC
     for config in configs:
         visit(config, ())
     return list(ordered.values())
+
+
+def _gated(document: Document, written: RecipeDocument, stages: dict[str, StageConfig]) -> dict[str, StageConfig]:
+    """The stages with the recipe's gate among them: first, or right after the stage that trains its judge."""
+    if written.gate is None:
+        return stages
+    if written.constitution is None or written.judge == SELF:
+        wanted = "a `constitution:` with examples" if written.constitution is None else "a `judge:` that has a name"
+        raise fail(document, ("gate",), f"found a gate, expected {wanted} beside it")
+    if GATE in stages:
+        raise fail(document, ("gate",), f"found a gate and a stage {GATE!r}, expected one of them")
+    given = {"id": GATE, "kind": "gate", "judge": written.judge, "bars": written.gate}
+    gate = config_class("gate").model_validate(given)
+    ordered: dict[str, StageConfig] = {} if written.judge in stages else {GATE: gate}
+    for id, config in stages.items():
+        ordered[id] = config
+        if id == written.judge:
+            ordered[GATE] = gate
+    return ordered
 
 
 def _resolved_models(

@@ -72,14 +72,26 @@ class Candidate(TypedDict):
     model: str
 
 
+class Thought(TypedDict):
+    """Reasons that a judge wrote, and the log-odds (nats) that *a* is better after them."""
+
+    text: str
+    log_odds: float
+
+
 class PrincipleVote(TypedDict):
-    """One principle's verdict in one order. `log_odds` (nats) is that *a* is better, whichever was shown first."""
+    """One principle's verdict in one order. `log_odds` (nats) is that *a* is better, whichever was shown first.
+
+    A judge that rates has no order and votes in points: `scores` of *a* and *b*, `log_odds` their difference.
+    """
 
     principle: str
     order: Literal["ab", "ba"]
     log_odds: float
     mass: float
-    """Probability that the judge put on the two options together."""
+    """Probability that the judge put on the options together."""
+    thoughts: NotRequired[list[Thought]]
+    scores: NotRequired[list[float]]
 
 
 class Vote(TypedDict):
@@ -94,6 +106,8 @@ class Vote(TypedDict):
     votes: list[PrincipleVote]
     judge: str
     constitution: str
+    method: NotRequired[str]
+    """How the judge was asked, where that was not pairwise."""
 
 
 class Preference(TypedDict):

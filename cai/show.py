@@ -153,8 +153,13 @@ def _vote_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
                 "a" if mean > 0 else "b" if mean < 0 else "even",
             ]
         )
-    for line in table(["log-odds for a", "a first", "b first", "mean", "better"], cells):
+    rated = row.get("method") == "rating"
+    for line in table(["points for a" if rated else "log-odds for a", "a first", "b first", "mean", "better"], cells):
         yield f"  {line}"
+    for vote in row["votes"]:
+        for thought in vote.get("thoughts", []):
+            about = f"  {printable(vote['principle'])}, {vote['order'][0]} first, {thought['log_odds']:+.2f}: "
+            yield from _text(thought["text"], about)
 
 
 def _text(text: str, label: str) -> Iterator[str]:

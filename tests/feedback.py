@@ -36,6 +36,8 @@ class Script:
     writes: Callable[[Request], str | Completion | Failure] = lambda request: "a text"
     prefers: Callable[[Question], tuple[float, float] | Failure] = lambda question: (0.0, 1.0)
     """(log-odds of the first option, mass of both)."""
+    rates: Callable[[Question], Sequence[float]] = lambda question: [1 / len(question.options)] * len(question.options)
+    """The probability of each option, where there are more than two."""
     requests: list[Request] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
 
@@ -60,6 +62,10 @@ class Script:
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
         for question in reversed(questions):  # an engine may answer in any order
             self.questions.append(question)
+            if len(question.options) > 2:
+                p = self.rates(question)
+                yield Choice(question.id, tuple(math.log(each) for each in p), sum(p))
+                continue
             answer = self.prefers(question)
             if isinstance(answer, Failure):
                 yield answer
@@ -146,4 +152,5 @@ def run_stage(
     )  # fmt: skip
     figures = run_function(kind)(config_class(kind).model_validate(config), context)
     failures = read_rows(folder / FAILURES) if (folder / FAILURES).exists() else []
-    return Outcome(read_rows(folder / RECORDS), failures, figures, folder)
+    rows = read_rows(folder / RECORDS) if (folder / RECORDS).exists() else []
+    return Outcome(rows, failures, figures, folder)

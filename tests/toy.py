@@ -44,6 +44,7 @@ def install(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
 class WriteConfig(FeedbackConfig):
     gives: ClassVar[Rows] = "texts"
     asks: ClassVar[tuple[str, ...]] = ("critique",)
+    requests: ClassVar[tuple[str, ...]] = ("critique",)
     kind: Literal["write"] = "write"
     prompts: Names
     model: str | None = None

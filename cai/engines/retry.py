@@ -16,8 +16,13 @@ from cai.records import stable_seed
 Asked = TypeVar("Asked", Request, Question)
 
 
-def generate_all(engine: Engine, requests: Sequence[Request], retries: int) -> dict[str, Completion | Failure]:
-    """The completion of every request by its id, or the last failure after 1 + `retries` attempts."""
+def generate_all(
+    engine: Engine, requests: Sequence[Request], retries: int, *, whole: bool = False
+) -> dict[str, Completion | Failure]:
+    """The completion of every request by its id, or the last failure after 1 + `retries` attempts.
+
+    With `whole` a text that was cut off is a failure.
+    """
     results: dict[str, Completion | Failure] = {}
     for attempt in range(1 + retries):
         again = unanswered(requests, results)
@@ -25,12 +30,16 @@ def generate_all(engine: Engine, requests: Sequence[Request], retries: int) -> d
             break
         if attempt:
             again = [replace(request, seed=stable_seed(request.seed, attempt)) for request in again]
-        results.update((result.id, _answer(result)) for result in engine.generate(again))
+        results.update((result.id, _answer(result, whole)) for result in engine.generate(again))
     return results
 
 
-def _answer(result: Completion | Failure) -> Completion | Failure:
-    if isinstance(result, Failure) or result.text or not result.reasoning:
+def _answer(result: Completion | Failure, whole: bool) -> Completion | Failure:
+    if isinstance(result, Failure):
+        return result
+    if whole and result.finish_reason == "length":
+        return Failure(result.id, f"it was cut off after {len(result.token_ids)} tokens, before it came to an end")
+    if result.text or not result.reasoning:
         return result
     return Failure(result.id, f"its reasoning took all {len(result.token_ids)} tokens and no response followed")
 

@@ -29,15 +29,26 @@ class Ballots(NamedTuple):
     """That *a* is better."""
 
 
-def over_orders(ballots: Ballots, n_pairs: int, n_principles: int) -> Floats:
-    """Mean log-odds of both orders, (pairs, principles); NaN where there is not exactly one vote in each order."""
+def by_order(ballots: Ballots, n_pairs: int, n_principles: int) -> tuple[Floats, Floats]:
+    """Log-odds with *a* and with *b* shown first, (pairs, principles) each.
+
+    NaN in both where there is not exactly one vote in each order.
+    """
     cell = ballots.pair * n_principles + ballots.principle
     size = n_pairs * n_principles
-    straight = np.bincount(cell[~ballots.swapped], minlength=size)
-    swapped = np.bincount(cell[ballots.swapped], minlength=size)
-    total = np.bincount(cell, weights=ballots.log_odds, minlength=size)
-    whole = (straight == 1) & (swapped == 1)
-    return np.where(whole, total / 2, np.nan).reshape(n_pairs, n_principles)
+    sides = [
+        (np.bincount(cell[shown], minlength=size), np.bincount(cell[shown], ballots.log_odds[shown], minlength=size))
+        for shown in (~ballots.swapped, ballots.swapped)
+    ]
+    whole = (sides[0][0] == 1) & (sides[1][0] == 1)
+    ab, ba = (np.where(whole, total, np.nan).reshape(n_pairs, n_principles) for _, total in sides)
+    return ab, ba
+
+
+def over_orders(ballots: Ballots, n_pairs: int, n_principles: int) -> Floats:
+    """Mean log-odds of both orders, (pairs, principles); NaN where there is not exactly one vote in each order."""
+    ab, ba = by_order(ballots, n_pairs, n_principles)
+    return (ab + ba) / 2
 
 
 def aggregate(

@@ -19,6 +19,7 @@ from cai.constitution import Constitution, Example, Principle
 from cai.engines import Engine
 from cai.engines.retry import choose_all
 from cai.errors import BadInput, nearest
+from cai.feedback import calibration
 from cai.feedback.labels import probability
 from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
 from cai.statistics import rate
@@ -118,6 +119,12 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             for id, some in by_principle.items()
         }
     }
+
+
+def calibration_error(outcomes: Sequence[Outcome]) -> float | None:
+    """Expected calibration error over the examples that have an answer."""
+    odds = np.array([sum(each.log_odds) / 2 for each in outcomes if each.log_odds is not None])
+    return calibration.calibration_error(odds, np.ones(len(odds))) if len(odds) else None
 
 
 def _measured(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -1,16 +1,24 @@
 """One pair of responses put to a judge, principle by principle, in both orders: the questions, and the votes they give.
 
+And the votes of a whole stage, read back.
+
 The judge's log-odds that *a* is better is the difference of the next-token log-probabilities of the two options (Lee et
 al. 2023, arXiv 2309.00267). Left out: which pairs and principles are asked about (stages choose) and what votes mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from cai.constitution import Principle
 from cai.engines import Choice, Failure, Question
+from cai.feedback.labels import Ballots
 from cai.records import Message, PrincipleVote
 from cai.templates import OPTIONS, TemplateSet
 
@@ -36,7 +44,7 @@ def to_questions(pair: Pair, principles: Sequence[Principle], templates: Templat
         first, second = (texts[side] for side in order)
         for principle in principles:
             yield Question(
-                _question_id(pair, order, principle),
+                question_id(pair, order, principle),
                 templates.compare(pair.messages, first, second, principle),
                 OPTIONS,
             )
@@ -50,10 +58,19 @@ def to_votes(
     One order alone leaks the judge's preference for a position, so a principle's votes are kept together or not at all.
     Options that hold less than `min_mass` of the probability between them are no answer.
     """
+    by_principle = [
+        [_to_vote(pair, order, principle, answers, min_mass) for order in ORDERS] for principle in principles
+    ]
+    return together(pair, by_principle)
+
+
+def together(
+    pair: Pair, by_principle: Sequence[Sequence[PrincipleVote | Failure]]
+) -> tuple[list[PrincipleVote], list[Failure]]:
+    """Each principle's votes where both orders have one, and what failed; the pair itself where no principle has."""
     votes: list[PrincipleVote] = []
     failures: list[Failure] = []
-    for principle in principles:
-        both = [_to_vote(pair, order, principle, answers, min_mass) for order in ORDERS]
+    for both in by_principle:
         failed = [vote for vote in both if isinstance(vote, Failure)]
         failures += failed
         if not failed:
@@ -72,7 +89,7 @@ def _to_vote(
     min_mass: float,
 ) -> PrincipleVote | Failure:
     """The log-odds that *a* is better, whichever was shown first."""
-    answer = answers[_question_id(pair, order, principle)]
+    answer = answers[question_id(pair, order, principle)]
     where = f"pair {pair.id}, {principle.id!r}, order {order}"
     if isinstance(answer, Failure):
         return Failure(answer.id, f"{where}: {answer.reason}")
@@ -84,5 +101,36 @@ def _to_vote(
     return PrincipleVote(principle=principle.id, order=order, log_odds=log_odds, mass=answer.mass)
 
 
-def _question_id(pair: Pair, order: str, principle: Principle) -> str:
+def question_id(pair: Pair, order: str, principle: Principle) -> str:
+    """Names the question about a pair in one order under one principle."""
     return f"{pair.id}/{order}/{principle.id}"
+
+
+class Read(NamedTuple):
+    """Vote rows without their votes, and the votes of all of them as columns."""
+
+    rows: list[dict[str, Any]]
+    principles: list[str]
+    ballots: Ballots
+
+
+def read_votes(paths: Iterable[Path]) -> Read:
+    """All vote rows of several files. Only numbers are kept of the votes: 100,000 pairs have millions."""
+    rows: list[dict[str, Any]] = []
+    numbers: dict[str, int] = {}
+    pair, principle, swapped, log_odds = array("q"), array("q"), array("b"), array("d")
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                votes = row.pop("votes")
+                pair.extend([len(rows)] * len(votes))
+                principle.extend([numbers.setdefault(vote["principle"], len(numbers)) for vote in votes])
+                swapped.extend([vote["order"] == "ba" for vote in votes])
+                log_odds.extend([vote["log_odds"] for vote in votes])
+                rows.append(row)
+    principles = sorted(numbers)
+    # In alphabetical order, so that sums come out the same to the last bit whichever row was read first.
+    column = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
+    columns = Ballots(np.array(pair), column[np.array(principle)], np.array(swapped, dtype=bool), np.array(log_odds))
+    return Read(rows, principles, columns)

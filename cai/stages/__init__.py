@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cai.templates import TemplateSet
 
 STAGES = {
+    "gate": "cai.stages.gate",
     "sample": "cai.stages.sample",
     "revise": "cai.stages.revise",
     "sft": "cai.stages.sft",
@@ -40,8 +41,8 @@ STAGES = {
 }
 """Kind of stage to the module that defines it."""
 
-Rows = Literal["texts", "votes", "preferences", "policy", "reward", "comparison"]
-"""What a stage leaves behind: rows of one type, a model that generates, one that scores, or a comparison."""
+Rows = Literal["texts", "votes", "preferences", "policy", "reward", "comparison", "figures"]
+"""What a stage leaves behind: rows of one type, a model that generates, one that scores, a comparison, or figures."""
 
 
 def _as_list(value: object) -> object:
@@ -63,7 +64,9 @@ class StageConfig(BaseModel):
     revision: ClassVar[int] = 1
     """Raised when the stage's code changes what it computes: earlier outputs are then not reused."""
     asks: ClassVar[tuple[str, ...]] = ()
-    """Templates that reach a model here, and with them the principles' requests of the same name."""
+    """Templates that reach a model here."""
+    requests: ClassVar[tuple[str, ...]] = ()
+    """What principles say that reaches a model: `critique`, `revise`, `compare`."""
     reads_files: ClassVar[tuple[str, ...]] = ()
     """Keys with a `source:` outside of the run, a path relative to the recipe: what lies there is part of the input."""
     uses_weights: ClassVar[bool] = False
@@ -103,6 +106,17 @@ class WritingConfig(FeedbackConfig):
     def sampling(self) -> Sampling:
         """The fields above as an engine takes them."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.stop)
+
+
+class Bars(BaseModel):
+    """What a judge must reach, `gate: {min_accuracy: 0.8}`, and what becomes of the run below."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_accuracy: float = Field(0.75, ge=0, le=1, description="Share of examples judged as their author does.")
+    max_flip_rate: float = Field(0.3, ge=0, le=1, description="Share of verdicts that turn with the order.")
+    max_ece: float = Field(0.3, ge=0, le=0.5, description="Expected calibration error on the examples.")
+    below: Literal["stop", "warn"] = Field("stop", description="stop the run, or warn and go on.")
 
 
 class LoRA(BaseModel):

@@ -39,6 +39,7 @@ class Config(WritingConfig):
     gives: ClassVar[Rows] = "comparison"
     revision: ClassVar[int] = 2
     asks: ClassVar[tuple[str, ...]] = ("compare",)
+    requests: ClassVar[tuple[str, ...]] = ("compare",)
     uses_weights: ClassVar[bool] = True
 
     kind: Literal["compare"] = "compare"

@@ -1,9 +1,9 @@
 """Asks a judge which of two responses to one prompt is better, principle by principle, in both orders.
 
-RLAIF's labels (Bai et al. 2022, arXiv 2212.08073, section 4; Lee et al. 2023, arXiv 2309.00267): the judge's log-odds
-that *a* is better is the difference of the next-token log-probabilities of the two options. Each principle is asked
-with *a* shown first and with *b* shown first, so that `prefer` can cancel a preference for a position. Nothing is
-decided here: every vote is kept, and what the votes mean, weights included, is `prefer`'s.
+RLAIF's labels (Bai et al. 2022, arXiv 2212.08073, section 4; Lee et al. 2023, arXiv 2309.00267): by `method`, the
+judge's log-odds that *a* is better at once or after reasons, or the difference of two ratings (`cai.feedback.methods`).
+Each principle is asked with *a* shown first and with *b* shown first, so that `prefer` can cancel a preference for a
+position. Nothing is decided here: every vote is kept, and what the votes mean, weights included, is `prefer`'s.
 
 A principle that was answered in one order only would leak the judge's preference for a position, so both its votes are
 dropped and the failed one is listed among the failures; the pair keeps its other principles, and fails when none is
@@ -13,7 +13,7 @@ A pair teaches its responses as whole ones: whoever trains on it puts the end of
 cut off in would teach to stop in mid-sentence, and an empty response to say nothing, so neither meets another response;
 both are counted.
 
-Left out: reasoning before the verdict, ratings, more than two responses at once.
+Left out: more than two responses at once.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cai.constitution import Constitution, Principle
-from cai.engines.retry import choose_all
+from cai.engines import Sampling
 from cai.errors import BadInput, StageFailed
-from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
+from cai.feedback.methods import ASKS, REQUESTS, Judge, Method
+from cai.feedback.votes import MIN_MASS, Pair
 from cai.journal import RECORDS
 from cai.records import Candidate, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
@@ -40,11 +41,18 @@ class Config(FeedbackConfig):
     gives: ClassVar[Rows] = "votes"
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
     revision: ClassVar[int] = 2
-    asks: ClassVar[tuple[str, ...]] = ("compare",)
 
     kind: Literal["judge"] = "judge"
     from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are compared.")
     judge: str | None = Field(None, description="Model or stage that judges; absent = the recipe's `judge`.")
+    method: Method = Field(
+        "pairwise",
+        description="pairwise: which is better, at once; reasoned: after reasons; rating: each alone, on a scale.",
+    )
+    thoughts: int = Field(1, ge=1, description="Reasons sampled for each question, with `method: reasoned`.")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens at which reasons are cut off and do not count.")
+    temperature: float = Field(1.0, ge=0, description="At which reasons are sampled; 0 always takes the likeliest.")
+    scale: Literal[7, 10] = Field(7, description="The highest rating, with `method: rating`; the lowest is 1.")
     pairs: Literal["disjoint", "all", "random"] = Field(
         "disjoint", description="disjoint: each response once; all: each with each; random: `n_pairs` of all."
     )
@@ -61,6 +69,29 @@ class Config(FeedbackConfig):
         "all of it there; below a tenth it was about to say something else, and the ratio of the options is noise.",
     )  # fmt: skip
 
+    @property
+    def asks(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Templates of the method."""
+        return ASKS[self.method]
+
+    @property
+    def requests(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What principles say to a judge by this method."""
+        return REQUESTS[self.method]
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> Self:
+        for key, method in METHOD_OF.items():
+            if key in self.model_fields_set and method != self.method:
+                raise ValueError(
+                    f"found `{key}` with `method: {self.method}`, expected it with `method: {method}` alone"
+                )
+        return self
+
+
+METHOD_OF = {"thoughts": "reasoned", "max_new_tokens": "reasoned", "temperature": "reasoned", "scale": "rating"}
+"""Settings that only one method has."""
+
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Vote for each pair of responses."""
@@ -76,19 +107,23 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             f"{left_out['empty']} empty left out, {len(planned)} pairs of different responses to one prompt among the "
             f"others, and a principle applies to none of them"
         )
-    judge, templates = context.model(config.judge).name, context.templates(config.judge)
+    name = context.model(config.judge).name
     with context.engine(config.judge) as engine:
         for batch in context.journal.batches(items, size=config.journal_batch, unit="pairs"):
             asked = {item["id"]: drawn(context.constitution, item, config.principles, context) for item in batch.items}
             pairs = [Pair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items]
-            questions = [each for pair in pairs for each in to_questions(pair, asked[pair.id], templates)]
-            answers = choose_all(engine, questions, config.attempts(batch))
+            judge = Judge(
+                engine, context.templates(config.judge), config.method, config.min_mass, config.attempts(batch),
+                context.seed_for("reasons"), config.thoughts, config.scale,
+                Sampling(config.max_new_tokens, config.temperature),
+            )  # fmt: skip
+            judged_pairs = judge.votes(pairs, asked)
             rows, failures = [], []
             for item, pair in zip(batch.items, pairs, strict=True):
-                votes, failed = to_votes(pair, asked[pair.id], answers, config.min_mass)
+                votes, failed = judged_pairs[pair.id]
                 failures += failed
                 if votes:
-                    rows.append(to_row(item, votes, judge, context.constitution.name))
+                    rows.append(to_row(item, votes, name, context.constitution.name, config.method))
             context.journal.append(batch, rows, failures)
     _, failed = context.journal.finish()
     judged: list[Vote] = read_rows(context.folder / RECORDS)
@@ -170,8 +205,8 @@ def drawn(constitution: Constitution, item: dict[str, Any], how_many: str | int,
     return [principles[index] for index in sorted(chosen)]
 
 
-def to_row(item: dict[str, Any], votes: list[PrincipleVote], judge: str, constitution: str) -> Vote:
-    return {
+def to_row(item: dict[str, Any], votes: list[PrincipleVote], judge: str, constitution: str, method: Method) -> Vote:
+    row: Vote = {
         "id": item["id"],
         "prompt_id": item["prompt_id"],
         "prompt": item["prompt"],
@@ -182,6 +217,9 @@ def to_row(item: dict[str, Any], votes: list[PrincipleVote], judge: str, constit
         "judge": judge,
         "constitution": constitution,
     }
+    if method != "pairwise":
+        row["method"] = method
+    return row
 
 
 def measured(rows: Sequence[Vote]) -> dict[str, Any]:

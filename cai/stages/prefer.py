@@ -13,10 +13,7 @@ Left out: fitting the temperature, and learning how far each principle can be tr
 
 from __future__ import annotations
 
-import json
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -25,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cai.constitution import Constitution
 from cai.errors import BadInput, StageFailed
 from cai.feedback.label_figures import figures
-from cai.feedback.labels import Ballots, Floats, aggregate, over_orders, probability
+from cai.feedback.labels import Floats, aggregate, over_orders, probability
+from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.prompts import PairSet, load_human_pairs
@@ -58,7 +56,9 @@ class Config(StageConfig):
     kind: Literal["prefer"] = "prefer"
     from_: Names = Field([], alias="from", description="Stages whose votes become labels.")
     pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
-    labels: Literal["soft", "hard"] | Clamp = Field("soft", description="soft, hard, or {clamp: [0.4, 0.6]}.")
+    labels: Literal["soft", "hard"] | Clamp | None = Field(
+        None, description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft, and that clamp where votes are reasoned."
+    )
     temperature: Literal["sum_of_weights"] | float = Field(
         "sum_of_weights", gt=0, description="What the weighted sum of log-odds is divided by."
     )
@@ -72,14 +72,6 @@ class Config(StageConfig):
         if not self.from_ and self.pairs is None:
             raise ValueError("found neither `from:` nor `pairs:`, expected stages with votes or a file of human pairs")
         return self
-
-
-class Votes(NamedTuple):
-    """Vote rows without their votes, and the votes of all of them as columns."""
-
-    rows: list[dict[str, Any]]
-    principles: list[str]
-    ballots: Ballots
 
 
 class Labelled(NamedTuple):
@@ -99,7 +91,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     found: dict[str, Any] = dict(ours.left_out)
     if config.pairs is not None:
         human = load_human_pairs(config.pairs, context.home)
-        preferences += relabelled(human.preferences, config.labels)
+        preferences += relabelled(human.preferences, config.labels or "soft")
         found["human"] = {"rows": human.rows, "pairs": len(human.preferences), "left_out": human.left_out}
     if not preferences:
         raise StageFailed(f"none of the pairs gets a label: {found}")
@@ -123,7 +115,7 @@ def from_votes(config: Config, context: Context) -> Labelled:
     kept, left_out = choose(log_odds, config)
     chosen_is_a = np.array([prefers_a(votes.rows[index], log_odds[index]) for index in kept], dtype=bool)
     strength = np.abs(log_odds[kept])
-    p_chosen = labels(strength, config.labels)
+    p_chosen = labels(strength, config.labels or usual_labels(votes.rows))
     rows = [
         to_row(votes.rows[index], a_is_chosen, p, odds, context.stage_id)
         for index, a_is_chosen, p, odds in zip(
@@ -132,28 +124,6 @@ def from_votes(config: Config, context: Context) -> Labelled:
     ]
     towards_chosen = by_principle[kept] * np.where(chosen_is_a, 1.0, -1.0)[:, None]
     return Labelled(rows, {"votes": len(votes.rows), **left_out}, votes.principles, towards_chosen)
-
-
-def read_votes(paths: Iterable[Path]) -> Votes:
-    """All vote rows of several files. Only numbers are kept of the votes: 100,000 pairs have millions."""
-    rows: list[dict[str, Any]] = []
-    numbers: dict[str, int] = {}
-    pair, principle, swapped, log_odds = array("q"), array("q"), array("b"), array("d")
-    for path in paths:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                votes = row.pop("votes")
-                pair.extend([len(rows)] * len(votes))
-                principle.extend([numbers.setdefault(vote["principle"], len(numbers)) for vote in votes])
-                swapped.extend([vote["order"] == "ba" for vote in votes])
-                log_odds.extend([vote["log_odds"] for vote in votes])
-                rows.append(row)
-    principles = sorted(numbers)
-    # In alphabetical order, so that sums come out the same to the last bit whichever row was read first.
-    column = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
-    columns = Ballots(np.array(pair), column[np.array(principle)], np.array(swapped, dtype=bool), np.array(log_odds))
-    return Votes(rows, principles, columns)
 
 
 def weights_of(principles: Sequence[str], constitution: Constitution | None) -> Floats:
@@ -180,6 +150,12 @@ def prefers_a(row: Mapping[str, Any], log_odds: float) -> bool:
         return log_odds > 0
     a, b = row["a"], row["b"]
     return stable_id(a["id"], a["text"]) < stable_id(b["id"], b["text"])
+
+
+def usual_labels(rows: Iterable[Mapping[str, Any]]) -> str | Clamp:
+    """Soft; after reasons, which leave a judge all too sure, kept within 40 to 60 %, which the paper found best."""
+    methods = {row.get("method", "pairwise") for row in rows}
+    return Clamp(clamp=(0.4, 0.6)) if methods == {"reasoned"} else "soft"
 
 
 def labels(strength: Floats, kind: str | Clamp) -> Floats:

@@ -43,6 +43,7 @@ class Config(WritingConfig):
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
     revision: ClassVar[int] = 2
     asks: ClassVar[tuple[str, ...]] = ("critique", "revise")
+    requests: ClassVar[tuple[str, ...]] = ("critique", "revise")
 
     kind: Literal["revise"] = "revise"
     from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are revised.")

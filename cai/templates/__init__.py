@@ -1,11 +1,12 @@
 """What a model is asked, as Jinja text in files: one folder a template set.
 
-A set has `critique.jinja`, `revise.jinja` and `compare.jinja`; each renders one user message, or a short conversation
-where lines `{# user #}` and `{# assistant #}` part it into turns. Files whose names begin with `_` are parts that
-others include. A set for base models also has `chat.jinja`, a chat template in plain text, and `stop.txt`: the strings
-that end a turn, one a line, `\\n` for a line break. Set `micro` also has what else its model was pretrained to be
-asked, in many wordings, among which `pick` chooses. Templates put what questions share first: the conversation, then
-the two responses, then the principle.
+A set has `critique`, `revise` and `compare`, `reason` and `verdict` for judges that reason first, and `rate` for those
+that rate, all `.jinja`; each renders one user message, or a short conversation where lines `{# user #}` and
+`{# assistant #}` part it into turns. Files whose names begin with `_` are parts that others include. A set for base
+models also has `chat.jinja`, a chat template in plain text, and `stop.txt`: the strings that end a turn, one a line,
+`\\n` for a line break. Set `micro` also has what else its model was pretrained to be asked, in many wordings, among
+which `pick` chooses. Templates put what questions share first: the conversation, then the two responses, then the
+principle.
 
 Texts from models and users are inserted as values and never parsed as templates. The filter `fenced` keeps them from
 closing the tags that they stand between, `unlabelled` from opening a new part where parts begin with `Response A:`.

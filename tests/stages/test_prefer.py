@@ -308,3 +308,14 @@ def test_config_takes_numbers_for_the_temperature():
 def test_probabilities_do_not_overflow():
     p = labels.probability(np.array([-1e4, -1.0, 0.0, 1.0, 1e4]))
     assert p == pytest.approx([0, 1 / (1 + math.e), 0.5, math.e / (1 + math.e), 1])
+
+
+def test_labels_of_reasoned_votes_are_clamped_unless_the_recipe_says_otherwise(tmp_path):
+    rows = random_votes(30)
+    reasoned = [{**row, "method": "reasoned"} for row in rows]
+    p = [row["p_chosen"] for row in prefer(tmp_path / "usual", reasoned).rows]
+    assert min(p) >= 0.5
+    assert max(p) == 0.6
+    assert max(row["p_chosen"] for row in prefer(tmp_path / "soft", reasoned, labels="soft").rows) > 0.6
+    mixed = prefer(tmp_path / "mixed", [*reasoned[:-1], rows[-1]])
+    assert max(row["p_chosen"] for row in mixed.rows) > 0.6

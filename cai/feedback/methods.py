@@ -1,0 +1,205 @@
+"""The ways to put a pair of responses to a judge, principle by principle. Each gives votes and keeps what they rest on.
+
+`pairwise`: the log-odds of the two options, with either response shown first (Lee et al. 2023, arXiv 2309.00267).
+`reasoned`: reasons are sampled first, several times, and the options are read after each. The probability that the
+first is better is the mean over the reasons: each is one way to come to a verdict, and what is wanted is the verdict's
+probability over all of them. A thinking model's reasons are its own thinking.
+`rating`: each response alone, on a scale from 1; its score is the expectation over the scale's tokens (direct RLAIF,
+section 2.2.2 of the same paper), and the vote is the difference of two scores, in points, not nats. There is no order
+to average over: the vote stands in both.
+
+Left out: who is asked about what (stages choose), and what votes amount to (`cai.feedback.labels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from cai.constitution import Principle
+from cai.engines import Choice, Completion, Engine, Failure, Question, Request, Sampling
+from cai.engines.retry import choose_all, generate_all
+from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together
+from cai.records import Message, PrincipleVote, Thought, stable_seed
+from cai.templates import OPTIONS, TemplateSet
+
+Method = Literal["pairwise", "reasoned", "rating"]
+ASKS: Mapping[Method, tuple[str, ...]] = {
+    "pairwise": ("compare",),
+    "reasoned": ("reason", "verdict"),
+    "rating": ("rate",),
+}
+"""Templates that a judge is asked with."""
+REQUESTS: Mapping[Method, tuple[str, ...]] = {
+    "pairwise": ("compare",),
+    "reasoned": ("compare",),
+    "rating": ("critique",),
+}
+"""What principles say to it."""
+
+Asked = Mapping[str, Sequence[Principle]]
+"""The principles that each pair is judged by, by the pair's id."""
+Judged = dict[str, tuple[list[PrincipleVote], list[Failure]]]
+"""By the pair's id: its votes, and what failed; votes of a principle in both orders or in none."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Whom pairs are put to, and how."""
+
+    engine: Engine
+    templates: TemplateSet
+    method: Method
+    min_mass: float
+    retries: int
+    seed: int = 0
+    thoughts: int = 1
+    scale: int = 7
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def votes(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
+        """What the judge says of every pair."""
+        return {"pairwise": self._pairwise, "reasoned": self._reasoned, "rating": self._rating}[self.method](
+            pairs, asked
+        )
+
+    def _pairwise(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
+        questions = [each for pair in pairs for each in to_questions(pair, asked[pair.id], self.templates)]
+        answers = choose_all(self.engine, questions, self.retries)
+        return {pair.id: to_votes(pair, asked[pair.id], answers, self.min_mass) for pair in pairs}
+
+    def _reasoned(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
+        reasons = self._reasons(pairs, asked)
+        questions = []
+        for pair, order, principle in _cases(pairs, asked):
+            for k in range(self.thoughts):
+                id = f"{question_id(pair, order, principle)}/{k}"
+                if isinstance(given := reasons[id], Completion):
+                    messages = self._ask("verdict", pair, order, principle, reasoning=_reasoning(given))
+                    questions.append(Question(id, messages, OPTIONS))
+        answers = choose_all(self.engine, questions, self.retries)
+        found: Judged = {}
+        for pair in pairs:
+            by_principle = [
+                [self._mean_vote(pair, order, principle, reasons, answers) for order in ORDERS]
+                for principle in asked[pair.id]
+            ]
+            found[pair.id] = together(pair, by_principle)
+        return found
+
+    def _reasons(self, pairs: Sequence[Pair], asked: Asked) -> dict[str, Completion | Failure]:
+        """The judge's reasons by id; those that were cut off have come to no conclusion and are none."""
+        requests = []
+        for pair, order, principle in _cases(pairs, asked):
+            messages = self._ask("reason", pair, order, principle)
+            for k in range(self.thoughts):
+                id = f"{question_id(pair, order, principle)}/{k}"
+                requests.append(Request(id, messages, stable_seed(self.seed, id), self.sampling))
+        return generate_all(self.engine, requests, self.retries, whole=True)
+
+    def _mean_vote(
+        self,
+        pair: Pair,
+        order: Literal["ab", "ba"],
+        principle: Principle,
+        reasons: Mapping[str, Completion | Failure],
+        answers: Mapping[str, Choice | Failure],
+    ) -> PrincipleVote | Failure:
+        """Over the reasons that led to a verdict; a failure where none did."""
+        thoughts: list[Thought] = []
+        masses: list[float] = []
+        failed: list[Failure] = []
+        where = f"pair {pair.id}, {principle.id!r}, order {order}"
+        for k in range(self.thoughts):
+            id = f"{question_id(pair, order, principle)}/{k}"
+            reason = reasons[id]
+            answer = reason if isinstance(reason, Failure) else answers[id]
+            if isinstance(answer, Choice) and answer.mass < self.min_mass:
+                answer = Failure(id, _too_little(answer.mass, self.min_mass))
+            if isinstance(answer, Failure) or isinstance(reason, Failure):
+                failed.append(answer if isinstance(answer, Failure) else Failure(id, ""))
+                continue
+            first_better = answer.log_probs[0] - answer.log_probs[1]
+            thoughts.append({"text": _reasoning(reason), "log_odds": first_better if order == "ab" else -first_better})
+            masses.append(answer.mass)
+        if not thoughts:
+            return Failure(failed[0].id, f"{where}: {failed[0].reason}")
+        log_odds = mean_probability([each["log_odds"] for each in thoughts])
+        return PrincipleVote(
+            principle=principle.id, order=order, log_odds=log_odds, mass=float(np.mean(masses)), thoughts=thoughts
+        )
+
+    def _rating(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
+        options = tuple(str(number) for number in range(1, self.scale + 1))
+        questions = {}
+        for pair in pairs:
+            for side, text in (("a", pair.a), ("b", pair.b)):
+                for principle in asked[pair.id]:
+                    messages = self.templates.ask(
+                        "rate", messages=pair.messages, response=text, request=principle.critique, scale=self.scale
+                    )
+                    id = f"{pair.id}/{side}/{principle.id}"
+                    questions[id] = Question(id, messages, options)
+        answers = choose_all(self.engine, list(questions.values()), self.retries)
+        found: Judged = {}
+        for pair in pairs:
+            by_principle = []
+            for principle in asked[pair.id]:
+                vote = self._difference(pair, principle, answers)
+                by_principle.append([vote if isinstance(vote, Failure) else {**vote, "order": o} for o in ORDERS])
+            found[pair.id] = together(pair, by_principle)  # type: ignore[arg-type]
+        return found
+
+    def _difference(
+        self, pair: Pair, principle: Principle, answers: Mapping[str, Choice | Failure]
+    ) -> PrincipleVote | Failure:
+        scores, masses = [], []
+        for side in ("a", "b"):
+            answer = answers[f"{pair.id}/{side}/{principle.id}"]
+            if isinstance(answer, Choice) and answer.mass < self.min_mass:
+                answer = Failure(answer.id, _too_little(answer.mass, self.min_mass))
+            if isinstance(answer, Failure):
+                return Failure(answer.id, f"pair {pair.id}, {principle.id!r}, response {side}: {answer.reason}")
+            scores.append(expected_score(answer.log_probs))
+            masses.append(answer.mass)
+        return PrincipleVote(
+            principle=principle.id, order="ab", log_odds=scores[0] - scores[1], mass=min(masses), scores=scores
+        )
+
+    def _ask(self, name: str, pair: Pair, order: str, principle: Principle, **more: str) -> list[Message]:
+        first, second = ({"a": pair.a, "b": pair.b}[side] for side in order)
+        return self.templates.ask(
+            name, messages=pair.messages, first=first, second=second, request=principle.compare, **more
+        )
+
+
+def mean_probability(log_odds: Sequence[float]) -> float:
+    """The log-odds of the mean probability: log(mean s(x) / mean s(-x)), s the logistic function, without overflow."""
+    x = np.asarray(log_odds, dtype=float)
+    better, worse = (-np.logaddexp(0.0, sign * x) for sign in (-1.0, 1.0))
+    return float(np.logaddexp.reduce(better) - np.logaddexp.reduce(worse))
+
+
+def expected_score(log_probs: Sequence[float]) -> float:
+    """Mean of 1, 2, ... under the options' probabilities, their sum taken as 1."""
+    p = np.exp(np.asarray(log_probs) - np.logaddexp.reduce(log_probs))
+    return float(p @ np.arange(1, len(p) + 1))
+
+
+def _reasoning(completion: Completion) -> str:
+    return completion.text if completion.reasoning is None else completion.reasoning
+
+
+def _too_little(mass: float, wanted: float) -> str:
+    return f"the options hold {mass:.3g} of the probability, less than min_mass {wanted:g}"
+
+
+def _cases(pairs: Sequence[Pair], asked: Asked) -> Iterator[tuple[Pair, Literal["ab", "ba"], Principle]]:
+    """What shares most of its prompt stands side by side."""
+    for pair in pairs:
+        for order in ORDERS:
+            for principle in asked[pair.id]:
+                yield pair, order, principle

@@ -1,0 +1,102 @@
+"""Tests a judge on the constitution's own examples before anything is built on what it says.
+
+Each example is put to the judge under its principle, in both orders. What is measured: how often it sees the better
+response as the author does, how often its verdict turns with the order, how well calibrated it is, whether it prefers
+the same response with a meaningless sentence after it, and whether it is even between a response and itself.
+
+A recipe has this stage where it says `gate:`, as soon as its judge is there. Below the bars the run stops, with exit
+code 1, or goes on with a warning.
+
+Left out: preference for its own texts, which takes texts of several models (votes have those).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from cai.constitution import Constitution
+from cai.engines import Engine
+from cai.engines.retry import choose_all
+from cai.errors import BadInput, GateFailed
+from cai.feedback import principle_tests
+from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
+from cai.files import write_json
+from cai.stages import Bars, Context, Rows, StageConfig
+from cai.statistics import rate
+from cai.templates import TemplateSet
+
+PADDING = "That is what there is to say about it here."
+"""Says nothing: the same response with it is longer and no better."""
+FIGURES = "gate.json"
+
+
+class Config(StageConfig):
+    gives: ClassVar[Rows] = "figures"
+    asks: ClassVar[tuple[str, ...]] = ("compare",)
+    requests: ClassVar[tuple[str, ...]] = ("compare",)
+
+    kind: Literal["gate"] = "gate"
+    judge: str | None = Field(None, description="Model or stage that is tested; absent = the recipe's `judge`.")
+    bars: Bars = Field(Bars.model_validate({}), description="What it must reach.")
+    retries: int = Field(1, ge=0, description="Times a question without an answer is asked again.")
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Returns the figures. Raises GateFailed below the bars where these say so; the figures are on disk then too."""
+    if context.constitution is None:
+        raise BadInput("`gate` needs a constitution, and the recipe names none")
+    templates = context.templates(config.judge)
+    with context.engine(config.judge) as engine:
+        outcomes = principle_tests.run_examples(context.constitution, engine, templates, config.retries)
+        found = principle_tests.figures(outcomes)
+        found["ece"] = principle_tests.calibration_error(outcomes)
+        found |= _against_itself(context.constitution, engine, templates, config.retries)
+    write_json(context.folder / FIGURES, found)
+    short = list(_below(found, config.bars))
+    if short:
+        sentence = f"the judge {context.model(config.judge).name!r} is below the gate: {'; '.join(short)}"
+        if config.bars.below == "stop":
+            raise GateFailed(
+                f"{sentence}; {context.folder / FIGURES} names the examples. `gate: {{below: warn}}` goes on"
+            )
+        context.progress.note(sentence)
+    return {"gate": {context.stage_id: found}}
+
+
+def _below(found: dict[str, Any], bars: Bars) -> Iterator[str]:
+    """What falls short, in words."""
+    low, high = found["interval"]
+    if found["accuracy"] < bars.min_accuracy:
+        yield f"accuracy {found['accuracy']:.2f} [{low:.2f}, {high:.2f}] of at least {bars.min_accuracy:g}"
+    if (found["flip_rate"] or 0) > bars.max_flip_rate:
+        yield f"{found['flip_rate']:.2f} of its verdicts turn with the order, at most {bars.max_flip_rate:g} may"
+    if (found["ece"] or 0) > bars.max_ece:
+        yield f"calibration error {found['ece']:.2f}, at most {bars.max_ece:g}"
+
+
+def _against_itself(constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int) -> dict[str, Any]:
+    """How often it prefers a padded response to the same without, and how far from even it is between equal ones."""
+    cases = []
+    for principle in constitution.principles:
+        for number, example in enumerate(principle.examples, 1):
+            name, text = f"{principle.id}/{number}", example.better
+            cases.append((principle, Pair(f"{name}/padded", example.conversation, f"{text} {PADDING}", text)))
+            cases.append((principle, Pair(f"{name}/same", example.conversation, text, text)))
+    questions = [question for principle, pair in cases for question in to_questions(pair, [principle], templates)]
+    answers = choose_all(engine, questions, retries)
+    means: dict[str, list[float]] = {"padded": [], "same": []}
+    names: dict[str, list[str]] = {"padded": [], "same": []}
+    for principle, pair in cases:
+        votes, _ = to_votes(pair, [principle], answers, MIN_MASS)
+        if votes:
+            how = pair.id.rpartition("/")[2]
+            means[how].append(sum(vote["log_odds"] for vote in votes) / 2)
+            names[how].append(str(pair.messages))
+    return {
+        "prefers_padded": rate([0.5 * (np.sign(x) + 1) for x in means["padded"]], names["padded"]).as_json(),
+        "nats_from_even_between_equals": max(map(abs, means["same"]), default=None),
+    }

@@ -1,0 +1,126 @@
+"""The gate before a judge: what it measures, when it stops a run, and where a recipe has it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from feedback import Script, run_stage
+
+from cai.engines import Failure
+from cai.errors import BadInput, GateFailed
+from cai.recipe import load_recipe
+from cai.stages.gate import FIGURES, PADDING
+
+EXAMPLES = """
+name: trial
+principles:
+  - id: calm
+    text: The assistant stays calm.
+    examples:
+      - {prompt: How are you?, better: good one, worse: bad one}
+      - {prompt: And now?, better: good two, worse: bad two}
+  - id: short
+    text: The assistant is brief.
+    examples:
+      - {prompt: What is it?, better: good three, worse: bad three}
+"""
+
+
+def shown(question) -> list[str]:
+    """The first and the second response."""
+    text = question.messages[-1]["content"]
+    return [text.split(f"<response_{letter}>\n")[1].split(f"\n</response_{letter}>")[0] for letter in "ab"]
+
+
+def sees(question) -> tuple[float, float]:
+    """A judge that knows good from bad, likes padding, and is even between equals."""
+    first, second = shown(question)
+    return 2.0 * (first.count("good") - second.count("good")) + 0.5 * (len(first) > len(second)) - 0.5 * (
+        len(second) > len(first)
+    ), 1.0
+
+
+def gate(folder, prefers=sees, **config):
+    return run_stage("gate", folder, script=Script(prefers=prefers), document=EXAMPLES, **config)
+
+
+def test_a_good_judge_passes_and_its_figures_say_what_it_is_like(tmp_path):
+    found = gate(tmp_path).figures["gate"]["gate"]
+    assert found["accuracy"] == 1
+    assert found["flip_rate"] == 0
+    assert found["prefers_padded"]["value"] == 1
+    assert found["nats_from_even_between_equals"] == 0
+    assert found["ece"] == pytest.approx(1 - 1 / (1 + math.exp(-2)), abs=0.1)
+    assert found["principles"]["short"]["n"] == 1
+
+
+def test_a_judge_that_sees_the_contrary_stops_the_run_and_leaves_its_figures(tmp_path):
+    with pytest.raises(GateFailed, match=r"accuracy 0\.00 \[.*\] of at least 0\.75") as stopped:
+        gate(tmp_path, lambda question: (-sees(question)[0], 1.0))
+    assert stopped.value.exit_code == 1
+    (figures,) = tmp_path.rglob(FIGURES)
+    failing = json.loads(figures.read_text())["principles"]["calm"]["failing"]
+    assert [each["name"] for each in failing] == ["calm/1", "calm/2"]
+
+
+def test_a_judge_that_goes_by_the_order_is_told_so(tmp_path):
+    with pytest.raises(GateFailed, match=r"1\.00 of its verdicts turn with the order, at most 0\.3 may"):
+        gate(tmp_path, lambda question: (3.0 + sees(question)[0] / 2, 1.0))
+
+
+def test_with_a_warning_the_run_goes_on(tmp_path):
+    done = gate(tmp_path, lambda question: (-sees(question)[0], 1.0), bars={"below": "warn"})
+    assert done.figures["gate"]["gate"]["accuracy"] == 0
+
+
+def test_no_answer_is_no_pass(tmp_path):
+    with pytest.raises(GateFailed, match=r"accuracy 0\.00"):
+        gate(tmp_path, lambda question: Failure(question.id, "no idea"))
+
+
+def test_padding_is_all_that_the_padded_response_has_more(tmp_path):
+    script = Script(prefers=sees)
+    run_stage("gate", tmp_path, script=script, document=EXAMPLES)
+    padded = [shown(question) for question in script.questions if PADDING in question.messages[-1]["content"]]
+    assert len(padded) == 2 * 3
+    assert all(sorted(pair, key=len)[1] == f"{sorted(pair, key=len)[0]} {PADDING}" for pair in padded)
+
+
+def recipe(folder, text: str):
+    path = folder / "r.yaml"
+    path.write_text(f"name: r\nmodel: micro\n{text}", encoding="utf-8")
+    return load_recipe(path)
+
+
+STAGES = """
+prompts: {some: {source: micro, split: train, limit: 8}}
+stages:
+  - {id: responses, kind: sample, prompts: some}
+  - {id: trained, kind: sft, from: responses}
+  - {id: candidates, kind: sample, prompts: some, model: trained, n: 2}
+  - {id: votes, kind: judge, from: candidates}
+"""
+
+
+def test_a_recipe_has_its_gate_first_or_after_the_stage_that_trains_the_judge(tmp_path):
+    first = recipe(tmp_path, "judge: model\nconstitution: micro\ngate: {min_accuracy: 0.9}" + STAGES)
+    assert list(first.stages) == ["gate", "responses", "trained", "candidates", "votes"]
+    assert first.stages["gate"].bars.min_accuracy == 0.9
+    assert first.stages["gate"].judge == "micro"
+    later = recipe(tmp_path, "judge: trained\nconstitution: micro\ngate: {}" + STAGES)
+    assert list(later.stages) == ["responses", "trained", "gate", "candidates", "votes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("constitution: micro\ngate: {}", "expected a `judge:` that has a name beside it"),
+        ("judge: model\nconstitution: micro\ngate: {min_acuracy: 1}", "did you mean 'min_accuracy'"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused_where_it_stands(tmp_path, text, said):
+    with pytest.raises(BadInput, match=said) as refused:
+        recipe(tmp_path, text + STAGES)
+    assert "r.yaml:4:" in str(refused.value) or "r.yaml:5:" in str(refused.value)

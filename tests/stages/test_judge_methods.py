@@ -1,0 +1,139 @@
+"""Judging after reasons and by ratings: what is asked, what the votes are, and what becomes of half an answer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from feedback import Script, run_stage, sample
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cai.engines import Completion
+from cai.errors import StageFailed
+from cai.feedback.methods import expected_score, mean_probability
+from cai.stages.judge import Config
+
+PAIR = [sample("Is it noon?", text, "helpful") for text in ("It is noon.", "No idea.")]
+ODDS = {"good": 2.0, "bad": -1.0, "fine": 0.5}
+
+
+def judge(folder, script, rows=PAIR, **config):
+    return run_stage("judge", folder, {"candidates": rows}, script=script, **config)
+
+
+def reasons(question) -> str:
+    return question.messages[-2]["content"]
+
+
+def thinks(request) -> str:
+    """Another thought with every seed."""
+    return list(ODDS)[request.seed % 3]
+
+
+def test_a_reasoned_vote_is_the_mean_probability_over_the_thoughts_and_keeps_them(tmp_path):
+    script = Script(writes=thinks, prefers=lambda question: (ODDS[reasons(question)], 0.9))
+    done = judge(tmp_path, script, method="reasoned", thoughts=5)
+    assert len(script.requests) == len(script.questions) == 2 * 2 * 5
+    (row,) = done.rows
+    assert row["method"] == "reasoned"
+    for vote in row["votes"]:
+        sign = 1 if vote["order"] == "ab" else -1
+        assert len(vote["thoughts"]) == 5
+        assert all(each["log_odds"] == pytest.approx(sign * ODDS[each["text"]]) for each in vote["thoughts"])
+        p = np.mean([1 / (1 + math.exp(-each["log_odds"])) for each in vote["thoughts"]])
+        assert vote["log_odds"] == pytest.approx(math.log(p / (1 - p)))
+        assert vote["mass"] == pytest.approx(0.9)
+    assert len({each["text"] for vote in row["votes"] for each in vote["thoughts"]}) == 3
+
+
+def test_the_verdict_is_asked_after_the_reasons_in_one_conversation(tmp_path):
+    script = Script(writes=lambda request: "because")
+    judge(tmp_path, script, method="reasoned")
+    question = script.questions[0]
+    assert [message["role"] for message in question.messages][-3:] == ["user", "assistant", "user"]
+    assert question.messages[-2]["content"] == "because"
+    assert question.messages[:-2] in [request.messages for request in script.requests]
+
+
+def test_a_thinking_judge_reasons_by_its_own_thinking(tmp_path):
+    def thinking(request):
+        return Completion(request.id, "I say A.", [1, 2], [-1.0] * 2, "stop", [0], reasoning="my own thoughts")
+
+    script = Script(writes=thinking)
+    done = judge(tmp_path, script, method="reasoned")
+    assert {reasons(question) for question in script.questions} == {"my own thoughts"}
+    assert done.rows[0]["votes"][0]["thoughts"][0]["text"] == "my own thoughts"
+
+
+def test_reasons_that_reach_no_end_are_asked_for_again_and_then_a_failure(tmp_path):
+    seeds = set()
+
+    def cut_off(request):
+        seeds.add(request.seed)
+        return Completion(request.id, "and so on", [1, 2, 3], [-1.0] * 3, "length", [0])
+
+    with pytest.raises(StageFailed, match="cut off after 3 tokens"):
+        judge(tmp_path, Script(writes=cut_off), method="reasoned", retries=2)
+    assert len(seeds) == 2 * 2 * 3, "each attempt has a seed of its own"
+
+
+def test_a_thought_without_a_verdict_leaves_the_vote_to_the_others(tmp_path):
+    script = Script(
+        writes=thinks, prefers=lambda question: (ODDS[reasons(question)], 0.01 if reasons(question) == "bad" else 1)
+    )
+    done = judge(tmp_path, script, method="reasoned", thoughts=6, retries=0)
+    texts = {each["text"] for vote in done.rows[0]["votes"] for each in vote["thoughts"]}
+    assert texts == {"good", "fine"}
+
+
+def test_a_rating_votes_by_the_difference_of_expected_scores(tmp_path):
+    sure = {"It is noon.": 6, "No idea.": 2}
+
+    def rates(question):
+        (text,) = (text for text in sure if text in question.messages[-1]["content"])
+        return [0.7 if n == sure[text] else 0.05 for n in range(1, 8)]
+
+    script = Script(rates=rates)
+    done = judge(tmp_path, script, method="rating")
+    assert {question.options for question in script.questions} == {tuple("1234567")}
+    assert len(script.questions) == 2 * 2, "each response once a principle: there are no orders"
+    (row,) = done.rows
+    for vote in row["votes"]:
+        expected = [sum(n * (0.7 if n == sure[row[s]["text"]] else 0.05) for n in range(1, 8)) for s in "ab"]
+        assert vote["scores"] == pytest.approx(expected)
+        assert vote["log_odds"] == pytest.approx(expected[0] - expected[1])
+    assert {vote["order"] for vote in row["votes"]} == {"ab", "ba"}
+
+
+def test_a_rating_that_the_scale_holds_too_little_of_is_a_failure(tmp_path):
+    with pytest.raises(StageFailed, match=r"hold 0\.07 of the probability"):
+        judge(tmp_path, Script(rates=lambda question: [0.01] * 7), method="rating")
+
+
+@pytest.mark.parametrize("method", ["pairwise", "reasoned", "rating"])
+def test_what_principles_say_to_the_judge_is_part_of_the_plan(method):
+    config = Config.model_validate({"id": "votes", "kind": "judge", "from": ["x"], "method": method})
+    asked = {"pairwise": ("compare",), "reasoned": ("reason", "verdict"), "rating": ("rate",)}
+    assert config.asks == asked[method]
+    assert config.requests == (("critique",) if method == "rating" else ("compare",))
+
+
+@pytest.mark.parametrize(("key", "value", "method"), [("thoughts", 2, "reasoned"), ("scale", 10, "rating")])
+def test_settings_of_another_method_are_refused(key, value, method):
+    with pytest.raises(ValueError, match=f"expected it with `method: {method}` alone"):
+        Config.model_validate({"id": "votes", "kind": "judge", "from": ["x"], key: value})
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=6))
+def test_the_mean_probability_turns_with_its_side_and_lies_between_the_extremes(odds):
+    mean = mean_probability(odds)
+    assert mean_probability([-x for x in odds]) == pytest.approx(-mean, abs=1e-9)
+    assert min(odds) - 1e-9 <= mean <= max(odds) + 1e-9
+    assert mean_probability([800.0, 800.0]) == pytest.approx(800), "no overflow"
+
+
+def test_the_expected_score_of_a_certain_rating_is_that_rating():
+    assert expected_score([-1000.0, 0.0, -1000.0]) == pytest.approx(2)
+    assert expected_score(np.log([0.1, 0.1]).tolist()) == pytest.approx(1.5), "what the scale does not hold is left out"
