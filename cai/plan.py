@@ -192,6 +192,10 @@ class Planner:
                 parts[f"principle.{principle.id}.{ask}"] = getattr(principle, ask)
             if config.requests:
                 parts[f"principle.{principle.id}.applies_to"] = principle.applies_to and list(principle.applies_to)
+            if config.uses_examples:
+                parts[f"principle.{principle.id}.examples"] = stable_id(
+                    [[each.messages, each.better, each.worse] for each in principle.examples]
+                )
             if config.uses_weights:
                 parts[f"weight.{principle.id}"] = principle.weight
         return parts

@@ -142,7 +142,9 @@ def measured(log_odds: Sequence[float], truth: Sequence[float], clusters: Sequen
 
 
 def of_labels(given: Evidence) -> dict[str, Any]:
-    """How far labels of a run are what the oracle of the embedded world says; of held-out prompts, where there are any.
+    """How far log-odds of a run, before they become hard or clamped labels, are what the world's oracle says.
+
+    Measured on held-out prompts, where there are any.
 
     Pairs that it cannot read, or scores alike, are counted and left out. Raises BadInput where none is left.
     """
@@ -165,9 +167,12 @@ def of_labels(given: Evidence) -> dict[str, Any]:
     if not kept:
         raise BadInput(f"{given.name}: no pair of this run has a known truth; that takes prompts of source micro")
     topics = given.topics
-    return {"name": given.name, "measured_on": "held_out" if any(held) else "all", "left_out": left_out} | measured(
-        sides[kept].tolist(), truth, [topics[i] for i in kept]
-    )
+    return {
+        "name": given.name,
+        "measured_on": "held_out" if any(held) else "all",
+        "left_out": left_out,
+        "stage_temperature": given.rule.temperature,
+    } | measured(sides[kept].tolist(), truth, [topics[i] for i in kept])
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -178,7 +183,11 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"out: {found['left_out']['unclear']} unclear, {found['left_out']['ties']} ties"
     )
     yield from table(["", "value [95 %]"], [[name.replace("_", " "), rate_text(found[name])] for name in names])[1:]
-    yield f"temperature that fits best: {found['temperature']:.2f}, to multiply the stage's own by"
+    now = found["stage_temperature"]
+    instead = (
+        f"{now * found['temperature']:.2g} instead of {now:g}" if now else "which is a sum of weights for each pair"
+    )
+    yield f"temperature that fits best: {found['temperature']:.2f} times the stage's own, {instead}"
     yield ""
     rows = [
         [f"{each['low']:.2f} to {each['high']:.2f}", str(each["n"]), f"{each['confidence']:.2f}",

@@ -5,6 +5,9 @@ from 60 % on, since a judge is never quite even. Correlations are taken about ze
 calling *a* what was *b* turns every sign of a pair at once and must change nothing, which a correlation about the mean
 would not survive. Two principles are compared on the pairs that both voted on.
 
+Votes of a judge that rates are points, not nats, and the same in both orders: what is said of strength is then in
+points, and of positions and flips says nothing.
+
 Without a principle means with weight 0, everything else as `prefer` had it; it is no causal claim about a judge that
 would be asked in other words.
 
@@ -41,7 +44,7 @@ REDUNDANT, CONFLICTING, ENOUGH = 0.8, -0.3, 20
 
 @dataclass(frozen=True)
 class Rule:
-    """How votes became labels: what `prefer` was told."""
+    """How votes became log-odds, which labels are then made of (soft, hard or clamped): what `prefer` was told."""
 
     weights: Mapping[str, float]
     temperature: float | None
@@ -127,7 +130,8 @@ def explain(given: Evidence, n_examples: int = 3) -> dict[str, Any]:
     """Figures of every principle, how they go together, and what becomes of the labels without each."""
     votes, sides = given.votes, given.sides()
     weights = np.array([given.rule.weights[id] for id in given.principles])
-    say = np.where(np.isnan(votes), 0.0, weights * np.abs(votes))
+    heard = ~np.isnan(votes) & (np.abs(votes) >= given.rule.abstain_below)
+    say = np.where(heard, weights * np.abs(votes), 0.0)
     correlation, together = correlations(votes)
     return {
         "name": given.name,
@@ -161,7 +165,7 @@ def _alone(given: Evidence, column: int, sides: Floats) -> dict[str, Any]:
     rest = given.sides(without=given.principles[column])
     return {
         "pairs": int(voted.sum()),
-        "decided": _rate(given, decided[voted], voted),
+        "decided": _rate(decided, voted, given.topics),
         "mean_strength": float(np.abs(vote[voted]).mean()) if voted.any() else None,
         "agreement": _same_side(given, vote, sides, decided),
         "agreement_with_the_others": _same_side(given, vote, rest, decided),
@@ -175,14 +179,7 @@ def _alone(given: Evidence, column: int, sides: Floats) -> dict[str, Any]:
 def _same_side(given: Evidence, vote: Floats, other: Floats, among: Bools) -> dict[str, Any] | None:
     """How often a principle's vote is on the side of something else, of the pairs where that has a side."""
     both = among & (other != 0)
-    return _rate(given, (vote * other > 0)[both], both)
-
-
-def _rate(given: Evidence, values: Bools, where: Bools) -> dict[str, Any] | None:
-    topics = given.topics
-    if not where.any():
-        return None
-    return rate(values.astype(float).tolist(), [topics[i] for i in np.flatnonzero(where).tolist()]).as_json()
+    return _rate(vote * other > 0, both, given.topics)
 
 
 def correlations(votes: Floats) -> tuple[Floats, Floats]:
@@ -306,7 +303,7 @@ def diff(one: Evidence, two: Evidence, n_examples: int = 3) -> dict[str, Any]:
         "names": [one.name, two.name],
         "pairs": [len(one.rows), len(two.rows)],
         "matched": len(matched),
-        "turned": _of(sides * others < 0, (sides != 0) & (others != 0), topics),
+        "turned": _rate(sides * others < 0, (sides != 0) & (others != 0), topics),
         "principles": {},
         "examples": [_example(one.rows[left[i]], {"p_a": sides[i], "p_a_in_the_other": others[i]}) for i in most],
     }
@@ -319,7 +316,7 @@ def diff(one: Evidence, two: Evidence, n_examples: int = 3) -> dict[str, Any]:
             "pairs": int(both.sum()),
             "correlation": _cosine(x[both], y[both]),
             "mean_strength": [float(np.abs(each[both]).mean()) if both.any() else None for each in (x, y)],
-            "turned": _of(x * y < 0, decided, topics),
+            "turned": _rate(x * y < 0, decided, topics),
         }
     found["only_in"] = [sorted({*a.principles} - {*b.principles}) for a, b in ((one, two), (two, one))]
     return found
@@ -329,7 +326,8 @@ def _key(row: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
     return row["prompt_id"], frozenset((row["a"]["text"], row["b"]["text"]))
 
 
-def _of(values: Bools, where: Bools, topics: Sequence[str]) -> dict[str, Any] | None:
+def _rate(values: Bools, where: Bools, topics: Sequence[str]) -> dict[str, Any] | None:
+    """How often it is so where it is asked, clustered by topic; None where it is asked nowhere."""
     if not where.any():
         return None
     return rate(values[where].astype(float).tolist(), [topics[i] for i in np.flatnonzero(where).tolist()]).as_json()

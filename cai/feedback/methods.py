@@ -22,7 +22,7 @@ import numpy as np
 from cai.constitution import Principle
 from cai.engines import Choice, Completion, Engine, Failure, Question, Request, Sampling
 from cai.engines.retry import choose_all, generate_all
-from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together
+from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together, too_little
 from cai.records import Message, PrincipleVote, Thought, stable_seed
 from cai.templates import OPTIONS, TemplateSet
 
@@ -118,7 +118,7 @@ class Judge:
             reason = reasons[id]
             answer = reason if isinstance(reason, Failure) else answers[id]
             if isinstance(answer, Choice) and answer.mass < self.min_mass:
-                answer = Failure(id, _too_little(answer.mass, self.min_mass))
+                answer = Failure(id, too_little(answer.mass, self.min_mass))
             if isinstance(answer, Failure) or isinstance(reason, Failure):
                 failed.append(answer if isinstance(answer, Failure) else Failure(id, ""))
                 continue
@@ -160,7 +160,7 @@ class Judge:
         for side in ("a", "b"):
             answer = answers[f"{pair.id}/{side}/{principle.id}"]
             if isinstance(answer, Choice) and answer.mass < self.min_mass:
-                answer = Failure(answer.id, _too_little(answer.mass, self.min_mass))
+                answer = Failure(answer.id, too_little(answer.mass, self.min_mass))
             if isinstance(answer, Failure):
                 return Failure(answer.id, f"pair {pair.id}, {principle.id!r}, response {side}: {answer.reason}")
             scores.append(expected_score(answer.log_probs))
@@ -191,10 +191,6 @@ def expected_score(log_probs: Sequence[float]) -> float:
 
 def _reasoning(completion: Completion) -> str:
     return completion.text if completion.reasoning is None else completion.reasoning
-
-
-def _too_little(mass: float, wanted: float) -> str:
-    return f"the options hold {mass:.3g} of the probability, less than min_mass {wanted:g}"
 
 
 def _cases(pairs: Sequence[Pair], asked: Asked) -> Iterator[tuple[Pair, Literal["ab", "ba"], Principle]]:

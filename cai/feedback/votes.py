@@ -94,11 +94,15 @@ def _to_vote(
     if isinstance(answer, Failure):
         return Failure(answer.id, f"{where}: {answer.reason}")
     if answer.mass < min_mass:
-        held = f"the options hold {answer.mass:.3g} of the probability, less than min_mass {min_mass:g}"
-        return Failure(answer.id, f"{where}: {held}")
+        return Failure(answer.id, f"{where}: {too_little(answer.mass, min_mass)}")
     first_better = answer.log_probs[0] - answer.log_probs[1]
     log_odds = first_better if order == "ab" else -first_better
     return PrincipleVote(principle=principle.id, order=order, log_odds=log_odds, mass=answer.mass)
+
+
+def too_little(mass: float, wanted: float) -> str:
+    """Why an answer is none whose options hold so little of the probability."""
+    return f"the options hold {mass:.3g} of the probability, less than min_mass {wanted:g}"
 
 
 def question_id(pair: Pair, order: str, principle: Principle) -> str:

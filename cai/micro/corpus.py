@@ -223,8 +223,8 @@ def acts(source: Source) -> Document:
 def truths(source: Source) -> Document:
     """Two answers about a fact, mostly one true and one false, judged by honesty several times and once otherwise.
 
-    Half of them are asked as in the first phase, all of them without reasons, and also in the words in which statements
-    ask what is true: a bridge from knowing facts to judging by them.
+    Half of them are asked as in the first phase, mostly without reasons, and also in the words in which statements ask
+    what is true: a bridge from knowing facts to judging by them.
     """
     rng = source.rng
     request = source.request(("factual", "false_belief"), {"factual": 0.7, "false_belief": 0.3})

@@ -71,6 +71,8 @@ class StageConfig(BaseModel):
     """Keys with a `source:` outside of the run, a path relative to the recipe: what lies there is part of the input."""
     uses_weights: ClassVar[bool] = False
     """Whether principles' weights matter here."""
+    uses_examples: ClassVar[bool] = False
+    """Whether principles' examples do."""
     names_models: ClassVar[tuple[str, ...]] = ("model", "models", "judge")
     """Keys whose values, or values' values, name models or stages that train one. The recipe's model and judge stand in
     where `model` or `judge` is absent, and `judge: self` is resolved, before a stage sees its config."""

@@ -7,7 +7,8 @@ the same response with a meaningless sentence after it, and whether it is even b
 A recipe has this stage where it says `gate:`, as soon as its judge is there. Below the bars the run stops, with exit
 code 1, or goes on with a warning.
 
-Left out: preference for its own texts, which takes texts of several models (votes have those).
+Left out: preference for its own texts, which takes texts of several models (votes have those); judges that only one
+`judge` stage names; reasons and ratings: the gate asks pairwise, whatever method the recipe's stages judge by.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Config(StageConfig):
     gives: ClassVar[Rows] = "figures"
     asks: ClassVar[tuple[str, ...]] = ("compare",)
     requests: ClassVar[tuple[str, ...]] = ("compare",)
+    uses_examples: ClassVar[bool] = True
 
     kind: Literal["gate"] = "gate"
     judge: str | None = Field(None, description="Model or stage that is tested; absent = the recipe's `judge`.")

@@ -57,7 +57,8 @@ class Config(StageConfig):
     from_: Names = Field([], alias="from", description="Stages whose votes become labels.")
     pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
     labels: Literal["soft", "hard"] | Clamp | None = Field(
-        None, description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft, and that clamp where votes are reasoned."
+        None,
+        description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft; that clamp if all votes are reasoned.",
     )
     temperature: Literal["sum_of_weights"] | float = Field(
         "sum_of_weights", gt=0, description="What the weighted sum of log-odds is divided by."

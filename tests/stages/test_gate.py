@@ -10,6 +10,7 @@ from feedback import Script, run_stage
 
 from cai.engines import Failure
 from cai.errors import BadInput, GateFailed
+from cai.plan import Planner
 from cai.recipe import load_recipe
 from cai.stages.gate import FIGURES, PADDING
 
@@ -124,3 +125,18 @@ def test_a_gate_that_cannot_be_is_refused_where_it_stands(tmp_path, text, said):
     with pytest.raises(BadInput, match=said) as refused:
         recipe(tmp_path, text + STAGES)
     assert "r.yaml:4:" in str(refused.value) or "r.yaml:5:" in str(refused.value)
+
+
+def test_other_examples_are_another_test(tmp_path):
+    document = tmp_path / "c.yaml"
+    text = "judge: model\nconstitution: c.yaml\ngate: {}" + STAGES
+
+    def parts() -> dict:
+        read = recipe(tmp_path, text)
+        return Planner(read, tmp_path / "run", offline=True).parts(read.stages["gate"], {})
+
+    document.write_text(EXAMPLES, encoding="utf-8")
+    before = parts()
+    document.write_text(EXAMPLES.replace("bad three", "worse three"), encoding="utf-8")
+    after = parts()
+    assert {name for name in after if before[name] != after[name]} == {"principle.short.examples"}
