@@ -112,8 +112,11 @@ def _matrix(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[
         a, b = entry["a"], entry["b"]
         winner = {"a better": a, "b better": b}.get(entry["verdict"])
         low, high = entry["interval"]
-        cells[a, b] = {"value": entry["value"], "low": low, "high": high, "winner": winner}
-        cells[b, a] = {"value": 1 - entry["value"], "low": 1 - high, "high": 1 - low, "winner": winner}
+        worst = entry.get("bounds", [0.0, 1.0])
+        both = {"winner": winner, "missing": entry.get("missing", 0)}
+        cells[a, b] = {"value": entry["value"], "low": low, "high": high, "bounds": worst} | both
+        turned = [1 - worst[1], 1 - worst[0]]
+        cells[b, a] = {"value": 1 - entry["value"], "low": 1 - high, "high": 1 - low, "bounds": turned} | both
     return [{"name": row, "cells": [cells.get((row, column)) for column in names]} for row in names] if cells else []
 
 

@@ -98,8 +98,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if missing:
         why = failures[0].reason if failures else "there are no prompts"
         raise StageFailed(f"no response of {', '.join(missing)} came about: {why}")
-    planned = {"sample": len(samples), "vote": len(votes)}
-    return _write_up(config, context, records, principles, failures, planned)
+    return _write_up(config, context, records, principles, failures, samples, votes)
 
 
 def _principles(config: Config, context: Context) -> list[Principle]:
@@ -255,11 +254,20 @@ def _write_up(
     records: Sequence[dict[str, Any]],
     principles: Sequence[Principle],
     failures: Sequence[Failure],
-    planned: Mapping[str, int],
+    samples: Mapping[tuple[str, str, int], Item],
+    votes: Sequence[Item],
 ) -> dict[str, Any]:
     """The figures of each prompt set to comparison.json, the page and the picture; those of the run are returned."""
     scale = Scale({each.id: each for each in principles}, config.tie_below)
-    rows = {name: _rows(records, context.prompts([name])) for name in config.prompts}
+    there = {row["id"] for row in records}
+    owner = {item["id"]: key[0] for key, item in samples.items()}
+    lost_samples = [key for key, item in samples.items() if item["id"] not in there]
+    lost_votes = [
+        ((owner[item["a"]], owner[item["b"]]), item["prompt"]["id"], item["number"])
+        for item in votes
+        if item["id"] not in there
+    ]
+    rows = {name: _rows(records, lost_samples, lost_votes, context.prompts([name])) for name in config.prompts}
     sets = {name: figures(each, config.names, scale) for name, each in rows.items()}
     assert context.constitution is not None
     comparison = {
@@ -273,8 +281,8 @@ def _write_up(
         "sampling": {key: getattr(config, key) for key in ("temperature", "top_p", "top_k", "max_new_tokens")},
         "seed": context.seed,
         "failed": {
-            kind: {"planned": count, "missing": count - sum(row["row"] == kind for row in records)}
-            for kind, count in planned.items()
+            "sample": {"planned": len(samples), "missing": len(lost_samples)},
+            "vote": {"planned": len(votes), "missing": len(lost_votes)},
         },
         "reasons": [each.reason for each in failures],
         "sets": sets,
@@ -294,8 +302,13 @@ def _write_up(
     return summary
 
 
-def _rows(records: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> ComparedRows:
-    """The rows about these prompts, by what they are about."""
+def _rows(
+    records: Sequence[dict[str, Any]],
+    lost_samples: Sequence[tuple[str, str, int]],
+    lost_votes: Sequence[tuple[tuple[str, str], str, int]],
+    prompts: Sequence[Prompt],
+) -> ComparedRows:
+    """The rows about these prompts, by what they are about, and those that failed."""
     known = {prompt["id"]: prompt for prompt in prompts}
     about = [row for row in records if row["prompt_id"] in known]
     return ComparedRows(
@@ -306,6 +319,8 @@ def _rows(records: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> Compa
             for row in about
             if row["row"] == "vote"
         },
+        [key for key in lost_samples if key[1] in known],
+        [key for key in lost_votes if key[1] in known],
     )
 
 

@@ -187,6 +187,12 @@ def test_what_failed_is_counted_and_in_no_figure(tmp_path: Path) -> None:
     assert "missing" in reasons[1]
     text = (context.folder / "page.html").read_text(encoding="utf-8")
     assert "1 of 8 responses and 1 of 4 comparisons failed" in text
+    finished, judged = summary["checkpoints"]["two"]["finished"], summary["head_to_head"][0]
+    assert (finished["missing"], finished["bounds"]) == (1, [0.75, 1.0])
+    assert (judged["missing"], judged["value"], judged["bounds"]) == (1, 0.0, [0.0, 0.25])
+    assert "bounds" not in summary["checkpoints"]["one"]["finished"]
+    assert "worst case 75–100" in text
+    assert "worst case 0–25" in text
     scripts["two"] = Script(writes=lambda request: Failure(request.id, "no room"))
     context = bench(tmp_path / "none", list(scripts), scripts)
     with pytest.raises(StageFailed, match="no room"):
