@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from itertools import combinations, groupby
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from cai import report
@@ -25,7 +26,8 @@ from cai.constitution import Principle
 from cai.engines import Completion, Engine, Failure, Request
 from cai.engines.retry import choose_all, generate_all
 from cai.errors import StageFailed
-from cai.feedback.votes import Pair, to_questions, to_votes
+from cai.feedback.explain import Evidence, Rule, explain
+from cai.feedback.votes import ORDERS, Pair, to_questions, to_votes
 from cai.journal import RECORDS, Batch
 from cai.records import PrincipleVote, Prompt, read_rows, stable_id
 from cai.report.figures import Rows as ComparedRows
@@ -268,7 +270,10 @@ def _write_up(
         if item["id"] not in there
     ]
     rows = {name: _rows(records, lost_samples, lost_votes, context.prompts([name])) for name in config.prompts}
-    sets = {name: figures(each, config.names, scale) for name, each in rows.items()}
+    sets = {
+        name: figures(each, config.names, scale) | {"explained": explained(name, each, scale)}
+        for name, each in rows.items()
+    }
     assert context.constitution is not None
     comparison = {
         "stage": config.id,
@@ -300,6 +305,20 @@ def _write_up(
         summary[f"head_to_head{suffix}"] = part["head_to_head"]
     report.draw(summary, context.folder / "figure.svg")
     return summary
+
+
+def explained(name: str, rows: ComparedRows, scale: Scale) -> dict[str, Any] | None:
+    """What each principle did to the verdicts on one prompt set, as `cai votes explain` says it of labels."""
+    judged = [row for row in rows.votes.values() if row["votes"]]
+    if not judged:
+        return None
+    principles = list(scale.principles)
+    by_order = {order: np.full((len(judged), len(principles)), np.nan) for order in ORDERS}
+    for number, row in enumerate(judged):
+        for vote in row["votes"]:
+            by_order[vote["order"]][number, principles.index(vote["principle"])] = vote["log_odds"]
+    rule = Rule(scale.weights, temperature=None, abstain_below=0.0, min_confidence=0.5)
+    return explain(Evidence(name, judged, principles, by_order["ab"], by_order["ba"], rule), n_examples=1)
 
 
 def _rows(

@@ -174,6 +174,18 @@ def test_only_applicable_principles_are_asked_and_weights_decide(tmp_path: Path)
     assert asked[PROMPTS[1]["id"]] == {"calm", "short"}
 
 
+def test_the_page_says_what_each_principle_did(tmp_path: Path) -> None:
+    scripts = {"other": says("other"), "good": says("good"), "judge": prefers("good")}
+    context = bench(tmp_path / "run", list(scripts), scripts)
+    run(config({"other": "other", "good": "good"}), context)
+    (part,) = json.loads((context.folder / "comparison.json").read_text())["sets"].values()
+    explained = part["explained"]
+    assert explained["pairs"] == 4
+    assert explained["principles"]["calm"]["decided"]["value"] == 1.0
+    assert explained["correlation"]["calm"]["short"] == pytest.approx(1.0)
+    assert "What each principle did" in (context.folder / "page.html").read_text(encoding="utf-8")
+
+
 def test_what_failed_is_counted_and_in_no_figure(tmp_path: Path) -> None:
     fails = Script(writes=lambda request: Failure(request.id, "no room") if "noon" in str(request) else "other 1")
     scripts = {"one": says("good"), "two": fails, "judge": prefers("good")}
