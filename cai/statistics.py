@@ -44,10 +44,18 @@ class Rate:
     n: int
     topics: int
     interval: tuple[float, float]
+    missing: int = 0
+    """Rows that belong to it and have no value, since something failed."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """`worst_case` of it."""
+        return worst_case((self.value or 0.0) * self.n, self.n, self.missing)
 
     def as_json(self) -> dict[str, Any]:
-        """`{"value", "n", "topics", "interval": [low, high]}`."""
-        return asdict(self) | {"interval": list(self.interval)}
+        """`{"value", "n", "topics", "interval": [low, high]}`; with rows missing also `missing` and `bounds`."""
+        found = {"value": self.value, "n": self.n, "topics": self.topics, "interval": list(self.interval)}
+        return found | ({"missing": self.missing, "bounds": list(self.bounds)} if self.missing else {})
 
 
 @dataclass(frozen=True)
@@ -83,19 +91,31 @@ class WinRate:
         return self.rate.as_json() | counts | {"p_value": self.p_value, "verdict": self.verdict}
 
 
-def rate(values: Sequence[float], clusters: Sequence[str] | None = None, *, level: float = 0.95) -> Rate:
+def worst_case(total: float, n: int, missing: int) -> tuple[float, float]:
+    """The mean of `n` rows that add up to `total`, if each of `missing` others were 0, and if each were 1.
+
+    It assumes nothing about why they are missing (Manski 1989, Anatomy of the selection problem).
+    """
+    rows = n + missing
+    return (total / rows, (total + missing) / rows) if rows else (0.0, 1.0)
+
+
+def rate(
+    values: Sequence[float], clusters: Sequence[str] | None = None, *, missing: int = 0, level: float = 0.95
+) -> Rate:
     """Mean of values in [0, 1] (yes or no, probabilities, or halves for ties), clustered by `clusters`.
 
     `clusters` names each row's topic; None makes each row its own. One topic alone says nothing about others, so its
-    interval is [0, 1]. Raises ValueError for values outside [0, 1] or a different number of clusters.
+    interval is [0, 1]. Rows that failed are `missing`: in no mean and no interval, but in the rate's worst-case bounds.
+    Raises ValueError for values outside [0, 1] or a different number of clusters.
     """
     table = _Table.of(values, clusters)
     if table is None:
-        return Rate(None, 0, 0, (0.0, 1.0))
+        return Rate(None, 0, 0, (0.0, 1.0), missing)
     if table.low < 0 or table.high > 1:
         raise ValueError(f"a rate is over values in [0, 1], found {table.low} to {table.high}")
     low, high = score_interval(table.sums, table.squares, table.sizes, level=level)
-    return Rate(table.mean, table.n, table.topics, (float(low), float(high)))
+    return Rate(table.mean, table.n, table.topics, (float(low), float(high)), missing)
 
 
 def distinct_share(texts: Sequence[str], clusters: Sequence[str], *, level: float = 0.95) -> Rate:
@@ -181,13 +201,15 @@ def paired_difference(
     )
 
 
-def win_rate(outcomes: Sequence[float], clusters: Sequence[str] | None = None, *, level: float = 0.95) -> WinRate:
+def win_rate(
+    outcomes: Sequence[float], clusters: Sequence[str] | None = None, *, missing: int = 0, level: float = 0.95
+) -> WinRate:
     """Share of comparisons that a won, from outcomes 1 (a won), 0 (b won) and anything between (a tie, 1/2).
 
     Probabilities that a is better are outcomes too; their mean is then AlpacaEval 2's win rate.
     """
     table = _Table.of(outcomes, clusters)
-    estimate = rate(outcomes, clusters, level=level)
+    estimate = rate(outcomes, clusters, missing=missing, level=level)
     wins, losses = (sum(1 for value in outcomes if value == end) for end in (1, 0))
     p_value = 1.0 if table is None else _score_p_value(table, 0.5)
     lead = 0.0 if estimate.value is None else estimate.value - 0.5

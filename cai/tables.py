@@ -121,12 +121,13 @@ def is_rate(value: object) -> bool:
 
 
 def rate_text(rate: Mapping[str, Any] | None) -> str:
-    """`0.12 [0.08, 0.17]`; a dash where there is nothing to take a rate of."""
+    """`0.12 [0.08, 0.17]`, with the worst cases after it if something failed; a dash where there is no rate."""
     if rate is None or rate.get("value") is None:
         return "-"
     interval = rate.get("interval")
     bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval and None not in interval else ""
-    return f"{rate['value']:.2f}{bounds}"
+    worst = f", worst case {rate['bounds'][0]:.2f} to {rate['bounds'][1]:.2f}" if rate.get("missing") else ""
+    return f"{rate['value']:.2f}{bounds}{worst}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

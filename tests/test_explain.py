@@ -112,6 +112,16 @@ def test_figures_of_one_principle_are_what_plain_loops_count(tmp_path: Path) -> 
     assert found["prefers_longer"]["value"] == pytest.approx(np.mean(longer))
 
 
+def test_preference_for_own_texts_counts_pairs_with_another_writer_alone(tmp_path: Path) -> None:
+    rows = [vote(i, {"calm": (odds, odds)}) for i, odds in enumerate([2.0, 1.0, -1.0, -3.0, 0.0, 1.0])]
+    for row, side in zip(rows, ["a", "a", "a", "b", "a", None], strict=True):
+        if side:
+            row[side]["model"] = "judge"
+    found = explained(tmp_path / "run", rows)["prefers_own"]
+    assert (found["n"], found["value"]) == (4, 0.75), "the even pair and the one of strangers count for nothing"
+    assert explained(tmp_path / "strangers", random_rows())["prefers_own"] is None
+
+
 def test_calling_a_what_was_b_and_the_order_of_rows_change_nothing(tmp_path: Path) -> None:
     rows = random_rows()
     one = explained(tmp_path / "one", rows)

@@ -230,3 +230,11 @@ def test_the_interval_of_distinct_texts_covers_what_new_topics_give() -> None:
     truth = 0.5 + 0.5 / 4
     inside = [low <= truth <= high for low, high in (drawn().interval for _ in range(300))]
     assert 0.9 < sum(inside) / len(inside) <= 1
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=20), st.lists(st.sampled_from([0.0, 1.0]), max_size=5))
+def test_worst_cases_hold_whatever_the_missing_rows_turn_out_to_be(known: list[float], missing: list[float]) -> None:
+    low, high = statistics.rate(known, missing=len(missing)).bounds
+    whole = statistics.rate(known + missing).value
+    if whole is not None:
+        assert low - 1e-9 <= whole <= high + 1e-9

@@ -137,6 +137,7 @@ def explain(given: Evidence, n_examples: int = 3) -> dict[str, Any]:
         "name": given.name,
         "pairs": len(given.rows),
         "labelled": int((sides != 0).sum()),
+        "prefers_own": prefers_own(given, sides),
         "principles": {
             id: {"weight": float(weights[i]), "share_of_say": float(say[:, i].sum() / say.sum()) if say.any() else 0.0}
             | _alone(given, i, sides)
@@ -153,6 +154,17 @@ def explain(given: Evidence, n_examples: int = 3) -> dict[str, Any]:
         "conflicting": _named(given.principles, correlation, together, lambda value: value <= CONFLICTING),
         "without": {id: _without(given, id, sides, n_examples) for id in given.principles},
     }
+
+
+def prefers_own(given: Evidence, sides: Floats) -> dict[str, Any] | None:
+    """How often the label is on the side of the judge's own text, where another model wrote the other one.
+
+    None without such pairs. Own texts may be the better ones, so it is to be read beside what is known of them.
+    """
+    own = np.array(
+        [(row["a"]["model"] == row["judge"]) - float(row["b"]["model"] == row["judge"]) for row in given.rows]
+    )
+    return _rate(own * sides > 0, (own != 0) & (sides != 0), given.topics)
 
 
 def _alone(given: Evidence, column: int, sides: Floats) -> dict[str, Any]:
@@ -235,6 +247,8 @@ def _example(row: Mapping[str, Any], odds: Mapping[str, float]) -> dict[str, Any
 def explain_lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The figures as tables, and the examples to read."""
     yield f"{found['name']}: {found['labelled']:,} of {found['pairs']:,} pairs have a label"
+    if own := found["prefers_own"]:
+        yield f"for the judge's own text, where another model wrote the other: {rate_text(own)} of {own['n']:,}"
     yield ""
     headers = ["principle", "weight", "say", "pairs", "decided", "strength", "with label", "with others", "position",
                "flips", "longer", "turned", "lost", "gained"]  # fmt: skip

@@ -22,7 +22,7 @@ from cai.errors import BadInput, nearest
 from cai.feedback import calibration
 from cai.feedback.labels import probability
 from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
-from cai.statistics import rate
+from cai.statistics import rate, worst_case
 from cai.templates import TemplateSet
 from cai.wording import printable, shorten
 
@@ -109,7 +109,10 @@ def _cases(constitution: Constitution) -> Iterator[tuple[Principle, int, Example
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Accuracy, flip rate and confidence, over all examples and by principle; intervals are clustered by prompt."""
+    """Accuracy, flip rate and confidence, over all examples and by principle; intervals are clustered by prompt.
+
+    An example without an answer has not passed. `bounds` say how far it may move each rate, whatever the answer.
+    """
     by_principle: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_principle.setdefault(outcome.principle, []).append(outcome)
@@ -130,15 +133,22 @@ def calibration_error(outcomes: Sequence[Outcome]) -> float | None:
 def _measured(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     accuracy = rate([float(each.passed) for each in outcomes], [each.prompt for each in outcomes])
     answered = [each for each in outcomes if each.log_odds is not None]
+    failed = len(outcomes) - len(answered)
+    flips = sum(each.flipped for each in answered)
+    right = sum(each.passed for each in answered)
     return {
         "accuracy": accuracy.value,
         "interval": list(accuracy.interval),
         "n": len(outcomes),
-        "failed": len(outcomes) - len(answered),
-        "flip_rate": sum(each.flipped for each in answered) / len(answered) if answered else None,
+        "failed": failed,
+        "flip_rate": flips / len(answered) if answered else None,
         "confidence": sum(max(each.p_better, 1 - each.p_better) for each in answered) / len(answered)
         if answered
         else None,
+        "bounds": {
+            "accuracy": list(worst_case(right, len(answered), failed)),
+            "flip_rate": list(worst_case(flips, len(answered), failed)),
+        },
     }
 
 

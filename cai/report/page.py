@@ -77,6 +77,7 @@ def _set(name: str, part: Mapping[str, Any], names: Sequence[str], order: Sequen
         "matrix": _matrix(part["head_to_head"], names),
         "head_to_head": part["head_to_head"],
         "principles": _by_principle(part["principles"], order),
+        "explained": part["explained"] and _explained(part["explained"], order),
         "behaviours": _behaviours(part["behaviours"], names),
         "tags": part["tags"],
     }
@@ -112,8 +113,11 @@ def _matrix(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[
         a, b = entry["a"], entry["b"]
         winner = {"a better": a, "b better": b}.get(entry["verdict"])
         low, high = entry["interval"]
-        cells[a, b] = {"value": entry["value"], "low": low, "high": high, "winner": winner}
-        cells[b, a] = {"value": 1 - entry["value"], "low": 1 - high, "high": 1 - low, "winner": winner}
+        worst = entry.get("bounds", [0.0, 1.0])
+        both = {"winner": winner, "missing": entry.get("missing", 0)}
+        cells[a, b] = {"value": entry["value"], "low": low, "high": high, "bounds": worst} | both
+        turned = [1 - worst[1], 1 - worst[0]]
+        cells[b, a] = {"value": 1 - entry["value"], "low": 1 - high, "high": 1 - low, "bounds": turned} | both
     return [{"name": row, "cells": [cells.get((row, column)) for column in names]} for row in names] if cells else []
 
 
@@ -126,6 +130,24 @@ def _by_principle(entries: Sequence[Mapping[str, Any]], order: Sequence[str]) ->
     return {
         "pairs": pairs,
         "rows": [{"name": name, "cells": [found[name].get(pair) for pair in pairs]} for name in order if name in found],
+    }
+
+
+def _explained(found: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """What the principles did, arranged as two tables: a row a principle, in the constitution's order."""
+    names = [name for name in order if name in found["principles"]]
+    return {
+        "names": names,
+        "pairs": found["pairs"],
+        "rows": [{"name": name, "without": found["without"][name]} | found["principles"][name] for name in names],
+        "matrix": [{"name": row, "cells": [found["correlation"][row][column] for column in names]} for row in names],
+        "remarks": [
+            {"one": one, "other": other, "word": word, "correlation": each["correlation"]}
+            for word, kind in (("say nearly the same", "redundant"), ("contradict each other", "conflicting"))
+            for each in found[kind]
+            for one, other in [each["principles"]]
+        ],
+        "turned": [{"name": name} | each for name in names for each in found["without"][name]["examples"]],
     }
 
 

@@ -44,6 +44,8 @@ def _rates(checkpoints: Mapping[str, Any], prompt_set: str) -> RenderableType:
     counts = {(rate["n"], rate["topics"]) for rates in checkpoints.values() if (rate := rates.get("distinct"))}
     responses, topics = max(counts, default=(0, 0))
     result.caption = f"% with 95 % interval; {responses} responses about {topics} topics each; ↑ or ↓ is better"
+    if any(rate.get("missing") for rates in checkpoints.values() for rate in rates.values()):
+        result.caption += "; in brackets: worst cases, were all that failed one way or the other"
     result.caption_justify = "left"
     return result
 
@@ -55,7 +57,11 @@ def _cell(rate: Mapping[str, Any] | None) -> str:
     if rate is None or rate["value"] is None:
         return "–"
     low, high = (100 * end for end in rate["interval"])
-    return f"{100 * rate['value']:.1f} [dim]{low:.0f}–{high:.0f}[/dim]"
+    worst = ""
+    if rate.get("missing"):
+        lowest, highest = (100 * end for end in rate["bounds"])
+        worst = f" [red]({lowest:.0f}–{highest:.0f})[/red]"
+    return f"{100 * rate['value']:.1f} [dim]{low:.0f}–{high:.0f}[/dim]{worst}"
 
 
 def _head_to_head(entries: list[Mapping[str, Any]]) -> RenderableType:

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from itertools import combinations, groupby
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from cai import report
@@ -25,7 +26,8 @@ from cai.constitution import Principle
 from cai.engines import Completion, Engine, Failure, Request
 from cai.engines.retry import choose_all, generate_all
 from cai.errors import StageFailed
-from cai.feedback.votes import Pair, to_questions, to_votes
+from cai.feedback.explain import Evidence, Rule, explain
+from cai.feedback.votes import ORDERS, Pair, to_questions, to_votes
 from cai.journal import RECORDS, Batch
 from cai.records import PrincipleVote, Prompt, read_rows, stable_id
 from cai.report.figures import Rows as ComparedRows
@@ -98,8 +100,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if missing:
         why = failures[0].reason if failures else "there are no prompts"
         raise StageFailed(f"no response of {', '.join(missing)} came about: {why}")
-    planned = {"sample": len(samples), "vote": len(votes)}
-    return _write_up(config, context, records, principles, failures, planned)
+    return _write_up(config, context, records, principles, failures, samples, votes)
 
 
 def _principles(config: Config, context: Context) -> list[Principle]:
@@ -255,12 +256,24 @@ def _write_up(
     records: Sequence[dict[str, Any]],
     principles: Sequence[Principle],
     failures: Sequence[Failure],
-    planned: Mapping[str, int],
+    samples: Mapping[tuple[str, str, int], Item],
+    votes: Sequence[Item],
 ) -> dict[str, Any]:
     """The figures of each prompt set to comparison.json, the page and the picture; those of the run are returned."""
     scale = Scale({each.id: each for each in principles}, config.tie_below)
-    rows = {name: _rows(records, context.prompts([name])) for name in config.prompts}
-    sets = {name: figures(each, config.names, scale) for name, each in rows.items()}
+    there = {row["id"] for row in records}
+    owner = {item["id"]: key[0] for key, item in samples.items()}
+    lost_samples = [key for key, item in samples.items() if item["id"] not in there]
+    lost_votes = [
+        ((owner[item["a"]], owner[item["b"]]), item["prompt"]["id"], item["number"])
+        for item in votes
+        if item["id"] not in there
+    ]
+    rows = {name: _rows(records, lost_samples, lost_votes, context.prompts([name])) for name in config.prompts}
+    sets = {
+        name: figures(each, config.names, scale) | {"explained": explained(name, each, scale)}
+        for name, each in rows.items()
+    }
     assert context.constitution is not None
     comparison = {
         "stage": config.id,
@@ -273,8 +286,8 @@ def _write_up(
         "sampling": {key: getattr(config, key) for key in ("temperature", "top_p", "top_k", "max_new_tokens")},
         "seed": context.seed,
         "failed": {
-            kind: {"planned": count, "missing": count - sum(row["row"] == kind for row in records)}
-            for kind, count in planned.items()
+            "sample": {"planned": len(samples), "missing": len(lost_samples)},
+            "vote": {"planned": len(votes), "missing": len(lost_votes)},
         },
         "reasons": [each.reason for each in failures],
         "sets": sets,
@@ -294,8 +307,27 @@ def _write_up(
     return summary
 
 
-def _rows(records: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> ComparedRows:
-    """The rows about these prompts, by what they are about."""
+def explained(name: str, rows: ComparedRows, scale: Scale) -> dict[str, Any] | None:
+    """What each principle did to the verdicts on one prompt set, as `cai votes explain` says it of labels."""
+    judged = [row for row in rows.votes.values() if row["votes"]]
+    if not judged:
+        return None
+    principles = list(scale.principles)
+    by_order = {order: np.full((len(judged), len(principles)), np.nan) for order in ORDERS}
+    for number, row in enumerate(judged):
+        for vote in row["votes"]:
+            by_order[vote["order"]][number, principles.index(vote["principle"])] = vote["log_odds"]
+    rule = Rule(scale.weights, temperature=None, abstain_below=0.0, min_confidence=0.5)
+    return explain(Evidence(name, judged, principles, by_order["ab"], by_order["ba"], rule), n_examples=1)
+
+
+def _rows(
+    records: Sequence[dict[str, Any]],
+    lost_samples: Sequence[tuple[str, str, int]],
+    lost_votes: Sequence[tuple[tuple[str, str], str, int]],
+    prompts: Sequence[Prompt],
+) -> ComparedRows:
+    """The rows about these prompts, by what they are about, and those that failed."""
     known = {prompt["id"]: prompt for prompt in prompts}
     about = [row for row in records if row["prompt_id"] in known]
     return ComparedRows(
@@ -306,6 +338,8 @@ def _rows(records: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> Compa
             for row in about
             if row["row"] == "vote"
         },
+        [key for key in lost_samples if key[1] in known],
+        [key for key in lost_votes if key[1] in known],
     )
 
 

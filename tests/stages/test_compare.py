@@ -174,6 +174,18 @@ def test_only_applicable_principles_are_asked_and_weights_decide(tmp_path: Path)
     assert asked[PROMPTS[1]["id"]] == {"calm", "short"}
 
 
+def test_the_page_says_what_each_principle_did(tmp_path: Path) -> None:
+    scripts = {"other": says("other"), "good": says("good"), "judge": prefers("good")}
+    context = bench(tmp_path / "run", list(scripts), scripts)
+    run(config({"other": "other", "good": "good"}), context)
+    (part,) = json.loads((context.folder / "comparison.json").read_text())["sets"].values()
+    explained = part["explained"]
+    assert explained["pairs"] == 4
+    assert explained["principles"]["calm"]["decided"]["value"] == 1.0
+    assert explained["correlation"]["calm"]["short"] == pytest.approx(1.0)
+    assert "What each principle did" in (context.folder / "page.html").read_text(encoding="utf-8")
+
+
 def test_what_failed_is_counted_and_in_no_figure(tmp_path: Path) -> None:
     fails = Script(writes=lambda request: Failure(request.id, "no room") if "noon" in str(request) else "other 1")
     scripts = {"one": says("good"), "two": fails, "judge": prefers("good")}
@@ -187,6 +199,12 @@ def test_what_failed_is_counted_and_in_no_figure(tmp_path: Path) -> None:
     assert "missing" in reasons[1]
     text = (context.folder / "page.html").read_text(encoding="utf-8")
     assert "1 of 8 responses and 1 of 4 comparisons failed" in text
+    finished, judged = summary["checkpoints"]["two"]["finished"], summary["head_to_head"][0]
+    assert (finished["missing"], finished["bounds"]) == (1, [0.75, 1.0])
+    assert (judged["missing"], judged["value"], judged["bounds"]) == (1, 0.0, [0.0, 0.25])
+    assert "bounds" not in summary["checkpoints"]["one"]["finished"]
+    assert "worst case 75–100" in text
+    assert "worst case 0–25" in text
     scripts["two"] = Script(writes=lambda request: Failure(request.id, "no room"))
     context = bench(tmp_path / "none", list(scripts), scripts)
     with pytest.raises(StageFailed, match="no room"):
