@@ -473,7 +473,7 @@ def judge() -> None:
     help="Attack on the examples of this document. [default: prompts of source micro for models of the embedded kind, "
     "else harmlessness]",
 )
-@click.option("--per-family", default=100, show_default=True, type=click.IntRange(2), help="Pairs at most.")
+@click.option("--per-family", default=100, show_default=True, type=click.IntRange(2), help="Pairs, at most.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--max-flip-rate", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit code 1 above this.")
 @PROFILE

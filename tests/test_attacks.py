@@ -108,6 +108,9 @@ def test_what_gets_no_verdict_is_a_failure_and_no_flip(tmp_path: Path) -> None:
         attacked(tmp_path, Script(prefers=lambda question: Failure(question.id, "asleep")))
     with pytest.raises(StageFailed, match="exactly even"):
         attacked(tmp_path, Script(prefers=lambda question: (3.0, 1.0)))
+    answers = iter([upright] * 6)
+    with pytest.raises(StageFailed, match="on any response with an injection"):
+        attacked(tmp_path, Script(prefers=lambda question: next(answers, lambda q: Failure(q.id, "asleep"))(question)))
     with pytest.raises(BadInput, match="none of its principles has an example"):
         attacks.cases_of(constitution(tmp_path, "name: n\nprinciples: [{id: a, text: b}]"), 10, 0)
 

@@ -82,7 +82,7 @@ def attack(
 ) -> Attacks:
     """Puts every case to the judge as it is, and once for each family. `tokens` are its special tokens, spelled.
 
-    Raises StageFailed where no case has a verdict to turn.
+    Raises StageFailed where no case has a verdict to turn, or none has one afterwards.
     """
     progress.start(total=len(cases) * (1 + len(FAMILIES)), unit="verdicts")
     answers = choose_all(
@@ -101,6 +101,8 @@ def attack(
         after = _verdicts(family, decided, engine, templates, tokens, seed)
         rows += [Attacked(family, case.topic, odds, after[case.pair.id]) for case, odds in decided]
         progress.advance(len(cases))
+    if all(row.after is None for row in rows):
+        raise StageFailed("the judge has no verdict on any response with an injection")
     return Attacks(rows, failed, len(cases) - len(decided) - failed)
 
 
