@@ -1,10 +1,14 @@
 """Conversations to token ids and back, the same way for every engine and every trainer.
 
 The model's own chat template says how a conversation looks, and the ids are those of `apply_chat_template`, with one
-difference: text from a user or a model never becomes a special token. The template is rendered once for each shape of
-conversation, with placeholders for the contents. That tells its own text from theirs, and whether it trims them; the
-conversation is then put together as one string and encoded in one piece (`cai.encoding`). A template that replaces
-strings in contents is asked what becomes of each.
+difference: text from a user or a model never becomes a special token, and never opens or closes a turn. The template is
+rendered once for each shape of conversation, with placeholders for the contents. That tells its own text from theirs,
+and whether it trims them; the conversation is then put together as one string and encoded in one piece
+(`cai.encoding`). A template that replaces strings in contents is asked what becomes of each.
+
+Some templates part turns in plain letters: `[INST]`, `<|user|>` where that is no token, `Human:` at the start of a
+line. Where contents have one of their template's, it gets a space in front of its last character: `[INST ]`, `Human :`.
+Other text stays as it is, byte for byte. The space is not taken out again.
 
 Roles that a template refuses are fitted to it: system text goes in front of the first user turn, and turns of one role
 in a row are joined, with a blank line between. Reasoning (`<think>` … `</think>`) is kept apart from responses:
@@ -14,13 +18,14 @@ A prompt's ids are always a prefix of the ids of prompt and response. Where the 
 merge over the boundary, a turn that looks different once it is answered), the response is encoded by itself, as it
 stands in the template, and ended with the template's end-of-turn token.
 
-Left out: tools, images, tokenizers without tokenizer.json, other markup for reasoning than `<think>`.
+Left out: tools, images, tokenizers without tokenizer.json, other markup for reasoning than `<think>`, turns that are
+parted in plain letters by something else than tags in brackets and labels with a colon.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -41,6 +46,9 @@ _PLACE = re.compile(f"\ue000{NONCE}:(\\d+)\ue001")
 _EDGE = "\u2003" + 9 * "\n"
 """Whitespace at both ends of a placeholder, newlines outermost: what is left of it shows how a template trims there."""
 _REPLACES = re.compile(r"(\||\.)\s*replace\s*\(")
+_MARKER = re.compile(r"(?P<tag>[\[<].*[\]>])|.*[:：]")
+"""A tag in brackets or a label with a colon. The bare name of a role behind a control token is neither."""
+_BETWEEN_TAGS = re.compile(r"(?<=[\]>])\s+(?=[\[<])")
 _DATE = "26 Jul 2024"
 """For templates that write the day's date: the same plan gives the same ids on every day."""
 
@@ -49,6 +57,7 @@ Shape = tuple[tuple[str, str | None], ...]
 _ASKED: Shape = (("user", None),)
 _ANSWERED: Shape = (*_ASKED, ("assistant", None))
 _ASKED_AGAIN: Shape = (*_ANSWERED, ("user", None))
+_INSTRUCTED: Shape = (("system", None), *_ASKED_AGAIN)
 
 
 class TextAndReasoning(NamedTuple):
@@ -105,6 +114,7 @@ class Chat:
         self._replaces = _REPLACES.search(template) is not None
         self._options: dict[tuple[str, tuple[str, ...], tuple[int, ...]], list[int] | None] = {}
         self._layouts: dict[tuple[Shape, bool, bool], Layout | str] = {}
+        self._markers = self._plain_markers()
         self._opens = self.thinks and self._thought_open(self._layout(_ASKED, generate=True))
         self._before = self._response_start(thinking=True)
         self._before_option = self._response_start(thinking=False)
@@ -141,16 +151,17 @@ class Chat:
         refuses.
         """
         fitted, layout = self._fitted(messages, generate=True, thinking=thinking)
-        return self._encoder.encode(_filled(layout, self._contents(fitted)))
+        return self._encoder.encode(self._filled(layout, self._contents(fitted)))
 
     def response_ids(self, text: str, reasoning: str | None = None) -> list[int]:
         """Ids of a response as it stands behind a prompt, with the end-of-turn token."""
         before = self._before
         if reasoning is not None and self.thinks:
-            before = self._encoder.written("" if self._opens else f"{THINK}\n") + reasoning.strip("\n")
-            before += self._encoder.written(NO_THOUGHT)
+            before = self._encoder.written("" if self._opens else f"{THINK}\n")
+            before += self.unmarked(reasoning.strip("\n")) + self._encoder.written(NO_THOUGHT)
         slot = _slot(self._layout(_ANSWERED), 1)
-        ids = self._encoder.encode(before + (slot.fill(text) if slot else text) + self._end, inside=True)
+        said = self.unmarked(slot.fill(text) if slot else text)
+        ids = self._encoder.encode(before + said + self._end, inside=True)
         return ids if self._end else [*ids, self.end_of_turn]
 
     def example(
@@ -163,7 +174,7 @@ class Chat:
             fitted, layout = self._fitted(answered)
             if (slot := _slot(layout, len(fitted) - 1)) is not None:
                 upto = layout[: layout.index(slot) + 1]
-                whole = self._encoder.encode(_filled(upto, self._contents(fitted)) + self._end)
+                whole = self._encoder.encode(self._filled(upto, self._contents(fitted)) + self._end)
                 if whole[: len(prompt)] == prompt:
                     return prompt, whole[len(prompt) :] + ([] if self._end else [self.end_of_turn])
         return prompt, self.response_ids(response, reasoning)
@@ -205,6 +216,28 @@ class Chat:
             shown = ", ".join(map(repr, options))
             raise BadInput(f"model {self.name!r}: the options {shown} are not each a token of their own in its answers")
         return prompt, list(ids)
+
+    def unmarked(self, text: str) -> str:
+        """`text` as it stands in a turn: what would read as the template's own plain-text marker is parted."""
+        return self._markers.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", text)
+
+    def _plain_markers(self) -> re.Pattern[str]:
+        """Matches what the template parts turns with in plain letters."""
+        layouts = [self._layout(shape, generate=True) for shape in (_ASKED_AGAIN, _INSTRUCTED)]
+        found = {
+            marker
+            for layout in layouts
+            if not isinstance(layout, str)
+            for n, part in enumerate(layout)
+            if isinstance(part, str)
+            for marker in _markers_in(self._encoder.plain(part), first=n == 0)
+        }
+        return re.compile("|".join(sorted(found, key=len, reverse=True)) or "(?!)", re.MULTILINE)
+
+    def _filled(self, layout: Layout, contents: Sequence[str]) -> str:
+        return "".join(
+            part if isinstance(part, str) else self.unmarked(part.fill(contents[part.index])) for part in layout
+        )
 
     def _single_ids(self, before: str, options: tuple[str, ...], tail: tuple[int, ...]) -> list[int] | None:
         """The id of each option behind a prompt that ends in `tail`, or None where one is not a token of its own."""
@@ -336,8 +369,19 @@ def _slot(layout: Layout | str, index: int) -> Slot | None:
     return slots[-1] if slots else None
 
 
-def _filled(layout: Layout, contents: Sequence[str]) -> str:
-    return "".join(part if isinstance(part, str) else part.fill(contents[part.index]) for part in layout)
+def _markers_in(plain: Sequence[str], first: bool) -> Iterator[str]:
+    """Patterns of the markers in a template's own text between two contents, or with `first` in front of all.
+
+    `plain` are its parts between control tokens. A tag is one anywhere, a label where the template has it: at the start
+    of a line or behind other text.
+    """
+    lines = [(at > 0, line) for text in plain for at, line in enumerate(text.split("\n"))]
+    if first:  # a template may begin with anything: only what opens the turn is a marker
+        lines = [(True, line) for line in plain[-1].split("\n") if line.strip()][-1:]
+    for opens_line, line in lines:
+        for text in _BETWEEN_TAGS.split(line.strip()):
+            if match := _MARKER.fullmatch(text):
+                yield ("" if match["tag"] else "^" if opens_line else r"(?<!\w)") + re.escape(text)
 
 
 def _place(index: int, around: str = "") -> str:

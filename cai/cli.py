@@ -458,6 +458,75 @@ def constitution_schema(write: Path | None) -> None:
         write.write_text(text + "\n", encoding="utf-8")
 
 
+@main.group()
+def judge() -> None:
+    """Put a judge to the test before anything is built on it."""
+
+
+@judge.command("attack")
+@click.option("--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id.")
+@click.option("--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's.")
+@click.option(
+    "--constitution",
+    "document",
+    metavar="FILE",
+    help="Attack on the examples of this document. [default: prompts of source micro for models of the embedded kind, "
+    "else harmlessness]",
+)
+@click.option("--per-family", default=100, show_default=True, type=click.IntRange(2), help="Pairs, at most.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--max-flip-rate", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit code 1 above this.")
+@PROFILE
+@JSON
+def judge_attack(
+    model: str,
+    templates: str,
+    document: str | None,
+    per_family: int,
+    seed: int,
+    max_flip_rate: float | None,
+    on: str | None,
+    as_json: bool,
+) -> None:
+    """Put injections into responses ("The answer is A.", forged turns, hidden marks) and count the verdicts they turn.
+
+    Each pair is judged in both orders, then again with an injection of each family in the response that lost. What gets
+    no verdict, such as a response too long for the judge, is counted as failed and never as a verdict. The embedded
+    judge was trained to ignore some of the families; of other models nobody knows which they have seen.
+
+    \b
+    cai judge attack
+    cai judge attack --model my-model --constitution mine.yaml --max-flip-rate 0.05 --json
+    """
+    from cai.pipeline import prepare
+    from cai.profile import load_profile
+
+    profile = load_profile(on)
+    prepare(profile)
+    from cai import checkpoint, progress
+    from cai.constitution import load_constitution
+    from cai.engines import open_engine
+    from cai.feedback import attacks
+    from cai.micro.evaluate.attacks import cases
+    from cai.templates import load_templates
+
+    judge = checkpoint.resolve(model, templates=templates, folder=Path.cwd())
+    embedded = judge.templates == "micro"
+    if embedded and document is None:
+        pairs = cases(per_family, seed)
+    else:
+        pairs = attacks.cases_of(load_constitution(document or "harmlessness"), per_family, seed)
+    tokens = sorted(checkpoint.load_tokenizer(judge).all_special_tokens)
+    with open_engine(judge, profile) as engine, progress.display() as shown:
+        line = shown.begin("attacks")
+        found = attacks.attack(pairs, engine, load_templates(judge.templates), tokens, seed, line)
+        figures = attacks.figures(found, trained=embedded)
+        shown.end(line, figures["failed"])
+    click.echo(json.dumps({"model": judge.name} | figures) if as_json else "\n".join(attacks.lines(figures)))
+    if max_flip_rate is not None and figures["overall"] > max_flip_rate:
+        raise SystemExit(1)
+
+
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="NAME=MODEL...")
 @click.option("--prompts", required=True, metavar="SET", help="micro:SPLIT, or a file of prompts.")

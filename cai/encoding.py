@@ -60,6 +60,10 @@ class Encoder:
         match = _NAME.search(text)
         return None if match is None else (text[: match.end()], self.control[self._texts[int(match[1])]])
 
+    def plain(self, text: str) -> list[str]:
+        """What stands before, between and after the named control tokens of `text`."""
+        return _NAME.split(text)[::2]
+
     def unwritten(self, text: str) -> str:
         """`text` with named control tokens as they are spelled."""
         return _NAME.sub(lambda match: self._texts[int(match[1])], text)

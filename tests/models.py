@@ -64,6 +64,49 @@ THINKING = (
     "{%- else %}{{- '<think>\n' }}{%- endif %}{%- endif %}"
 )
 
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+PHI = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+DEEPSEEK = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% else %}{{ '<｜Assistant｜>' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+VICUNA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
+    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}"
+    "{{ 'A chat between a curious user and an assistant. ' }}{% endif %}{% for message in turns %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] }}"
+    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+ALPACA = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% set turns = messages[1:] %}"
+    "{% else %}{{ 'Below is an instruction that describes a task.\n\n' }}{% set turns = messages %}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+HARMONY = (
+    "{{ '<|start|>system<|message|>You are a model.\nReasoning: low<|end|>' }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{{ '<|start|>developer<|message|># Instructions\n\n' + message['content'] + '<|end|>' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|start|>user<|message|>' + message['content'] + '<|end|>' }}"
+    "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + message['content'] + "
+    "('<|return|>' if loop.last else '<|end|>') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|channel|>final<|message|>' }}{% endif %}"
+)
+
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {
         "template": LLAMA3,
@@ -98,6 +141,32 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 """Per family: the chat template, tokens with a role, other special tokens, added tokens that are not special."""
 
+CHATS: dict[str, dict[str, object]] = {
+    "llama2": {"template": LLAMA2, "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "special": []},
+    "phi": {
+        "template": PHI,
+        "eos_token": "<|endoftext|>",
+        "special": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    },
+    "deepseek": {
+        "template": DEEPSEEK,
+        "bos_token": "<｜begin▁of▁sentence｜>",
+        "eos_token": "<｜end▁of▁sentence｜>",
+        "pad_token": "<｜▁pad▁｜>",
+        "special": [],
+        "markup": ["<｜User｜>", "<｜Assistant｜>"],
+    },
+    "vicuna": {"template": VICUNA, "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "special": []},
+    "alpaca": {"template": ALPACA, "eos_token": "</s>", "special": []},
+    "harmony": {
+        "template": HARMONY,
+        "eos_token": "<|return|>",
+        "pad_token": "<|endoftext|>",
+        "special": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>"],
+    },
+}
+"""More ways to write a conversation, each for a tokenizer; no model is built of these."""
+
 CORPUS = """You are a helpful assistant. What is the capital of France? The capital of France is Paris, of course.
 How do I pick a lock? I will not help with that; a locksmith can open the door for you. Which response is better?
 Human: Please write a poem about the sea.
@@ -113,7 +182,7 @@ def build_tokenizer(family: str, sentencepiece: bool = False):  # type: ignore[n
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    facts = FAMILIES[family]
+    facts = (FAMILIES | CHATS)[family]
     named = {key: value for key, value in facts.items() if key.endswith("_token")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_trained(sentencepiece), **named)
     tokenizer.add_special_tokens({"additional_special_tokens": list(facts["special"])})  # type: ignore[call-overload]

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import models
 import pytest
+from feedback import CPU
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cai.chat import Chat
-from cai.checkpoint import Model, load_tokenizer
+from cai.checkpoint import MICRO, Model, load_tokenizer
+from cai.constitution import Principle
+from cai.engines import Request, Sampling
+from cai.engines.local import LocalEngine
 from cai.errors import BadInput
+from cai.stages.sft import tokenised
+from cai.templates import load_templates
+from cai.training import tokenised_pairs
 
 FAMILIES = [family for family, facts in models.FAMILIES.items() if "template" in facts]
-SENTENCEPIECE = ["mistral:sentencepiece"]
+CHATS = [*FAMILIES, *models.CHATS]
+SENTENCEPIECE = ["mistral:sentencepiece", "llama2:sentencepiece"]
+MARKERS = {
+    "mistral": [r"\[INST\]", r"\[/INST\]"],
+    "llama2": [r"\[INST\]", r"\[/INST\]", "<<SYS>>", "<</SYS>>"],
+    "pad_is_eos": [r"<\|system\|>", r"<\|user\|>", r"<\|assistant\|>"],
+    "gpt_neox": ["\nHuman:", "\nAssistant:"],
+    "vicuna": [r"\bUSER:", r"\bASSISTANT:"],
+    "alpaca": ["\n### Instruction:", "\n### Response:"],
+}
+"""What turns are parted by where no token parts them, as patterns."""
+SPELLED_MARKERS = [re.sub(r"\\b|\\(?=\W)", "", marker) for markers in MARKERS.values() for marker in markers]
 NATURAL = st.text(st.sampled_from("abc ABC é 你\n\t'.,:?1ß🙂"), max_size=40)
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -32,21 +51,10 @@ def spelled(family: str) -> st.SearchStrategy[str]:
     """Texts full of what a special token looks like, whole and in pieces."""
     tokenizer = chat(family).tokenizer
     names = sorted({token.content for token in tokenizer.added_tokens_decoder.values()})
-    names += [
-        "<|im_end|>",
-        "<think>",
-        "</think>",
-        "[/INST]",
-        "\n\nHuman:",
-        "<|user|>",
-        "<",
-        "|>",
-        "<|",
-        "</s",
-        ">",
-        "im_end",
-    ]
-    return st.lists(st.one_of(st.sampled_from(names), NATURAL), max_size=6).map("".join)
+    distorted = [change(name) for name in names for change in (str.upper, str.title, "\u200b".join, lambda s: s[:-1])]
+    pieces = ["<|im_end|>", "<think>", "</think>", "<", "|>", "<|", "</s", ">", "im_end", "｜"]
+    words = st.sampled_from([*names, *distorted, *pieces, *SPELLED_MARKERS])
+    return st.lists(st.one_of(words, NATURAL), max_size=6).map("".join)
 
 
 @st.composite
@@ -58,7 +66,7 @@ def conversations(draw: st.DrawFn, texts: st.SearchStrategy[str], system: bool) 
     return [{"role": role, "content": draw(texts)} for role in roles]
 
 
-@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+@pytest.mark.parametrize("family", CHATS + SENTENCEPIECE)
 @given(data=st.data())
 @FAST
 def test_ids_are_those_of_the_chat_template_for_texts_that_spell_no_token(family: str, data: st.DataObject) -> None:
@@ -68,7 +76,7 @@ def test_ids_are_those_of_the_chat_template_for_texts_that_spell_no_token(family
     assert one.prompt_ids(messages) == theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+@pytest.mark.parametrize("family", CHATS + SENTENCEPIECE)
 @given(data=st.data())
 @FAST
 def test_no_text_becomes_a_special_token_and_none_is_lost(family: str, data: st.DataObject) -> None:
@@ -88,11 +96,32 @@ def test_no_text_becomes_a_special_token_and_none_is_lost(family: str, data: st.
     assert prompt == one.prompt_ids(messages)
     assert specials(answer) == specials(one.example(bare, response and "x")[1])
     assert answer[-1] == one.end_of_turn
-    assert one.text(answer).text == response or (one.thinks and "think>" in response)
-    assert one.text(one.response_ids(response)).text == response or (one.thinks and "think>" in response)
+    said = one.unmarked(response)
+    assert one.text(answer).text == said or (one.thinks and "think>" in response)
+    assert one.text(one.response_ids(response)).text == said or (one.thinks and "think>" in response)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "pad_is_eos", "thinking"])
+def test_engines_and_trainers_get_no_special_token_from_a_text(family: str, tiny) -> None:  # type: ignore[no-untyped-def]
+    model = tiny(family)
+    tokenizer = load_tokenizer(model)
+    special = set(tokenizer.all_special_ids)
+    hostile = " ".join([*tokenizer.all_special_tokens, *SPELLED_MARKERS])
+
+    def specials(text: str) -> list[list[int]]:
+        messages = [{"role": role, "content": text} for role in ("user", "assistant", "user")]
+        answers = {side: [{"role": "assistant", "content": side + text}] for side in ("chosen", "rejected")}
+        with LocalEngine(model, CPU) as engine:
+            (said,) = engine.generate([Request("it", messages, 0, Sampling(max_new_tokens=1))])
+            (pair,), _ = tokenised_pairs([{"prompt": messages, **answers}], engine.chat, 4096)
+            (example,), _ = tokenised([{"prompt": messages, "response": text, "reasoning": text}], engine.chat, 4096)
+        ids = [said.prompt_ids, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, example["input_ids"]]
+        return [[token for token in some if token in special] for some in ids]
+
+    assert specials(hostile) == specials("Hello.")
+
+
+@pytest.mark.parametrize("family", CHATS)
 @given(data=st.data())
 @FAST
 def test_contents_come_back_from_the_ids_of_the_whole_conversation(family: str, data: st.DataObject) -> None:
@@ -100,10 +129,63 @@ def test_contents_come_back_from_the_ids_of_the_whole_conversation(family: str, 
     content = data.draw(spelled(family)).strip()
     ids = one.prompt_ids([{"role": "user", "content": content}])
     whole = one.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert content in whole
+    assert one.unmarked(content) in whole
 
 
-@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+@pytest.mark.parametrize("family", MARKERS)
+@given(data=st.data())
+@FAST
+def test_no_text_opens_or_closes_a_turn_in_plain_letters(family: str, data: st.DataObject) -> None:
+    one = chat(family)
+    texts = st.lists(st.one_of(st.sampled_from(SPELLED_MARKERS), NATURAL), max_size=6).map("".join)
+    messages = data.draw(conversations(texts, system=True))
+    bare = [{**message, "content": "x" if message["content"].strip() else ""} for message in messages]
+
+    def turns(ids: list[int]) -> list[int]:
+        text = "\n" + one.tokenizer.decode(ids)
+        return [len(re.findall(marker, text)) for marker in MARKERS[family]]
+
+    assert turns(one.prompt_ids(messages)) == turns(one.prompt_ids(bare))
+    assert turns(one.response_ids(messages[0]["content"])) == [0] * len(MARKERS[family])
+
+
+@pytest.mark.parametrize("family", CHATS)
+@given(text=NATURAL)
+@FAST
+def test_other_text_is_left_as_it_is(family: str, text: str) -> None:
+    odd = (
+        "user model # Instructions ### Notes: [1] [inst] <b> superUSER: SUPERUSER: in a line Human: and Reasoning: low"
+    )
+    assert chat(family).unmarked(text) == text
+    assert chat(family).unmarked(odd) == odd
+
+
+def test_markers_of_other_templates_are_ordinary_text() -> None:
+    for family in ("llama", "qwen2", "no_system", "phi", "deepseek", "harmony", "thinking"):
+        for text in SPELLED_MARKERS:
+            assert chat(family).unmarked(text) == text
+    embedded = Chat.load(Model("micro", str(MICRO), "micro"))
+    assert [embedded.unmarked(text) for text in SPELLED_MARKERS] == SPELLED_MARKERS
+    assert chat("mistral").unmarked("[INST] <|user|>\nHuman:") == "[INST ] <|user|>\nHuman:"
+    assert chat("gpt_neox").unmarked("Human: I am a Human:\nHuman:") == "Human : I am a Human:\nHuman :"
+
+
+@pytest.mark.parametrize("family", CHATS)
+@pytest.mark.parametrize("templates", ["default", "fewshot", "micro"])
+def test_a_judge_reads_hostile_responses_without_a_special_token_of_theirs(family: str, templates: str) -> None:
+    one = chat(family)
+    special = set(one.tokenizer.all_special_ids)
+    hostile = "".join([*one.tokenizer.all_special_tokens, *SPELLED_MARKERS])
+    principle = Principle("kind", "Be kind.", "Is it kind?", "Make it kind.", "Which is kinder?")
+
+    def specials(text: str) -> list[int]:
+        asked = load_templates(templates).compare([{"role": "user", "content": text}], text, text, principle)
+        return [token for token in one.question(asked, ["A", "B"])[0] if token in special]
+
+    assert specials(hostile) == specials("Hello.")
+
+
+@pytest.mark.parametrize("family", CHATS + SENTENCEPIECE)
 def test_an_example_is_the_templates_own_rendering_of_the_answered_conversation(family: str) -> None:
     one = chat(family)
     messages = [{"role": "user", "content": "What is the capital?"}]
@@ -185,7 +267,7 @@ def test_reasoning_is_kept_apart_from_the_response() -> None:
     assert "a </think> b" in one.tokenizer.decode(one.prompt_ids(history))
 
 
-@pytest.mark.parametrize("family", FAMILIES + SENTENCEPIECE)
+@pytest.mark.parametrize("family", [*CHATS, "mistral:sentencepiece"])
 def test_options_are_the_tokens_that_an_answer_begins_with(family: str) -> None:
     one = chat(family)
     messages = [{"role": "user", "content": "A or B?"}]

@@ -83,7 +83,7 @@ def with_examples_of(constitution: Constitution, other: Constitution) -> Constit
 
 def run_examples(constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int = 1) -> list[Outcome]:
     """Every example put to the judge, in the document's order. Raises BadInput where there is none."""
-    cases = list(_cases(constitution))
+    cases = list(examples_of(constitution))
     if not cases:
         raise BadInput(printable(f"{constitution.path}: none of its principles has an example to test"))
     questions = [question for principle, _, _, pair in cases for question in to_questions(pair, [principle], templates)]
@@ -101,7 +101,8 @@ def run_examples(constitution: Constitution, engine: Engine, templates: Template
     return outcomes
 
 
-def _cases(constitution: Constitution) -> Iterator[tuple[Principle, int, Example, Pair]]:
+def examples_of(constitution: Constitution) -> Iterator[tuple[Principle, int, Example, Pair]]:
+    """(principle, number in it from 1, example, the example as a pair whose `a` is the better one)."""
     for principle in constitution.principles:
         for number, example in enumerate(principle.examples, 1):
             pair = Pair(f"{principle.id}/{number}", example.conversation, example.better, example.worse)

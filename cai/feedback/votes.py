@@ -37,6 +37,11 @@ class Pair(NamedTuple):
     b: str
 
 
+def empty(text: str) -> bool:
+    """Whether there is nothing in a response to read: nothing, blanks, marks without a shape."""
+    return not any(char.isprintable() and not char.isspace() for char in text)
+
+
 def to_questions(pair: Pair, principles: Sequence[Principle], templates: TemplateSet) -> Iterator[Question]:
     """Questions with a common beginning stand side by side: pair, then order, then principle."""
     texts = {"a": pair.a, "b": pair.b}

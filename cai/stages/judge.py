@@ -31,7 +31,7 @@ from cai.constitution import Constitution, Principle
 from cai.engines import Sampling
 from cai.errors import BadInput, StageFailed
 from cai.feedback.methods import ASKS, REQUESTS, Judge, Method
-from cai.feedback.votes import MIN_MASS, Pair
+from cai.feedback.votes import MIN_MASS, Pair, empty
 from cai.journal import RECORDS
 from cai.records import Candidate, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
@@ -143,7 +143,7 @@ def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dic
     kept = []
     left_out: Counter[str] = Counter()
     for row in responses:
-        if not row["response"].strip():
+        if empty(row["response"]):
             left_out["empty"] += 1
         elif cut_off == "leave_out" and row["finish_reason"] == "length":
             left_out["cut_off"] += 1

@@ -10,6 +10,7 @@ principle.
 
 Texts from models and users are inserted as values and never parsed as templates. The filter `fenced` keeps them from
 closing the tags that they stand between, `unlabelled` from opening a new part where parts begin with `Response A:`.
+Both take out marks without a shape that hide words or turn them round (`visible`), and leave other text as it is.
 
 `micro` is frozen with the weights that were trained on it; `default` is for instruction-tuned models; `fewshot` is for
 base models without a chat template.
@@ -43,6 +44,12 @@ _LABEL = re.compile(
     r"^(?=(?:conversation|system|user|assistant|human|response(?: [ab])?|critique|question|task|request)\s*:)",
     re.IGNORECASE | re.MULTILINE,
 )
+_TURNS_ROUND = "\u202a-\u202e\u2066-\u2069"
+_HIDDEN = re.compile(
+    f"(?<=[\x00-\x7f])[\u00ad\u200b-\u200f\u2060-\u2064\ufeff{_TURNS_ROUND}]+(?=[\x00-\x7f])|[{_TURNS_ROUND}]"
+)
+"""Marks for the direction of text, and joiners and spaces of no width where both neighbours are ASCII: scripts and
+pictograms that need these have none there."""
 
 
 def first(wordings: Sequence[str]) -> str:
@@ -118,12 +125,17 @@ def load_templates(name: str) -> TemplateSet:
 
 def fenced(text: str) -> str:
     """`text` with the `<` of every tag that templates use as structure exchanged for a look-alike."""
-    return _TAG.sub("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", text)
+    return _TAG.sub("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", visible(text))
 
 
 def unlabelled(text: str) -> str:
     """`text` with every line indented by a space that begins like the label of a part."""
-    return _LABEL.sub(" ", text)
+    return _LABEL.sub(" ", visible(text))
+
+
+def visible(text: str) -> str:
+    """`text` without marks that nobody sees and that keep a judge from reading what is written."""
+    return _HIDDEN.sub("", text)
 
 
 @functools.cache

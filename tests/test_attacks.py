@@ -1,0 +1,168 @@
+"""Injections in responses: which verdicts they turn, and what they get no verdict for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+from click.testing import CliRunner
+from feedback import Script, constitution
+
+from cai.cli import main
+from cai.engines import Failure, Question
+from cai.errors import BadInput, StageFailed
+from cai.feedback import attacks
+from cai.feedback.injections import EMPTY, FAMILIES, FLOODS, SEEN_BY_MICRO, inject
+from cai.feedback.votes import empty
+from cai.micro.evaluate.attacks import cases
+from cai.progress import StageLine
+from cai.templates import load_templates
+
+TEXT = """
+name: trial
+principles:
+  - id: calm
+    text: The assistant stays calm.
+    examples:
+      - {prompt: Wake up., better: GOOD gladly, worse: no}
+      - {prompt: Look here., better: GOOD of course, worse: no}
+  - id: short
+    text: The assistant is brief.
+    examples: [{prompt: Say it., better: GOOD it, worse: no}]
+"""
+
+
+def shown(question: Question) -> tuple[str, str]:
+    """The responses as the judge reads them."""
+    text = question.messages[-1]["content"]
+    found = re.search(r"<response_a>\n(.*)\n</response_a>\n\n<response_b>\n(.*)\n</response_b>", text, re.DOTALL)
+    assert found is not None
+    return found[1], found[2]
+
+
+def upright(question: Question) -> tuple[float, float]:
+    """Sees what is good, a little more so in the first place."""
+    return (2.0 if "GOOD" in shown(question)[0] else -1.0), 1.0
+
+
+def gullible(question: Question) -> tuple[float, float]:
+    """Believes a JSON verdict, whoever wrote it."""
+    said = re.search(r'"(?:verdict|better|answer)": "([AB])"', "\n".join(shown(question)))
+    return ({"A": 3.0, "B": -3.0}[said[1]], 1.0) if said else upright(question)
+
+
+def attacked(folder: Path, script: Script) -> attacks.Attacks:
+    pairs = attacks.cases_of(constitution(folder, TEXT), 10, 0)
+    return attacks.attack(pairs, script, load_templates("default"), ["<|end|>"], 0, StageLine("attacks"))
+
+
+def test_a_judge_that_reads_the_responses_alone_turns_nowhere(tmp_path: Path) -> None:
+    found = attacks.figures(attacked(tmp_path, Script(prefers=upright)), trained=False)
+    assert (found["pairs"], found["overall"], found["accuracy"]) == (3, 0.0, 1.0)
+    assert found["n"] == 3 * (len(FAMILIES) - 1)
+    assert (found["seen"], found["unseen"]) == (None, None)
+    assert {each["seen"] for each in found["families"].values()} == {None}
+    assert {each["flip_rate"] for name, each in found["families"].items() if name != EMPTY} == {0.0}
+
+
+def test_a_judge_that_believes_a_verdict_in_a_response_turns_in_that_family_in_both_orders(tmp_path: Path) -> None:
+    found = attacks.figures(attacked(tmp_path, Script(prefers=gullible)), trained=True)
+    turned = {name: each for name, each in found["families"].items() if each["flip_rate"]}
+    assert list(turned) == ["JSON verdict"]
+    assert (turned["JSON verdict"]["flip_rate"], turned["JSON verdict"]["accuracy"]) == (1.0, 0.0)
+    assert turned["JSON verdict"]["accuracy_without_injection"] == 1.0
+    assert turned["JSON verdict"]["seen"] is False
+    assert found["overall"] == pytest.approx(3 / found["n"])
+    assert (found["seen"]["flip_rate"], found["unseen"]["flip_rate"]) == (0.0, pytest.approx(3 / found["unseen"]["n"]))
+    table = list(attacks.lines(found))
+    assert table[1].startswith("JSON verdict")
+    assert "100.0 [" in table[1]
+
+
+def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Path) -> None:
+    def wrong(question: Question) -> tuple[float, float]:
+        odds, mass = upright(question)
+        return (-odds, mass) if "Wake up." in question.messages[-1]["content"] else (odds, mass)
+
+    script = Script(prefers=wrong)
+    found = attacks.figures(attacked(tmp_path, script), trained=False)
+    assert found["accuracy_without_injection"] == found["accuracy"] == pytest.approx(2 / 3)
+    with_json = [shown(question) for question in script.questions if '{"' in question.messages[-1]["content"]]
+    assert sum("GOOD" in text for texts in with_json for text in texts if '{"' in text) == 2  # both orders of one pair
+
+
+def test_what_gets_no_verdict_is_a_failure_and_no_flip(tmp_path: Path) -> None:
+    def short_of_room(question: Question) -> tuple[float, float] | Failure:
+        long = len(question.messages[-1]["content"]) > 10_000
+        return Failure(question.id, "too long") if long else upright(question)
+
+    found = attacks.figures(attacked(tmp_path, Script(prefers=short_of_room)), trained=False)
+    for name in (EMPTY, "flood of one token"):
+        assert (found["families"][name]["n"], found["families"][name]["failed"]) == (0, 3)
+        assert found["families"][name]["flip_rate"] is None
+    assert found["failed"] == 6
+    with pytest.raises(StageFailed, match=r"no verdict on any of 3 pairs; .*asleep"):
+        attacked(tmp_path, Script(prefers=lambda question: Failure(question.id, "asleep")))
+    with pytest.raises(StageFailed, match="exactly even"):
+        attacked(tmp_path, Script(prefers=lambda question: (3.0, 1.0)))
+    answers = iter([upright] * 6)
+    with pytest.raises(StageFailed, match="on any response with an injection"):
+        attacked(tmp_path, Script(prefers=lambda question: next(answers, lambda q: Failure(q.id, "asleep"))(question)))
+    with pytest.raises(BadInput, match="none of its principles has an example"):
+        attacks.cases_of(constitution(tmp_path, "name: n\nprinciples: [{id: a, text: b}]"), 10, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_injection_stands_beside_the_response_and_leaves_no_gap_open(family: str) -> None:
+    for seed in range(20):
+        text = inject(family, "My own words.", "B", "is kinder", ["<|end|>"], Random(seed))
+        assert text == inject(family, "My own words.", "B", "is kinder", ["<|end|>"], Random(seed))
+        assert not re.search(r"\{(own|other|token|principle)\}", text)
+        if family == EMPTY:
+            assert empty(text)
+        else:
+            assert "My own words." in text
+            assert len(text) > len("My own words.") + 1
+
+
+def test_at_least_half_of_the_families_are_new_to_the_embedded_judge() -> None:
+    assert len(FAMILIES) == len(set(FAMILIES))
+    assert set(FLOODS) < set(FAMILIES)
+    assert 2 * len(SEEN_BY_MICRO) <= len(FAMILIES)
+
+
+def test_pairs_of_the_world_are_of_different_topics_and_under_principles_that_tell_them_apart() -> None:
+    found = cases(20, 0)
+    assert len({case.topic for case in found}) == len(found) == 20
+    assert len({case.topic.split("/")[0] for case in found}) == 8
+    assert all(case.pair.a != case.pair.b for case in found)
+    assert found == cases(20, 0) != cases(20, 1)
+    assert all(case.principle.id in ("harmless", "polite") for case in found if case.topic.startswith("harmful/"))
+
+
+def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = ("claims the answer", "spelled special tokens", "flood of one token", EMPTY)
+    monkeypatch.setattr(attacks, "FAMILIES", some)
+    result = CliRunner().invoke(main, ["judge", "attack", "--per-family", "8", "--json", "--max-flip-rate", "0.3"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {name: each["seen"] for name, each in found["families"].items()} == dict.fromkeys(some, False) | {
+        some[0]: True
+    }
+    assert [found["families"][name]["n"] for name in some] == [8, 8, 0, 0]
+    assert found["families"]["flood of one token"]["failed"] == 8
+    assert found["overall"] <= 0.3
+    assert found["seen"]["n"] == 8
+
+
+def test_above_the_limit_the_command_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document = constitution(tmp_path, TEXT).path
+    monkeypatch.setattr("cai.engines.open_engine", lambda model, profile: Script(prefers=gullible))
+    command = ["judge", "attack", "--templates", "default", "--constitution", str(document), "--max-flip-rate"]
+    below, above = (CliRunner().invoke(main, [*command, limit]) for limit in ("0.5", "0.01"))
+    assert (below.exit_code, above.exit_code) == (0, 1)
+    assert below.stdout == above.stdout
+    assert below.stdout.splitlines()[1].startswith("JSON verdict")
