@@ -106,6 +106,8 @@ class Vote(TypedDict):
     votes: list[PrincipleVote]
     judge: str
     constitution: str
+    human: NotRequired[float]
+    """Probability that *a* is better by the people who labelled the pair, where any did; no judge sees it."""
     method: NotRequired[str]
     """How the judge was asked, where that was not pairwise."""
 
