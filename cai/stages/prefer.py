@@ -8,27 +8,33 @@ paper's 40 to 60 %).
 A pair in which every principle abstains has no label, and an even one has no side to be hard about: both are left out
 and counted. Where a soft label is even, a hash of the responses says which is called chosen, never their position.
 
-Left out: fitting the temperature, and learning how far each principle can be trusted.
+`temperature: fitted` makes the truth likeliest where it is known of judged pairs, by people or else by the embedded
+world's oracle, on the weighted sums of all principles (`cai.feedback.calibration`). Held-out prompts take no part in
+the fit, since figures are measured on them.
+
+Left out: learning how far each principle can be trusted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
 from cai.errors import BadInput, StageFailed
+from cai.feedback import calibration
 from cai.feedback.label_figures import figures
 from cai.feedback.labels import Floats, aggregate, over_orders, probability
+from cai.feedback.truth import truths
 from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.prompts import PairSet, load_human_pairs
-from cai.records import Preference, row_lines, stable_id
-from cai.stages import Context, Names, Rows, StageConfig
+from cai.records import Preference, row_lines, stable_id, topic_of
+from cai.stages import Context, Names, Rows, StageConfig, is_held_out
 
 
 class Clamp(BaseModel):
@@ -60,8 +66,10 @@ class Config(StageConfig):
         None,
         description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft; that clamp if all votes are reasoned.",
     )
-    temperature: Literal["sum_of_weights"] | float = Field(
-        "sum_of_weights", gt=0, description="What the weighted sum of log-odds is divided by."
+    temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0)] = Field(
+        "sum_of_weights",
+        description="What the weighted sum of log-odds is divided by: the sum of weights, a number, or the number that "
+        "is fitted to pairs whose truth is known, by people (`human:` of the judge stage) or the oracle of micro.",
     )
     abstain_below: float = Field(0.0, ge=0, description="Nats from even below which a principle has no say on a pair.")
     min_confidence: float = Field(
@@ -83,11 +91,18 @@ class Labelled(NamedTuple):
     principles: list[str]
     towards_chosen: Floats
     """Each principle's log-odds that the chosen response is better, (rows, principles)."""
+    temperature: dict[str, Any] | None
+    """What was fitted and what it is worth, where it was."""
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Preference for each pair that gets a label: those from votes in their order, then the human ones."""
     ours = from_votes(config, context)
+    if ours.temperature and ours.temperature["at_bound"]:
+        context.progress.note(
+            f"the fitted temperature is as far as it goes, {ours.temperature['value']:.3g}: by what is known of "
+            f"{ours.temperature['pairs']:,} pairs the judge is right always, or no more often than by chance"
+        )
     preferences = list(ours.rows)
     found: dict[str, Any] = dict(ours.left_out)
     if config.pairs is not None:
@@ -100,6 +115,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         file.writelines(line.encode() for line in row_lines(preferences))
     no_votes = np.full((len(preferences) - len(ours.rows), len(ours.principles)), np.nan)
     votes = np.concatenate([ours.towards_chosen, no_votes])
+    if ours.temperature:
+        found["temperature"] = ours.temperature
     return {"labels": {**found, **figures(preferences, ours.principles, votes)}}
 
 
@@ -107,11 +124,11 @@ def from_votes(config: Config, context: Context) -> Labelled:
     """The preferences that the votes of the input stages amount to."""
     votes = read_votes(context.inputs[name] / RECORDS for name in config.from_)
     by_principle = over_orders(votes.ballots, len(votes.rows), len(votes.principles))
+    weights = weights_of(votes.principles, context.constitution)
+    fitted = fit(votes.rows, by_principle, weights, config.abstain_below) if config.temperature == "fitted" else None
+    number = config.temperature if isinstance(config.temperature, float) else None
     log_odds = aggregate(
-        by_principle,
-        weights_of(votes.principles, context.constitution),
-        temperature=None if config.temperature == "sum_of_weights" else config.temperature,
-        abstain_below=config.abstain_below,
+        by_principle, weights, temperature=fitted["value"] if fitted else number, abstain_below=config.abstain_below
     )
     kept, left_out = choose(log_odds, config)
     chosen_is_a = np.array([prefers_a(votes.rows[index], log_odds[index]) for index in kept], dtype=bool)
@@ -124,7 +141,28 @@ def from_votes(config: Config, context: Context) -> Labelled:
         )
     ]
     towards_chosen = by_principle[kept] * np.where(chosen_is_a, 1.0, -1.0)[:, None]
-    return Labelled(rows, {"votes": len(votes.rows), **left_out}, votes.principles, towards_chosen)
+    return Labelled(rows, {"votes": len(votes.rows), **left_out}, votes.principles, towards_chosen, fitted)
+
+
+def fit(rows: Sequence[Mapping[str, Any]], votes: Floats, weights: Floats, abstain_below: float) -> dict[str, Any]:
+    """The temperature that makes known truths likeliest, and what it is worth on prompts that it was not fitted on.
+
+    Raises StageFailed where no truth is known outside of held-out prompts.
+    """
+    sums = aggregate(votes, weights, temperature=1.0, abstain_below=abstain_below)
+    means = aggregate(votes, weights, abstain_below=abstain_below)
+    held_out = np.array([is_held_out(row) for row in rows], dtype=bool)
+    for truth in truths(rows).values():
+        known = np.flatnonzero(truth.decided & ~np.isnan(sums))
+        if not held_out[known].all():
+            clusters = [topic_of(rows[i]["tags"], rows[i]["prompt_id"]) for i in known.tolist()]
+            return {"truth": truth.kind} | calibration.fitted(
+                sums[known], means[known], truth.better[known], clusters, held_out[known]
+            )
+    raise StageFailed(
+        "`temperature: fitted` found no truth outside of held-out prompts, expected judged pairs that people labelled "
+        "(`human:` of the judge stage) or prompts of source micro"
+    )
 
 
 def weights_of(principles: Sequence[str], constitution: Constitution | None) -> Floats:

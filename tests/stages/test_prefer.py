@@ -299,8 +299,10 @@ def test_people_can_label_pairs_instead_of_a_judge_or_beside_it(tmp_path):
         run_stage("prefer", tmp_path)
 
 
-def test_config_takes_numbers_for_the_temperature():
+def test_the_temperature_is_a_number_or_a_word():
     assert Config.model_validate({"id": "p", "from": "v", "temperature": 2}).temperature == 2.0
+    for word in ("fitted", "sum_of_weights"):
+        assert Config.model_validate({"id": "p", "from": "v", "temperature": word}).temperature == word
     with pytest.raises(ValueError, match="temperature"):
         Config.model_validate({"id": "p", "from": "v", "temperature": 0})
 
@@ -319,3 +321,52 @@ def test_labels_of_reasoned_votes_are_clamped_unless_the_recipe_says_otherwise(t
     assert max(row["p_chosen"] for row in prefer(tmp_path / "soft", reasoned, labels="soft").rows) > 0.6
     mixed = prefer(tmp_path / "mixed", [*reasoned[:-1], rows[-1]])
     assert max(row["p_chosen"] for row in mixed.rows) > 0.6
+
+
+def by_people(n: int, seed: int = 0) -> list[dict]:
+    """Votes three times too sure, on pairs that people labelled."""
+    rng = random.Random(seed)
+    rows = []
+    for row in random_votes(n, seed):
+        p = 1 / (1 + math.exp(-again(row) / 3))
+        rows.append({**row, "human": float(rng.random() < p)})
+    return rows
+
+
+def test_a_fitted_temperature_is_the_one_of_greatest_likelihood_of_what_people_chose(tmp_path):
+    rows = by_people(400)
+    done = prefer(tmp_path / "fitted", rows, temperature="fitted")
+    found = done.figures["labels"]["temperature"]
+    sums = [again(row, temperature=1.0) for row in rows]
+
+    def loss(t):
+        return sum(math.log1p(math.exp(-x / t if row["human"] else x / t)) for x, row in zip(sums, rows, strict=True))
+
+    assert loss(found["value"]) <= min(loss(found["value"] * step) for step in (0.98, 0.99, 1.01, 1.02))
+    assert found["ece_after_temperature"] < found["ece"]
+    assert found["brier_after_temperature"] < found["brier"]
+    assert (found["truth"], found["pairs"], found["measured_on"]) == ("human", 400, "cross_validation")
+    same = prefer(tmp_path / "number", rows, temperature=found["value"])
+    assert by_pair(done) == by_pair(same)
+
+
+def test_a_temperature_is_never_fitted_on_held_out_prompts(tmp_path):
+    rows = by_people(300)
+    held = [{**row, "tags": ["held_out"]} for row in rows[200:]]
+    one = prefer(tmp_path / "1", [*rows[:200], *held], temperature="fitted").figures["labels"]["temperature"]
+    turned = [{**row, "human": 1 - row["human"]} for row in held]
+    two = prefer(tmp_path / "2", [*rows[:200], *turned], temperature="fitted").figures["labels"]["temperature"]
+    assert one["value"] == two["value"]
+    assert one["brier_after_temperature"] != two["brier_after_temperature"]
+    assert (one["measured_on"], one["pairs"], one["measured_pairs"]) == ("held_out", 200, 100)
+    for untrue in (held, random_votes(20), [{**rows[0], "human": 0.5}]):
+        with pytest.raises(StageFailed, match="no truth outside of held-out prompts"):
+            prefer(tmp_path / "none", untrue, temperature="fitted")
+
+
+def test_without_people_the_temperature_is_fitted_to_the_oracle(tmp_path):
+    rows = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(16)]
+    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert (found["truth"], found["pairs"], found["prompts"]) == ("oracle", 16, 5)
+    # All votes are of one strength, weight 2: three of four are right where 1 / (1 + exp(-2 / T)) is 3/4.
+    assert found["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
