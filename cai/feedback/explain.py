@@ -106,8 +106,8 @@ def evidence(name: str, folder: Path) -> Evidence:
     if temperature == "sum_of_weights":
         temperature = None
     rule = Rule(weights, temperature, config["abstain_below"], config["min_confidence"], fitted)
-    ab, ba = by_order(found.ballots, len(found.rows), len(found.principles))
-    return Evidence(name, found.rows, found.principles, ab, ba, rule, sum(map(_failed_pairs, inputs)))
+    ab, ba = by_order(found.ballots, len(found.heads), len(found.principles))
+    return Evidence(name, list(found.rows()), found.principles, ab, ba, rule, sum(map(_failed_pairs, inputs)))
 
 
 def _failed_pairs(stage: Path) -> int:

@@ -17,8 +17,9 @@ Left out: learning how far each principle can be trusted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,14 +27,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cai.constitution import Constitution
 from cai.errors import BadInput, StageFailed
 from cai.feedback import calibration
-from cai.feedback.label_figures import figures
-from cai.feedback.labels import Floats, aggregate, over_orders, probability
+from cai.feedback.label_figures import figures, look
+from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
 from cai.feedback.truth import truths
 from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.prompts import PairSet, load_human_pairs
-from cai.records import Preference, row_lines, stable_id, topic_of
+from cai.records import Preference, canonical_json, stable_id, topic_of
 from cai.stages import Context, Names, Rows, StageConfig, is_held_out
 
 
@@ -86,11 +87,15 @@ class Config(StageConfig):
 class Labelled(NamedTuple):
     """Preferences from votes, and what the figures say about how they came about."""
 
-    rows: list[Preference]
+    rows: Iterator[Preference]
+    """Read, labelled and let go one after the other."""
+    n_rows: int
     left_out: dict[str, int]
     principles: list[str]
-    towards_chosen: Floats
-    """Each principle's log-odds that the chosen response is better, (rows, principles)."""
+    votes: Floats
+    """Each principle's log-odds that *a* is better, (rows, principles)."""
+    chosen_is_a: Bools
+    """Which response became the chosen one, (rows,): known once a row has passed."""
     temperature: dict[str, Any] | None
     """What was fitted and what it is worth, where it was."""
 
@@ -98,50 +103,64 @@ class Labelled(NamedTuple):
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Preference for each pair that gets a label: those from votes in their order, then the human ones."""
     ours = from_votes(config, context)
-    if ours.temperature and ours.temperature["at_bound"]:
-        context.progress.note(
-            f"the fitted temperature is as far as it goes, {ours.temperature['value']:.3g}: by what is known of "
-            f"{ours.temperature['pairs']:,} pairs the judge is right always, or no more often than by chance"
-        )
-    preferences = list(ours.rows)
     found: dict[str, Any] = dict(ours.left_out)
+    human: list[Preference] = []
     if config.pairs is not None:
-        human = load_human_pairs(config.pairs, context.home)
-        preferences += relabelled(human.preferences, config.labels or "soft")
-        found["human"] = {"rows": human.rows, "pairs": len(human.preferences), "left_out": human.left_out}
-    if not preferences:
+        people = load_human_pairs(config.pairs, context.home)
+        human = relabelled(people.preferences, config.labels or "soft")
+        found["human"] = {"rows": people.rows, "pairs": len(human), "left_out": people.left_out}
+    n = ours.n_rows + len(human)
+    if not n:
         raise StageFailed(f"none of the pairs gets a label: {found}")
     with replacing(context.folder / RECORDS) as file:
-        file.writelines(line.encode() for line in row_lines(preferences))
-    no_votes = np.full((len(preferences) - len(ours.rows), len(ours.principles)), np.nan)
-    votes = np.concatenate([ours.towards_chosen, no_votes])
+        seen = look(written(itertools.chain(ours.rows, human), file), n)
+    towards_chosen = np.where(ours.chosen_is_a, 1.0, -1.0)[:, None] * ours.votes
+    no_votes = np.full((len(human), len(ours.principles)), np.nan)
     if ours.temperature:
         found["temperature"] = ours.temperature
-    return {"labels": {**found, **figures(preferences, ours.principles, votes)}}
+        if ours.temperature["at_bound"]:
+            context.progress.note(
+                f"the fitted temperature is as far as it goes, {ours.temperature['value']:.3g}: by what is known of "
+                f"{ours.temperature['pairs']:,} pairs the judge is right always, or no more often than by chance"
+            )
+    return {"labels": {**found, **figures(seen, ours.principles, np.concatenate([towards_chosen, no_votes]))}}
+
+
+def written(rows: Iterable[Preference], file: IO[bytes]) -> Iterator[Preference]:
+    """The rows, each of them in the file by the time that the next is asked for."""
+    for row in rows:
+        file.write((canonical_json(row) + "\n").encode())
+        yield row
 
 
 def from_votes(config: Config, context: Context) -> Labelled:
     """The preferences that the votes of the input stages amount to."""
-    votes = read_votes(context.inputs[name] / RECORDS for name in config.from_)
-    by_principle = over_orders(votes.ballots, len(votes.rows), len(votes.principles))
-    weights = weights_of(votes.principles, context.constitution)
-    fitted = fit(votes.rows, by_principle, weights, config.abstain_below) if config.temperature == "fitted" else None
+    found = read_votes(context.inputs[name] / RECORDS for name in config.from_)
+    votes = over_orders(found.ballots, len(found.heads), len(found.principles))
+    weights = weights_of(found.principles, context.constitution)
+    fitted = None
+    if config.temperature == "fitted":
+        fitted = fit(list(found.rows()), votes, weights, config.abstain_below)
     number = config.temperature if isinstance(config.temperature, float) else None
     log_odds = aggregate(
-        by_principle, weights, temperature=fitted["value"] if fitted else number, abstain_below=config.abstain_below
+        votes, weights, temperature=fitted["value"] if fitted else number, abstain_below=config.abstain_below
     )
     kept, left_out = choose(log_odds, config)
-    chosen_is_a = np.array([prefers_a(votes.rows[index], log_odds[index]) for index in kept], dtype=bool)
     strength = np.abs(log_odds[kept])
-    p_chosen = labels(strength, config.labels or usual_labels(votes.rows))
-    rows = [
-        to_row(votes.rows[index], a_is_chosen, p, odds, context.stage_id)
-        for index, a_is_chosen, p, odds in zip(
-            kept.tolist(), chosen_is_a.tolist(), p_chosen.tolist(), strength.tolist(), strict=True
-        )
-    ]
-    towards_chosen = by_principle[kept] * np.where(chosen_is_a, 1.0, -1.0)[:, None]
-    return Labelled(rows, {"votes": len(votes.rows), **left_out}, votes.principles, towards_chosen, fitted)
+    p_chosen = labels(strength, config.labels or usual_labels(found.methods))
+    chosen_is_a = np.zeros(len(kept), dtype=bool)
+
+    def rows() -> Iterator[Preference]:
+        labelled = np.zeros(len(found.heads), dtype=bool)
+        labelled[kept] = True
+        kept_rows = itertools.compress(found.rows(), labelled.tolist())
+        values = zip(log_odds[kept].tolist(), p_chosen.tolist(), strength.tolist(), strict=True)
+        for place, (row, (towards_a, p, odds)) in enumerate(zip(kept_rows, values, strict=True)):
+            a_is_chosen = chosen_is_a[place] = prefers_a(row, towards_a)
+            yield to_row(row, a_is_chosen, p, odds, context.stage_id)
+
+    counts = {"votes": len(found.heads), **left_out}
+    return Labelled(rows(), len(kept), counts, found.principles, votes[kept], chosen_is_a, fitted)
 
 
 def fit(rows: Sequence[Mapping[str, Any]], votes: Floats, weights: Floats, abstain_below: float) -> dict[str, Any]:
@@ -191,9 +210,8 @@ def prefers_a(row: Mapping[str, Any], log_odds: float) -> bool:
     return stable_id(a["id"], a["text"]) < stable_id(b["id"], b["text"])
 
 
-def usual_labels(rows: Iterable[Mapping[str, Any]]) -> str | Clamp:
+def usual_labels(methods: Set[str]) -> str | Clamp:
     """Soft; after reasons, which leave a judge all too sure, kept within 40 to 60 %, which the paper found best."""
-    methods = {row.get("method", "pairwise") for row in rows}
     return Clamp(clamp=(0.4, 0.6)) if methods == {"reasoned"} else "soft"
 
 
