@@ -350,6 +350,20 @@ def test_what_lies_in_a_file_of_human_pairs_is_part_of_what_a_judge_read(tmp_pat
     assert digests[0] != digests[1]
 
 
+def test_weights_by_tag_are_part_of_what_labels_are_made_of(tmp_path):
+    recipe = human_recipe(tmp_path, "why?")
+    tagged = toy.CONSTITUTION.replace("kind., weight", "kind., tags: [style], weight")
+    (tmp_path / "constitution.yaml").write_text(tagged)
+
+    def weights(*overrides: str) -> dict[str, float]:
+        planner = Planner(load_recipe(recipe, overrides), tmp_path / "runs")
+        parts = planner.parts(planner.recipe.stages["labels"], {})
+        return {id: parts[f"weight.{id}"] for id in ("kind", "honest")}
+
+    assert weights() == {"kind": 1.0, "honest": 2.0}
+    assert weights("stages.labels.tag_weights={style: 3}") == {"kind": 3.0, "honest": 2.0}
+
+
 def test_a_set_that_is_learned_from_and_compared_on_is_noted(tmp_path):
     def notes(*overrides: str) -> list[str]:
         planner = Planner(load_recipe(human_recipe(tmp_path, "why?"), overrides), tmp_path / "runs")

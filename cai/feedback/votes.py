@@ -17,7 +17,7 @@ import numpy as np
 
 from cai.constitution import Principle
 from cai.engines import Choice, Failure, Question
-from cai.feedback.labels import Ballots
+from cai.feedback.labels import Ballots, Floats
 from cai.records import Message, PrincipleVote
 from cai.templates import OPTIONS, TemplateSet
 
@@ -124,6 +124,8 @@ class Read(NamedTuple):
     heads: list[bytes]
     methods: frozenset[str]
     """How the judges were asked."""
+    human: Floats
+    """Probability that *a* is better by people, (rows,); NaN where none labelled the pair."""
     principles: list[str]
     ballots: Ballots
 
@@ -137,19 +139,21 @@ def read_votes(paths: Iterable[Path]) -> Read:
     """All votes of several files: of 100,000 pairs there are millions, so Arrow parses them, column by column."""
     heads, methods, numbers = list[bytes](), set[str](), dict[str, int]()
     none = np.zeros(0, dtype=np.int64)
-    parts = [Ballots(none, none, none.astype(bool), none.astype(float))]
+    parts, human = [Ballots(none, none, none.astype(bool), none.astype(float))], [none.astype(float)]
     for path in paths:
         with path.open("rb") as file:
             while lines := file.read(READ_AT_ONCE) + file.readline():
                 table = _parsed(lines)
                 parts.append(_ballots(table["votes"].chunk(0), len(heads), numbers))
+                human.append(table["human"].chunk(0).to_numpy(zero_copy_only=False).astype(float))
                 methods |= {method or "pairwise" for method in table["method"].unique().to_pylist()}
                 heads += _heads(lines)
     principles = sorted(numbers)
     # In alphabetical order, so that sums come out the same to the last bit whichever row was read first.
     column = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
     pair, principle, swapped, log_odds = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return Read(heads, frozenset(methods), principles, Ballots(pair, column[principle], swapped, log_odds))
+    columns = Ballots(pair, column[principle], swapped, log_odds)
+    return Read(heads, frozenset(methods), np.concatenate(human), principles, columns)
 
 
 def _heads(lines: bytes) -> Iterator[bytes]:
@@ -166,7 +170,7 @@ def _parsed(lines: bytes) -> pa.Table:
     from pyarrow import json as arrow_json
 
     vote = pa.struct([("principle", pa.string()), ("order", pa.string()), ("log_odds", pa.float64())])
-    schema = pa.schema([("votes", pa.list_(vote)), ("method", pa.string())])
+    schema = pa.schema([("votes", pa.list_(vote)), ("method", pa.string()), ("human", pa.float64())])
     return arrow_json.read_json(
         pa.BufferReader(lines),
         arrow_json.ReadOptions(use_threads=False, block_size=len(lines)),

@@ -12,6 +12,9 @@ and counted. Where a soft label is even, a hash of the responses says which is c
 world's oracle, on the weighted sums of all principles (`cai.feedback.calibration`). Held-out prompts take no part in
 the fit, since figures are measured on them.
 
+People's labels (`pairs:`) stand beside the judge's, or, by `mix`, are a share of all, or those of some tags:
+helpfulness from people, harmlessness from the constitution, as in the paper (`cai.feedback.mixing`).
+
 Left out: learning how far each principle can be trusted.
 """
 
@@ -26,14 +29,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
 from cai.errors import BadInput, StageFailed
-from cai.feedback import calibration
+from cai.feedback import calibration, mixing
 from cai.feedback.label_figures import figures, look
 from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
 from cai.feedback.truth import truths
 from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
-from cai.prompts import PairSet, load_human_pairs
+from cai.prompts import HumanPairs, PairSet, load_human_pairs
 from cai.records import Preference, canonical_json, stable_id, topic_of
 from cai.stages import Context, Names, Rows, StageConfig, is_held_out
 
@@ -53,6 +56,23 @@ class Clamp(BaseModel):
         return self
 
 
+class Mix(BaseModel):
+    """How many or which of the labels are people's: `mix: {human_tags: [helpful]}`, the others the constitution's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    human_share: float | None = Field(None, gt=0, lt=1, description="Share of pairs that people labelled.")
+    human_tags: tuple[str, ...] = Field(
+        (), description="Tags of the pairs that take people's labels, and no others do."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.human_share is None) == (not self.human_tags):
+            raise ValueError("expected either human_share, such as 0.5, or human_tags, such as [helpful]")
+        return self
+
+
 class Config(StageConfig):
     gives: ClassVar[Rows] = "preferences"
     takes: ClassVar[tuple[Rows, ...]] = ("votes",)
@@ -63,6 +83,11 @@ class Config(StageConfig):
     kind: Literal["prefer"] = "prefer"
     from_: Names = Field([], alias="from", description="Stages whose votes become labels.")
     pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
+    mix: Mix | None = Field(None, description="Which labels are people's where there are `from:` and `pairs:`.")
+    tag_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict,
+        description="Factors for the weights of principles by their tags, such as {harm: 2, style: 0}.",
+    )
     labels: Literal["soft", "hard"] | Clamp | None = Field(
         None,
         description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft; that clamp if all votes are reasoned.",
@@ -81,6 +106,8 @@ class Config(StageConfig):
     def _has_input(self) -> Self:
         if not self.from_ and self.pairs is None:
             raise ValueError("found neither `from:` nor `pairs:`, expected stages with votes or a file of human pairs")
+        if self.mix and not (self.from_ and self.pairs):
+            raise ValueError("found `mix:`, expected `from:` and `pairs:` beside it, which it mixes")
         return self
 
 
@@ -90,7 +117,7 @@ class Labelled(NamedTuple):
     rows: Iterator[Preference]
     """Read, labelled and let go one after the other."""
     n_rows: int
-    left_out: dict[str, int]
+    left_out: dict[str, Any]
     principles: list[str]
     votes: Floats
     """Each principle's log-odds that *a* is better, (rows, principles)."""
@@ -98,17 +125,20 @@ class Labelled(NamedTuple):
     """Which response became the chosen one, (rows,): known once a row has passed."""
     temperature: dict[str, Any] | None
     """What was fitted and what it is worth, where it was."""
+    agreement: dict[str, Any] | None
+    """How often the label is on people's side, where these labelled anything."""
+    human_stays: Bools
+    """Which of people's preferences are not left out by `mix`."""
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Preference for each pair that gets a label: those from votes in their order, then the human ones."""
-    ours = from_votes(config, context)
+    people = HumanPairs([], 0, {}) if config.pairs is None else load_human_pairs(config.pairs, context.home)
+    ours = from_votes(config, context, people.preferences)
+    human = relabelled(itertools.compress(people.preferences, ours.human_stays), config.labels or "soft")
     found: dict[str, Any] = dict(ours.left_out)
-    human: list[Preference] = []
     if config.pairs is not None:
-        people = load_human_pairs(config.pairs, context.home)
-        human = relabelled(people.preferences, config.labels or "soft")
-        found["human"] = {"rows": people.rows, "pairs": len(human), "left_out": people.left_out}
+        found["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
     n = ours.n_rows + len(human)
     if not n:
         raise StageFailed(f"none of the pairs gets a label: {found}")
@@ -116,6 +146,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         seen = look(written(itertools.chain(ours.rows, human), file), n)
     towards_chosen = np.where(ours.chosen_is_a, 1.0, -1.0)[:, None] * ours.votes
     no_votes = np.full((len(human), len(ours.principles)), np.nan)
+    if ours.agreement:
+        found["agreement_with_people"] = ours.agreement
     if ours.temperature:
         found["temperature"] = ours.temperature
         if ours.temperature["at_bound"]:
@@ -133,11 +165,11 @@ def written(rows: Iterable[Preference], file: IO[bytes]) -> Iterator[Preference]
         yield row
 
 
-def from_votes(config: Config, context: Context) -> Labelled:
+def from_votes(config: Config, context: Context, human: Sequence[Preference]) -> Labelled:
     """The preferences that the votes of the input stages amount to."""
     found = read_votes(context.inputs[name] / RECORDS for name in config.from_)
     votes = over_orders(found.ballots, len(found.heads), len(found.principles))
-    weights = weights_of(found.principles, context.constitution)
+    weights = weights_of(found.principles, context.constitution, config.tag_weights)
     fitted = None
     if config.temperature == "fitted":
         fitted = fit(list(found.rows()), votes, weights, config.abstain_below)
@@ -146,6 +178,15 @@ def from_votes(config: Config, context: Context) -> Labelled:
         votes, weights, temperature=fitted["value"] if fitted else number, abstain_below=config.abstain_below
     )
     kept, left_out = choose(log_odds, config)
+    agreement, human_stays = None, np.ones(len(human), dtype=bool)
+    if human or not np.isnan(found.human).all():
+        judged = list(found.rows())
+        topics = [topic_of(row["tags"], row["prompt_id"]) for row in judged]
+        agreement = mixing.agreement(log_odds, mixing.people_say(judged, human), topics)
+        if config.mix:
+            ai_stays, human_stays = mixed(config.mix, [judged[i] for i in kept.tolist()], human)
+            left_out |= {"mixed_out_ai": int((~ai_stays).sum()), "mixed_out_human": int((~human_stays).sum())}
+            kept = kept[ai_stays]
     strength = np.abs(log_odds[kept])
     p_chosen = labels(strength, config.labels or usual_labels(found.methods))
     chosen_is_a = np.zeros(len(kept), dtype=bool)
@@ -160,7 +201,17 @@ def from_votes(config: Config, context: Context) -> Labelled:
             yield to_row(row, a_is_chosen, p, odds, context.stage_id)
 
     counts = {"votes": len(found.heads), **left_out}
-    return Labelled(rows(), len(kept), counts, found.principles, votes[kept], chosen_is_a, fitted)
+    return Labelled(
+        rows(), len(kept), counts, found.principles, votes[kept], chosen_is_a, fitted, agreement, human_stays
+    )
+
+
+def mixed(mix: Mix, judged: Sequence[Mapping[str, Any]], human: Sequence[Preference]) -> tuple[Bools, Bools]:
+    """Which of the judged pairs that have a label, and of people's, stay."""
+    ours, theirs = [mixing.judged(row) for row in judged], [mixing.chosen_by_people(row) for row in human]
+    if mix.human_share is None:
+        return mixing.by_tag(ours, theirs, mix.human_tags)
+    return mixing.by_share(ours, theirs, mix.human_share)
 
 
 def fit(rows: Sequence[Mapping[str, Any]], votes: Floats, weights: Floats, abstain_below: float) -> dict[str, Any]:
@@ -184,13 +235,15 @@ def fit(rows: Sequence[Mapping[str, Any]], votes: Floats, weights: Floats, absta
     )
 
 
-def weights_of(principles: Sequence[str], constitution: Constitution | None) -> Floats:
-    """The constitution's weight of each principle that voted. Raises BadInput for one that it does not know."""
+def weights_of(principles: Sequence[str], constitution: Constitution | None, by_tag: Mapping[str, float]) -> Floats:
+    """The weight of each principle that voted, by the constitution and the factors of its tags.
+
+    Raises BadInput for one that it does not know."""
     if not principles:
         return np.zeros(0)
     if constitution is None:
         raise BadInput("`prefer` needs the constitution whose principles voted, and the recipe names none")
-    return np.array([constitution.principle(id).weight for id in principles], dtype=float)
+    return np.array([constitution.principle(id).weighted(by_tag) for id in principles], dtype=float)
 
 
 def choose(log_odds: Floats, config: Config) -> tuple[Any, dict[str, int]]:

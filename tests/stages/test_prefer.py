@@ -19,6 +19,7 @@ from cai.engines import Failure
 from cai.errors import StageFailed
 from cai.feedback import labels
 from cai.micro.oracle import gold_score
+from cai.records import stable_id
 from cai.stages.prefer import Clamp, Config
 
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
@@ -370,3 +371,99 @@ def test_without_people_the_temperature_is_fitted_to_the_oracle(tmp_path):
     assert (found["truth"], found["pairs"], found["prompts"]) == ("oracle", 16, 5)
     # All votes are of one strength, weight 2: three of four are right where 1 / (1 + exp(-2 / T)) is 3/4.
     assert found["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
+
+
+TAGGED = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [manner, tone]").replace(
+    "weight: 0.5", "weight: 0.5, tags: [manner]"
+)
+
+
+def test_weights_by_tag_multiply_those_of_the_constitution(tmp_path):
+    rows = [vote(1, {"calm": (1.0, 1.0), "short": (-3.0, -3.0), "safe": (1.0, 1.0)})]
+
+    def log_odds(name, **by_tag):
+        return prefer(tmp_path / name, rows, TAGGED, tag_weights=by_tag).rows[0]["log_odds"]
+
+    assert log_odds("both", manner=2.0, tone=3.0) == pytest.approx((12 - 3 + 1) / 14)
+    assert log_odds("one", manner=0.5) == pytest.approx((1 - 0.75 + 1) / 2.25)
+    assert log_odds("off", manner=0) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        Config.model_validate({"id": "p", "from": "v", "tag_weights": {"manner": -1}})
+
+
+def human_pairs(folder, n: int, *tags: str, chosen="left", rejected="right") -> dict:
+    """A file of pairs as `vote` makes them, and how a recipe names it."""
+    pairs = [
+        {
+            "chosen": transcript(f"Question {i}?", f"{chosen} {i}"),
+            "rejected": transcript(f"Question {i}?", f"{rejected} {i}"),
+        }
+        for i in range(n)
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "people.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {"source": "people.jsonl", "tags": list(tags)}
+
+
+def votes_on(numbers, odds=1.0, *tags: str) -> list[dict]:
+    """Votes on pairs with the ids that prompts have in files."""
+    rows = [vote(n, {"calm": (odds, odds)}, *tags) for n in numbers]
+    return [{**row, "prompt_id": stable_id("prompt", row["prompt"])} for row in rows]
+
+
+def test_people_label_helpfulness_and_the_constitution_the_rest(tmp_path):
+    rows = votes_on(range(6), 1.0, "helpful") + votes_on(range(6, 10), 1.0, "red_team")
+    pairs = human_pairs(tmp_path, 8, "helpful")
+    done = prefer(tmp_path, rows, pairs=pairs, mix={"human_tags": ["helpful"]})
+    assert [(row["source"], row["tags"]) for row in done.rows] == 4 * [("ai", ["red_team"])] + 8 * [
+        ("human", ["helpful"])
+    ]
+    figures = done.figures["labels"]
+    assert (figures["mixed_out_ai"], figures["mixed_out_human"], figures["pairs"]) == (6, 0, 12)
+    assert (figures["agreement_with_people"]["value"], figures["agreement_with_people"]["n"]) == (1.0, 8)
+
+
+@pytest.mark.parametrize(("share", "n_ai", "n_human"), [(0.5, 40, 40), (0.2, 60, 15), (0.75, 13, 40)])
+def test_people_have_their_share_and_as_few_pairs_as_possible_go(tmp_path, share, n_ai, n_human):
+    rows = votes_on(range(100, 160))
+    pairs = human_pairs(tmp_path, 40)
+    done = prefer(tmp_path, rows, pairs=pairs, mix={"human_share": share})
+    sources = [row["source"] for row in done.rows]
+    assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
+    pairs["source"] = "../people.jsonl"
+    turned = [swapped(row) for row in rows[::-1]]
+    other = prefer(tmp_path / "again", turned, pairs=pairs, mix={"human_share": share})
+    assert {row["pair_id"] for row in other.rows} == {row["pair_id"] for row in done.rows}
+    agreement = done.figures["labels"]["agreement_with_people"]
+    assert (agreement["value"], agreement["why"]) == (None, "no pair has labels of both")
+
+
+def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(tmp_path):
+    rows = votes_on(range(30)) + votes_on(range(30, 40), -1.0)
+    done = prefer(tmp_path, rows, pairs=human_pairs(tmp_path, 40), mix={"human_share": 0.5})
+    prompts = [row["prompt"][-1]["content"] for row in done.rows]
+    assert len(prompts) == len(set(prompts)) >= 20
+    agreement = done.figures["labels"]["agreement_with_people"]
+    assert (agreement["value"], agreement["n"], agreement["topics"]) == (0.75, 40, 40)
+    assert agreement["interval"][0] < 0.75 < agreement["interval"][1]
+
+
+def test_agreement_is_shown_of_votes_on_pairs_that_people_labelled(tmp_path):
+    rows = [{**row, "human": 1.0} for row in votes_on(range(3))] + [{**votes_on([3], 0.0)[0], "human": 0.0}]
+    assert prefer(tmp_path, rows).figures["labels"]["agreement_with_people"]["value"] == 3.5 / 4
+    assert "agreement_with_people" not in prefer(tmp_path / "none", votes_on(range(3))).figures["labels"]
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"),
+    [
+        ({}, "either human_share"),
+        ({"human_share": 0.5, "human_tags": ["x"]}, "either human_share"),
+        ({"human_share": 1}, "less than 1"),
+    ],
+)
+def test_a_mix_is_by_share_or_by_tag_of_two_sources(mix, said):
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate({"id": "p", "from": "v", "pairs": {"source": "x"}, "mix": mix})
+    with pytest.raises(ValueError, match="`from:` and `pairs:` beside it"):
+        Config.model_validate({"id": "p", "from": "v", "mix": {"human_share": 0.5}})
