@@ -48,11 +48,12 @@ def look(rows: Iterable[Preference], n: int) -> Seen:
     step = -(-n // LOOKED_AT)
     for number, row in enumerate(rows):
         chosen, rejected = text(row["chosen"]), text(row["rejected"])
+        of_world = any(tag.startswith(TOPIC) for tag in row["tags"])
         seen.p_chosen.append(row["p_chosen"])
         seen.held_out.append(HELD_OUT in row["tags"])
-        seen.clusters.append(topic_of(row["tags"], row["prompt_id"]))
+        seen.clusters.append(topic_of(row["tags"], row["prompt_id"]) if of_world else row["prompt_id"])
         seen.n_words.append((n_words(chosen), n_words(rejected)))
-        seen.gold.append(_gold_margin(row, seen.acts))
+        seen.gold.append(_gold_margin(row, seen.acts) if of_world else np.nan)
         if number % step == 0:
             for name, detector in DETECTORS.items():
                 seen.detected[name]["chosen"].append(float(detector(chosen)))
@@ -62,8 +63,6 @@ def look(rows: Iterable[Preference], n: int) -> Seen:
 
 def _gold_margin(row: Preference, acts: dict[str, Counter[str]]) -> float:
     """The oracle's margin, and its reading of both responses into `acts`."""
-    if not any(tag.startswith(TOPIC) for tag in row["tags"]):
-        return float("nan")
     from cai.micro.oracle import gold_score, read
 
     responses = text(row["chosen"]), text(row["rejected"])

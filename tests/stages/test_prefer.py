@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from cai.constitution import load_constitution
 from cai.engines import Failure
 from cai.errors import StageFailed
-from cai.feedback import labels
+from cai.feedback import labels, votes
 from cai.micro.oracle import gold_score
 from cai.records import stable_id
 from cai.stages.prefer import Clamp, Config
@@ -467,3 +468,97 @@ def test_a_mix_is_by_share_or_by_tag_of_two_sources(mix, said):
         Config.model_validate({"id": "p", "from": "v", "pairs": {"source": "x"}, "mix": mix})
     with pytest.raises(ValueError, match="`from:` and `pairs:` beside it"):
         Config.model_validate({"id": "p", "from": "v", "mix": {"human_share": 0.5}})
+
+
+def relabelled_in_plain_python(lines: list[str], stage: str, weights: dict[str, float]) -> list[dict]:
+    """Whole preferences from whole lines of votes, a third time, as one would write them first."""
+    rows = []
+    for line in lines:
+        row = json.loads(line)
+        odds = again(row, weights=weights)
+        if odds is None:
+            continue
+        names = sorted("ab", key=lambda side: hashed([row[side]["id"], row[side]["text"]]))
+        first, second = ("ab" if odds > 0 else "ba") if odds else names
+        rows.append(
+            {
+                "id": hashed([stage, row["id"]]), "pair_id": row["id"], "prompt_id": row["prompt_id"],
+                "prompt": row["prompt"], "tags": row["tags"], "judge": "judge", "constitution": "trial",
+                "chosen": [{"role": "assistant", "content": row[first]["text"]}],
+                "rejected": [{"role": "assistant", "content": row[second]["text"]}],
+                "p_chosen": pytest.approx(1 / (1 + math.exp(-abs(odds))), abs=1e-12),
+                "log_odds": pytest.approx(abs(odds), abs=1e-12), "source": "ai",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def hashed(parts: list[str]) -> str:
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
+    [',"votes":[', '"},"b":{"', "\\", "\u2028\n\r\t\0", "}]}", "\U0001f600é"]
+)
+ODDS = st.floats(-30, 30, allow_subnormal=False) | st.sampled_from([0.0, 1e-300, -0.5])
+
+
+@st.composite
+def vote_files(draw) -> list[dict]:
+    """Vote rows as a judge may leave them: any text, any numbers, some principles without a vote, even pairs."""
+    rows = []
+    for n in range(draw(st.integers(1, 12))):
+        ids = draw(st.lists(st.sampled_from(list(WEIGHTS)), min_size=1, unique=True))
+        row = vote(
+            n, {id: (draw(ODDS), draw(ODDS)) for id in ids}, *draw(st.lists(st.sampled_from(["x", "é"]), unique=True))
+        )
+        row["a"]["text"], row["b"]["text"] = draw(TEXTS), draw(TEXTS)
+        row["prompt"][0]["content"] = draw(TEXTS)
+        if draw(st.booleans()):
+            row["method"] = "rating"
+            for each in row["votes"]:
+                each["scores"] = [1.0, 2]
+        rows.append(row)
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(vote_files(), st.sampled_from([1, 300, 8 << 20]))
+def test_preferences_equal_a_third_writing_whatever_stands_in_the_votes(rows, read_at_once):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(votes, "READ_AT_ONCE", read_at_once)
+        patch.setattr(votes, "PARSED_AT_ONCE", 3)
+        done = prefer(Path(folder), rows)
+        written = done.bytes
+    lines = [json.dumps(row) for row in rows]
+    assert done.rows == relabelled_in_plain_python(lines, "prefer", WEIGHTS)
+    assert written == b"".join(
+        json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for row in done.rows
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([{}, {"human_share": 0.4}, {"human_tags": ["helpful"]}]))
+def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(seed, mix):
+    rng = random.Random(seed)
+    rows = [{**row, "tags": rng.choice([["helpful"], ["red_team"]])} for row in by_people(30, seed)]
+    other = [{**swapped(row), "human": 1 - row["human"]} if rng.random() < 0.5 else row for row in rows]
+    rng.shuffle(other)
+    with tempfile.TemporaryDirectory() as name:
+        pairs = human_pairs(Path(name), 20, "helpful")
+        more = {"pairs": pairs, "mix": mix} if mix else {}
+        there = prefer(Path(name), rows, temperature="fitted", **more)
+        back = prefer(Path(name), other, temperature="fitted", **more)
+    one, two = (done.figures["labels"]["temperature"] for done in (there, back))
+    assert one["value"] == pytest.approx(two["value"], rel=1e-3)
+    assert one["brier_after_temperature"] == pytest.approx(two["brier_after_temperature"], rel=1e-3)
+    assert by_pair(there).keys() == by_pair(back).keys()
+    for pair, (chosen, rejected, p) in by_pair(there).items():
+        assert by_pair(back)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
+
+
+def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
+    rows = [{**row, "human": float(again(row) > 0)} for row in random_votes(20)]
+    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert (found["at_bound"], found["value"]) == (True, pytest.approx(0.05, rel=0.01))
