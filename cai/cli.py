@@ -17,6 +17,7 @@ import cai
 from cai.errors import BadInput, CaiError, Terminated, nearest
 
 if TYPE_CHECKING:
+    from cai.feedback.truth import Kind
     from cai.pipeline import Options
 
 INTERRUPTED = 130
@@ -259,20 +260,30 @@ def votes_diff(one: str, other: str, n_examples: int, runs_folder: Path, as_json
 @votes.command("calibrate")
 @click.argument("run")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it too: a file .svg or .png.")
+@click.option(
+    "--truth",
+    type=click.Choice(["human", "oracle"]),
+    help="What labels are held against: people's choice, or the world's oracle. Absent: whichever there is.",
+)
 @RUNS
 @JSON
-def votes_calibrate(run: str, picture: Path | None, runs_folder: Path, as_json: bool) -> None:
-    """Say whether labels are right as often as they say, where the truth is known: on prompts of source micro.
+def votes_calibrate(run: str, picture: Path | None, truth: Kind | None, runs_folder: Path, as_json: bool) -> None:
+    """Say whether labels are right as often as they say, where it is known which response is better.
+
+    People know it of the pairs that a judge stage reads with `human: {source: hh.jsonl.gz}`, the embedded world's
+    oracle of answers to prompts of source micro. Where the 95 % interval of accuracy, clustered by prompt or topic,
+    holds one half, the judge is not distinguishable from chance.
 
     \b
     cai votes calibrate quickstart --picture reliability.svg
+    cai votes calibrate my-run --truth human --json
     """
     from cai.feedback import calibration
     from cai.feedback.explain import evidence
 
     if picture is not None and picture.suffix not in {".svg", ".png"}:
         raise BadInput(f"--picture: found {picture.name!r}, expected a file .svg or .png")
-    found = calibration.of_labels(evidence(run, runs_folder))
+    found = calibration.of_labels(evidence(run, runs_folder), truth)
     if picture is not None:
         from cai.report.reliability import draw_reliability
 

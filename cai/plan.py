@@ -197,7 +197,7 @@ class Planner:
                     [[each.messages, each.better, each.worse] for each in principle.examples]
                 )
             if config.uses_weights:
-                parts[f"weight.{principle.id}"] = principle.weight
+                parts[f"weight.{principle.id}"] = principle.weighted(getattr(config, "tag_weights", {}))
         return parts
 
     def _identity(self, model: Model) -> str:

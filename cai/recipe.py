@@ -322,14 +322,36 @@ def _check_picks(
                         f"found {name!r}, expected {'ids or tags' if tags else 'ids'} of "
                         f"principles in {constitution.name!r}{nearest(name, known)}",
                     )
-        for at, tag in _at(document, keys, "only", getattr(config, "only", [])):
-            if tag not in (known := _tags(written, document.path.parent)) and not tag.startswith(TOPIC):
+        if constitution is not None and (by_tag := getattr(config, "tag_weights", {})):
+            known = sorted({tag for each in constitution.principles for tag in each.tags})
+            for tag in by_tag:
+                if tag not in known:
+                    raise fail(
+                        document,
+                        (*keys, "tag_weights", tag),
+                        f"found {tag!r}, expected a tag of principles in {constitution.name!r}: "
+                        f"{', '.join(known) or 'none has any'}{nearest(tag, known)}",
+                    )
+        mix = getattr(config, "mix", None)
+        picked = [
+            *_at(document, keys, "only", getattr(config, "only", [])),
+            *_at(document, (*keys, "mix"), "human_tags", list(mix.human_tags) if mix else []),
+        ]
+        for at, tag in picked:
+            known = list(dict.fromkeys([*_tags(written, document.path.parent), *_tags_of_people(configs)]))
+            if tag not in known and not tag.startswith(TOPIC):
                 raise fail(
                     document,
                     at,
                     f"found {tag!r}, a tag that no prompt of this recipe has, expected one of "
                     f"{', '.join(known)}{nearest(tag, known)}",
                 )
+
+
+def _tags_of_people(configs: Sequence[StageConfig]) -> list[str]:
+    """The tags of pairs that people labelled."""
+    named = [getattr(config, key) for config in configs for key in config.reads_files]
+    return [tag for pairs in named if pairs is not None for tag in pairs.tags]
 
 
 def _tags(written: RecipeDocument, folder: Path) -> list[str]:

@@ -106,6 +106,8 @@ class Vote(TypedDict):
     votes: list[PrincipleVote]
     judge: str
     constitution: str
+    human: NotRequired[float]
+    """Probability that *a* is better by the people who labelled the pair, where any did; no judge sees it."""
     method: NotRequired[str]
     """How the judge was asked, where that was not pairwise."""
 
@@ -140,9 +142,14 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8], "big") >> 1
 
 
+_CANONICAL = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
+)
+
+
 def canonical_json(value: object) -> str:
     """The one spelling of a value that is hashed and written: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def read_rows(path: Path) -> list[Any]:

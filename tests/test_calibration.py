@@ -12,6 +12,7 @@ from cai.feedback.calibration import (
     brier,
     calibration_error,
     fit_temperature,
+    fitted,
     held_out,
     lines,
     measured,
@@ -121,11 +122,12 @@ def test_labels_on_the_embedded_world_are_held_against_its_oracle():
     gold = [gold_score(prompt["messages"], a) - gold_score(prompt["messages"], b) for prompt, a, b in pairs]
     found = of_labels(labels_of(pairs, [x or 1.0 for x in gold]))
     assert found["accuracy"]["value"] == 1
-    assert found["left_out"] == {"unclear": 0, "ties": gold.count(0)}
+    assert found["left_out"] == {"unclear": 0, "ties": gold.count(0), "no_label": 0, "not_judged": 0}
+    assert (found["truth"], found["against_chance"]) == ("oracle", "better than chance")
     assert found["accuracy"]["n"] == 60 - gold.count(0)
     assert f"{60 - gold.count(0)} labels on all prompts" in next(iter(lines(found)))
     turned = of_labels(labels_of(pairs, [-x or 1.0 for x in gold]))
-    assert turned["accuracy"]["value"] == 0
+    assert (turned["accuracy"]["value"], turned["against_chance"]) == (0, "worse than chance")
     unread = of_labels(labels_of([*pairs, (asked[0], "Hm.", "Hm?")], [*(x or 1.0 for x in gold), 1.0]))
     assert unread["left_out"]["unclear"] == 1
 
@@ -134,3 +136,76 @@ def test_without_a_known_truth_there_is_nothing_to_say():
     prompt = {"id": "x", "messages": [{"role": "user", "content": "Is it noon?"}], "tags": []}
     with pytest.raises(BadInput, match="no pair of this run has a known truth"):
         of_labels(labels_of([(prompt, "Yes.", "No.")], [1.0]))
+
+
+def chosen_by_people(right: list[bool], prompts: int = 1000, *tags: str) -> Evidence:
+    """Labels that are right or wrong by people, in turns about `prompts` prompts."""
+    pairs = [({"id": f"p{i % prompts}", "messages": [{"role": "user", "content": f"Why {i}?"}], "tags": list(tags)},
+              "So.", "Thus.") for i in range(len(right))]  # fmt: skip
+    given = labels_of(pairs, [1.0 if i % 2 else -1.0 for i in range(len(right))])
+    for i, (row, agrees) in enumerate(zip(given.rows, right, strict=True)):
+        row["human"] = float(agrees == (i % 2 == 1))
+    return given
+
+
+def test_labels_are_held_against_people_where_these_labelled_the_pairs():
+    found = of_labels(chosen_by_people([n % 4 != 0 for n in range(200)]))
+    assert (found["truth"], found["accuracy"]["value"], found["accuracy"]["topics"]) == ("human", 0.75, 200)
+    assert found["against_chance"] == "better than chance"
+
+
+def test_a_judge_that_is_not_distinguishable_from_chance_is_called_so():
+    for right, prompts in (([n % 2 == 0 for n in range(40)], 1000), ([True] * 40, 1)):
+        found = of_labels(chosen_by_people(right, prompts))
+        assert found["against_chance"] == "not distinguishable from chance", "one prompt says nothing of others"
+        assert "the judge is not distinguishable from chance" in list(lines(found))
+
+
+def test_pairs_on_which_people_contradict_each_other_are_counted_and_left_out():
+    given = chosen_by_people([True] * 10)
+    given.rows[0]["human"] = 0.5
+    found = of_labels(given)
+    assert (found["accuracy"]["n"], found["left_out"]["ties"]) == (9, 1)
+
+
+def test_labels_are_held_against_people_on_held_out_prompts_where_there_are_any():
+    given = chosen_by_people([n < 30 for n in range(40)])
+    for row in given.rows[30:]:
+        row["tags"].append("held_out")
+    found = of_labels(given)
+    assert (found["measured_on"], found["accuracy"]["value"], found["accuracy"]["n"]) == ("held_out", 0, 10)
+
+
+def test_where_both_truths_are_known_one_must_be_said():
+    request = next(iter(requests("test", "harmful")))
+    prompt = as_prompt(request)
+    texts = {
+        gold_score(prompt["messages"], text): text for text in (draw(request, BROAD, Random(n)).text for n in range(50))
+    }
+    scores = sorted(score for score in texts if score is not None)
+    of_world = labels_of([(prompt, texts[scores[-1]], texts[scores[0]])], [1.0])
+    people = chosen_by_people([False] * 3)
+    votes = np.concatenate([of_world.ab, people.ab])
+    both = Evidence("run", [*of_world.rows, *people.rows], ["all"], votes, votes, of_world.rule)
+    with pytest.raises(BadInput, match=r"^run: found .* expected --truth"):
+        of_labels(both)
+    assert of_labels(both, "oracle")["accuracy"]["value"] == 1
+    assert of_labels(both, "human")["accuracy"]["value"] == 0
+    with pytest.raises(BadInput, match="--truth oracle: no pair of this run has that, expected human"):
+        of_labels(people, "oracle")
+
+
+def test_a_fitted_temperature_is_measured_where_it_was_not_fitted():
+    x = RNG.normal(0, 2, 4000)
+    y = outcomes(x)
+    clusters = [str(i // 4) for i in range(4000)]
+    nowhere = np.zeros(4000, dtype=bool)
+    found = fitted(3 * x, 3 * x, y, clusters, nowhere)
+    assert found["value"] == fit_temperature(3 * x, y)
+    assert found["ece_after_temperature"] == calibration_error(held_out(3 * x, y, clusters), y)
+    assert (found["measured_on"], found["measured_pairs"], found["prompts"]) == ("cross_validation", 4000, 1000)
+    last = np.arange(4000) >= 3000
+    found = fitted(3 * x, 3 * x, np.where(last, 1 - y, y), clusters, last)
+    assert found["value"] == fit_temperature(3 * x[:3000], y[:3000]), "what is reserved changes nothing"
+    assert found["brier_after_temperature"] == brier(3 * x[3000:] / found["value"], 1 - y[3000:])
+    assert (found["measured_on"], found["pairs"], found["measured_pairs"]) == ("held_out", 3000, 1000)

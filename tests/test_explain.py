@@ -222,3 +222,10 @@ def test_the_command_prints_json_and_ends_with_2_for_a_run_without_labels(tmp_pa
     done = CliRunner().invoke(main, ["votes", "explain", "empty", "--runs", str(tmp_path)])
     assert done.exit_code == 2
     assert "a run whose `prefer` stage is done" in done.stderr
+
+
+def test_a_run_is_found_in_a_folder_relative_to_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of(tmp_path / "runs" / "run", random_rows())
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["votes", "explain", "run"])
+    assert (done.exit_code, "60 pairs" in done.stdout) == (0, True)

@@ -319,9 +319,13 @@ stages:
 def human_recipe(folder: Path, question: str) -> Path:
     """A recipe that learns from one human pair too, the answers to `question`."""
     recipe = toy.make_recipe(folder, HUMAN)
+    human_pair(folder, question)
+    return recipe
+
+
+def human_pair(folder: Path, question: str) -> None:
     pair = {key: f"\n\nHuman: {question}\n\nAssistant: {key}" for key in ("chosen", "rejected")}
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    return recipe
 
 
 def test_a_held_out_prompt_that_a_human_pair_answers_is_refused(tmp_path):
@@ -330,6 +334,34 @@ def test_a_held_out_prompt_that_a_human_pair_answers_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"1 prompts of the held-out set 'held' are in 'labels.pairs' too"):
         plan(recipe)
     plan(recipe, "stages.labels.pairs.hold_out=true")
+
+
+def test_what_lies_in_a_file_of_human_pairs_is_part_of_what_a_judge_read(tmp_path):
+    judged = HUMAN.replace(
+        "{id: labels, kind: prefer, pairs: {source: pairs.jsonl}}",
+        "{id: labels, kind: judge, human: {source: pairs.jsonl}}",
+    )
+    recipe = toy.make_recipe(tmp_path, judged[: judged.index("  - {id: score")])
+    digests = []
+    for question in ("why?", "when?"):
+        human_pair(tmp_path, question)
+        planner = Planner(load_recipe(recipe), tmp_path / "runs")
+        digests.append(planner.parts(planner.recipe.stages["labels"], {})["file.human"])
+    assert digests[0] != digests[1]
+
+
+def test_weights_by_tag_are_part_of_what_labels_are_made_of(tmp_path):
+    recipe = human_recipe(tmp_path, "why?")
+    tagged = toy.CONSTITUTION.replace("kind., weight", "kind., tags: [style], weight")
+    (tmp_path / "constitution.yaml").write_text(tagged)
+
+    def weights(*overrides: str) -> dict[str, float]:
+        planner = Planner(load_recipe(recipe, overrides), tmp_path / "runs")
+        parts = planner.parts(planner.recipe.stages["labels"], {})
+        return {id: parts[f"weight.{id}"] for id in ("kind", "honest")}
+
+    assert weights() == {"kind": 1.0, "honest": 2.0}
+    assert weights("stages.labels.tag_weights={style: 3}") == {"kind": 3.0, "honest": 2.0}
 
 
 def test_a_set_that_is_learned_from_and_compared_on_is_noted(tmp_path):

@@ -72,6 +72,16 @@ BROKEN = [
     ("kind: judge,", "kind: judge, pair: all,", 15, "pair:", "did you mean 'pairs'"),
     ("first.jsonl", "frist.jsonl", 5, "frist", "did you mean 'first.jsonl'"),
     ("kind: prefer,", "kind: prefer, pairs: {source: humans.jsonl},", 16, "humans", "no such file or folder"),
+    ("kind: prefer,", "kind: prefer, tag_weights: {styl: 2},", 16, "2", "in 'tiny': none has any"),
+    (
+        "kind: prefer,",
+        "kind: prefer, pairs: {source: first.jsonl, tags: [helpful]}, mix: {human_tags: [helpfull]},",
+        16,
+        "helpfull",
+        "did you mean 'helpful'",
+    ),
+    ("kind: prefer,", "kind: prefer, mix: {human_share: 0.5},", 16, "{id: preferences", "`pairs:` beside it"),
+    ("kind: judge, from: candidates", "kind: judge", 15, "{id: votes", "neither `from:` nor `human:`"),
     ("stages:\n", "stages: *all\n#", 7, "*all", "alias"),
 ]
 
@@ -103,6 +113,16 @@ def test_a_broken_recipe_is_one_sentence_with_a_position(recipe, old, new, line,
     assert recipe.read_text().splitlines()[line - 1][int(sentence[2]) - 1 :].startswith(at)
     assert words in sentence[3]
     assert result.stdout == ""
+
+
+def test_a_tag_that_no_principle_has_gets_no_weight_but_the_nearest_name(recipe):
+    tagged = toy.CONSTITUTION.replace("kind., weight", "kind., tags: [style], weight")
+    (recipe.parent / "constitution.yaml").write_text(tagged)
+    assert load_recipe(recipe, ["stages.preferences.tag_weights={style: 2}"])
+    with pytest.raises(
+        BadInput, match="found 'styl', expected a tag of principles in 'tiny': style; did you mean 'style'"
+    ):
+        load_recipe(recipe, ["stages.preferences.tag_weights={styl: 2}"])
 
 
 def test_stages_run_after_what_they_need_wherever_they_are_written(recipe):

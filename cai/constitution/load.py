@@ -6,7 +6,8 @@ symbolic links followed. A principle of the same id replaces the inherited one i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,10 @@ class Principle:
     """Whether it was written as a trait of character."""
     where: str = field(default="", compare=False)
     """`file:line:column` of its id."""
+
+    def weighted(self, by_tag: Mapping[str, float]) -> float:
+        """Its weight, times the factor of each of its tags that has one."""
+        return self.weight * math.prod(by_tag.get(tag, 1.0) for tag in self.tags)
 
     def applies(self, tags: Sequence[str]) -> bool:
         """Whether the principle is for a prompt with these tags."""

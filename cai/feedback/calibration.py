@@ -10,7 +10,10 @@ a tie: it counts half for either side.
 - Temperature (Guo et al. 2017, arXiv 1706.04599): T that maximises the likelihood of log-odds / T. What it is worth is
   measured on prompts that it was not fitted on.
 
-Intervals resample whole prompts or topics, never rows. Left out: other maps than temperature, which turn verdicts.
+Intervals are clustered by prompt or topic: those of errors resample whole clusters, that of accuracy is a `rate` of
+`cai.statistics`, which stays wide where clusters are few and says whether a judge can be told from chance.
+
+Left out: other maps than temperature, which turn verdicts.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from numpy.typing import NDArray
 
 from cai.errors import BadInput
 from cai.feedback.explain import Evidence
-from cai.feedback.labels import Floats, probability
-from cai.records import HELD_OUT, TOPIC, stable_seed
+from cai.feedback.labels import Bools, Floats, probability
+from cai.feedback.truth import Kind, the_truth
+from cai.records import HELD_OUT, stable_seed
 from cai.statistics import rate
 from cai.tables import rate_text, table
 
@@ -34,6 +38,7 @@ FOLDS = 5
 TEMPERATURES = (0.05, 100.0)
 """Between these T is looked for: a judge that is right in everything would have 0."""
 RESAMPLES = 1000
+SAID_BY = {"human": "what people chose", "oracle": "the world's oracle"}
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,36 @@ def held_out(log_odds: Floats, truth: Floats, clusters: Sequence[str], folds: in
     return scaled
 
 
+def fitted(sums: Floats, before: Floats, truth: Floats, clusters: Sequence[str], reserved: Bools) -> dict[str, Any]:
+    """The T that makes the truth likeliest under sums / T, by the pairs that are not `reserved`; arrays are (pairs,).
+
+    Measured on the reserved pairs, or, where there are none, on each prompt by the T of the others (`held_out`), beside
+    `before`, the log-odds without it.
+    """
+    temperature = fit_temperature(sums[~reserved], truth[~reserved])
+    if reserved.any():
+        which, scaled = np.flatnonzero(reserved), sums[reserved] / temperature
+    else:
+        which, scaled = np.arange(len(sums)), held_out(sums, truth, clusters)
+    return {
+        "value": temperature,
+        "at_bound": not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01,
+        "pairs": int((~reserved).sum()),
+        "prompts": len({clusters[i] for i in np.flatnonzero(~reserved).tolist()}),
+        "measured_on": "held_out" if reserved.any() else "cross_validation",
+        "measured_pairs": len(which),
+        "ece": calibration_error(before[which], truth[which]),
+        "ece_after_temperature": calibration_error(scaled, truth[which]),
+        "brier": brier(before[which], truth[which]),
+        "brier_after_temperature": brier(scaled, truth[which]),
+    }
+
+
 def measured(log_odds: Sequence[float], truth: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
-    """All of it, before and after temperature, with 95 % intervals from resampled clusters."""
+    """All of it, before and after temperature, with clustered 95 % intervals."""
     x, y = np.asarray(log_odds, dtype=float), np.asarray(truth, dtype=float)
     scaled = held_out(x, y, clusters)
     statistics: Mapping[str, Callable[[NDArray[np.int64]], float]] = {
-        "accuracy": lambda rows: float(confidence(x[rows], y[rows])[1].mean()),
         "ece": lambda rows: calibration_error(x[rows], y[rows]),
         "brier": lambda rows: brier(x[rows], y[rows]),
         "ece_after_temperature": lambda rows: calibration_error(scaled[rows], y[rows]),
@@ -126,68 +155,86 @@ def measured(log_odds: Sequence[float], truth: Sequence[float], clusters: Sequen
     }
     resampled = _resampled(clusters)
     everything = np.arange(len(x))
-    return {
-        name: {
-            "value": statistic(everything),
-            "n": len(x),
-            "topics": len(set(clusters)),
-            "interval": np.quantile([statistic(rows) for rows in resampled], [0.025, 0.975]).tolist(),
+    return (
+        {"accuracy": rate(confidence(x, y)[1].tolist(), clusters).as_json()}
+        | {
+            name: {
+                "value": statistic(everything),
+                "n": len(x),
+                "topics": len(set(clusters)),
+                "interval": np.quantile([statistic(rows) for rows in resampled], [0.025, 0.975]).tolist(),
+            }
+            for name, statistic in statistics.items()
         }
-        for name, statistic in statistics.items()
-    } | {
-        "temperature": fit_temperature(x, y),
-        "reliability": [asdict(each) for each in reliability(x, y, clusters)],
-        "reliability_after_temperature": [asdict(each) for each in reliability(scaled, y, clusters)],
-    }
+        | {
+            "temperature": fit_temperature(x, y),
+            "reliability": [asdict(each) for each in reliability(x, y, clusters)],
+            "reliability_after_temperature": [asdict(each) for each in reliability(scaled, y, clusters)],
+        }
+    )
 
 
-def of_labels(given: Evidence) -> dict[str, Any]:
-    """How far log-odds of a run, before they become hard or clamped labels, are what the world's oracle says.
+def of_labels(given: Evidence, kind: Kind | None = None) -> dict[str, Any]:
+    """How far log-odds of a run, before they become hard or clamped labels, are what people or the oracle say.
 
-    Measured on held-out prompts, where there are any.
-
-    Pairs that it cannot read, or scores alike, are counted and left out. Raises BadInput where none is left.
+    Measured on held-out prompts, where the truth is known of any. Pairs whose truth is unclear or a tie, and pairs
+    without a label or exactly even, are counted and left out. Raises BadInput where no pair with a label is left.
     """
-    from cai.micro.oracle import gold_score
-
     sides = given.sides()
-    held = [HELD_OUT in row["tags"] for row in given.rows]
-    of_world = [any(tag.startswith(TOPIC) for tag in row["tags"]) for row in given.rows]
-    asked = [i for i in range(len(held)) if of_world[i] and sides[i] != 0 and (held[i] or not any(held))]
-    kept, truth, left_out = [], [], {"unclear": 0, "ties": 0}
-    for i in asked:
-        a, b = (gold_score(given.rows[i]["prompt"], given.rows[i][side]["text"]) for side in "ab")
-        if a is None or b is None:
-            left_out["unclear"] += 1
-        elif a == b:
-            left_out["ties"] += 1
-        else:
-            kept.append(i)
-            truth.append(float(a > b))
-    if not kept:
-        raise BadInput(f"{given.name}: no pair of this run has a known truth; that takes prompts of source micro")
+    try:
+        truth = the_truth(given.rows, kind)
+    except BadInput as error:
+        raise BadInput(f"{given.name}: {error}") from None
+    held = np.array([HELD_OUT in row["tags"] for row in given.rows], dtype=bool)
+    on_held_out = bool((held & truth.decided).any())
+    among = held | (not on_held_out)
+    asked = among & (sides != 0)
+    kept = np.flatnonzero(asked & truth.decided)
+    if not kept.size:
+        raise BadInput(f"{given.name}: no pair whose truth is known has a label")
     topics = given.topics
+    found = measured(sides[kept].tolist(), truth.better[kept].tolist(), [topics[i] for i in kept.tolist()])
     return {
         "name": given.name,
-        "measured_on": "held_out" if any(held) else "all",
-        "left_out": left_out,
+        "truth": truth.kind,
+        "measured_on": "held_out" if on_held_out else "all",
+        "left_out": {
+            "unclear": int((asked & truth.unclear).sum()),
+            "ties": int((asked & (truth.better == 0.5)).sum()),
+            "no_label": int((truth.decided & among & (sides == 0)).sum()),
+            "not_judged": given.failed,
+        },
+        "against_chance": against_chance(*found["accuracy"]["interval"]),
         "stage_temperature": given.rule.temperature,
-    } | measured(sides[kept].tolist(), truth, [topics[i] for i in kept])
+        "stage_temperature_fitted": given.rule.fitted,
+    } | found
+
+
+def against_chance(low: float, high: float) -> str:
+    """What the 95 % interval of an accuracy allows to say."""
+    if low <= 0.5 <= high:
+        return "not distinguishable from chance"
+    return "better than chance" if low > 0.5 else "worse than chance"
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """The figures, and confidence against how often it was right."""
     names = ["accuracy", "ece", "ece_after_temperature", "brier", "brier_after_temperature"]
+    left_out = found["left_out"]
     yield (
-        f"{found['name']}: {found['accuracy']['n']:,} labels on {found['measured_on'].replace('_', ' ')} prompts; left "
-        f"out: {found['left_out']['unclear']} unclear, {found['left_out']['ties']} ties"
+        f"{found['name']}: {found['accuracy']['n']:,} labels on {found['measured_on'].replace('_', ' ')} prompts "
+        f"against {SAID_BY[found['truth']]}; left out: {left_out['unclear']:,} unclear, {left_out['ties']:,} ties, "
+        f"{left_out['no_label']:,} without a label, {left_out['not_judged']:,} not judged"
     )
+    yield f"the judge is {found['against_chance']}"
     yield from table(["", "value [95 %]"], [[name.replace("_", " "), rate_text(found[name])] for name in names])[1:]
     now = found["stage_temperature"]
     instead = (
         f"{now * found['temperature']:.2g} instead of {now:g}" if now else "which is a sum of weights for each pair"
     )
     yield f"temperature that fits best: {found['temperature']:.2f} times the stage's own, {instead}"
+    if found["stage_temperature_fitted"] and found["measured_on"] == "all":
+        yield "the stage's own was fitted on these prompts; figures after temperature are of others"
     yield ""
     rows = [
         [f"{each['low']:.2f} to {each['high']:.2f}", str(each["n"]), f"{each['confidence']:.2f}",

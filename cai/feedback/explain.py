@@ -51,6 +51,8 @@ class Rule:
     """None divides by the sum of weights."""
     abstain_below: float
     min_confidence: float
+    fitted: bool = False
+    """Whether the temperature was fitted, on prompts that are not held out."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Evidence:
     ab: Floats
     ba: Floats
     rule: Rule
+    failed: int = 0
+    """Pairs that the judge failed on."""
 
     @property
     def votes(self) -> Floats:
@@ -90,17 +94,26 @@ def evidence(name: str, folder: Path) -> Evidence:
     Raises BadInput where there is no such stage, or its labels are of human pairs alone.
     """
     run, stage = _find(name, folder)
-    facts = read_json(run / runs.latest(run)[stage] / runs.STAGE)
-    inputs = [runs.latest(run)[stage].parent / each["folder"] for each in facts["inputs"].values()]
+    facts = read_json(runs.latest(run)[stage] / runs.STAGE)
+    inputs = [run / each["folder"] for each in facts["inputs"].values()]
     if not inputs:
         raise BadInput(f"{name}: {stage} has labels of people alone, and no votes to explain")
     found = read_votes(each / RECORDS for each in inputs)
     weights = {key.removeprefix("weight."): value for key, value in facts["parts"].items() if key.startswith("weight.")}
     config = facts["config"]
-    temperature = None if config["temperature"] == "sum_of_weights" else config["temperature"]
-    rule = Rule(weights, temperature, config["abstain_below"], config["min_confidence"])
-    ab, ba = by_order(found.ballots, len(found.rows), len(found.principles))
-    return Evidence(name, found.rows, found.principles, ab, ba, rule)
+    fitted = config["temperature"] == "fitted"
+    temperature = facts["figures"]["labels"]["temperature"]["value"] if fitted else config["temperature"]
+    if temperature == "sum_of_weights":
+        temperature = None
+    rule = Rule(weights, temperature, config["abstain_below"], config["min_confidence"], fitted)
+    ab, ba = by_order(found.ballots, len(found.heads), len(found.principles))
+    return Evidence(name, list(found.rows()), found.principles, ab, ba, rule, sum(map(_failed_pairs, inputs)))
+
+
+def _failed_pairs(stage: Path) -> int:
+    """Pairs of a stage that have no vote."""
+    figures = (read_json(stage / runs.STAGE) or {}).get("figures", {})
+    return sum(each["failed_pairs"] for each in figures.get("votes", {}).values())
 
 
 def _find(name: str, folder: Path) -> tuple[Path, str]:

@@ -3,12 +3,15 @@
 Truth is known for prompts of the embedded world alone, whose oracle scores a response. Labels are measured on held-out
 prompts where there are any. A pair whose two responses the oracle scores alike is a tie and says nothing about labels;
 one with a response that it cannot read is counted as unclear.
+
+Preferences pass by once, on their way to the disk: of 100,000 only numbers are kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,65 +25,89 @@ LOOKED_AT = 1000
 """Pairs that the text detectors read, evenly spread: they take longer than everything else here."""
 
 
-def figures(rows: Sequence[Preference], principles: Sequence[str], votes: Floats) -> dict[str, Any]:
+@dataclass
+class Seen:
+    """What is kept of preferences that have passed by, a value for each: not the texts."""
+
+    p_chosen: list[float] = field(default_factory=list)
+    gold: list[float] = field(default_factory=list)
+    """The oracle's score of the chosen response less that of the rejected one; NaN where it has none."""
+    held_out: list[bool] = field(default_factory=list)
+    clusters: list[str] = field(default_factory=list)
+    n_words: list[tuple[int, int]] = field(default_factory=list)
+    """Of the chosen and of the rejected response."""
+    detected: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """What every text detector found, by side, in some of them."""
+    acts: dict[str, Counter[str]] = field(default_factory=dict)
+    """What wins against what in the embedded world, by class of request."""
+
+
+def look(rows: Iterable[Preference], n: int) -> Seen:
+    """Goes through `n` preferences once."""
+    seen = Seen(detected={name: {"chosen": [], "rejected": []} for name in DETECTORS})
+    step = -(-n // LOOKED_AT)
+    for number, row in enumerate(rows):
+        chosen, rejected = text(row["chosen"]), text(row["rejected"])
+        of_world = any(tag.startswith(TOPIC) for tag in row["tags"])
+        seen.p_chosen.append(row["p_chosen"])
+        seen.held_out.append(HELD_OUT in row["tags"])
+        seen.clusters.append(topic_of(row["tags"], row["prompt_id"]) if of_world else row["prompt_id"])
+        seen.n_words.append((n_words(chosen), n_words(rejected)))
+        seen.gold.append(_gold_margin(row, seen.acts) if of_world else np.nan)
+        if number % step == 0:
+            for name, detector in DETECTORS.items():
+                seen.detected[name]["chosen"].append(float(detector(chosen)))
+                seen.detected[name]["rejected"].append(float(detector(rejected)))
+    return seen
+
+
+def _gold_margin(row: Preference, acts: dict[str, Counter[str]]) -> float:
+    """The oracle's margin, and its reading of both responses into `acts`."""
+    from cai.micro.oracle import gold_score, read
+
+    responses = text(row["chosen"]), text(row["rejected"])
+    chosen, rejected = (read(row["prompt"], response) for response in responses)
+    if chosen.kind is not None:
+        acts.setdefault(chosen.kind, Counter())[f"{chosen.act or 'unclear'} over {rejected.act or 'unclear'}"] += 1
+    better, worse = (gold_score(row["prompt"], response) for response in responses)
+    return float("nan") if better is None or worse is None else better - worse
+
+
+def figures(seen: Seen, principles: Sequence[str], votes: Floats) -> dict[str, Any]:
     """Everything below. `votes`: log-odds towards the chosen response, (rows, principles), NaN where there is none."""
-    p = np.array([row["p_chosen"] for row in rows])
-    gold = np.array([gold_margin(row) for row in rows])
-    held_out = np.array([HELD_OUT in row["tags"] for row in rows])
-    measured = held_out if held_out.any() else np.ones(len(rows), dtype=bool)
+    p, gold, held_out = np.array(seen.p_chosen), np.array(seen.gold), np.array(seen.held_out, dtype=bool)
+    measured = held_out if held_out.any() else np.ones(len(p), dtype=bool)
     decided = measured & ~np.isnan(gold) & (gold != 0)
     found: dict[str, Any] = {
-        "pairs": len(rows),
+        "pairs": len(p),
         "mean_confidence": float(p.mean()),
         "undecided": int((p == 0.5).sum()),
-        "longer_wins": longer_wins(rows),
-        "behaviours": behaviours(rows),
+        "longer_wins": longer_wins(seen),
+        "behaviours": {
+            name: {side: float(np.mean(values)) for side, values in by_side.items()}
+            for name, by_side in seen.detected.items()
+        },
         "principles": by_principle(principles, votes, np.where(decided, gold, np.nan)),
     }
     if not np.isnan(gold).all():
         # An even label has said nothing, so it is not right.
         right = (gold > 0) & (p > 0.5)
-        clusters = [topic_of(row["tags"], row["prompt_id"]) for row in rows]
         found["accuracy"] = rate(
-            right[decided].astype(float).tolist(), [clusters[index] for index in np.flatnonzero(decided)]
+            right[decided].astype(float).tolist(), [seen.clusters[index] for index in np.flatnonzero(decided)]
         ).as_json()
         found["measured_on"] = "held_out" if held_out.any() else "all"
         found["ties"] = int((measured & (gold == 0)).sum())
         found["unclear"] = int((measured & np.isnan(gold)).sum())
-        found["acts"] = acts(rows)
+        found["acts"] = {kind: dict(counts.most_common()) for kind, counts in sorted(seen.acts.items())}
     return found
 
 
-def gold_margin(row: Preference) -> float:
-    """The oracle's score of the chosen response less that of the rejected one; NaN where it has none."""
-    if not any(tag.startswith(TOPIC) for tag in row["tags"]):
-        return float("nan")
-    from cai.micro.oracle import gold_score
-
-    chosen, rejected = (gold_score(row["prompt"], text(row[side])) for side in ("chosen", "rejected"))
-    return float("nan") if chosen is None or rejected is None else chosen - rejected
-
-
-def longer_wins(rows: Sequence[Preference]) -> dict[str, Any] | None:
+def longer_wins(seen: Seen) -> dict[str, Any] | None:
     """Share of pairs of different length, in words, whose longer response is chosen; None without such pairs."""
-    words = np.array([(n_words(text(row["chosen"])), n_words(text(row["rejected"]))) for row in rows])
+    words = np.array(seen.n_words)
     different = np.flatnonzero(words[:, 0] != words[:, 1]).tolist()
-    clusters = [topic_of(rows[index]["tags"], rows[index]["prompt_id"]) for index in different]
     longer = (words[different, 0] > words[different, 1]).astype(float)
-    return rate(longer.tolist(), clusters).as_json() if len(different) else None
-
-
-def behaviours(rows: Sequence[Preference]) -> dict[str, dict[str, float]]:
-    """Mean of every text detector over chosen and over rejected responses."""
-    step = -(-len(rows) // LOOKED_AT)
-    some = rows[::step]
-    return {
-        name: {
-            side: float(np.mean([detector(text(row[side])) for row in some]))  # type: ignore[literal-required]
-            for side in ("chosen", "rejected")
-        }
-        for name, detector in DETECTORS.items()
-    }
+    return rate(longer.tolist(), [seen.clusters[index] for index in different]).as_json() if different else None
 
 
 def by_principle(principles: Sequence[str], votes: Floats, gold: Floats) -> dict[str, dict[str, Any]]:
@@ -104,19 +131,6 @@ def by_principle(principles: Sequence[str], votes: Floats, gold: Floats) -> dict
         if known.any():
             found[id]["agreement_with_gold"] = float((vote[known] * gold[known] > 0).mean())
     return found
-
-
-def acts(rows: Sequence[Preference]) -> dict[str, dict[str, int]]:
-    """What wins against what in the embedded world, by class of request: {"harmful": {"refuse over comply": 12}}."""
-    from cai.micro.oracle import read
-
-    table: dict[str, Counter[str]] = {}
-    for row in rows:
-        chosen, rejected = (read(row["prompt"], text(row[side])) for side in ("chosen", "rejected"))
-        if chosen.kind is not None:
-            counts = table.setdefault(chosen.kind, Counter())
-            counts[f"{chosen.act or 'unclear'} over {rejected.act or 'unclear'}"] += 1
-    return {kind: dict(counts.most_common()) for kind, counts in sorted(table.items())}
 
 
 def text(side: list[Message]) -> str:

@@ -9,23 +9,31 @@ al. 2023, arXiv 2309.00267). Left out: which pairs and principles are asked abou
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from cai.constitution import Principle
 from cai.engines import Choice, Failure, Question
-from cai.feedback.labels import Ballots
+from cai.feedback.labels import Ballots, Floats
 from cai.records import Message, PrincipleVote
 from cai.templates import OPTIONS, TemplateSet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ORDERS: tuple[Literal["ab", "ba"], ...] = ("ab", "ba")
 """Which response is shown first."""
 MIN_MASS = 0.1
 """Probability that the options must hold together, unless a recipe says otherwise."""
+VOTES = b',"votes":['
+"""Where the votes begin, the last key of a line, all sorted. Inside of a text its quotation marks are escaped."""
+READ_AT_ONCE = 8 << 20
+"""Bytes, and the rest of the line they end in."""
+PARSED_AT_ONCE = 32
+"""Rows: few enough to stay in a core's cache until they are written."""
 
 
 class Pair(NamedTuple):
@@ -116,30 +124,74 @@ def question_id(pair: Pair, order: str, principle: Principle) -> str:
 
 
 class Read(NamedTuple):
-    """Vote rows without their votes, and the votes of all of them as columns."""
+    """Vote rows, what stands before the votes unparsed, and the votes of all of them as columns."""
 
-    rows: list[dict[str, Any]]
+    heads: list[bytes]
+    methods: frozenset[str]
+    """How the judges were asked."""
+    human: Floats
+    """Probability that *a* is better by people, (rows,); NaN where none labelled the pair."""
     principles: list[str]
     ballots: Ballots
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows without their votes, parsed a few at a time: 100,000 dictionaries at once would be slow to keep."""
+        for first in range(0, len(self.heads), PARSED_AT_ONCE):
+            yield from json.loads(b"[" + b"},".join(self.heads[first : first + PARSED_AT_ONCE]) + b"}]")
+
 
 def read_votes(paths: Iterable[Path]) -> Read:
-    """All vote rows of several files. Only numbers are kept of the votes: 100,000 pairs have millions."""
-    rows: list[dict[str, Any]] = []
-    numbers: dict[str, int] = {}
-    pair, principle, swapped, log_odds = array("q"), array("q"), array("b"), array("d")
+    """All votes of several files: of 100,000 pairs there are millions, so Arrow parses them, column by column."""
+    heads, methods, numbers = list[bytes](), set[str](), dict[str, int]()
+    none = np.zeros(0, dtype=np.int64)
+    parts, human = [Ballots(none, none, none.astype(bool), none.astype(float))], [none.astype(float)]
     for path in paths:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                votes = row.pop("votes")
-                pair.extend([len(rows)] * len(votes))
-                principle.extend([numbers.setdefault(vote["principle"], len(numbers)) for vote in votes])
-                swapped.extend([vote["order"] == "ba" for vote in votes])
-                log_odds.extend([vote["log_odds"] for vote in votes])
-                rows.append(row)
+        with path.open("rb") as file:
+            while lines := file.read(READ_AT_ONCE) + file.readline():
+                table = _parsed(lines)
+                parts.append(_ballots(table["votes"].chunk(0), len(heads), numbers))
+                human.append(table["human"].chunk(0).to_numpy(zero_copy_only=False).astype(float))
+                methods |= {method or "pairwise" for method in table["method"].unique().to_pylist()}
+                heads += _heads(lines)
     principles = sorted(numbers)
     # In alphabetical order, so that sums come out the same to the last bit whichever row was read first.
     column = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
-    columns = Ballots(np.array(pair), column[np.array(principle)], np.array(swapped, dtype=bool), np.array(log_odds))
-    return Read(rows, principles, columns)
+    pair, principle, swapped, log_odds = (np.concatenate(each) for each in zip(*parts, strict=True))
+    columns = Ballots(pair, column[principle], swapped, log_odds)
+    return Read(heads, frozenset(methods), np.concatenate(human), principles, columns)
+
+
+def _heads(lines: bytes) -> Iterator[bytes]:
+    """What stands in each line before its votes."""
+    start = 0
+    while (end := lines.find(VOTES, start)) >= 0:
+        yield lines[start:end]
+        start = lines.index(b"\n", end) + 1
+
+
+def _parsed(lines: bytes) -> pa.Table:
+    """What labels are made of, in columns; everything else in the lines is passed over."""
+    import pyarrow as pa
+    from pyarrow import json as arrow_json
+
+    vote = pa.struct([("principle", pa.string()), ("order", pa.string()), ("log_odds", pa.float64())])
+    schema = pa.schema([("votes", pa.list_(vote)), ("method", pa.string()), ("human", pa.float64())])
+    return arrow_json.read_json(
+        pa.BufferReader(lines),
+        arrow_json.ReadOptions(use_threads=False, block_size=len(lines)),
+        arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    )
+
+
+def _ballots(votes: pa.ListArray, first: int, numbers: dict[str, int]) -> Ballots:
+    """The votes of rows from `first` on. `numbers` learns of new principles."""
+    each = votes.flatten()
+    principle, order = (each.field(name).dictionary_encode() for name in ("principle", "order"))
+    number = np.array([numbers.setdefault(id, len(numbers)) for id in principle.dictionary.to_pylist()], dtype=np.int64)
+    swapped = np.array([order == "ba" for order in order.dictionary.to_pylist()], dtype=bool)
+    return Ballots(
+        np.repeat(np.arange(first, first + len(votes)), votes.value_lengths().to_numpy()),
+        number[principle.indices.to_numpy()],
+        swapped[order.indices.to_numpy()],
+        each.field("log_odds").to_numpy(),
+    )

@@ -13,6 +13,9 @@ A pair teaches its responses as whole ones: whoever trains on it puts the end of
 cut off in would teach to stop in mid-sentence, and an empty response to say nothing, so neither meets another response;
 both are counted.
 
+Pairs that people labelled (`human:`) are judged like all others, so that a judge can be held against people. The judge
+is not told: which response is *a* is decided by hashes, and the label goes past it into the vote's row.
+
 Left out: more than two responses at once.
 """
 
@@ -22,6 +25,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -33,7 +37,8 @@ from cai.errors import BadInput, StageFailed
 from cai.feedback.methods import ASKS, REQUESTS, Judge, Method
 from cai.feedback.votes import MIN_MASS, Pair, empty
 from cai.journal import RECORDS
-from cai.records import Candidate, PrincipleVote, Sample, Vote, read_rows, stable_id
+from cai.prompts import PairSet, load_human_pairs
+from cai.records import Candidate, Preference, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
 
 
@@ -41,9 +46,15 @@ class Config(FeedbackConfig):
     gives: ClassVar[Rows] = "votes"
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
     revision: ClassVar[int] = 2
+    reads_files: ClassVar[tuple[str, ...]] = ("human",)
 
     kind: Literal["judge"] = "judge"
-    from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are compared.")
+    from_: Names = Field([], alias="from", description="Stages whose responses are compared.")
+    human: PairSet | None = Field(
+        None,
+        description="Pairs that people labelled, such as {source: hh.jsonl.gz, limit: 500}, to be judged too: "
+        "`cai votes calibrate` then says how often the judge agrees with people.",
+    )
     judge: str | None = Field(None, description="Model or stage that judges; absent = the recipe's `judge`.")
     method: Method = Field(
         "pairwise",
@@ -80,6 +91,12 @@ class Config(FeedbackConfig):
         return REQUESTS[self.method]
 
     @model_validator(mode="after")
+    def _has_input(self) -> Self:
+        if not self.from_ and self.human is None:
+            raise ValueError("found neither `from:` nor `human:`, expected stages with responses or a file of pairs")
+        return self
+
+    @model_validator(mode="after")
     def _of_the_method(self) -> Self:
         for key, method in METHOD_OF.items():
             if key in self.model_fields_set and method != self.method:
@@ -99,13 +116,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise BadInput("`judge` needs a constitution, and the recipe names none")
     responses: list[Sample] = context.rows(config.from_)
     whole, left_out = select(responses, config.cut_off)
-    planned, not_paired = plan(whole, config, context)
+    planned, counts = plan(whole, config, context)
+    if config.human is not None:
+        people = load_human_pairs(config.human, context.home)
+        planned += labelled_by_people(people.preferences, Path(config.human.source).name, context.stage_id)
+        counts["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
     items = [item for item in planned if applicable(context.constitution, item["tags"])]
     if not items:
         raise StageFailed(
             f"nothing to judge among {len(responses)} responses: {left_out['cut_off']} cut off and "
             f"{left_out['empty']} empty left out, {len(planned)} pairs of different responses to one prompt among the "
-            f"others, and a principle applies to none of them"
+            f"others and people's, and a principle applies to none of them"
         )
     name = context.model(config.judge).name
     with context.engine(config.judge) as engine:
@@ -135,7 +156,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "without_principle": len(planned) - len(items),
         "left_out": left_out,
     }
-    return {"votes": {context.stage_id: figures | not_paired | measured(judged)}}
+    return {"votes": {context.stage_id: figures | counts | measured(judged)}}
 
 
 def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:
@@ -152,7 +173,7 @@ def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dic
     return kept, {reason: left_out[reason] for reason in ("cut_off", "empty")}
 
 
-def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The pairs of each prompt, prompts in the order of their first response, and counts of what is in no pair.
 
     Which responses meet and which of them is *a* depend on the stage's seed and the prompt, not on the order of rows.
@@ -180,6 +201,28 @@ def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple
             )
     different = sum(len(texts) for texts in by_prompt.values())
     return items, {"same_text": len(responses) - different, "unpaired": different - len(paired)}
+
+
+def labelled_by_people(preferences: Sequence[Preference], source: str, stage_id: str) -> list[dict[str, Any]]:
+    """Each pair once, the response with the lower id called *a*; `human` is the share of people's labels for it."""
+    items: dict[str, dict[str, Any]] = {}
+    labels: dict[str, list[float]] = {}
+    for row in preferences:
+        chosen, rejected = (
+            Candidate(id=stable_id(row["prompt_id"], text), text=text, model=source)
+            for text in (row["chosen"][-1]["content"], row["rejected"][-1]["content"])
+        )
+        a, b = sorted((chosen, rejected), key=lambda each: each["id"])
+        labels.setdefault(row["pair_id"], []).append(float(a is chosen))
+        items[row["pair_id"]] = {
+            "id": stable_id(stage_id, a["id"], b["id"]),
+            "prompt_id": row["prompt_id"],
+            "prompt": row["prompt"],
+            "tags": row["tags"],
+            "a": a,
+            "b": b,
+        }
+    return [{**item, "human": float(np.mean(labels[pair]))} for pair, item in items.items()]
 
 
 def pairs_of(rows: list[Sample], config: Config, rng: random.Random) -> list[tuple[Sample, Sample]]:
@@ -217,6 +260,8 @@ def to_row(item: dict[str, Any], votes: list[PrincipleVote], judge: str, constit
         "judge": judge,
         "constitution": constitution,
     }
+    if "human" in item:
+        row["human"] = item["human"]
     if method != "pairwise":
         row["method"] = method
     return row

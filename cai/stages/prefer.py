@@ -8,27 +8,37 @@ paper's 40 to 60 %).
 A pair in which every principle abstains has no label, and an even one has no side to be hard about: both are left out
 and counted. Where a soft label is even, a hash of the responses says which is called chosen, never their position.
 
-Left out: fitting the temperature, and learning how far each principle can be trusted.
+`temperature: fitted` makes the truth likeliest where it is known of judged pairs, by people or else by the embedded
+world's oracle, on the weighted sums of all principles (`cai.feedback.calibration`). Held-out prompts take no part in
+the fit, since figures are measured on them.
+
+People's labels (`pairs:`) stand beside the judge's, or, by `mix`, are a share of all, or those of some tags:
+helpfulness from people, harmlessness from the constitution, as in the paper (`cai.feedback.mixing`).
+
+Left out: learning how far each principle can be trusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
 from cai.errors import BadInput, StageFailed
-from cai.feedback.label_figures import figures
-from cai.feedback.labels import Floats, aggregate, over_orders, probability
+from cai.feedback import calibration, mixing
+from cai.feedback.label_figures import figures, look
+from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
+from cai.feedback.truth import truths
 from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
-from cai.prompts import PairSet, load_human_pairs
-from cai.records import Preference, row_lines, stable_id
-from cai.stages import Context, Names, Rows, StageConfig
+from cai.prompts import HumanPairs, PairSet, load_human_pairs
+from cai.records import Preference, canonical_json, stable_id, topic_of
+from cai.stages import Context, Names, Rows, StageConfig, is_held_out
 
 
 class Clamp(BaseModel):
@@ -46,6 +56,23 @@ class Clamp(BaseModel):
         return self
 
 
+class Mix(BaseModel):
+    """How many or which of the labels are people's: `mix: {human_tags: [helpful]}`, the others the constitution's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    human_share: float | None = Field(None, gt=0, lt=1, description="Share of pairs that people labelled.")
+    human_tags: tuple[str, ...] = Field(
+        (), description="Tags of the pairs that take people's labels, and no others do."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.human_share is None) == (not self.human_tags):
+            raise ValueError("expected either human_share, such as 0.5, or human_tags, such as [helpful]")
+        return self
+
+
 class Config(StageConfig):
     gives: ClassVar[Rows] = "preferences"
     takes: ClassVar[tuple[Rows, ...]] = ("votes",)
@@ -56,12 +83,19 @@ class Config(StageConfig):
     kind: Literal["prefer"] = "prefer"
     from_: Names = Field([], alias="from", description="Stages whose votes become labels.")
     pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
+    mix: Mix | None = Field(None, description="Which labels are people's where there are `from:` and `pairs:`.")
+    tag_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict,
+        description="Factors for the weights of principles by their tags, such as {harm: 2, style: 0}.",
+    )
     labels: Literal["soft", "hard"] | Clamp | None = Field(
         None,
         description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft; that clamp if all votes are reasoned.",
     )
-    temperature: Literal["sum_of_weights"] | float = Field(
-        "sum_of_weights", gt=0, description="What the weighted sum of log-odds is divided by."
+    temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0)] = Field(
+        "sum_of_weights",
+        description="What the weighted sum of log-odds is divided by: the sum of weights, a number, or the number that "
+        "is fitted to pairs whose truth is known, by people (`human:` of the judge stage) or the oracle of micro.",
     )
     abstain_below: float = Field(0.0, ge=0, description="Nats from even below which a principle has no say on a pair.")
     min_confidence: float = Field(
@@ -72,68 +106,144 @@ class Config(StageConfig):
     def _has_input(self) -> Self:
         if not self.from_ and self.pairs is None:
             raise ValueError("found neither `from:` nor `pairs:`, expected stages with votes or a file of human pairs")
+        if self.mix and not (self.from_ and self.pairs):
+            raise ValueError("found `mix:`, expected `from:` and `pairs:` beside it, which it mixes")
         return self
 
 
 class Labelled(NamedTuple):
     """Preferences from votes, and what the figures say about how they came about."""
 
-    rows: list[Preference]
-    left_out: dict[str, int]
+    rows: Iterator[Preference]
+    """Read, labelled and let go one after the other."""
+    n_rows: int
+    left_out: dict[str, Any]
     principles: list[str]
-    towards_chosen: Floats
-    """Each principle's log-odds that the chosen response is better, (rows, principles)."""
+    votes: Floats
+    """Each principle's log-odds that *a* is better, (rows, principles)."""
+    chosen_is_a: Bools
+    """Which response became the chosen one, (rows,): known once a row has passed."""
+    temperature: dict[str, Any] | None
+    """What was fitted and what it is worth, where it was."""
+    agreement: dict[str, Any] | None
+    """How often the label is on people's side, where these labelled anything."""
+    human_stays: Bools
+    """Which of people's preferences are not left out by `mix`."""
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Preference for each pair that gets a label: those from votes in their order, then the human ones."""
-    ours = from_votes(config, context)
-    preferences = list(ours.rows)
+    people = HumanPairs([], 0, {}) if config.pairs is None else load_human_pairs(config.pairs, context.home)
+    ours = from_votes(config, context, people.preferences)
+    human = relabelled(itertools.compress(people.preferences, ours.human_stays), config.labels or "soft")
     found: dict[str, Any] = dict(ours.left_out)
     if config.pairs is not None:
-        human = load_human_pairs(config.pairs, context.home)
-        preferences += relabelled(human.preferences, config.labels or "soft")
-        found["human"] = {"rows": human.rows, "pairs": len(human.preferences), "left_out": human.left_out}
-    if not preferences:
+        found["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
+    n = ours.n_rows + len(human)
+    if not n:
         raise StageFailed(f"none of the pairs gets a label: {found}")
     with replacing(context.folder / RECORDS) as file:
-        file.writelines(line.encode() for line in row_lines(preferences))
-    no_votes = np.full((len(preferences) - len(ours.rows), len(ours.principles)), np.nan)
-    votes = np.concatenate([ours.towards_chosen, no_votes])
-    return {"labels": {**found, **figures(preferences, ours.principles, votes)}}
+        seen = look(written(itertools.chain(ours.rows, human), file), n)
+    towards_chosen = np.where(ours.chosen_is_a, 1.0, -1.0)[:, None] * ours.votes
+    no_votes = np.full((len(human), len(ours.principles)), np.nan)
+    if ours.agreement:
+        found["agreement_with_people"] = ours.agreement
+    if ours.temperature:
+        found["temperature"] = ours.temperature
+        if ours.temperature["at_bound"]:
+            context.progress.note(
+                f"the fitted temperature is as far as it goes, {ours.temperature['value']:.3g}: by what is known of "
+                f"{ours.temperature['pairs']:,} pairs the judge is right always, or no more often than by chance"
+            )
+    return {"labels": {**found, **figures(seen, ours.principles, np.concatenate([towards_chosen, no_votes]))}}
 
 
-def from_votes(config: Config, context: Context) -> Labelled:
+def written(rows: Iterable[Preference], file: IO[bytes]) -> Iterator[Preference]:
+    """The rows, each of them in the file by the time that the next is asked for."""
+    for row in rows:
+        file.write((canonical_json(row) + "\n").encode())
+        yield row
+
+
+def from_votes(config: Config, context: Context, human: Sequence[Preference]) -> Labelled:
     """The preferences that the votes of the input stages amount to."""
-    votes = read_votes(context.inputs[name] / RECORDS for name in config.from_)
-    by_principle = over_orders(votes.ballots, len(votes.rows), len(votes.principles))
+    found = read_votes(context.inputs[name] / RECORDS for name in config.from_)
+    votes = over_orders(found.ballots, len(found.heads), len(found.principles))
+    weights = weights_of(found.principles, context.constitution, config.tag_weights)
+    fitted = None
+    if config.temperature == "fitted":
+        fitted = fit(list(found.rows()), votes, weights, config.abstain_below)
+    number = config.temperature if isinstance(config.temperature, float) else None
     log_odds = aggregate(
-        by_principle,
-        weights_of(votes.principles, context.constitution),
-        temperature=None if config.temperature == "sum_of_weights" else config.temperature,
-        abstain_below=config.abstain_below,
+        votes, weights, temperature=fitted["value"] if fitted else number, abstain_below=config.abstain_below
     )
     kept, left_out = choose(log_odds, config)
-    chosen_is_a = np.array([prefers_a(votes.rows[index], log_odds[index]) for index in kept], dtype=bool)
+    agreement, human_stays = None, np.ones(len(human), dtype=bool)
+    if human or not np.isnan(found.human).all():
+        judged = list(found.rows())
+        topics = [topic_of(row["tags"], row["prompt_id"]) for row in judged]
+        agreement = mixing.agreement(log_odds, mixing.people_say(judged, human), topics)
+        if config.mix:
+            ai_stays, human_stays = mixed(config.mix, [judged[i] for i in kept.tolist()], human)
+            left_out |= {"mixed_out_ai": int((~ai_stays).sum()), "mixed_out_human": int((~human_stays).sum())}
+            kept = kept[ai_stays]
     strength = np.abs(log_odds[kept])
-    p_chosen = labels(strength, config.labels or usual_labels(votes.rows))
-    rows = [
-        to_row(votes.rows[index], a_is_chosen, p, odds, context.stage_id)
-        for index, a_is_chosen, p, odds in zip(
-            kept.tolist(), chosen_is_a.tolist(), p_chosen.tolist(), strength.tolist(), strict=True
-        )
-    ]
-    towards_chosen = by_principle[kept] * np.where(chosen_is_a, 1.0, -1.0)[:, None]
-    return Labelled(rows, {"votes": len(votes.rows), **left_out}, votes.principles, towards_chosen)
+    p_chosen = labels(strength, config.labels or usual_labels(found.methods))
+    chosen_is_a = np.zeros(len(kept), dtype=bool)
+
+    def rows() -> Iterator[Preference]:
+        labelled = np.zeros(len(found.heads), dtype=bool)
+        labelled[kept] = True
+        kept_rows = itertools.compress(found.rows(), labelled.tolist())
+        values = zip(log_odds[kept].tolist(), p_chosen.tolist(), strength.tolist(), strict=True)
+        for place, (row, (towards_a, p, odds)) in enumerate(zip(kept_rows, values, strict=True)):
+            a_is_chosen = chosen_is_a[place] = prefers_a(row, towards_a)
+            yield to_row(row, a_is_chosen, p, odds, context.stage_id)
+
+    counts = {"votes": len(found.heads), **left_out}
+    return Labelled(
+        rows(), len(kept), counts, found.principles, votes[kept], chosen_is_a, fitted, agreement, human_stays
+    )
 
 
-def weights_of(principles: Sequence[str], constitution: Constitution | None) -> Floats:
-    """The constitution's weight of each principle that voted. Raises BadInput for one that it does not know."""
+def mixed(mix: Mix, judged: Sequence[Mapping[str, Any]], human: Sequence[Preference]) -> tuple[Bools, Bools]:
+    """Which of the judged pairs that have a label, and of people's, stay."""
+    ours, theirs = [mixing.judged(row) for row in judged], [mixing.chosen_by_people(row) for row in human]
+    if mix.human_share is None:
+        return mixing.by_tag(ours, theirs, mix.human_tags)
+    return mixing.by_share(ours, theirs, mix.human_share)
+
+
+def fit(rows: Sequence[Mapping[str, Any]], votes: Floats, weights: Floats, abstain_below: float) -> dict[str, Any]:
+    """The temperature that makes known truths likeliest, and what it is worth on prompts that it was not fitted on.
+
+    Raises StageFailed where no truth is known outside of held-out prompts.
+    """
+    sums = aggregate(votes, weights, temperature=1.0, abstain_below=abstain_below)
+    means = aggregate(votes, weights, abstain_below=abstain_below)
+    held_out = np.array([is_held_out(row) for row in rows], dtype=bool)
+    for truth in truths(rows).values():
+        known = np.flatnonzero(truth.decided & ~np.isnan(sums))
+        if not held_out[known].all():
+            clusters = [topic_of(rows[i]["tags"], rows[i]["prompt_id"]) for i in known.tolist()]
+            return {"truth": truth.kind} | calibration.fitted(
+                sums[known], means[known], truth.better[known], clusters, held_out[known]
+            )
+    raise StageFailed(
+        "`temperature: fitted` found no truth outside of held-out prompts, expected judged pairs that people labelled "
+        "(`human:` of the judge stage) or prompts of source micro"
+    )
+
+
+def weights_of(principles: Sequence[str], constitution: Constitution | None, by_tag: Mapping[str, float]) -> Floats:
+    """The weight of each principle that voted, by the constitution and the factors of its tags.
+
+    Raises BadInput for one that it does not know."""
     if not principles:
         return np.zeros(0)
     if constitution is None:
         raise BadInput("`prefer` needs the constitution whose principles voted, and the recipe names none")
-    return np.array([constitution.principle(id).weight for id in principles], dtype=float)
+    return np.array([constitution.principle(id).weighted(by_tag) for id in principles], dtype=float)
 
 
 def choose(log_odds: Floats, config: Config) -> tuple[Any, dict[str, int]]:
@@ -153,9 +263,8 @@ def prefers_a(row: Mapping[str, Any], log_odds: float) -> bool:
     return stable_id(a["id"], a["text"]) < stable_id(b["id"], b["text"])
 
 
-def usual_labels(rows: Iterable[Mapping[str, Any]]) -> str | Clamp:
+def usual_labels(methods: Set[str]) -> str | Clamp:
     """Soft; after reasons, which leave a judge all too sure, kept within 40 to 60 %, which the paper found best."""
-    methods = {row.get("method", "pairwise") for row in rows}
     return Clamp(clamp=(0.4, 0.6)) if methods == {"reasoned"} else "soft"
 
 

@@ -1,4 +1,7 @@
-"""People's own preferences train a reward model directly: the transcripts of Bai et al. 2022 (arXiv 2204.05862)."""
+"""People's own preferences: a reward model learns from them directly, and a judge is held against them.
+
+The transcripts of Bai et al. 2022 (arXiv 2204.05862).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from training_stages import run_stage
 
-from cai.checkpoint import Model
+from cai.checkpoint import MICRO, Model
+from cai.cli import main
 from cai.prompts import PairSet, load_human_pairs
 
 pytest.importorskip("torch")
@@ -18,7 +23,10 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 NAME = "hh_harmless_base.jsonl.gz"
 
 
-@pytest.mark.skipif(not (DATA / NAME).exists(), reason=f"no {NAME} in ../shared/data beside the checkout")
+needs_pairs = pytest.mark.skipif(not (DATA / NAME).exists(), reason=f"no {NAME} in ../shared/data beside the checkout")
+
+
+@needs_pairs
 def test_a_reward_model_learns_from_human_pairs_and_accounts_for_every_one(
     tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
@@ -38,3 +46,37 @@ def test_a_reward_model_learns_from_human_pairs_and_accounts_for_every_one(
     lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
     assert {line["source"] for line in lines} == {"human"}
     assert len({line["prompt_id"] for line in lines}) == figures["accuracy"]["topics"]
+
+
+RECIPE = """
+name: people
+model: micro
+constitution: micro
+stages:
+  - {{id: votes, kind: judge, human: {{source: {pairs}, limit: 24, tags: [red_team]}}, principles: 2}}
+  - {{id: preferences, kind: prefer, from: votes, temperature: fitted}}
+"""
+
+
+@needs_pairs
+@pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
+def test_a_judge_of_real_pairs_is_held_against_people_and_every_pair_is_accounted_for(tmp_path: Path) -> None:
+    (tmp_path / "people.yaml").write_text(RECIPE.format(pairs=DATA / NAME))
+    runs = ["--runs", str(tmp_path)]
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "people.yaml"), *runs, "--json"])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    judged, fitted = summary["votes"]["votes"], summary["labels"]["temperature"]
+    assert judged["pairs"] + judged["failed_pairs"] == judged["human"]["pairs"] == 24
+    assert (fitted["truth"], fitted["measured_on"]) == ("human", "cross_validation")
+
+    done = CliRunner().invoke(main, ["votes", "calibrate", "people", *runs, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["truth"], found["left_out"]["not_judged"]) == ("human", judged["failed_pairs"])
+    assert found["accuracy"]["n"] + found["left_out"]["ties"] + found["left_out"]["no_label"] == judged["pairs"]
+    low, high = found["accuracy"]["interval"]
+    assert (low <= 0.5 <= high) == (found["against_chance"] == "not distinguishable from chance")
+    assert found["stage_temperature"] == fitted["value"]
+    said = CliRunner().invoke(main, ["votes", "calibrate", "people", *runs, "--truth", "oracle"])
+    assert (said.exit_code, "expected human" in said.stderr) == (2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 
 import pytest
@@ -9,6 +10,7 @@ from feedback import PRINCIPLES, Script, run_stage, sample
 
 from cai.engines import Failure
 from cai.errors import StageFailed
+from cai.stages.judge import Config
 
 TEXTS = ["one", "two", "three", "four", "five"]
 LOCKS = [sample("How do I pick a lock?", text, "red_team", "topic:locks") for text in TEXTS]
@@ -162,3 +164,57 @@ def test_weights_change_nothing_that_is_asked(tmp_path):
 def test_the_result_does_not_depend_on_batches(tmp_path):
     rows = LOCKS + NOONS
     assert judge(tmp_path / "1", rows, journal_batch=1).bytes == judge(tmp_path / "2", rows, journal_batch=64).bytes
+
+
+def people(folder, *pairs: tuple[str, str, str]) -> dict:
+    """A file of (question, chosen, rejected), as a recipe names it."""
+    rows = [
+        {side: f"\n\nHuman: {question}\n\nAssistant: {text}" for side, text in (("chosen", one), ("rejected", two))}
+        for question, one, two in pairs
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": "people.jsonl", "tags": ["red_team"]}
+
+
+PEOPLE = [(f"Question {n}?", f"good {n}", f"bad {n}") for n in range(20)]
+
+
+def test_pairs_that_people_labelled_are_judged_and_keep_their_label(tmp_path):
+    script = Script(prefers=lambda question: (1.0, 1.0))
+    done = run_stage("judge", tmp_path, human=people(tmp_path, *PEOPLE, PEOPLE[0]), script=script)
+    assert [row["human"] for row in done.rows] == [float(row["a"]["text"].startswith("good")) for row in done.rows]
+    assert 4 <= sum(row["human"] for row in done.rows) <= 16, "which one is a does not say which was chosen"
+    assert {vote["principle"] for row in done.rows for vote in row["votes"]} == {"calm", "short", "safe"}
+    figures = done.figures["votes"]["judge"]["human"]
+    assert figures == {"rows": 21, "pairs": 20, "left_out": {"the same pair again": 1}}
+
+
+def test_a_judge_is_asked_the_same_whichever_response_people_chose(tmp_path):
+    turned = [(question, rejected, chosen) for question, chosen, rejected in PEOPLE]
+    scripts = Script(), Script()
+    there = run_stage("judge", tmp_path / "there", human=people(tmp_path / "there", *PEOPLE), script=scripts[0])
+    back = run_stage("judge", tmp_path / "back", human=people(tmp_path / "back", *turned), script=scripts[1])
+    assert scripts[0].questions == scripts[1].questions
+    assert back.rows == [{**row, "human": 1 - row["human"]} for row in there.rows]
+
+
+def test_people_who_contradict_each_other_leave_a_tie(tmp_path):
+    source = people(tmp_path, ("Why?", "so", "thus"), ("Why?", "thus", "so"), ("Why?", "so", "hence"))
+    done = run_stage("judge", tmp_path, human=source, script=Script())
+    assert [row["human"] == 0.5 for row in done.rows] == [True, False]
+
+
+def test_human_pairs_stand_beside_sampled_ones_and_too_long_ones_are_counted(tmp_path):
+    def prefers(question):
+        return Failure(question.id, "too long") if "Question 3?" in question.messages[0]["content"] else (1.0, 1.0)
+
+    done = judge(tmp_path, LOCKS[:2], Script(prefers=prefers), human=people(tmp_path, *PEOPLE))
+    assert ["human" in row for row in done.rows] == [False] + 19 * [True]
+    assert done.figures["votes"]["judge"]["failed_pairs"] == 1
+    assert "too long" in done.failures[0]["reason"]
+
+
+def test_a_judge_without_responses_and_pairs_is_refused():
+    with pytest.raises(ValueError, match="neither `from:` nor `human:`"):
+        Config.model_validate({"id": "votes"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from cai.constitution import load_constitution
 from cai.engines import Failure
 from cai.errors import StageFailed
-from cai.feedback import labels
+from cai.feedback import labels, votes
 from cai.micro.oracle import gold_score
+from cai.records import stable_id
 from cai.stages.prefer import Clamp, Config
 
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
@@ -299,8 +301,10 @@ def test_people_can_label_pairs_instead_of_a_judge_or_beside_it(tmp_path):
         run_stage("prefer", tmp_path)
 
 
-def test_config_takes_numbers_for_the_temperature():
+def test_the_temperature_is_a_number_or_a_word():
     assert Config.model_validate({"id": "p", "from": "v", "temperature": 2}).temperature == 2.0
+    for word in ("fitted", "sum_of_weights"):
+        assert Config.model_validate({"id": "p", "from": "v", "temperature": word}).temperature == word
     with pytest.raises(ValueError, match="temperature"):
         Config.model_validate({"id": "p", "from": "v", "temperature": 0})
 
@@ -319,3 +323,242 @@ def test_labels_of_reasoned_votes_are_clamped_unless_the_recipe_says_otherwise(t
     assert max(row["p_chosen"] for row in prefer(tmp_path / "soft", reasoned, labels="soft").rows) > 0.6
     mixed = prefer(tmp_path / "mixed", [*reasoned[:-1], rows[-1]])
     assert max(row["p_chosen"] for row in mixed.rows) > 0.6
+
+
+def by_people(n: int, seed: int = 0) -> list[dict]:
+    """Votes three times too sure, on pairs that people labelled."""
+    rng = random.Random(seed)
+    rows = []
+    for row in random_votes(n, seed):
+        p = 1 / (1 + math.exp(-again(row) / 3))
+        rows.append({**row, "human": float(rng.random() < p)})
+    return rows
+
+
+def test_a_fitted_temperature_is_the_one_of_greatest_likelihood_of_what_people_chose(tmp_path):
+    rows = by_people(400)
+    done = prefer(tmp_path / "fitted", rows, temperature="fitted")
+    found = done.figures["labels"]["temperature"]
+    sums = [again(row, temperature=1.0) for row in rows]
+
+    def loss(t):
+        return sum(math.log1p(math.exp(-x / t if row["human"] else x / t)) for x, row in zip(sums, rows, strict=True))
+
+    assert loss(found["value"]) <= min(loss(found["value"] * step) for step in (0.98, 0.99, 1.01, 1.02))
+    assert found["ece_after_temperature"] < found["ece"]
+    assert found["brier_after_temperature"] < found["brier"]
+    assert (found["truth"], found["pairs"], found["measured_on"]) == ("human", 400, "cross_validation")
+    same = prefer(tmp_path / "number", rows, temperature=found["value"])
+    assert by_pair(done) == by_pair(same)
+
+
+def test_a_temperature_is_never_fitted_on_held_out_prompts(tmp_path):
+    rows = by_people(300)
+    held = [{**row, "tags": ["held_out"]} for row in rows[200:]]
+    one = prefer(tmp_path / "1", [*rows[:200], *held], temperature="fitted").figures["labels"]["temperature"]
+    turned = [{**row, "human": 1 - row["human"]} for row in held]
+    two = prefer(tmp_path / "2", [*rows[:200], *turned], temperature="fitted").figures["labels"]["temperature"]
+    assert one["value"] == two["value"]
+    assert one["brier_after_temperature"] != two["brier_after_temperature"]
+    assert (one["measured_on"], one["pairs"], one["measured_pairs"]) == ("held_out", 200, 100)
+    for untrue in (held, random_votes(20), [{**rows[0], "human": 0.5}]):
+        with pytest.raises(StageFailed, match="no truth outside of held-out prompts"):
+            prefer(tmp_path / "none", untrue, temperature="fitted")
+
+
+def test_without_people_the_temperature_is_fitted_to_the_oracle(tmp_path):
+    rows = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(16)]
+    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert (found["truth"], found["pairs"], found["prompts"]) == ("oracle", 16, 5)
+    # All votes are of one strength, weight 2: three of four are right where 1 / (1 + exp(-2 / T)) is 3/4.
+    assert found["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
+
+
+TAGGED = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [manner, tone]").replace(
+    "weight: 0.5", "weight: 0.5, tags: [manner]"
+)
+
+
+def test_weights_by_tag_multiply_those_of_the_constitution(tmp_path):
+    rows = [vote(1, {"calm": (1.0, 1.0), "short": (-3.0, -3.0), "safe": (1.0, 1.0)})]
+
+    def log_odds(name, **by_tag):
+        return prefer(tmp_path / name, rows, TAGGED, tag_weights=by_tag).rows[0]["log_odds"]
+
+    assert log_odds("both", manner=2.0, tone=3.0) == pytest.approx((12 - 3 + 1) / 14)
+    assert log_odds("one", manner=0.5) == pytest.approx((1 - 0.75 + 1) / 2.25)
+    assert log_odds("off", manner=0) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        Config.model_validate({"id": "p", "from": "v", "tag_weights": {"manner": -1}})
+
+
+def human_pairs(folder, n: int, *tags: str, chosen="left", rejected="right") -> dict:
+    """A file of pairs as `vote` makes them, and how a recipe names it."""
+    pairs = [
+        {
+            "chosen": transcript(f"Question {i}?", f"{chosen} {i}"),
+            "rejected": transcript(f"Question {i}?", f"{rejected} {i}"),
+        }
+        for i in range(n)
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "people.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {"source": "people.jsonl", "tags": list(tags)}
+
+
+def votes_on(numbers, odds=1.0, *tags: str) -> list[dict]:
+    """Votes on pairs with the ids that prompts have in files."""
+    rows = [vote(n, {"calm": (odds, odds)}, *tags) for n in numbers]
+    return [{**row, "prompt_id": stable_id("prompt", row["prompt"])} for row in rows]
+
+
+def test_people_label_helpfulness_and_the_constitution_the_rest(tmp_path):
+    rows = votes_on(range(6), 1.0, "helpful") + votes_on(range(6, 10), 1.0, "red_team")
+    pairs = human_pairs(tmp_path, 8, "helpful")
+    done = prefer(tmp_path, rows, pairs=pairs, mix={"human_tags": ["helpful"]})
+    assert [(row["source"], row["tags"]) for row in done.rows] == 4 * [("ai", ["red_team"])] + 8 * [
+        ("human", ["helpful"])
+    ]
+    figures = done.figures["labels"]
+    assert (figures["mixed_out_ai"], figures["mixed_out_human"], figures["pairs"]) == (6, 0, 12)
+    assert (figures["agreement_with_people"]["value"], figures["agreement_with_people"]["n"]) == (1.0, 8)
+
+
+@pytest.mark.parametrize(("share", "n_ai", "n_human"), [(0.5, 40, 40), (0.2, 60, 15), (0.75, 13, 40)])
+def test_people_have_their_share_and_as_few_pairs_as_possible_go(tmp_path, share, n_ai, n_human):
+    rows = votes_on(range(100, 160))
+    pairs = human_pairs(tmp_path, 40)
+    done = prefer(tmp_path, rows, pairs=pairs, mix={"human_share": share})
+    sources = [row["source"] for row in done.rows]
+    assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
+    pairs["source"] = "../people.jsonl"
+    turned = [swapped(row) for row in rows[::-1]]
+    other = prefer(tmp_path / "again", turned, pairs=pairs, mix={"human_share": share})
+    assert {row["pair_id"] for row in other.rows} == {row["pair_id"] for row in done.rows}
+    agreement = done.figures["labels"]["agreement_with_people"]
+    assert (agreement["value"], agreement["why"]) == (None, "no pair has labels of both")
+
+
+def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(tmp_path):
+    rows = votes_on(range(30)) + votes_on(range(30, 40), -1.0)
+    done = prefer(tmp_path, rows, pairs=human_pairs(tmp_path, 40), mix={"human_share": 0.5})
+    prompts = [row["prompt"][-1]["content"] for row in done.rows]
+    assert len(prompts) == len(set(prompts)) >= 20
+    agreement = done.figures["labels"]["agreement_with_people"]
+    assert (agreement["value"], agreement["n"], agreement["topics"]) == (0.75, 40, 40)
+    assert agreement["interval"][0] < 0.75 < agreement["interval"][1]
+
+
+def test_agreement_is_shown_of_votes_on_pairs_that_people_labelled(tmp_path):
+    rows = [{**row, "human": 1.0} for row in votes_on(range(3))] + [{**votes_on([3], 0.0)[0], "human": 0.0}]
+    assert prefer(tmp_path, rows).figures["labels"]["agreement_with_people"]["value"] == 3.5 / 4
+    assert "agreement_with_people" not in prefer(tmp_path / "none", votes_on(range(3))).figures["labels"]
+
+
+@pytest.mark.parametrize(
+    ("mix", "said"),
+    [
+        ({}, "either human_share"),
+        ({"human_share": 0.5, "human_tags": ["x"]}, "either human_share"),
+        ({"human_share": 1}, "less than 1"),
+    ],
+)
+def test_a_mix_is_by_share_or_by_tag_of_two_sources(mix, said):
+    with pytest.raises(ValueError, match=said):
+        Config.model_validate({"id": "p", "from": "v", "pairs": {"source": "x"}, "mix": mix})
+    with pytest.raises(ValueError, match="`from:` and `pairs:` beside it"):
+        Config.model_validate({"id": "p", "from": "v", "mix": {"human_share": 0.5}})
+
+
+def relabelled_in_plain_python(lines: list[str], stage: str, weights: dict[str, float]) -> list[dict]:
+    """Whole preferences from whole lines of votes, a third time, as one would write them first."""
+    rows = []
+    for line in lines:
+        row = json.loads(line)
+        odds = again(row, weights=weights)
+        if odds is None:
+            continue
+        names = sorted("ab", key=lambda side: hashed([row[side]["id"], row[side]["text"]]))
+        first, second = ("ab" if odds > 0 else "ba") if odds else names
+        rows.append(
+            {
+                "id": hashed([stage, row["id"]]), "pair_id": row["id"], "prompt_id": row["prompt_id"],
+                "prompt": row["prompt"], "tags": row["tags"], "judge": "judge", "constitution": "trial",
+                "chosen": [{"role": "assistant", "content": row[first]["text"]}],
+                "rejected": [{"role": "assistant", "content": row[second]["text"]}],
+                "p_chosen": pytest.approx(1 / (1 + math.exp(-abs(odds))), abs=1e-12),
+                "log_odds": pytest.approx(abs(odds), abs=1e-12), "source": "ai",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def hashed(parts: list[str]) -> str:
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
+    [',"votes":[', '"},"b":{"', "\\", "\u2028\n\r\t\0", "}]}", "\U0001f600é"]
+)
+ODDS = st.floats(-30, 30, allow_subnormal=False) | st.sampled_from([0.0, 1e-300, -0.5])
+
+
+@st.composite
+def vote_files(draw) -> list[dict]:
+    """Vote rows as a judge may leave them: any text, any numbers, some principles without a vote, even pairs."""
+    rows = []
+    for n in range(draw(st.integers(1, 12))):
+        ids = draw(st.lists(st.sampled_from(list(WEIGHTS)), min_size=1, unique=True))
+        row = vote(
+            n, {id: (draw(ODDS), draw(ODDS)) for id in ids}, *draw(st.lists(st.sampled_from(["x", "é"]), unique=True))
+        )
+        row["a"]["text"], row["b"]["text"] = draw(TEXTS), draw(TEXTS)
+        row["prompt"][0]["content"] = draw(TEXTS)
+        if draw(st.booleans()):
+            row["method"] = "rating"
+            for each in row["votes"]:
+                each["scores"] = [1.0, 2]
+        rows.append(row)
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(vote_files(), st.sampled_from([1, 300, 8 << 20]))
+def test_preferences_equal_a_third_writing_whatever_stands_in_the_votes(rows, read_at_once):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(votes, "READ_AT_ONCE", read_at_once)
+        patch.setattr(votes, "PARSED_AT_ONCE", 3)
+        done = prefer(Path(folder), rows)
+        written = done.bytes
+    lines = [json.dumps(row) for row in rows]
+    assert done.rows == relabelled_in_plain_python(lines, "prefer", WEIGHTS)
+    assert written == b"".join(
+        json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for row in done.rows
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([{}, {"human_share": 0.4}, {"human_tags": ["helpful"]}]))
+def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(seed, mix):
+    rng = random.Random(seed)
+    rows = [{**row, "tags": rng.choice([["helpful"], ["red_team"]])} for row in by_people(30, seed)]
+    other = [{**swapped(row), "human": 1 - row["human"]} if rng.random() < 0.5 else row for row in rows]
+    rng.shuffle(other)
+    with tempfile.TemporaryDirectory() as name:
+        pairs = human_pairs(Path(name), 20, "helpful")
+        more = {"pairs": pairs, "mix": mix} if mix else {}
+        there = prefer(Path(name), rows, temperature="fitted", **more)
+        back = prefer(Path(name), other, temperature="fitted", **more)
+    one, two = (done.figures["labels"]["temperature"] for done in (there, back))
+    assert one["value"] == pytest.approx(two["value"], rel=1e-3)
+    assert one["brier_after_temperature"] == pytest.approx(two["brier_after_temperature"], rel=1e-3)
+    assert by_pair(there).keys() == by_pair(back).keys()
+    for pair, (chosen, rejected, p) in by_pair(there).items():
+        assert by_pair(back)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
+
+
+def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
+    rows = [{**row, "human": float(again(row) > 0)} for row in random_votes(20)]
+    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert (found["at_bound"], found["value"]) == (True, pytest.approx(0.05, rel=0.01))
