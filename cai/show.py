@@ -139,6 +139,8 @@ def _vote_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
     yield f"{stage}  pair {row['id']} judged by {printable(row['judge'])}"
     yield from _text(row["a"]["text"], f"  a {row['a']['id'][:8]}: ")
     yield from _text(row["b"]["text"], f"  b {row['b']['id'][:8]}: ")
+    if "human" in row:
+        yield f"  people chose {'a' if row['human'] > 0.5 else 'b' if row['human'] < 0.5 else 'both'}"
     by_principle: dict[str, dict[str, float]] = {}
     for vote in row["votes"]:
         by_principle.setdefault(vote["principle"], {})[vote["order"]] = vote["log_odds"]

@@ -168,6 +168,7 @@ VOTE = {
     "constitution": "c",
     "a": {"id": "a" * 16, "text": "Because.", "model": "m"},
     "b": {"id": "b" * 16, "text": "no", "model": "m"},
+    "human": 0.0,
     "votes": [
         {"principle": "clear", "order": "ab", "log_odds": 1.5, "mass": 1.0},
         {"principle": "clear", "order": "ba", "log_odds": 0.5, "mass": 1.0},
@@ -213,6 +214,7 @@ def test_show_tells_a_prompts_whole_life(run):
         "round 1: clear, revised",
         "critique: Too short.",
         "Perhaps.",
+        "people chose b",
         "clear           +1.50    +0.50    +1.00  a",
         "chosen with probability 0.730",
     ):

@@ -57,9 +57,7 @@ def the_truth(rows: Sequence[Mapping[str, Any]], kind: Kind | None = None) -> Tr
         raise BadInput(NONE)
     if kind is None:
         if len(found) > 1:
-            raise BadInput(
-                "found pairs that people labelled and pairs of the oracle's world, expected --truth with one"
-            )
+            raise BadInput(f"found the truth of {' and of '.join(found)}, expected --truth to say which of them")
         (kind,) = found
     if kind not in found:
         raise BadInput(f"--truth {kind}: no pair of this run has that, expected {' or '.join(found)}")

@@ -151,9 +151,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if ours.temperature:
         found["temperature"] = ours.temperature
         if ours.temperature["at_bound"]:
+            right = "always right" if ours.temperature["value"] < 1 else "right no more often than by chance"
             context.progress.note(
-                f"the fitted temperature is as far as it goes, {ours.temperature['value']:.3g}: by what is known of "
-                f"{ours.temperature['pairs']:,} pairs the judge is right always, or no more often than by chance"
+                f"the fitted temperature ran into its bound, {ours.temperature['value']:.3g}: by what is known of "
+                f"{ours.temperature['pairs']:,} pairs the judge is {right}"
             )
     return {"labels": {**found, **figures(seen, ours.principles, np.concatenate([towards_chosen, no_votes]))}}
 
