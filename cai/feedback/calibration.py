@@ -143,8 +143,10 @@ def fitted(sums: Floats, before: Floats, truth: Floats, clusters: Sequence[str],
     }
 
 
-def measured(log_odds: Sequence[float], truth: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
-    """All of it, before and after temperature, with clustered 95 % intervals."""
+def measured(
+    log_odds: Sequence[float], truth: Sequence[float], clusters: Sequence[str], failed: int = 0
+) -> dict[str, Any]:
+    """All of it, before and after temperature, with clustered 95 % intervals; `failed` pairs have no log-odds."""
     x, y = np.asarray(log_odds, dtype=float), np.asarray(truth, dtype=float)
     scaled = held_out(x, y, clusters)
     statistics: Mapping[str, Callable[[NDArray[np.int64]], float]] = {
@@ -156,7 +158,7 @@ def measured(log_odds: Sequence[float], truth: Sequence[float], clusters: Sequen
     resampled = _resampled(clusters)
     everything = np.arange(len(x))
     return (
-        {"accuracy": rate(confidence(x, y)[1].tolist(), clusters).as_json()}
+        {"accuracy": rate(confidence(x, y)[1].tolist(), clusters, missing=failed).as_json()}
         | {
             name: {
                 "value": statistic(everything),
@@ -193,7 +195,8 @@ def of_labels(given: Evidence, kind: Kind | None = None) -> dict[str, Any]:
     if not kept.size:
         raise BadInput(f"{given.name}: no pair whose truth is known has a label")
     topics = given.topics
-    found = measured(sides[kept].tolist(), truth.better[kept].tolist(), [topics[i] for i in kept.tolist()])
+    clusters = [topics[i] for i in kept.tolist()]
+    found = measured(sides[kept].tolist(), truth.better[kept].tolist(), clusters, given.failed)
     return {
         "name": given.name,
         "truth": truth.kind,

@@ -28,7 +28,7 @@ from cai import runs
 from cai.behaviours import n_words
 from cai.errors import BadInput, nearest
 from cai.feedback.labels import Bools, Floats, aggregate, by_order, probability
-from cai.feedback.votes import read_votes
+from cai.feedback.votes import failed_pairs, read_votes
 from cai.files import read_json
 from cai.journal import RECORDS
 from cai.records import topic_of
@@ -107,13 +107,7 @@ def evidence(name: str, folder: Path) -> Evidence:
         temperature = None
     rule = Rule(weights, temperature, config["abstain_below"], config["min_confidence"], fitted)
     ab, ba = by_order(found.ballots, len(found.heads), len(found.principles))
-    return Evidence(name, list(found.rows()), found.principles, ab, ba, rule, sum(map(_failed_pairs, inputs)))
-
-
-def _failed_pairs(stage: Path) -> int:
-    """Pairs of a stage that have no vote."""
-    figures = (read_json(stage / runs.STAGE) or {}).get("figures", {})
-    return sum(each["failed_pairs"] for each in figures.get("votes", {}).values())
+    return Evidence(name, list(found.rows()), found.principles, ab, ba, rule, sum(map(failed_pairs, inputs)))
 
 
 def _find(name: str, folder: Path) -> tuple[Path, str]:

@@ -73,8 +73,11 @@ def _gold_margin(row: Preference, acts: dict[str, Counter[str]]) -> float:
     return float("nan") if better is None or worse is None else better - worse
 
 
-def figures(seen: Seen, principles: Sequence[str], votes: Floats) -> dict[str, Any]:
-    """Everything below. `votes`: log-odds towards the chosen response, (rows, principles), NaN where there is none."""
+def figures(seen: Seen, principles: Sequence[str], votes: Floats, failed: int) -> dict[str, Any]:
+    """Everything below. `votes`: log-odds towards the chosen response, (rows, principles), NaN where there is none.
+
+    `failed` pairs have no label, since the judge failed on them: whatever they would be is within accuracy's bounds.
+    """
     p, gold, held_out = np.array(seen.p_chosen), np.array(seen.gold), np.array(seen.held_out, dtype=bool)
     measured = held_out if held_out.any() else np.ones(len(p), dtype=bool)
     decided = measured & ~np.isnan(gold) & (gold != 0)
@@ -93,7 +96,9 @@ def figures(seen: Seen, principles: Sequence[str], votes: Floats) -> dict[str, A
         # An even label has said nothing, so it is not right.
         right = (gold > 0) & (p > 0.5)
         found["accuracy"] = rate(
-            right[decided].astype(float).tolist(), [seen.clusters[index] for index in np.flatnonzero(decided)]
+            right[decided].astype(float).tolist(),
+            [seen.clusters[index] for index in np.flatnonzero(decided)],
+            missing=failed,
         ).as_json()
         found["measured_on"] = "held_out" if held_out.any() else "all"
         found["ties"] = int((measured & (gold == 0)).sum())

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from cai.behaviours import declines
 from cai.constitution import Principle
 from cai.engines import Choice, Completion, Engine, Failure, Question, Request, Sampling
 from cai.engines.retry import choose_all, generate_all
@@ -42,6 +43,8 @@ REQUESTS: Mapping[Method, tuple[str, ...]] = {
 
 Asked = Mapping[str, Sequence[Principle]]
 """The principles that each pair is judged by, by the pair's id."""
+Order = Literal["ab", "ba"]
+Case = tuple[Pair, Order, Principle]
 Judged = dict[str, tuple[list[PrincipleVote], list[Failure]]]
 """By the pair's id: its votes, and what failed; votes of a principle in both orders or in none."""
 
@@ -72,64 +75,75 @@ class Judge:
         return {pair.id: to_votes(pair, asked[pair.id], answers, self.min_mass) for pair in pairs}
 
     def _reasoned(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
-        reasons = self._reasons(pairs, asked)
-        questions = []
-        for pair, order, principle in _cases(pairs, asked):
-            for k in range(self.thoughts):
-                id = f"{question_id(pair, order, principle)}/{k}"
-                if isinstance(given := reasons[id], Completion):
-                    messages = self._ask("verdict", pair, order, principle, reasoning=_reasoning(given))
-                    questions.append(Question(id, messages, OPTIONS))
-        answers = choose_all(self.engine, questions, self.retries)
+        cases = {f"{question_id(*case)}/{k}": case for case in _cases(pairs, asked) for k in range(self.thoughts)}
+        thoughts: dict[str, Choice | Failure] = {}
+        texts: dict[str, str] = {}
+        for attempt in range(1 + self.retries):
+            again = [id for id in cases if not isinstance(thoughts.get(id), Choice)]
+            if not again:
+                break
+            thoughts |= self._think({id: cases[id] for id in again}, attempt, texts)
         found: Judged = {}
         for pair in pairs:
             by_principle = [
-                [self._mean_vote(pair, order, principle, reasons, answers) for order in ORDERS]
+                [self._mean_vote(pair, order, principle, thoughts, texts) for order in ORDERS]
                 for principle in asked[pair.id]
             ]
             found[pair.id] = together(pair, by_principle)
         return found
 
-    def _reasons(self, pairs: Sequence[Pair], asked: Asked) -> dict[str, Completion | Failure]:
-        """The judge's reasons by id; those that were cut off have come to no conclusion and are none."""
+    def _think(self, cases: Mapping[str, Case], attempt: int, texts: dict[str, str]) -> dict[str, Choice | Failure]:
+        """One attempt at reasons and at the verdict after each. `texts` learns the reasons.
+
+        Reasons that were cut off have come to no conclusion, and after a refusal there is no verdict: failures both.
+        """
         requests = []
-        for pair, order, principle in _cases(pairs, asked):
-            messages = self._ask("reason", pair, order, principle)
-            for k in range(self.thoughts):
-                id = f"{question_id(pair, order, principle)}/{k}"
-                requests.append(Request(id, messages, stable_seed(self.seed, id), self.sampling))
-        return generate_all(self.engine, requests, self.retries, whole=True)
+        for id, case in cases.items():
+            seed = stable_seed(self.seed, id)
+            seed = stable_seed(seed, attempt) if attempt else seed
+            requests.append(Request(id, self._ask("reason", *case), seed, self.sampling))
+        reasons = generate_all(self.engine, requests, retries=0, whole=True)
+        texts |= {id: _reasoning(given) for id, given in reasons.items() if isinstance(given, Completion)}
+        questions = [
+            Question(id, self._ask("verdict", *case, reasoning=texts[id]), OPTIONS)
+            for id, case in cases.items()
+            if isinstance(reasons[id], Completion)
+        ]
+        answers = choose_all(self.engine, questions, retries=0)
+        found: dict[str, Choice | Failure] = {}
+        for id, reason in reasons.items():
+            answer = reason if isinstance(reason, Failure) else answers[id]
+            if isinstance(answer, Choice) and answer.mass < self.min_mass:
+                why = too_little(answer.mass, self.min_mass)
+                answer = Failure(id, f"the judge refused, and {why}" if declines(texts[id]) else why)
+            found[id] = answer
+        return found
 
     def _mean_vote(
         self,
         pair: Pair,
-        order: Literal["ab", "ba"],
+        order: Order,
         principle: Principle,
-        reasons: Mapping[str, Completion | Failure],
-        answers: Mapping[str, Choice | Failure],
+        thoughts: Mapping[str, Choice | Failure],
+        texts: Mapping[str, str],
     ) -> PrincipleVote | Failure:
         """Over the reasons that led to a verdict; a failure where none did."""
-        thoughts: list[Thought] = []
-        masses: list[float] = []
-        failed: list[Failure] = []
-        where = f"pair {pair.id}, {principle.id!r}, order {order}"
-        for k in range(self.thoughts):
-            id = f"{question_id(pair, order, principle)}/{k}"
-            reason = reasons[id]
-            answer = reason if isinstance(reason, Failure) else answers[id]
-            if isinstance(answer, Choice) and answer.mass < self.min_mass:
-                answer = Failure(id, too_little(answer.mass, self.min_mass))
-            if isinstance(answer, Failure) or isinstance(reason, Failure):
-                failed.append(answer if isinstance(answer, Failure) else Failure(id, ""))
-                continue
-            first_better = answer.log_probs[0] - answer.log_probs[1]
-            thoughts.append({"text": _reasoning(reason), "log_odds": first_better if order == "ab" else -first_better})
-            masses.append(answer.mass)
-        if not thoughts:
-            return Failure(failed[0].id, f"{where}: {failed[0].reason}")
-        log_odds = mean_probability([each["log_odds"] for each in thoughts])
+        ids = [f"{question_id(pair, order, principle)}/{k}" for k in range(self.thoughts)]
+        verdicts = {id: verdict for id in ids if isinstance(verdict := thoughts[id], Choice)}
+        if not verdicts:
+            first = thoughts[ids[0]]
+            assert isinstance(first, Failure)
+            return Failure(first.id, f"pair {pair.id}, {principle.id!r}, order {order}: {first.reason}")
+        kept: list[Thought] = []
+        for id, verdict in verdicts.items():
+            first_better = verdict.log_probs[0] - verdict.log_probs[1]
+            kept.append({"text": texts[id], "log_odds": first_better if order == "ab" else -first_better})
         return PrincipleVote(
-            principle=principle.id, order=order, log_odds=log_odds, mass=float(np.mean(masses)), thoughts=thoughts
+            principle=principle.id,
+            order=order,
+            log_odds=mean_probability([each["log_odds"] for each in kept]),
+            mass=float(np.mean([verdict.mass for verdict in verdicts.values()])),
+            thoughts=kept,
         )
 
     def _rating(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
@@ -193,7 +207,7 @@ def _reasoning(completion: Completion) -> str:
     return completion.text if completion.reasoning is None else completion.reasoning
 
 
-def _cases(pairs: Sequence[Pair], asked: Asked) -> Iterator[tuple[Pair, Literal["ab", "ba"], Principle]]:
+def _cases(pairs: Sequence[Pair], asked: Asked) -> Iterator[Case]:
     """What shares most of its prompt stands side by side."""
     for pair in pairs:
         for order in ORDERS:

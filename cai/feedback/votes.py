@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from cai import runs
 from cai.constitution import Principle
 from cai.engines import Choice, Failure, Question
 from cai.feedback.labels import Ballots, Floats
+from cai.files import read_json
 from cai.records import Message, PrincipleVote
 from cai.templates import OPTIONS, TemplateSet
 
@@ -121,6 +123,12 @@ def too_little(mass: float, wanted: float) -> str:
 def question_id(pair: Pair, order: str, principle: Principle) -> str:
     """Names the question about a pair in one order under one principle."""
     return f"{pair.id}/{order}/{principle.id}"
+
+
+def failed_pairs(stage: Path) -> int:
+    """Pairs that a finished `judge` stage has no vote on."""
+    figures = (read_json(stage / runs.STAGE) or {}).get("figures", {})
+    return sum(each["failed_pairs"] for each in figures.get("votes", {}).values())
 
 
 class Read(NamedTuple):

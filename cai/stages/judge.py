@@ -40,6 +40,7 @@ from cai.journal import RECORDS
 from cai.prompts import PairSet, load_human_pairs
 from cai.records import Candidate, Preference, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
+from cai.statistics import worst_case
 
 
 class Config(FeedbackConfig):
@@ -156,7 +157,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "without_principle": len(planned) - len(items),
         "left_out": left_out,
     }
-    return {"votes": {context.stage_id: figures | counts | measured(judged)}}
+    n_asked = sum(len(drawn(context.constitution, item, config.principles, context)) for item in items)
+    return {"votes": {context.stage_id: figures | counts | measured(judged, n_asked)}}
 
 
 def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:
@@ -267,11 +269,12 @@ def to_row(item: dict[str, Any], votes: list[PrincipleVote], judge: str, constit
     return row
 
 
-def measured(rows: Sequence[Vote]) -> dict[str, Any]:
-    """What the votes say about the judge, over principles in both orders.
+def measured(rows: Sequence[Vote], n_asked: int) -> dict[str, Any]:
+    """What the votes say about the judge, over principles in both orders, of `n_asked` that were put to it.
 
-    `flip_rate` is the share whose verdict turns with the order; `position_bias` (nats) is how much more the response
-    shown first gets than the mean of both orders says, on average.
+    `flip_rate` is the share whose verdict turns with the order, its `bounds` what it is if none or all of the failed
+    ones do; `position_bias` (nats) is how much more the response shown first gets than the mean of both orders says, on
+    average.
     """
     ab = np.array([vote["log_odds"] for row in rows for vote in row["votes"] if vote["order"] == "ab"])
     ba = np.array([vote["log_odds"] for row in rows for vote in row["votes"] if vote["order"] == "ba"])
@@ -281,6 +284,7 @@ def measured(rows: Sequence[Vote]) -> dict[str, Any]:
         "votes": len(mass),
         "mean_mass": float(mass.mean()),
         "flip_rate": float(np.mean(ab * ba < 0)),
+        "bounds": {"flip_rate": list(worst_case(float(np.sum(ab * ba < 0)), len(ab), n_asked - len(ab)))},
         "position_bias": float(np.mean(ab - ba) / 2),
         "mean_strength": float(np.mean(np.abs(ab + ba)) / 2),
     }

@@ -33,7 +33,7 @@ from cai.feedback import calibration, mixing
 from cai.feedback.label_figures import figures, look
 from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
 from cai.feedback.truth import truths
-from cai.feedback.votes import read_votes
+from cai.feedback.votes import failed_pairs, read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.prompts import HumanPairs, PairSet, load_human_pairs
@@ -156,7 +156,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"the fitted temperature ran into its bound, {ours.temperature['value']:.3g}: by what is known of "
                 f"{ours.temperature['pairs']:,} pairs the judge is {right}"
             )
-    return {"labels": {**found, **figures(seen, ours.principles, np.concatenate([towards_chosen, no_votes]))}}
+    votes = np.concatenate([towards_chosen, no_votes])
+    failed = sum(failed_pairs(context.inputs[name]) for name in config.from_)
+    return {"labels": {**found, **figures(seen, ours.principles, votes, failed)}}
 
 
 def written(rows: Iterable[Preference], file: IO[bytes]) -> Iterator[Preference]:

@@ -150,7 +150,9 @@ def test_a_pair_without_a_whole_answer_is_a_failure(tmp_path):
     assert len(done.rows) == 1
     (failure,) = done.failures
     assert "no room" in failure["reason"]
-    assert done.figures["votes"]["judge"]["failed_pairs"] == 1
+    figures = done.figures["votes"]["judge"]
+    assert figures["failed_pairs"] == 1
+    assert (figures["flip_rate"], figures["bounds"]["flip_rate"]) == (1.0, [3 / 5, 1.0])
     assert sum("noon" in question.messages[0]["content"] for question in script.questions) == 3 * 4
     with pytest.raises(StageFailed, match="none of 1 pairs was judged"):
         judge(tmp_path / "all", NOONS[:2], Script(prefers=prefers))

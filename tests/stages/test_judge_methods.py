@@ -88,6 +88,16 @@ def test_a_thought_without_a_verdict_leaves_the_vote_to_the_others(tmp_path):
     assert texts == {"good", "fine"}
 
 
+def test_a_thought_without_a_verdict_is_thought_again_and_a_refusal_is_called_one(tmp_path):
+    def refuses(request):
+        return "I'm sorry, but I cannot help with that."
+
+    script = Script(writes=refuses, prefers=lambda question: (0.0, 0.01))
+    with pytest.raises(StageFailed, match="the judge refused, and the options hold"):
+        judge(tmp_path, script, method="reasoned", retries=2)
+    assert len({request.seed for request in script.requests}) == 2 * 2 * 3
+
+
 def test_a_rating_votes_by_the_difference_of_expected_scores(tmp_path):
     sure = {"It is noon.": 6, "No idea.": 2}
 
