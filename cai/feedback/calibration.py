@@ -36,7 +36,8 @@ from cai.tables import rate_text, table
 BINS = 10
 FOLDS = 5
 TEMPERATURES = (0.05, 100.0)
-"""Between these T is looked for: a judge that is right in everything would have 0."""
+"""Between these times the mean size of the log-odds T is looked for: a judge that is right in everything would have 0,
+one that is right by chance infinity."""
 RESAMPLES = 1000
 SAID_BY = {"human": "what people chose", "oracle": "the world's oracle"}
 
@@ -94,15 +95,25 @@ def brier(log_odds: Floats, truth: Floats) -> float:
 
 
 def fit_temperature(log_odds: Floats, truth: Floats) -> float:
-    """The T that makes the truth likeliest under log-odds / T, within `TEMPERATURES`."""
+    """The T that makes the truth likeliest under log-odds / T, within `TEMPERATURES`; c times it for c * log-odds."""
     from scipy.optimize import minimize_scalar
 
+    size = _size(log_odds)
+    unit = log_odds / size
+
     def loss(log_t: float) -> float:
-        x = log_odds / np.exp(log_t)
+        x = unit / np.exp(log_t)
         return float(np.mean(truth * np.logaddexp(0, -x) + (1 - truth) * np.logaddexp(0, x)))
 
     low, high = np.log(TEMPERATURES)
-    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x))
+    best = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x
+    return float(size * np.exp(best))
+
+
+def _size(log_odds: Floats) -> float:
+    """Mean of |log-odds| over those that are not even, on which T does not depend; 1 where all are."""
+    uneven = np.abs(log_odds[log_odds != 0])
+    return float(uneven.mean()) if uneven.size else 1.0
 
 
 def held_out(log_odds: Floats, truth: Floats, clusters: Sequence[str], folds: int = FOLDS) -> Floats:
@@ -125,13 +136,15 @@ def fitted(sums: Floats, before: Floats, truth: Floats, clusters: Sequence[str],
     `before`, the log-odds without it.
     """
     temperature = fit_temperature(sums[~reserved], truth[~reserved])
+    low, high = (bound * _size(sums[~reserved]) for bound in TEMPERATURES)
     if reserved.any():
         which, scaled = np.flatnonzero(reserved), sums[reserved] / temperature
     else:
         which, scaled = np.arange(len(sums)), held_out(sums, truth, clusters)
     return {
         "value": temperature,
-        "at_bound": not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01,
+        "at_bound": not low * 1.01 < temperature < high / 1.01,
+        "bounds": [low, high],
         "pairs": int((~reserved).sum()),
         "prompts": len({clusters[i] for i in np.flatnonzero(~reserved).tolist()}),
         "measured_on": "held_out" if reserved.any() else "cross_validation",

@@ -561,4 +561,35 @@ def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(s
 def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
     rows = [{**row, "human": float(again(row) > 0)} for row in random_votes(20)]
     found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
-    assert (found["at_bound"], found["value"]) == (True, pytest.approx(0.05, rel=0.01))
+    size = np.mean([abs(again(row, temperature=1.0)) for row in rows])
+    assert (found["at_bound"], found["value"]) == (True, pytest.approx(0.05 * size, rel=0.01))
+    assert found["bounds"] == pytest.approx([0.05 * size, 100 * size])
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_the_size_of_weights_changes_the_fitted_temperature_and_no_label(tmp_path, factor):
+    rows = by_people(100)
+    document = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [all]").replace(
+        "weight: 0.5", "weight: 0.5, tags: [all]"
+    ).replace("[red_team]", "[red_team], tags: [all]")  # fmt: skip
+    one = prefer(tmp_path / "one", rows, document, temperature="fitted")
+    many = prefer(tmp_path / "many", rows, document, temperature="fitted", tag_weights={"all": factor})
+    before, after = (done.figures["labels"]["temperature"] for done in (one, many))
+    assert after["value"] == pytest.approx(factor * before["value"], rel=1e-3)
+    assert (before["at_bound"], after["at_bound"]) == (False, False)
+    for pair, (chosen, rejected, p) in by_pair(one).items():
+        assert by_pair(many)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
+
+
+def test_a_temperature_is_fitted_to_people_where_they_labelled_enough_prompts(tmp_path):
+    of_world = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(30)]
+
+    def truth(folder, *rows):
+        found = prefer(tmp_path / folder, list(rows), temperature="fitted").figures["labels"]["temperature"]
+        return found["truth"], found["pairs"]
+
+    people = by_people(100)
+    assert truth("few", *of_world, *({**row, "prompt_id": people[0]["prompt_id"]} for row in people)) == ("oracle", 30)
+    assert truth("enough", *of_world, *people[:20]) == ("human", 20)
+    assert truth("both few", *of_world[:7], *people[:6]) == ("oracle", 7)
+    assert truth("even", *of_world[:6], *people[:6]) == ("human", 6)
