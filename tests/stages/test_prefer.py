@@ -449,6 +449,32 @@ def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(
     assert agreement["interval"][0] < 0.75 < agreement["interval"][1]
 
 
+@pytest.mark.parametrize(
+    ("n_judged", "n_people", "share", "n_ai", "n_human"),
+    [(200, 100, 0.5, 100, 100), (100, 100, 0.2, 80, 20), (50, 200, 0.5, 50, 50), (200, 100, 0.25, 150, 50)],
+)
+def test_pairs_that_both_labelled_go_to_whom_labels_are_short(tmp_path, n_judged, n_people, share, n_ai, n_human):
+    pairs = human_pairs(tmp_path, n_people)
+    done = prefer(tmp_path, votes_on(range(n_judged)), pairs=pairs, mix={"human_share": share})
+    sources = [row["source"] for row in done.rows]
+    assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
+    assert len({row["prompt_id"] for row in done.rows}) == n_ai + n_human, "one label a pair"
+
+
+def test_which_of_contradicting_labels_stays_does_not_depend_on_the_order_of_rows(tmp_path):
+    pairs = human_pairs(tmp_path, 20)
+    file = tmp_path / "people.jsonl"
+    lines = file.read_text().splitlines()
+    lines += [json.dumps({"chosen": row["rejected"], "rejected": row["chosen"]}) for row in map(json.loads, lines)]
+    kept = []
+    for name, order in (("there", lines), ("back", lines[::-1])):
+        file.write_text("".join(line + "\n" for line in order))
+        done = prefer(tmp_path, votes_on(range(100, 115)), pairs=pairs, mix={"human_share": 0.5})
+        kept.append({row["id"] for row in done.rows if row["source"] == "human"})
+        assert len(kept[-1]) == 15, name
+    assert kept[0] == kept[1]
+
+
 def test_agreement_is_shown_of_votes_on_pairs_that_people_labelled(tmp_path):
     rows = [{**row, "human": 1.0} for row in votes_on(range(3))] + [{**votes_on([3], 0.0)[0], "human": 0.0}]
     assert prefer(tmp_path, rows).figures["labels"]["agreement_with_people"]["value"] == 3.5 / 4
