@@ -95,7 +95,7 @@ class Config(StageConfig):
         None,
         description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft; that clamp if all votes are reasoned.",
     )
-    temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0)] = Field(
+    temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "sum_of_weights",
         description="What the weighted sum of log-odds is divided by: the sum of weights, a number, or the number that "
         "is fitted to pairs whose truth is known, by people (`human:` of the judge stage) or the oracle of micro.",

@@ -305,8 +305,9 @@ def test_the_temperature_is_a_number_or_a_word():
     assert Config.model_validate({"id": "p", "from": "v", "temperature": 2}).temperature == 2.0
     for word in ("fitted", "sum_of_weights"):
         assert Config.model_validate({"id": "p", "from": "v", "temperature": word}).temperature == word
-    with pytest.raises(ValueError, match="temperature"):
-        Config.model_validate({"id": "p", "from": "v", "temperature": 0})
+    for number in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            Config.model_validate({"id": "p", "from": "v", "temperature": number})
 
 
 def test_probabilities_do_not_overflow():
@@ -582,6 +583,13 @@ def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(s
     assert by_pair(there).keys() == by_pair(back).keys()
     for pair, (chosen, rejected, p) in by_pair(there).items():
         assert by_pair(back)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
+
+
+def test_a_temperature_of_one_topic_is_fitted_and_not_measured(tmp_path):
+    rows = [micro_pair(n, n % 4 != 0, "topic:0") for n in range(16)]
+    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert found["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
+    assert (found["ece_after_temperature"], found["brier_after_temperature"]) == (None, None)
 
 
 def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
