@@ -112,6 +112,19 @@ def test_the_interval_of_an_error_holds_it_and_a_perfect_judge_shows_what_n_allo
         assert 0 <= low <= found[name]["value"] <= high <= (1 if "brier" in name else 0.5)
 
 
+def test_the_interval_of_an_error_begins_at_none_unless_more_than_noise_is_seen():
+    clusters = [str(i) for i in range(200)]
+
+    def lowest(too_sure):
+        rng = np.random.default_rng(3)
+        x = rng.normal(0, 2, (20, 200))
+        y = (rng.random((20, 200)) < 1 / (1 + np.exp(-x))).astype(float)
+        return [measured(too_sure * a, b, clusters)["ece"]["interval"][0] for a, b in zip(x, y, strict=True)]
+
+    assert lowest(1).count(0) >= 17
+    assert lowest(3).count(0) == 0
+
+
 def test_the_error_of_a_perfect_judge_is_the_mean_over_what_may_happen():
     # Four pairs at 0.75, k of them right: |0.75 - k / 4|, k binomial.
     x = np.full(4, np.log(3))

@@ -12,7 +12,9 @@ a tie: it counts half for either side.
 
 Intervals are clustered by prompt or topic: those of errors resample whole clusters, that of accuracy is a `rate` of
 `cai.statistics`, which stays wide where clusters are few and says whether a judge can be told from chance. Noise makes
-calibration errors larger, never smaller: `ece_if_calibrated` says what a perfect judge would show with as many pairs.
+calibration errors larger on average: `ece_if_calibrated` says what a perfect judge would show with as many pairs, and
+the interval begins at 0 where random signs of the clusters' gaps give as much in 5 %. Simulated coverage of the nominal
+95 % (50 to 1,000 pairs, alone or four alike; calibrated or up to three times too sure): 0.82 to 0.96, least below 200.
 
 Left out: other maps than temperature, which turn verdicts.
 """
@@ -192,11 +194,13 @@ def measured(
             figures |= {f"{what}{name}": {"value": None, **size, "interval": None} for what in ("ece", "brier")}
             continue
         sure, right = confidence(odds, y)
-        ece = partial(_weighted_error, _bin_of(sure), sure - right)
-        squared = partial(_weighted_mean, (probability(odds) - y) ** 2)
-        for what, figure, highest in (("ece", ece, 0.5), ("brier", squared, 1.0)):
-            value, interval = _bootstrap(figure, cluster, highest)
-            figures[f"{what}{name}"] = {"value": value, **size, "interval": interval}
+        number, gap = _bin_of(sure), sure - right
+        value, interval = _bootstrap(partial(_weighted_error, number, gap), cluster, 0.5)
+        if value <= _noise(number, gap, cluster):
+            interval[0] = 0.0
+        figures[f"ece{name}"] = {"value": value, **size, "interval": interval}
+        value, interval = _bootstrap(partial(_weighted_mean, (probability(odds) - y) ** 2), cluster, 1.0)
+        figures[f"brier{name}"] = {"value": value, **size, "interval": interval}
     return (
         {"accuracy": rate(confidence(x, y)[1].tolist(), clusters, missing=failed).as_json()}
         | figures
@@ -289,6 +293,13 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 def _weighted_error(number: NDArray[np.int64], gap: Floats, weights: Floats) -> float:
     """Expected calibration error of rows by weight; `number` is their bin, `gap` how far confidence exceeds right."""
     return float(np.abs(np.bincount(number, gap * weights)).sum() / weights.sum())
+
+
+def _noise(number: NDArray[np.int64], gap: Floats, cluster: NDArray[np.int64]) -> float:
+    """What a calibration error without cause stays below in 95 %: each cluster's gaps get a random sign (Liu 1988)."""
+    rng, n, every = np.random.default_rng(0), int(cluster.max()) + 1, np.ones(len(gap))
+    signs = (rng.choice([-1.0, 1.0], n)[cluster] for _ in range(RESAMPLES))
+    return float(np.quantile([_weighted_error(number, gap * sign, every) for sign in signs], 0.95))
 
 
 def _weighted_mean(values: Floats, weights: Floats) -> float:
