@@ -29,6 +29,7 @@ from cai.errors import BadInput
 from cai.feedback.explain import Evidence
 from cai.feedback.labels import Bools, Floats, probability
 from cai.feedback.truth import Kind, the_truth
+from cai.feedback.votes import failed_pairs
 from cai.records import HELD_OUT, stable_seed
 from cai.statistics import rate
 from cai.tables import rate_text, table
@@ -196,16 +197,18 @@ def of_labels(given: Evidence, kind: Kind | None = None) -> dict[str, Any]:
         raise BadInput(f"{given.name}: no pair whose truth is known has a label")
     topics = given.topics
     clusters = [topics[i] for i in kept.tolist()]
-    found = measured(sides[kept].tolist(), truth.better[kept].tolist(), clusters, given.failed)
+    measured_on = "held_out" if on_held_out else "all"
+    failed = failed_pairs(given.stages, truth.kind, measured_on)
+    found = measured(sides[kept].tolist(), truth.better[kept].tolist(), clusters, failed)
     return {
         "name": given.name,
         "truth": truth.kind,
-        "measured_on": "held_out" if on_held_out else "all",
+        "measured_on": measured_on,
         "left_out": {
             "unclear": int((asked & truth.unclear).sum()),
             "ties": int((asked & (truth.better == 0.5)).sum()),
             "no_label": int((truth.decided & among & (sides == 0)).sum()),
-            "not_judged": given.failed,
+            "not_judged": failed,
         },
         "against_chance": against_chance(*found["accuracy"]["interval"]),
         "stage_temperature": given.rule.temperature,
