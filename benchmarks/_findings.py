@@ -69,19 +69,24 @@ def percent(rate: Found | None) -> str:
     return f"{100 * rate['value']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def number(rate: Found, signed: bool = False) -> str:
+def number(rate: Found) -> str:
     """`-1.24 [-1.31, -1.17]`."""
     low, high = rate["interval"]
-    return f"{rate['value']:{'+' if signed else ''}.2f} [{low:.2f}, {high:.2f}]"
+    return f"{rate['value']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def apart(difference: Found, unit: str = "points") -> str:
     """`+1.2 points [0.3, 2.0]`, and whether that is distinguishable."""
+    text = signed(difference, unit)
+    return text if differs(difference) else f"{text}, not distinguishable"
+
+
+def signed(difference: Found, unit: str = "points") -> str:
+    """`+1.2 points [0.3, 2.0]`."""
     low, high = difference["interval"]
     scale, digits = (100, 1) if unit == "points" else (1, 3 if unit == "Brier" else 2)
     value = f"{scale * difference['value']:+.{digits}f}{' points' if unit == 'points' else ''}"
-    text = f"{value} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-    return text if differs(difference) else f"{text}, not distinguishable"
+    return f"{value} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
 
 
 def differs(difference: Found) -> bool:
@@ -99,13 +104,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (headers, ["---"] * len(headers), *rows)]
 
 
-def reproduces(difference: Found, expected: str) -> str:
-    """Whether the difference is what a paper found: "a higher" or "b higher"."""
+def reproduces(difference: Found, expected: str, unit: str = "points") -> str:
+    """The difference, and whether it is what a paper found: "a higher" or "b higher"."""
     if not differs(difference):
-        return "does not reproduce here: not distinguishable"
-    return (
-        "reproduces here" if difference["verdict"] == expected else "does not reproduce here: it is the other way round"
-    )
+        says = "not distinguishable, so it does **not reproduce**"
+    elif difference["verdict"] == expected:
+        says = "reproduces"
+    else:
+        says = "does **not reproduce**: it is the other way round"
+    return f"{signed(difference, unit)}: {says}"
 
 
 # The page.
@@ -184,7 +191,7 @@ def _judge(found: Found, folder: str) -> Iterator[str]:
     yield ""
     yield prose(
         f"""The temperature that fits best is {found["temperature"]:.2f}. Single votes turn with the order mostly where
-        they are near to even. For what it is shown first the judge has {number(found["position_bias"], signed=True)}
+        they are near to even. For what it is shown first the judge has {signed(found["position_bias"], "nats")}
         nats, the mean over votes."""
     )
     yield ""
@@ -231,8 +238,8 @@ def _labels(found: Found) -> Iterator[str]:
 def _principles(found: Found) -> Iterator[str]:
     part = found["principles"]
     yield prose(
-        """For each pair, k of the principles that apply are drawn, the same votes otherwise. Of harmful requests only
-        two principles are asked, of others eight."""
+        """For each pair, k of the principles that apply are drawn, the same votes otherwise; a lone one still counts by
+        its weight. Of harmful requests only two principles are asked, of others eight."""
     )
     yield ""
     yield from table(
@@ -372,39 +379,37 @@ def _papers(found: Found) -> Iterator[str]:
         [
             [
                 "Soft labels are better than hard ones where the judge does not reason (Bai et al. 2022)",
-                f"hard less soft, reward model: {apart(hard[0])}: {reproduces(hard[0], 'b higher')}; "
-                f"policy's gold score: {apart(hard[1], 'score')}: {reproduces(hard[1], 'b higher')}",
+                f"hard less soft, reward model: {reproduces(hard[0], 'b higher')}; policy's gold score: "
+                f"{reproduces(hard[1], 'b higher', 'score')}",
             ],
             [
                 "Labels clamped to 40–60 % are better after reasons, which leave a judge too sure (Bai et al. 2022)",
-                "not the same case, since this judge does not reason first. Clamped less soft, "
-                f"reward model: {apart(clamped[0])}: {reproduces(clamped[0], 'a higher')}; policy's gold score: "
-                f"{apart(clamped[1], 'score')}: {reproduces(clamped[1], 'a higher')}",
+                "not the same case: this judge did not reason first. Clamped less soft, reward model: "
+                f"{reproduces(clamped[0], 'a higher')}; policy's gold score: "
+                f"{reproduces(clamped[1], 'a higher', 'score')}",
             ],
             [
                 "Many principles make better preference models than one (Bai et al. 2022, who draw one for each pair "
                 "and compare with one fixed)",
-                "all for each pair less one drawn for each, which the paper has not compared; labels: "
-                f"{apart(one['all_less_these'])}: {reproduces(one['all_less_these'], 'a higher')}; reward model: "
-                f"{apart(one['reward_all_less_these'])}: "
+                "all for each pair less one drawn for each, which the paper did not compare; labels: "
+                f"{reproduces(one['all_less_these'], 'a higher')}; reward model: "
                 f"{reproduces(one['reward_all_less_these'], 'a higher')}",
             ],
             [
                 "Judges have a position bias, small ones most (Lee et al. 2023)",
-                f"this one, small and trained on balanced positions: {number(found['position_bias'], signed=True)} "
-                f"nats for what it is shown first; {percent(found['flip_rate'])} % of labels turn with the order",
+                f"{signed(found['position_bias'], 'nats')} nats for what is shown first; {percent(found['flip_rate'])} "
+                "% of labels turn with the order: this judge is small, and was trained on balanced positions",
             ],
             [
                 "Averaging over both orders counters the bias (Lee et al. 2023, who average probabilities)",
-                "with a bias added, probabilities in both orders less one order: "
-                f"{apart(same['probability - one order']['accuracy'])}: "
-                f"{reproduces(same['probability - one order']['accuracy'], 'a higher')}; without one: "
-                f"{apart(orders['none']['differences']['probability - one order']['accuracy'])}",
+                "probabilities in both orders less one order, with a bias added: "
+                f"{reproduces(same['probability - one order']['accuracy'], 'a higher')}; with the judge's own alone: "
+                f"{reproduces(orders['none']['differences']['probability - one order']['accuracy'], 'a higher')}",
             ],
             [
-                "Averaging log-odds is better than averaging probabilities (this project's choice)",
-                f"with a bias added, labels: {apart(same['log-odds - probability']['accuracy'])}; Brier score: "
-                f"{apart(same['log-odds - probability']['brier'], 'Brier')}",
+                "Averaging log-odds is better than averaging probabilities (this project's choice, not the papers')",
+                f"with a bias added, labels: {reproduces(same['log-odds - probability']['accuracy'], 'a higher')}; "
+                f"Brier score: {reproduces(same['log-odds - probability']['brier'], 'b higher', 'Brier')}",
             ],
         ],
     )
@@ -486,7 +491,8 @@ def draw_labels(found: Found, path: Path) -> None:
             whiskers(left, places, [own[each] for each in rows if each in own], COLOURS[index], name, across=True)
             whiskers(right, [(index - 2) * 0.14], [own["gold"]], COLOURS[index], name, across=True, scale=1)
         _rows(left, ["reward model right", *(METRICS[each] for each in rows[1:])])
-        _rows(right, ["gold"])
+        right.set_yticks([])
+        right.set_ylim(0.5, -0.5)
         left.set_xlim(0, 100)
         left.set_xlabel("%", color=SOFT)
         right.set_xlabel("gold score", color=SOFT)
@@ -547,6 +553,8 @@ def draw_abstention(found: Found, path: Path) -> None:
             places = [100 * each["coverage"]["value"] for each in own.values()]
             whiskers(axes, places, [each["accuracy"] for each in own.values()], COLOURS[index], name, line=True)
             for threshold, place, each in zip(own, places, own.values(), strict=True):
+                if place > 99 and threshold != "0.5":
+                    continue  # where nothing is lost yet the thresholds would lie on each other
                 at = (place, 100 * each["accuracy"]["value"])
                 shift = (0, -14) if index == 1 else (0, 8)
                 axes.annotate(

@@ -496,13 +496,6 @@ def by_principles(pool: Pool) -> dict[str, Any]:
     return found
 
 
-BIASES = {
-    "none": "without",
-    "same": "the same in both orders",
-    "anew": "drawn anew in each order",
-}
-
-
 def by_orders(pool: Pool) -> dict[str, Any]:
     """Labels of one order, of averaged probabilities and of averaged log-odds, by a judge with and without a bias."""
     drawn = {draw: position_bias(pool.ids, pool.principles, draw) for draw in ("ab", "ba")}
@@ -693,7 +686,7 @@ class Progress:
     """Says on stderr what was trained and about how long the rest will take."""
 
     def __init__(self, total: int) -> None:
-        self.left, self.n, self.began = total, 0, time.monotonic()
+        self.left, self.n, self.seconds = total, 0, 0.0
 
     def reused(self) -> None:
         """One training was done before."""
@@ -703,7 +696,8 @@ class Progress:
         """One is done now."""
         self.left -= 1
         self.n += 1
-        rest = (time.monotonic() - self.began) / self.n * self.left
+        self.seconds += seconds
+        rest = self.seconds / self.n * self.left
         words = f"{self.left} left, about {duration(rest)}" if self.left else "the last one"
         print(f"{what}: {duration(seconds)}; {words}", file=sys.stderr, flush=True)
 

@@ -102,5 +102,5 @@ def test_the_page_and_its_figures_come_of_results_alone(tmp_path):
         assert f"(findings/{name}.svg)" in page
         assert (tmp_path / "findings" / f"{name}.svg").stat().st_size > 1000
     assert "hard less soft, reward model: +0.0 points" in page
-    assert "does not reproduce here: not distinguishable" in page
+    assert "not distinguishable, so it does **not reproduce**" in page
     assert json.loads((tmp_path / "findings" / "results.json").read_text())["sizes"]["seeds"] == 5
