@@ -512,7 +512,7 @@ def by_orders(pool: Pool) -> dict[str, Any]:
             way: {
                 "accuracy": pool.estimate(right[way]),
                 "brier": pool.estimate(error[way]),
-                "ece": calibration.calibration_error(log_odds[way], pool.truth),
+                "ece": calibration.measured(log_odds[way].tolist(), pool.truth.tolist(), pool.topics)["ece"],
             }
             for way in log_odds
         } | {
