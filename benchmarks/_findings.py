@@ -299,12 +299,12 @@ def _orders(found: Found) -> Iterator[str]:
         ],
     )
     yield ""
-    yield prose(best_way(part["same"]["differences"]))
+    yield prose(best_way(part["same"]["differences"], part["anew"]["differences"]))
 
 
-def best_way(differences: Found) -> str:
-    """Whether the mean of log-odds is best under a bias that is the same in both orders, by a margin that counts."""
-    over_one, over_p = (differences[f"log-odds - {other}"] for other in ("one order", "probability"))
+def best_way(same: Found, anew: Found) -> str:
+    """Whether the mean of log-odds is best by a margin that counts, by whether the bias is the same in both orders."""
+    over_one, over_p = (same[f"log-odds - {other}"] for other in ("one order", "probability"))
     text = "Accuracy of log-odds under a bias that is the same in both orders, less that of one order: "
     text += f"{apart(over_one['accuracy'])}; less that of probabilities: {apart(over_p['accuracy'])}. "
     if over_p["accuracy"]["verdict"] == "a higher":
@@ -315,6 +315,11 @@ def best_way(differences: Found) -> str:
         text += "**The mean of log-odds is not best by a distinguishable margin.**"
     if over_p["brier"]["verdict"] == "b higher":
         text += " What it buys over probabilities is confidence that means something: the Brier score is lower."
+    uneven = anew["log-odds - probability"]
+    if uneven["brier"]["verdict"] == "a higher":
+        text += (
+            " Where the bias is drawn anew in each order, nothing cancels and it is probabilities whose score is lower."
+        )
     return text
 
 

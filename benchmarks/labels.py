@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -752,7 +753,7 @@ def surroundings(worlds: Sequence[World], pool: Pool, seeds: int, sizes: Sizes) 
             "pairs_learned": [int((~world.held_out).sum()) for world in worlds],
         },
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("cai", "numpy", *PACKAGES)},
+        | {name: importlib.metadata.version(name) for name in ("cai", "numpy", *PACKAGES) if find_spec(name)},
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "all")},
     }
 
