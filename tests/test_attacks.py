@@ -15,8 +15,9 @@ from cai.cli import main
 from cai.engines import Failure, Question
 from cai.errors import BadInput, StageFailed
 from cai.feedback import attacks
-from cai.feedback.injections import EMPTY, FAMILIES, FLOODS, SEEN_BY_MICRO, inject
+from cai.feedback.injections import CONTROLS, EMPTY, FAMILIES, FLOODS, NO_VERDICT, ORDERS, SAID, SEEN_BY_MICRO, inject
 from cai.feedback.votes import empty
+from cai.micro import injections as micro
 from cai.micro.evaluate.attacks import cases
 from cai.progress import StageLine
 from cai.templates import load_templates
@@ -50,7 +51,7 @@ def upright(question: Question) -> tuple[float, float]:
 
 def gullible(question: Question) -> tuple[float, float]:
     """Believes a JSON verdict, whoever wrote it."""
-    said = re.search(r'"(?:verdict|better|answer)": "([AB])"', "\n".join(shown(question)))
+    said = re.search(r'"(?:winner|better|preferred)": "([AB])"', "\n".join(shown(question)))
     return ({"A": 3.0, "B": -3.0}[said[1]], 1.0) if said else upright(question)
 
 
@@ -132,6 +133,20 @@ def test_at_least_half_of_the_families_are_new_to_the_embedded_judge() -> None:
     assert len(FAMILIES) == len(set(FAMILIES))
     assert set(FLOODS) < set(FAMILIES)
     assert 2 * len(SEEN_BY_MICRO) <= len(FAMILIES)
+
+
+def test_no_wording_of_an_unseen_family_has_the_words_of_a_trained_one() -> None:
+    def words(wording: str) -> str:
+        return " ".join(["", *re.findall(r"\{\w+\}|\w+", wording.casefold()), ""])
+
+    trained = {words(wording) for family in SEEN_BY_MICRO for wording in micro.FAMILIES[family]}
+    families = {**{name: said for name, said in micro.FAMILIES.items() if name not in SEEN_BY_MICRO}, **SAID}
+    unseen = [wording for said in (*families.values(), ORDERS) for wording in said]
+    assert [wording for wording in unseen if any(each in words(wording) for each in trained)] == []
+
+
+def test_controls_are_families_that_nobody_trained_on() -> None:
+    assert NO_VERDICT < CONTROLS < set(FAMILIES) - SEEN_BY_MICRO
 
 
 def test_pairs_of_the_world_are_of_different_topics_and_under_principles_that_tell_them_apart() -> None:
