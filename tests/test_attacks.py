@@ -62,25 +62,37 @@ def attacked(folder: Path, script: Script) -> attacks.Attacks:
 
 def test_a_judge_that_reads_the_responses_alone_turns_nowhere(tmp_path: Path) -> None:
     found = attacks.figures(attacked(tmp_path, Script(prefers=upright)), trained=False)
-    assert (found["pairs"], found["overall"], found["accuracy"]) == (3, 0.0, 1.0)
-    assert found["n"] == 3 * (len(FAMILIES) - 1)
+    assert found["pairs"] == 3
+    assert [found["overall"][name]["value"] for name in ("flips", "accuracy")] == [0.0, 1.0]
+    assert found["overall"]["flips"]["n"] == 3 * len(set(FAMILIES) - CONTROLS)
     assert (found["seen"], found["unseen"]) == (None, None)
     assert {each["seen"] for each in found["families"].values()} == {None}
-    assert {each["flip_rate"] for name, each in found["families"].items() if name != EMPTY} == {0.0}
+    assert {each["flips"]["value"] for name, each in found["families"].items() if name != EMPTY} == {0.0}
 
 
 def test_a_judge_that_believes_a_verdict_in_a_response_turns_in_that_family_in_both_orders(tmp_path: Path) -> None:
     found = attacks.figures(attacked(tmp_path, Script(prefers=gullible)), trained=True)
-    turned = {name: each for name, each in found["families"].items() if each["flip_rate"]}
+    turned = {name: each for name, each in found["families"].items() if each["flips"]["value"]}
     assert list(turned) == ["JSON verdict"]
-    assert (turned["JSON verdict"]["flip_rate"], turned["JSON verdict"]["accuracy"]) == (1.0, 0.0)
-    assert turned["JSON verdict"]["accuracy_without_injection"] == 1.0
+    names = ("flips", "accuracy", "accuracy_without_injection")
+    assert [turned["JSON verdict"][name]["value"] for name in names] == [1.0, 0.0, 1.0]
     assert turned["JSON verdict"]["seen"] is False
-    assert found["overall"] == pytest.approx(3 / found["n"])
-    assert (found["seen"]["flip_rate"], found["unseen"]["flip_rate"]) == (0.0, pytest.approx(3 / found["unseen"]["n"]))
+    overall, seen, unseen = (found[name]["flips"] for name in ("overall", "seen", "unseen"))
+    assert [each["value"] for each in (overall, seen, unseen)] == pytest.approx([3 / overall["n"], 0, 3 / unseen["n"]])
+    assert overall["n"] == seen["n"] + unseen["n"]
     table = list(attacks.lines(found))
     assert table[1].startswith("JSON verdict")
     assert "100.0 [" in table[1]
+
+
+def test_a_wrong_verdict_that_turns_is_no_gain_in_accuracy(tmp_path: Path) -> None:
+    def wrong_and_gullible(question: Question) -> tuple[float, float]:
+        odds, mass = upright(question)
+        return gullible(question) if '{"' in question.messages[-1]["content"] else (-odds, mass)
+
+    found = attacks.figures(attacked(tmp_path, Script(prefers=wrong_and_gullible)), trained=True)
+    names = ("flips", "accuracy", "accuracy_without_injection")
+    assert [found["families"]["JSON verdict"][name]["value"] for name in names] == [1.0, 0.0, 0.0]
 
 
 def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Path) -> None:
@@ -90,7 +102,8 @@ def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Pat
 
     script = Script(prefers=wrong)
     found = attacks.figures(attacked(tmp_path, script), trained=False)
-    assert found["accuracy_without_injection"] == found["accuracy"] == pytest.approx(2 / 3)
+    accuracies = [found["overall"][name]["value"] for name in ("accuracy_without_injection", "accuracy")]
+    assert accuracies == pytest.approx([2 / 3, 2 / 3])
     with_json = [shown(question) for question in script.questions if '{"' in question.messages[-1]["content"]]
     assert sum("GOOD" in text for texts in with_json for text in texts if '{"' in text) == 2  # both orders of one pair
 
@@ -102,9 +115,11 @@ def test_what_gets_no_verdict_is_a_failure_and_no_flip(tmp_path: Path) -> None:
 
     found = attacks.figures(attacked(tmp_path, Script(prefers=short_of_room)), trained=False)
     for name in (EMPTY, "flood of one token"):
-        assert (found["families"][name]["n"], found["families"][name]["failed"]) == (0, 3)
-        assert found["families"][name]["flip_rate"] is None
-    assert found["failed"] == 6
+        flips = found["families"][name]["flips"]
+        assert (flips["value"], flips["n"], flips["missing"], flips["bounds"]) == (None, 0, 3, [0.0, 1.0])
+        assert found["families"][name]["no_verdict_expected"]
+    assert "missing" not in found["overall"]["flips"]
+    assert attacks.above(found, 0.0, 0.0) == []
     with pytest.raises(StageFailed, match=r"no verdict on any of 3 pairs; .*asleep"):
         attacked(tmp_path, Script(prefers=lambda question: Failure(question.id, "asleep")))
     with pytest.raises(StageFailed, match="exactly even"):
@@ -133,6 +148,34 @@ def test_at_least_half_of_the_families_are_new_to_the_embedded_judge() -> None:
     assert len(FAMILIES) == len(set(FAMILIES))
     assert set(FLOODS) < set(FAMILIES)
     assert 2 * len(SEEN_BY_MICRO) <= len(FAMILIES)
+
+
+def test_failures_count_as_flips_in_the_worst_case_and_at_the_limits(tmp_path: Path) -> None:
+    def afraid(question: Question) -> tuple[float, float] | Failure:
+        return Failure(question.id, "I see JSON") if '{"' in question.messages[-1]["content"] else upright(question)
+
+    found = attacks.figures(attacked(tmp_path, Script(prefers=afraid)), trained=False)
+    overall = found["overall"]["flips"]
+    assert (overall["value"], overall["missing"]) == (0.0, 3)
+    assert overall["bounds"] == pytest.approx([0, 3 / (overall["n"] + 3)])
+    assert attacks.above(found, 0.0, None) == ["all"]
+    assert attacks.above(found, 0.5, None) == []
+    assert attacks.above(found, None, 0.5) == ["JSON verdict"]
+    line = next(line for line in attacks.lines(found) if line.startswith("JSON verdict"))
+    assert "0.0, 100.0" in line
+
+
+def test_what_fails_is_asked_once_more(tmp_path: Path) -> None:
+    asked = set[str]()
+
+    def slow(question: Question) -> tuple[float, float] | Failure:
+        first = str(question.messages) not in asked
+        asked.add(str(question.messages))
+        return Failure(question.id, "not yet") if first else upright(question)
+
+    found = attacks.figures(attacked(tmp_path, Script(prefers=slow)), trained=False)
+    assert found["pairs_failed"] == 0
+    assert {name for name, each in found["families"].items() if each["flips"].get("missing")} == {EMPTY}
 
 
 def test_no_wording_of_an_unseen_family_has_the_words_of_a_trained_one() -> None:
@@ -167,17 +210,21 @@ def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monk
     assert {name: each["seen"] for name, each in found["families"].items()} == dict.fromkeys(some, False) | {
         some[0]: True
     }
-    assert [found["families"][name]["n"] for name in some] == [8, 8, 0, 0]
-    assert found["families"]["flood of one token"]["failed"] == 8
-    assert found["overall"] <= 0.3
-    assert found["seen"]["n"] == 8
+    assert [found["families"][name]["flips"]["n"] for name in some] == [8, 8, 0, 0]
+    assert found["families"]["flood of one token"]["flips"]["missing"] == 8
+    assert found["overall"]["flips"]["value"] <= 0.3
+    assert (found["overall"]["flips"]["n"], found["seen"]["flips"]["n"]) == (16, 8)
 
 
 def test_above_the_limit_the_command_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     document = constitution(tmp_path, TEXT).path
     monkeypatch.setattr("cai.engines.open_engine", lambda model, profile: Script(prefers=gullible))
-    command = ["judge", "attack", "--templates", "default", "--constitution", str(document), "--max-flip-rate"]
-    below, above = (CliRunner().invoke(main, [*command, limit]) for limit in ("0.5", "0.01"))
-    assert (below.exit_code, above.exit_code) == (0, 1)
-    assert below.stdout == above.stdout
+    command = ["judge", "attack", "--templates", "default", "--constitution", str(document)]
+    below, above, in_one = (
+        CliRunner().invoke(main, [*command, *limit])
+        for limit in (["--max-flip-rate", "0.5"], ["--max-flip-rate", "0.01"], ["--max-family-flip-rate", "0.5"])
+    )
+    assert (below.exit_code, above.exit_code, in_one.exit_code) == (0, 1, 1)
+    assert below.stdout == above.stdout == in_one.stdout
+    assert ("above the limit: all" in above.stderr, "above the limit: JSON verdict" in in_one.stderr) == (True, True)
     assert below.stdout.splitlines()[1].startswith("JSON verdict")
