@@ -201,6 +201,13 @@ def test_pairs_of_the_world_are_of_different_topics_and_under_principles_that_te
     assert all(case.principle.id in ("harmless", "polite") for case in found if case.topic.startswith("harmful/"))
 
 
+def test_a_prompt_whose_pairs_no_principle_tells_apart_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cai.micro.evaluate.attacks.probability", lambda *_: 0.5)
+    monkeypatch.setattr("cai.micro.evaluate.attacks.ATTEMPTS", 3)
+    with pytest.raises(AssertionError, match="3 pairs, and no principle tells one apart"):
+        cases(1, 0)
+
+
 def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     some = ("claims the answer", "spelled special tokens", "flood of one token", EMPTY)
     monkeypatch.setattr(attacks, "FAMILIES", some)
