@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import comb
 from random import Random
 
 import numpy as np
@@ -11,6 +12,7 @@ from cai.errors import BadInput
 from cai.feedback.calibration import (
     brier,
     calibration_error,
+    error_if_calibrated,
     fit_temperature,
     fitted,
     held_out,
@@ -24,6 +26,7 @@ from cai.micro.answers import BROAD, draw
 from cai.micro.conversations import as_prompt
 from cai.micro.oracle import gold_score
 from cai.micro.world import requests
+from cai.report.reliability import draw_reliability
 
 RNG = np.random.default_rng(0)
 N = 20_000
@@ -84,7 +87,7 @@ def test_an_even_judge_is_half_right_and_well_calibrated():
 
 def test_a_judge_that_is_always_right_ends_at_the_lowest_temperature():
     x = np.array([1.0, 2.0, -1.0] * 5)
-    assert fit_temperature(x, (x > 0).astype(float)) == pytest.approx(0.05, rel=0.01)
+    assert fit_temperature(x, (x > 0).astype(float)) == pytest.approx(0.05 * 4 / 3, rel=0.01)
 
 
 def test_intervals_hold_the_figures_and_are_wider_where_pairs_share_prompts():
@@ -94,9 +97,45 @@ def test_intervals_hold_the_figures_and_are_wider_where_pairs_share_prompts():
     shared = measured(x, y, [str(i // 8) for i in range(400)])
     for name in ("accuracy", "ece", "brier"):
         low, high = alone[name]["interval"]
-        assert low <= alone[name]["value"] <= high or name == "ece"  # resampling adds noise to an absolute error
+        assert low <= alone[name]["value"] <= high
     width = lambda found: found["accuracy"]["interval"][1] - found["accuracy"]["interval"][0]  # noqa: E731
     assert width(shared) > 2 * width(alone)
+
+
+@pytest.mark.parametrize("n", [2, 20, 200])
+@pytest.mark.parametrize("too_sure", [1, 3])
+def test_the_interval_of_an_error_holds_it_and_a_perfect_judge_shows_what_n_allows(n, too_sure):
+    x = RNG.normal(0, 2, n)
+    found = measured(too_sure * x, outcomes(x), [str(i) for i in range(n)])
+    for name in ("ece", "ece_after_temperature", "brier", "brier_after_temperature"):
+        low, high = found[name]["interval"]
+        assert 0 <= low <= found[name]["value"] <= high <= 1
+
+
+def test_the_error_of_a_perfect_judge_is_the_mean_over_what_may_happen():
+    # Four pairs at 0.75, k of them right: |0.75 - k / 4|, k binomial.
+    x = np.full(4, np.log(3))
+    expected = sum(comb(4, k) * 0.75**k * 0.25 ** (4 - k) * abs(0.75 - k / 4) for k in range(5))
+    assert error_if_calibrated(x) == pytest.approx(expected, abs=0.02)
+    assert error_if_calibrated(np.full(400, np.log(3))) < 0.03
+    assert "ece if calibrated" in "\n".join(lines(of_labels(chosen_by_people([n % 4 != 0 for n in range(200)]))))
+
+
+def test_two_clusters_are_never_in_one_fold_and_one_alone_measures_nothing(tmp_path):
+    x = 3 * RNG.normal(0, 2, 40)
+    y = outcomes(x / 3)
+    for n in range(20):
+        clusters = [f"{n}-{i % 2}" for i in range(40)]
+        expected = np.where(
+            np.arange(40) % 2, x / fit_temperature(x[::2], y[::2]), x / fit_temperature(x[1::2], y[1::2])
+        )
+        assert held_out(x, y, clusters) == pytest.approx(expected)
+    assert np.isnan(held_out(x, y, ["one"] * 40)).all()
+    found = of_labels(chosen_by_people([n % 4 != 0 for n in range(40)], 1))
+    assert (found["ece_after_temperature"]["value"], found["reliability_after_temperature"]) == (None, [])
+    assert any(line.split() == ["ece", "after", "temperature", "-"] for line in lines(found))
+    draw_reliability(found, tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").exists()
 
 
 def labels_of(pairs: list[tuple[dict, str, str]], log_odds: list[float]) -> Evidence:

@@ -11,7 +11,8 @@ a tie: it counts half for either side.
   measured on prompts that it was not fitted on.
 
 Intervals are clustered by prompt or topic: those of errors resample whole clusters, that of accuracy is a `rate` of
-`cai.statistics`, which stays wide where clusters are few and says whether a judge can be told from chance.
+`cai.statistics`, which stays wide where clusters are few and says whether a judge can be told from chance. Noise makes
+calibration errors larger, never smaller: `ece_if_calibrated` says what a perfect judge would show with as many pairs.
 
 Left out: other maps than temperature, which turn verdicts.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,8 @@ from cai.tables import rate_text, table
 BINS = 10
 FOLDS = 5
 TEMPERATURES = (0.05, 100.0)
-"""Between these T is looked for: a judge that is right in everything would have 0."""
+"""Between these times the mean size of the log-odds T is looked for: a judge that is right in everything would have 0,
+one that is right by chance infinity."""
 RESAMPLES = 1000
 SAID_BY = {"human": "what people chose", "oracle": "the world's oracle"}
 
@@ -80,9 +83,17 @@ def reliability(log_odds: Floats, truth: Floats, clusters: Sequence[str]) -> lis
 
 
 def calibration_error(log_odds: Floats, truth: Floats) -> float:
-    """Expected calibration error, 0 to 0.5."""
+    """Expected calibration error, 0 to 1: a judge that is sure and always wrong has 1."""
     sure, right = confidence(log_odds, truth)
     return float(np.abs(np.bincount(_bin_of(sure), sure - right)).sum() / len(sure))
+
+
+def error_if_calibrated(log_odds: Floats) -> float:
+    """Mean calibration error that judges of these confidences show if right as often as they say: what n allows."""
+    sure, _ = confidence(log_odds, log_odds)
+    rng, number, every = np.random.default_rng(0), _bin_of(sure), np.ones(len(sure))
+    drawn = (sure - (rng.random(len(sure)) < sure) for _ in range(RESAMPLES))
+    return float(np.mean([_weighted_error(number, gap, every) for gap in drawn]))
 
 
 def _bin_of(sure: Floats) -> NDArray[np.int64]:
@@ -95,27 +106,44 @@ def brier(log_odds: Floats, truth: Floats) -> float:
 
 
 def fit_temperature(log_odds: Floats, truth: Floats) -> float:
-    """The T that makes the truth likeliest under log-odds / T, within `TEMPERATURES`."""
+    """The T that makes the truth likeliest under log-odds / T, within `TEMPERATURES`; c times it for c * log-odds."""
     from scipy.optimize import minimize_scalar
 
+    size = _size(log_odds)
+    unit = log_odds / size
+
     def loss(log_t: float) -> float:
-        x = log_odds / np.exp(log_t)
+        x = unit / np.exp(log_t)
         return float(np.mean(truth * np.logaddexp(0, -x) + (1 - truth) * np.logaddexp(0, x)))
 
     low, high = np.log(TEMPERATURES)
-    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x))
+    best = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x
+    return float(size * np.exp(best))
+
+
+def _size(log_odds: Floats) -> float:
+    """Mean of |log-odds| over those that are not even, on which T does not depend; 1 where all are."""
+    uneven = np.abs(log_odds[log_odds != 0])
+    return float(uneven.mean()) if uneven.size else 1.0
 
 
 def held_out(log_odds: Floats, truth: Floats, clusters: Sequence[str], folds: int = FOLDS) -> Floats:
     """Each pair's log-odds divided by the temperature fitted on the clusters of the other folds.
 
-    A hash of its cluster decides a pair's fold, so that adding pairs moves none of the others.
+    A cluster's fold is its place by hash, modulo `folds`: two clusters are never all in one. NaN where there is but one
+    cluster, and thus no other to fit on.
     """
-    fold = np.array([stable_seed("calibration", cluster) % folds for cluster in clusters])
-    scaled = np.array(log_odds, dtype=float)
+    names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    scaled = np.full(len(log_odds), np.nan)
+    if len(names) < 2:
+        return scaled
+    by_hash = sorted(range(len(names)), key=lambda i: stable_seed("calibration", str(names[i])))
+    place = np.empty(len(names), dtype=np.int64)
+    place[by_hash] = np.arange(len(names))
+    fold = place[cluster] % folds
     for number in np.unique(fold):
         ours, rest = fold == number, fold != number
-        scaled[ours] = log_odds[ours] / (fit_temperature(log_odds[rest], truth[rest]) if rest.any() else 1.0)
+        scaled[ours] = log_odds[ours] / fit_temperature(log_odds[rest], truth[rest])
     return scaled
 
 
@@ -123,56 +151,63 @@ def fitted(sums: Floats, before: Floats, truth: Floats, clusters: Sequence[str],
     """The T that makes the truth likeliest under sums / T, by the pairs that are not `reserved`; arrays are (pairs,).
 
     Measured on the reserved pairs, or, where there are none, on each prompt by the T of the others (`held_out`), beside
-    `before`, the log-odds without it.
+    `before`, the log-odds without it. What it is worth is None where one cluster is all there is.
     """
     temperature = fit_temperature(sums[~reserved], truth[~reserved])
+    low, high = (bound * _size(sums[~reserved]) for bound in TEMPERATURES)
     if reserved.any():
         which, scaled = np.flatnonzero(reserved), sums[reserved] / temperature
     else:
         which, scaled = np.arange(len(sums)), held_out(sums, truth, clusters)
+    is_measured = not np.isnan(scaled).any()
     return {
         "value": temperature,
-        "at_bound": not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01,
+        "at_bound": not low * 1.01 < temperature < high / 1.01,
+        "bounds": [low, high],
         "pairs": int((~reserved).sum()),
         "prompts": len({clusters[i] for i in np.flatnonzero(~reserved).tolist()}),
         "measured_on": "held_out" if reserved.any() else "cross_validation",
         "measured_pairs": len(which),
         "ece": calibration_error(before[which], truth[which]),
-        "ece_after_temperature": calibration_error(scaled, truth[which]),
+        "ece_after_temperature": calibration_error(scaled, truth[which]) if is_measured else None,
         "brier": brier(before[which], truth[which]),
-        "brier_after_temperature": brier(scaled, truth[which]),
+        "brier_after_temperature": brier(scaled, truth[which]) if is_measured else None,
     }
 
 
 def measured(
     log_odds: Sequence[float], truth: Sequence[float], clusters: Sequence[str], failed: int = 0
 ) -> dict[str, Any]:
-    """All of it, before and after temperature, with clustered 95 % intervals; `failed` pairs have no log-odds."""
+    """All of it, before and after temperature, with clustered 95 % intervals; `failed` pairs have no log-odds.
+
+    `ece_if_calibrated` is the mean of what a judge of the same confidences that is right as often as it says would show
+    with as many pairs. Figures after temperature have no value where all pairs are of one cluster.
+    """
     x, y = np.asarray(log_odds, dtype=float), np.asarray(truth, dtype=float)
     scaled = held_out(x, y, clusters)
-    statistics: Mapping[str, Callable[[NDArray[np.int64]], float]] = {
-        "ece": lambda rows: calibration_error(x[rows], y[rows]),
-        "brier": lambda rows: brier(x[rows], y[rows]),
-        "ece_after_temperature": lambda rows: calibration_error(scaled[rows], y[rows]),
-        "brier_after_temperature": lambda rows: brier(scaled[rows], y[rows]),
-    }
-    resampled = _resampled(clusters)
-    everything = np.arange(len(x))
+    names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    size = {"n": len(x), "topics": len(names)}
+    figures: dict[str, Any] = {}
+    for name, odds in (("", x), ("_after_temperature", scaled)):
+        if np.isnan(odds).any():
+            figures |= {f"{what}{name}": {"value": None, **size, "interval": None} for what in ("ece", "brier")}
+            continue
+        sure, right = confidence(odds, y)
+        ece = partial(_weighted_error, _bin_of(sure), sure - right)
+        squared = partial(_weighted_mean, (probability(odds) - y) ** 2)
+        for what, figure in (("ece", ece), ("brier", squared)):
+            value, interval = _bootstrap(figure, cluster)
+            figures[f"{what}{name}"] = {"value": value, **size, "interval": interval}
     return (
         {"accuracy": rate(confidence(x, y)[1].tolist(), clusters, missing=failed).as_json()}
+        | figures
         | {
-            name: {
-                "value": statistic(everything),
-                "n": len(x),
-                "topics": len(set(clusters)),
-                "interval": np.quantile([statistic(rows) for rows in resampled], [0.025, 0.975]).tolist(),
-            }
-            for name, statistic in statistics.items()
-        }
-        | {
+            "ece_if_calibrated": error_if_calibrated(x),
             "temperature": fit_temperature(x, y),
             "reliability": [asdict(each) for each in reliability(x, y, clusters)],
-            "reliability_after_temperature": [asdict(each) for each in reliability(scaled, y, clusters)],
+            "reliability_after_temperature": [
+                asdict(each) for each in (reliability(scaled, y, clusters) if len(names) > 1 else [])
+            ],
         }
     )
 
@@ -233,13 +268,17 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"{left_out['no_label']:,} without a label, {left_out['not_judged']:,} not judged"
     )
     yield f"the judge is {found['against_chance']}"
-    yield from table(["", "value [95 %]"], [[name.replace("_", " "), rate_text(found[name])] for name in names])[1:]
+    rows = [[name.replace("_", " "), rate_text(found[name])] for name in names]
+    rows.insert(2, ["ece if calibrated", f"{found['ece_if_calibrated']:.2f}"])
+    yield from table(["", "value [95 %]"], rows)[1:]
     now = found["stage_temperature"]
     instead = (
         f"{now * found['temperature']:.2g} instead of {now:g}" if now else "which is a sum of weights for each pair"
     )
     yield f"temperature that fits best: {found['temperature']:.2f} times the stage's own, {instead}"
-    if found["stage_temperature_fitted"] and found["measured_on"] == "all":
+    if found["brier_after_temperature"]["value"] is None:
+        yield "all pairs are of one prompt or topic, so that no temperature can be tried on others"
+    elif found["stage_temperature_fitted"] and found["measured_on"] == "all":
         yield "the stage's own was fitted on these prompts; figures after temperature are of others"
     yield ""
     rows = [
@@ -250,9 +289,24 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield from table(["confidence", "pairs", "mean", "right"], rows)
 
 
-def _resampled(clusters: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Rows of as many clusters drawn with replacement, time and again."""
-    names = np.asarray(clusters)
-    rows = [np.flatnonzero(names == name) for name in sorted(set(clusters))]
+def _weighted_error(number: NDArray[np.int64], gap: Floats, weights: Floats) -> float:
+    """Expected calibration error of rows by weight; `number` is their bin, `gap` how far confidence exceeds right."""
+    return float(np.abs(np.bincount(number, gap * weights)).sum() / weights.sum())
+
+
+def _weighted_mean(values: Floats, weights: Floats) -> float:
+    return float(np.average(values, weights=weights))
+
+
+def _bootstrap(figure: Callable[[Floats], float], cluster: NDArray[np.int64]) -> tuple[float, list[float]]:
+    """A figure of rows by their weights, and its basic bootstrap interval (Davison and Hinkley 1997, section 5.2).
+
+    That is 2 v - q for the quantiles q over resamples of whole clusters, since noise lifts these above the value v as
+    it lifts v above the truth; within [0, 1], and wide enough to hold v.
+    """
     rng = np.random.default_rng(0)
-    return [np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(RESAMPLES)]
+    n = int(cluster.max()) + 1
+    value = figure(np.ones(len(cluster)))
+    drawn = (np.bincount(rng.integers(n, size=n), minlength=n)[cluster].astype(float) for _ in range(RESAMPLES))
+    low, high = np.quantile([figure(weights) for weights in drawn], [0.025, 0.975]).tolist()
+    return value, [max(0.0, min(value, 2 * value - high)), min(1.0, max(value, 2 * value - low))]

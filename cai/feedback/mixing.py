@@ -9,6 +9,7 @@ Left out: weighing the two labels of one pair against each other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,16 +27,20 @@ class Pair(NamedTuple):
     key: str
     """The same for the same prompt and texts."""
     tags: Sequence[str]
+    label: Sequence[str]
+    """Tells apart what was said of the same pair: the text that people chose, or who judged it."""
 
 
 def judged(row: Mapping[str, Any]) -> Pair:
     """The pair of a vote row."""
-    return Pair(_key(row["prompt_id"], row["a"]["text"], row["b"]["text"]), row["tags"])
+    key = _key(row["prompt_id"], row["a"]["text"], row["b"]["text"])
+    return Pair(key, row["tags"], [row["id"], row["judge"], row["constitution"]])
 
 
 def chosen_by_people(row: Preference) -> Pair:
     """The pair of a human preference."""
-    return Pair(_key(row["prompt_id"], row["chosen"][-1]["content"], row["rejected"][-1]["content"]), row["tags"])
+    chosen, rejected = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+    return Pair(_key(row["prompt_id"], chosen, rejected), row["tags"], [chosen])
 
 
 def by_tag(ours: Sequence[Pair], human: Sequence[Pair], tags: Sequence[str]) -> tuple[Bools, Bools]:
@@ -49,17 +54,24 @@ def by_tag(ours: Sequence[Pair], human: Sequence[Pair], tags: Sequence[str]) -> 
 def by_share(ours: Sequence[Pair], human: Sequence[Pair], share: float) -> tuple[Bools, Bools]:
     """Which of the judge's and of people's labels stay, if people's are to be this share: of each as many as fit.
 
-    A pair with both labels keeps one of them, people's with a probability of `share`.
+    A pair with both labels keeps one of them, that of the side which is short. Of A labels of the judge alone, H of
+    people alone and B pairs with both then min((A + B) / (1 - share), (H + B) / share, A + B + H) stay.
     """
-    both = {pair.key for pair in ours} & {pair.key for pair in human}
+    n_ours, n_human = (Counter(pair.key for pair in pairs) for pairs in (ours, human))
+    both = n_ours.keys() & n_human.keys()
+    n = [sum(count for key, count in side.items() if key not in both) for side in (n_ours, n_human)]
+    is_human = {}
+    for key in sorted(both, key=lambda key: _draw("label", key)):
+        is_human[key] = n[1] * (1 - share) < n[0] * share
+        n[is_human[key]] += (n_human if is_human[key] else n_ours)[key]
+    total = min(n[0] / (1 - share), n[1] / share)
     stays = []
-    for pairs, is_human in ((ours, False), (human, True)):
-        theirs = [pair.key not in both or (_draw("label", pair.key) < share) == is_human for pair in pairs]
-        stays.append(np.array(theirs, dtype=bool))
-    total = min(stays[0].sum() / (1 - share), stays[1].sum() / share)
-    for pairs, kept, wanted in ((ours, stays[0], total * (1 - share)), (human, stays[1], total * share)):
-        candidates = sorted(np.flatnonzero(kept).tolist(), key=lambda i: _draw("stays", pairs[i].key))
-        kept[candidates[round(wanted) :]] = False
+    for pairs, people, wanted in ((ours, False, total * (1 - share)), (human, True, total * share)):
+        candidates = [i for i, pair in enumerate(pairs) if is_human.get(pair.key, people) == people]
+        candidates.sort(key=lambda i: (_draw("stays", pairs[i].key), _draw("said", *pairs[i].label)))
+        kept = np.zeros(len(pairs), dtype=bool)
+        kept[candidates[: round(wanted)]] = True
+        stays.append(kept)
     return stays[0], stays[1]
 
 
@@ -92,6 +104,6 @@ def _key(prompt_id: str, one: str, other: str) -> str:
     return stable_id("pair", prompt_id, sorted((one, other)))
 
 
-def _draw(what: str, key: str) -> float:
+def _draw(what: str, *of: str) -> float:
     """Between 0 and 1."""
-    return stable_seed("mix", what, key) / 2**63
+    return stable_seed("mix", what, *of) / 2**63

@@ -12,7 +12,7 @@ PARTS = {"reliability": "as the labels are", "reliability_after_temperature": "a
 
 
 def draw_reliability(found: Mapping[str, Any], path: Path) -> None:
-    """Draws what `cai.feedback.calibration` measured: a dot a bin, whiskers its 95 %. Suffix: .svg or .png."""
+    """Draws what `cai.feedback.calibration` measured: a dot a bin, if any, whiskers its 95 %. Suffix: .svg or .png."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -21,6 +21,8 @@ def draw_reliability(found: Mapping[str, Any], path: Path) -> None:
         axes = figure.subplots()
         axes.plot([0.5, 1], [0.5, 1], color=SOFT, lw=1, ls="--", zorder=0)
         for number, (part, label) in enumerate(PARTS.items(), 1):
+            if not found[part]:
+                continue
             colour = COLOURS[number]
             for each in found[part]:
                 axes.vlines(each["confidence"], *each["interval"], color=colour, lw=2, alpha=0.4)

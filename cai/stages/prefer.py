@@ -8,9 +8,9 @@ paper's 40 to 60 %).
 A pair in which every principle abstains has no label, and an even one has no side to be hard about: both are left out
 and counted. Where a soft label is even, a hash of the responses says which is called chosen, never their position.
 
-`temperature: fitted` makes the truth likeliest where it is known of judged pairs, by people or else by the embedded
-world's oracle, on the weighted sums of all principles (`cai.feedback.calibration`). Held-out prompts take no part in
-the fit, since figures are measured on them.
+`temperature: fitted` makes the truth likeliest where it is known of judged pairs, by people or, where these labelled
+few, by the embedded world's oracle, on the weighted sums of all principles (`cai.feedback.calibration`). Held-out
+prompts take no part in the fit, since figures are measured on them.
 
 People's labels (`pairs:`) stand beside the judge's, or, by `mix`, are a share of all, or those of some tags:
 helpfulness from people, harmlessness from the constitution, as in the paper (`cai.feedback.mixing`).
@@ -32,13 +32,16 @@ from cai.errors import BadInput, StageFailed
 from cai.feedback import calibration, mixing
 from cai.feedback.label_figures import figures, look
 from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
-from cai.feedback.truth import truths
+from cai.feedback.truth import Truth, truths
 from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.prompts import HumanPairs, PairSet, load_human_pairs
 from cai.records import Preference, canonical_json, stable_id, topic_of
 from cai.stages import Context, Names, Rows, StageConfig, is_held_out
+
+ENOUGH = 20
+"""Prompts with pairs that people labelled which a temperature is fitted to, whatever else is known."""
 
 
 class Clamp(BaseModel):
@@ -76,7 +79,7 @@ class Mix(BaseModel):
 class Config(StageConfig):
     gives: ClassVar[Rows] = "preferences"
     takes: ClassVar[tuple[Rows, ...]] = ("votes",)
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     reads_files: ClassVar[tuple[str, ...]] = ("pairs",)
     uses_weights: ClassVar[bool] = True
 
@@ -93,7 +96,7 @@ class Config(StageConfig):
         description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft, or, if all votes are reasoned, that clamp for "
         "them and soft for people's.",
     )
-    temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0)] = Field(
+    temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "sum_of_weights",
         description="What the weighted sum of log-odds is divided by: the sum of weights, a number, or the number that "
         "is fitted to pairs whose truth is known, by people (`human:` of the judge stage) or the oracle of micro.",
@@ -152,7 +155,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if ours.temperature:
         found["temperature"] = ours.temperature
         if ours.temperature["at_bound"]:
-            right = "always right" if ours.temperature["value"] < 1 else "right no more often than by chance"
+            low, high = ours.temperature["bounds"]
+            at_low = ours.temperature["value"] < (low + high) / 2
+            right = "always right" if at_low else "right no more often than by chance"
             context.progress.note(
                 f"the fitted temperature ran into its bound, {ours.temperature['value']:.3g}: by what is known of "
                 f"{ours.temperature['pairs']:,} pairs the judge is {right}"
@@ -221,18 +226,24 @@ def mixed(mix: Mix, judged: Sequence[Mapping[str, Any]], human: Sequence[Prefere
 def fit(rows: Sequence[Mapping[str, Any]], votes: Floats, weights: Floats, abstain_below: float) -> dict[str, Any]:
     """The temperature that makes known truths likeliest, and what it is worth on prompts that it was not fitted on.
 
-    Raises StageFailed where no truth is known outside of held-out prompts.
+    By what people chose, where that is known of `ENOUGH` prompts outside of held-out ones, else by the oracle, where it
+    is so of that, else by whichever knows more prompts. Raises StageFailed where neither knows any.
     """
     sums = aggregate(votes, weights, temperature=1.0, abstain_below=abstain_below)
     means = aggregate(votes, weights, abstain_below=abstain_below)
     held_out = np.array([is_held_out(row) for row in rows], dtype=bool)
+    usable = ~held_out & ~np.isnan(sums)
+    found: list[tuple[int, Truth]] = []
     for truth in truths(rows).values():
+        if prompts := {rows[i]["prompt_id"] for i in np.flatnonzero(truth.decided & usable).tolist()}:
+            found.append((min(len(prompts), ENOUGH), truth))
+    if found:
+        _, truth = max(found, key=lambda each: each[0])  # the first of equals
         known = np.flatnonzero(truth.decided & ~np.isnan(sums))
-        if not held_out[known].all():
-            clusters = [topic_of(rows[i]["tags"], rows[i]["prompt_id"]) for i in known.tolist()]
-            return {"truth": truth.kind} | calibration.fitted(
-                sums[known], means[known], truth.better[known], clusters, held_out[known]
-            )
+        clusters = [topic_of(rows[i]["tags"], rows[i]["prompt_id"]) for i in known.tolist()]
+        return {"truth": truth.kind} | calibration.fitted(
+            sums[known], means[known], truth.better[known], clusters, held_out[known]
+        )
     raise StageFailed(
         "`temperature: fitted` found no truth outside of held-out prompts, expected judged pairs that people labelled "
         "(`human:` of the judge stage) or prompts of source micro"

@@ -313,8 +313,9 @@ def test_the_temperature_is_a_number_or_a_word():
     assert Config.model_validate({"id": "p", "from": "v", "temperature": 2}).temperature == 2.0
     for word in ("fitted", "sum_of_weights"):
         assert Config.model_validate({"id": "p", "from": "v", "temperature": word}).temperature == word
-    with pytest.raises(ValueError, match="temperature"):
-        Config.model_validate({"id": "p", "from": "v", "temperature": 0})
+    for number in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            Config.model_validate({"id": "p", "from": "v", "temperature": number})
 
 
 def test_probabilities_do_not_overflow():
@@ -457,6 +458,32 @@ def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(
     assert agreement["interval"][0] < 0.75 < agreement["interval"][1]
 
 
+@pytest.mark.parametrize(
+    ("n_judged", "n_people", "share", "n_ai", "n_human"),
+    [(200, 100, 0.5, 100, 100), (100, 100, 0.2, 80, 20), (50, 200, 0.5, 50, 50), (200, 100, 0.25, 150, 50)],
+)
+def test_pairs_that_both_labelled_go_to_whom_labels_are_short(tmp_path, n_judged, n_people, share, n_ai, n_human):
+    pairs = human_pairs(tmp_path, n_people)
+    done = prefer(tmp_path, votes_on(range(n_judged)), pairs=pairs, mix={"human_share": share})
+    sources = [row["source"] for row in done.rows]
+    assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
+    assert len({row["prompt_id"] for row in done.rows}) == n_ai + n_human, "one label a pair"
+
+
+def test_which_of_contradicting_labels_stays_does_not_depend_on_the_order_of_rows(tmp_path):
+    pairs = human_pairs(tmp_path, 20)
+    file = tmp_path / "people.jsonl"
+    lines = file.read_text().splitlines()
+    lines += [json.dumps({"chosen": row["rejected"], "rejected": row["chosen"]}) for row in map(json.loads, lines)]
+    kept = []
+    for name, order in (("there", lines), ("back", lines[::-1])):
+        file.write_text("".join(line + "\n" for line in order))
+        done = prefer(tmp_path, votes_on(range(100, 115)), pairs=pairs, mix={"human_share": 0.5})
+        kept.append({row["id"] for row in done.rows if row["source"] == "human"})
+        assert len(kept[-1]) == 15, name
+    assert kept[0] == kept[1]
+
+
 def test_agreement_is_shown_of_votes_on_pairs_that_people_labelled(tmp_path):
     rows = [{**row, "human": 1.0} for row in votes_on(range(3))] + [{**votes_on([3], 0.0)[0], "human": 0.0}]
     assert prefer(tmp_path, rows).figures["labels"]["agreement_with_people"]["value"] == 3.5 / 4
@@ -566,7 +593,45 @@ def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(s
         assert by_pair(back)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
 
 
+def test_a_temperature_of_one_topic_is_fitted_and_not_measured(tmp_path):
+    rows = [micro_pair(n, n % 4 != 0, "topic:0") for n in range(16)]
+    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert found["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
+    assert (found["ece_after_temperature"], found["brier_after_temperature"]) == (None, None)
+
+
 def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
     rows = [{**row, "human": float(again(row) > 0)} for row in random_votes(20)]
     found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
-    assert (found["at_bound"], found["value"]) == (True, pytest.approx(0.05, rel=0.01))
+    size = np.mean([abs(again(row, temperature=1.0)) for row in rows])
+    assert (found["at_bound"], found["value"]) == (True, pytest.approx(0.05 * size, rel=0.01))
+    assert found["bounds"] == pytest.approx([0.05 * size, 100 * size])
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_the_size_of_weights_changes_the_fitted_temperature_and_no_label(tmp_path, factor):
+    rows = by_people(100)
+    document = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [all]").replace(
+        "weight: 0.5", "weight: 0.5, tags: [all]"
+    ).replace("[red_team]", "[red_team], tags: [all]")  # fmt: skip
+    one = prefer(tmp_path / "one", rows, document, temperature="fitted")
+    many = prefer(tmp_path / "many", rows, document, temperature="fitted", tag_weights={"all": factor})
+    before, after = (done.figures["labels"]["temperature"] for done in (one, many))
+    assert after["value"] == pytest.approx(factor * before["value"], rel=1e-3)
+    assert (before["at_bound"], after["at_bound"]) == (False, False)
+    for pair, (chosen, rejected, p) in by_pair(one).items():
+        assert by_pair(many)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
+
+
+def test_a_temperature_is_fitted_to_people_where_they_labelled_enough_prompts(tmp_path):
+    of_world = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(30)]
+
+    def truth(folder, *rows):
+        found = prefer(tmp_path / folder, list(rows), temperature="fitted").figures["labels"]["temperature"]
+        return found["truth"], found["pairs"]
+
+    people = by_people(100)
+    assert truth("few", *of_world, *({**row, "prompt_id": people[0]["prompt_id"]} for row in people)) == ("oracle", 30)
+    assert truth("enough", *of_world, *people[:20]) == ("human", 20)
+    assert truth("both few", *of_world[:7], *people[:6]) == ("oracle", 7)
+    assert truth("even", *of_world[:6], *people[:6]) == ("human", 6)
