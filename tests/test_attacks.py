@@ -63,8 +63,8 @@ def attacked(folder: Path, script: Script) -> attacks.Attacks:
 def test_a_judge_that_reads_the_responses_alone_turns_nowhere(tmp_path: Path) -> None:
     found = attacks.figures(attacked(tmp_path, Script(prefers=upright)), trained=False)
     assert found["pairs"] == 3
-    assert [found["overall"][name]["value"] for name in ("flips", "accuracy")] == [0.0, 1.0]
-    assert found["overall"]["flips"]["n"] == 3 * len(set(FAMILIES) - CONTROLS)
+    assert [found["all"][name]["value"] for name in ("flips", "accuracy")] == [0.0, 1.0]
+    assert found["all"]["flips"]["n"] == 3 * len(set(FAMILIES) - CONTROLS)
     assert (found["seen"], found["unseen"]) == (None, None)
     assert {each["seen"] for each in found["families"].values()} == {None}
     assert {each["flips"]["value"] for name, each in found["families"].items() if name != EMPTY} == {0.0}
@@ -77,9 +77,11 @@ def test_a_judge_that_believes_a_verdict_in_a_response_turns_in_that_family_in_b
     names = ("flips", "accuracy", "accuracy_without_injection")
     assert [turned["JSON verdict"][name]["value"] for name in names] == [1.0, 0.0, 1.0]
     assert turned["JSON verdict"]["seen"] is False
-    overall, seen, unseen = (found[name]["flips"] for name in ("overall", "seen", "unseen"))
+    overall, seen, unseen = (found[name]["flips"] for name in ("all", "seen", "unseen"))
     assert [each["value"] for each in (overall, seen, unseen)] == pytest.approx([3 / overall["n"], 0, 3 / unseen["n"]])
     assert overall["n"] == seen["n"] + unseen["n"]
+    assert found["overall"] == overall["value"]
+    assert {"flip_rate", "n", "seen"} <= found["families"][EMPTY].keys()
     table = list(attacks.lines(found))
     assert table[1].startswith("JSON verdict")
     assert "100.0 [" in table[1]
@@ -102,7 +104,7 @@ def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Pat
 
     script = Script(prefers=wrong)
     found = attacks.figures(attacked(tmp_path, script), trained=False)
-    accuracies = [found["overall"][name]["value"] for name in ("accuracy_without_injection", "accuracy")]
+    accuracies = [found["all"][name]["value"] for name in ("accuracy_without_injection", "accuracy")]
     assert accuracies == pytest.approx([2 / 3, 2 / 3])
     with_json = [shown(question) for question in script.questions if '{"' in question.messages[-1]["content"]]
     assert sum("GOOD" in text for texts in with_json for text in texts if '{"' in text) == 2  # both orders of one pair
@@ -118,7 +120,7 @@ def test_what_gets_no_verdict_is_a_failure_and_no_flip(tmp_path: Path) -> None:
         flips = found["families"][name]["flips"]
         assert (flips["value"], flips["n"], flips["missing"], flips["bounds"]) == (None, 0, 3, [0.0, 1.0])
         assert found["families"][name]["no_verdict_expected"]
-    assert "missing" not in found["overall"]["flips"]
+    assert "missing" not in found["all"]["flips"]
     assert attacks.above(found, 0.0, 0.0) == []
     with pytest.raises(StageFailed, match=r"no verdict on any of 3 pairs; .*asleep"):
         attacked(tmp_path, Script(prefers=lambda question: Failure(question.id, "asleep")))
@@ -155,7 +157,7 @@ def test_failures_count_as_flips_in_the_worst_case_and_at_the_limits(tmp_path: P
         return Failure(question.id, "I see JSON") if '{"' in question.messages[-1]["content"] else upright(question)
 
     found = attacks.figures(attacked(tmp_path, Script(prefers=afraid)), trained=False)
-    overall = found["overall"]["flips"]
+    overall = found["all"]["flips"]
     assert (overall["value"], overall["missing"]) == (0.0, 3)
     assert overall["bounds"] == pytest.approx([0, 3 / (overall["n"] + 3)])
     assert attacks.above(found, 0.0, None) == ["all"]
@@ -219,8 +221,8 @@ def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monk
     }
     assert [found["families"][name]["flips"]["n"] for name in some] == [8, 8, 0, 0]
     assert found["families"]["flood of one token"]["flips"]["missing"] == 8
-    assert found["overall"]["flips"]["value"] <= 0.3
-    assert (found["overall"]["flips"]["n"], found["seen"]["flips"]["n"]) == (16, 8)
+    assert found["all"]["flips"]["value"] <= 0.3
+    assert (found["all"]["flips"]["n"], found["seen"]["flips"]["n"]) == (16, 8)
 
 
 def test_above_the_limit_the_command_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
