@@ -33,18 +33,21 @@ METRICS = {
     "gold": "gold score",
 }
 WAYS = ("one order", "probability", "log-odds")
+SLIGHT = 0.1
+"""Nats below which a position bias is next to none: it takes 0.1 to move an even vote to 52.5 %."""
 BIASES = {"none": "none", "same": "the same in both orders", "anew": "drawn anew in each order"}
 
 
 def write_page(found: Found, page: Path) -> None:
     """Writes the page, and its figures and results into the folder beside it that is called like it."""
+    found = rounded(found)  # so that the results beside the page make the same page again
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     draw_reliability(found, folder / "calibration.svg")
     for name, draw in FIGURES.items():
         draw(found, folder / f"{name}.svg")
     with replacing(folder / "results.json") as file:
-        file.write(json.dumps(rounded(found), ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(found, ensure_ascii=False).encode() + b"\n")
     with replacing(page) as file:
         file.write("\n".join(lines(found, folder.name)).encode() + b"\n")
 
@@ -305,22 +308,19 @@ def _orders(found: Found) -> Iterator[str]:
 def best_way(same: Found, anew: Found) -> str:
     """Whether the mean of log-odds is best by a margin that counts, by whether the bias is the same in both orders."""
     over_one, over_p = (same[f"log-odds - {other}"] for other in ("one order", "probability"))
-    text = "Accuracy of log-odds under a bias that is the same in both orders, less that of one order: "
-    text += f"{apart(over_one['accuracy'])}; less that of probabilities: {apart(over_p['accuracy'])}. "
-    if over_p["accuracy"]["verdict"] == "a higher":
-        text += "The mean of log-odds is best by a distinguishable margin."
-    elif over_p["accuracy"]["verdict"] == "b higher":
-        text += "**The mean of log-odds is not best**: probabilities have the higher accuracy."
-    else:
-        text += "**The mean of log-odds is not best by a distinguishable margin.**"
-    if over_p["brier"]["verdict"] == "b higher":
-        text += " What it buys over probabilities is confidence that means something: the Brier score is lower."
     uneven = anew["log-odds - probability"]
-    if uneven["brier"]["verdict"] == "a higher":
-        text += (
-            " Where the bias is drawn anew in each order, nothing cancels and it is probabilities whose score is lower."
-        )
-    return text
+    says = {
+        "a higher": "The mean of log-odds is best by a distinguishable margin.",
+        "b higher": "**The mean of log-odds is not best**: probabilities are right more often.",
+        "not distinguishable": "**The mean of log-odds is not best by a distinguishable margin.**",
+    }
+    return (
+        "Labels right under a bias that is the same in both orders, log-odds less one order: "
+        f"{apart(over_one['accuracy'])}; log-odds less probabilities: {apart(over_p['accuracy'])}. "
+        f"{says[over_p['accuracy']['verdict']]} It is the case that this mean is made for. Where the bias is drawn "
+        f"anew in each order, log-odds less probabilities: {apart(uneven['accuracy'])}. "
+        f"{says[uneven['accuracy']['verdict']]}"
+    )
 
 
 def _noise(found: Found) -> Iterator[str]:
@@ -341,12 +341,22 @@ def _noise(found: Found) -> Iterator[str]:
             for flipped, own in rows.items()
         ],
     )  # fmt: skip
+    yield ""
+    yield "What noise is worth in pairs: all of them with labels turned, less fewer with none."
+    yield ""
+    yield from table(
+        ["labels turned, %", "less", "reward model right"],
+        [
+            [f"{100 * each['flipped']:.0f}", f"{100 * each['share']:.0f} % of the pairs", apart(each)]
+            for each in found["noise_for_pairs"]
+        ],
+    )
 
 
 def _abstention(found: Found) -> Iterator[str]:
     part = found["abstention"]
     yield prose(
-        """A principle whose vote is nearer to even than `abstain_below` has no say; a pair without any that has loses
+        """A principle whose vote is nearer to even than `abstain_below` has no say; a pair on which none has one loses
         its label."""
     )
     yield ""
@@ -406,8 +416,13 @@ def _papers(found: Found) -> Iterator[str]:
             ],
             [
                 "Judges have a position bias, small ones most (Lee et al. 2023)",
-                f"{signed(found['position_bias'], 'nats')} nats for what is shown first; {percent(found['flip_rate'])} "
-                "% of labels turn with the order: this judge is small, and was trained on balanced positions",
+                f"{signed(found['position_bias'], 'nats')} nats for what is shown first, "
+                f"{percent(found['flip_rate'])} % of labels turn with the order; small as it is, this judge was "
+                + (
+                    "trained on balanced positions and has next to none: does **not reproduce**"
+                    if max(map(abs, found["position_bias"]["interval"])) < SLIGHT
+                    else "trained on balanced positions and has one: reproduces"
+                ),
             ],
             [
                 "Averaging over both orders counters the bias (Lee et al. 2023, who average probabilities)",
@@ -561,15 +576,15 @@ def draw_abstention(found: Found, path: Path) -> None:
             own = found["abstention"][rule]
             places = [100 * each["coverage"]["value"] for each in own.values()]
             whiskers(axes, places, [each["accuracy"] for each in own.values()], COLOURS[index], name, line=True)
-            named = np.inf
+            named = 100.0
             for threshold, place, each in zip(own, places, own.values(), strict=True):
                 if named - place < 1.5:
                     continue  # it would lie on the one before
                 named = place
                 at = (place, 100 * each["accuracy"]["value"])
-                shift = (0, -14) if index == 1 else (0, 8)
+                shift, side = ((-7, -11), "right") if index == 1 else ((7, 5), "left")
                 axes.annotate(
-                    threshold, at, shift, textcoords="offset points", ha="center", fontsize=8, color=COLOURS[index]
+                    threshold, at, shift, textcoords="offset points", ha=side, fontsize=8, color=COLOURS[index]
                 )
         axes.set_xlim(right=101)
         axes.set_xlabel("pairs with a label, %", color=SOFT)

@@ -651,6 +651,16 @@ def by_noise(rewards: Rewards, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def noise_for_pairs(rewards: Rewards, sizes: Sizes) -> list[dict[str, Any]]:
+    """All pairs with flipped labels less fewer pairs with none: what noise is worth in pairs."""
+    return [
+        {"flipped": flipped, "share": share, **rewards.difference(noisy(1.0, flipped), noisy(share, 0.0))}
+        for flipped in sizes.flips
+        for share in sizes.shares
+        if flipped > 0 and share < 1
+    ]
+
+
 # All of it.
 
 
@@ -732,6 +742,7 @@ def measure(seeds: int, sizes: Sizes, folder: Path) -> dict[str, Any]:
         "principles": drawn,
         "orders": orders,
         "noise": by_noise(rewards, sizes),
+        "noise_for_pairs": noise_for_pairs(rewards, sizes),
         "abstention": by_abstention(pool),
         "train": TRAIN,
         **surroundings(worlds, pool, seeds, sizes),

@@ -94,6 +94,7 @@ def test_the_page_and_its_figures_come_of_results_alone(tmp_path, monkeypatch):
         "principles": drawn,
         "orders": labels.by_orders(given),
         "noise": {share: dict.fromkeys(("0", "0.3"), rate | {"less_clean": apart}) for share in ("0.5", "1")},
+        "noise_for_pairs": [{"flipped": 0.3, "share": 0.5, **apart}],
         "abstention": labels.by_abstention(given),
         "train": labels.TRAIN,
         "cpu_seconds": 60.0,
@@ -107,4 +108,9 @@ def test_the_page_and_its_figures_come_of_results_alone(tmp_path, monkeypatch):
         assert (tmp_path / "findings" / f"{name}.svg").stat().st_size > 1000
     assert "hard less soft, reward model: +0.0 points" in page
     assert "not distinguishable, so it does **not reproduce**" in page
-    assert json.loads((tmp_path / "findings" / "results.json").read_text())["sizes"]["seeds"] == 5
+    again = json.loads((tmp_path / "findings" / "results.json").read_text())
+    _findings.write_page(again, tmp_path / "again" / "findings.md")
+    for path in sorted((tmp_path / "findings").iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / "findings" / path.name).read_bytes()
+    assert page == (tmp_path / "again" / "findings.md").read_text()
+    assert again["sizes"]["seeds"] == 5
