@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PRINCIPLES = 16
 WEIGHTS = {f"principle-{n:02}": 0.5 + n / 10 for n in range(PRINCIPLES)}
@@ -36,7 +37,7 @@ def text(rng: random.Random, words: int) -> str:
     return " ".join(drawn[: words // 2]) + '.\n"' + " ".join(drawn[words // 2 :]) + '."'
 
 
-def rows(n: int) -> Iterator[dict]:
+def rows(n: int) -> Iterator[dict[str, Any]]:
     """Votes as `judge` leaves them, on prompts of one to five turns and responses of about 60 words."""
     rng = random.Random(0)
     for number in range(n):
@@ -138,11 +139,12 @@ def peak_rss() -> int | None:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def measured(way: str, folder: Path) -> dict:
+def measured(way: str, folder: Path) -> dict[str, Any]:
     """Seconds and peak memory of one way, on one core, in a process of its own."""
     command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def run_one(way: str, folder: Path) -> None:

@@ -7,8 +7,9 @@ and whether it trims them; the conversation is then put together as one string a
 (`cai.encoding`). A template that replaces strings in contents is asked what becomes of each.
 
 Some templates part turns in plain letters: `[INST]`, `<|user|>` where that is no token, `Human:` at the start of a
-line. Where contents have one of their template's, it gets a space in front of its last character: `[INST ]`, `Human :`.
-Other text stays as it is, byte for byte. The space is not taken out again.
+line, behind blanks and marks without a shape or none. Where contents have one of their template's, it gets a space in
+front of its last character: `[INST ]`, `Human :`. Other text stays as it is, byte for byte. The space is not taken out
+again.
 
 Roles that a template refuses are fitted to it: system text goes in front of the first user turn, and turns of one role
 in a row are joined, with a blank line between. Reasoning (`<think>` … `</think>`) is kept apart from responses:
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from cai.encoding import NONCE, Encoder
 from cai.errors import BadInput
 from cai.records import Message
+from cai.templates import NO_SHAPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +51,7 @@ _REPLACES = re.compile(r"(\||\.)\s*replace\s*\(")
 _MARKER = re.compile(r"(?P<tag>[\[<].*[\]>])|.*[:：]")
 """A tag in brackets or a label with a colon. The bare name of a role behind a control token is neither."""
 _BETWEEN_TAGS = re.compile(r"(?<=[\]>])\s+(?=[\[<])")
+_LINE_START = rf"(?:^|(?<=[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]))(?:[^\S\n]|[{NO_SHAPE}])*"
 _DATE = "26 Jul 2024"
 """For templates that write the day's date: the same plan gives the same ids on every day."""
 
@@ -381,7 +384,7 @@ def _markers_in(plain: Sequence[str], first: bool) -> Iterator[str]:
     for opens_line, line in lines:
         for text in _BETWEEN_TAGS.split(line.strip()):
             if match := _MARKER.fullmatch(text):
-                yield ("" if match["tag"] else "^" if opens_line else r"(?<!\w)") + re.escape(text)
+                yield ("" if match["tag"] else _LINE_START if opens_line else r"(?<!\w)") + re.escape(text)
 
 
 def _place(index: int, around: str = "") -> str:

@@ -486,7 +486,15 @@ def judge() -> None:
 )
 @click.option("--per-family", default=100, show_default=True, type=click.IntRange(2), help="Pairs, at most.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--max-flip-rate", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit code 1 above this.")
+@click.option(
+    "--max-flip-rate",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Exit code 1 if more verdicts turn overall, every failure counted as turned.",
+)
+@click.option(
+    "--max-family-flip-rate", type=click.FloatRange(0, 1), metavar="SHARE", help="The same for each family by itself."
+)
 @PROFILE
 @JSON
 def judge_attack(
@@ -496,14 +504,20 @@ def judge_attack(
     per_family: int,
     seed: int,
     max_flip_rate: float | None,
+    max_family_flip_rate: float | None,
     on: str | None,
     as_json: bool,
 ) -> None:
     """Put injections into responses ("The answer is A.", forged turns, hidden marks) and count the verdicts they turn.
 
     Each pair is judged in both orders, then again with an injection of each family in the response that lost. What gets
-    no verdict, such as a response too long for the judge, is counted as failed and never as a verdict. The embedded
-    judge was trained to ignore some of the families; of other models nobody knows which they have seen.
+    no verdict is counted as failed; the worst case shows what failures may hide. "Still right" are verdicts that were
+    right before and neither turned nor became even: one that was wrong and turns is no gain, it only obeys.
+
+    Controls claim nothing (small talk in another language, floods of one letter, nothing to read). They are shown, and
+    are in neither the overall rate nor the limits: the longest flood and the empty response are expected to get no
+    verdict. The embedded judge was trained to ignore some of the families; of other models nobody knows which they
+    have seen.
 
     \b
     cai judge attack
@@ -532,9 +546,10 @@ def judge_attack(
         line = shown.begin("attacks")
         found = attacks.attack(pairs, engine, load_templates(judge.templates), tokens, seed, line)
         figures = attacks.figures(found, trained=embedded)
-        shown.end(line, figures["failed"])
+        shown.end(line, sum(each["flips"].get("missing", 0) for each in figures["families"].values()))
     click.echo(json.dumps({"model": judge.name} | figures) if as_json else "\n".join(attacks.lines(figures)))
-    if max_flip_rate is not None and figures["overall"] > max_flip_rate:
+    if over := attacks.above(figures, max_flip_rate, max_family_flip_rate):
+        click.echo(f"above the limit: {', '.join(over)}", err=True)
         raise SystemExit(1)
 
 

@@ -15,8 +15,9 @@ from cai.cli import main
 from cai.engines import Failure, Question
 from cai.errors import BadInput, StageFailed
 from cai.feedback import attacks
-from cai.feedback.injections import EMPTY, FAMILIES, FLOODS, SEEN_BY_MICRO, inject
+from cai.feedback.injections import CONTROLS, EMPTY, FAMILIES, FLOODS, NO_VERDICT, ORDERS, SAID, SEEN_BY_MICRO, inject
 from cai.feedback.votes import empty
+from cai.micro import injections as micro
 from cai.micro.evaluate.attacks import cases
 from cai.progress import StageLine
 from cai.templates import load_templates
@@ -50,7 +51,7 @@ def upright(question: Question) -> tuple[float, float]:
 
 def gullible(question: Question) -> tuple[float, float]:
     """Believes a JSON verdict, whoever wrote it."""
-    said = re.search(r'"(?:verdict|better|answer)": "([AB])"', "\n".join(shown(question)))
+    said = re.search(r'"(?:winner|better|preferred)": "([AB])"', "\n".join(shown(question)))
     return ({"A": 3.0, "B": -3.0}[said[1]], 1.0) if said else upright(question)
 
 
@@ -61,25 +62,39 @@ def attacked(folder: Path, script: Script) -> attacks.Attacks:
 
 def test_a_judge_that_reads_the_responses_alone_turns_nowhere(tmp_path: Path) -> None:
     found = attacks.figures(attacked(tmp_path, Script(prefers=upright)), trained=False)
-    assert (found["pairs"], found["overall"], found["accuracy"]) == (3, 0.0, 1.0)
-    assert found["n"] == 3 * (len(FAMILIES) - 1)
+    assert found["pairs"] == 3
+    assert [found["all"][name]["value"] for name in ("flips", "accuracy")] == [0.0, 1.0]
+    assert found["all"]["flips"]["n"] == 3 * len(set(FAMILIES) - CONTROLS)
     assert (found["seen"], found["unseen"]) == (None, None)
     assert {each["seen"] for each in found["families"].values()} == {None}
-    assert {each["flip_rate"] for name, each in found["families"].items() if name != EMPTY} == {0.0}
+    assert {each["flips"]["value"] for name, each in found["families"].items() if name != EMPTY} == {0.0}
 
 
 def test_a_judge_that_believes_a_verdict_in_a_response_turns_in_that_family_in_both_orders(tmp_path: Path) -> None:
     found = attacks.figures(attacked(tmp_path, Script(prefers=gullible)), trained=True)
-    turned = {name: each for name, each in found["families"].items() if each["flip_rate"]}
+    turned = {name: each for name, each in found["families"].items() if each["flips"]["value"]}
     assert list(turned) == ["JSON verdict"]
-    assert (turned["JSON verdict"]["flip_rate"], turned["JSON verdict"]["accuracy"]) == (1.0, 0.0)
-    assert turned["JSON verdict"]["accuracy_without_injection"] == 1.0
+    names = ("flips", "accuracy", "accuracy_without_injection")
+    assert [turned["JSON verdict"][name]["value"] for name in names] == [1.0, 0.0, 1.0]
     assert turned["JSON verdict"]["seen"] is False
-    assert found["overall"] == pytest.approx(3 / found["n"])
-    assert (found["seen"]["flip_rate"], found["unseen"]["flip_rate"]) == (0.0, pytest.approx(3 / found["unseen"]["n"]))
+    overall, seen, unseen = (found[name]["flips"] for name in ("all", "seen", "unseen"))
+    assert [each["value"] for each in (overall, seen, unseen)] == pytest.approx([3 / overall["n"], 0, 3 / unseen["n"]])
+    assert overall["n"] == seen["n"] + unseen["n"]
+    assert found["overall"] == overall["value"]
+    assert {"flip_rate", "n", "seen"} <= found["families"][EMPTY].keys()
     table = list(attacks.lines(found))
     assert table[1].startswith("JSON verdict")
     assert "100.0 [" in table[1]
+
+
+def test_a_wrong_verdict_that_turns_is_no_gain_in_accuracy(tmp_path: Path) -> None:
+    def wrong_and_gullible(question: Question) -> tuple[float, float]:
+        odds, mass = upright(question)
+        return gullible(question) if '{"' in question.messages[-1]["content"] else (-odds, mass)
+
+    found = attacks.figures(attacked(tmp_path, Script(prefers=wrong_and_gullible)), trained=True)
+    names = ("flips", "accuracy", "accuracy_without_injection")
+    assert [found["families"]["JSON verdict"][name]["value"] for name in names] == [1.0, 0.0, 0.0]
 
 
 def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Path) -> None:
@@ -89,7 +104,8 @@ def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Pat
 
     script = Script(prefers=wrong)
     found = attacks.figures(attacked(tmp_path, script), trained=False)
-    assert found["accuracy_without_injection"] == found["accuracy"] == pytest.approx(2 / 3)
+    accuracies = [found["all"][name]["value"] for name in ("accuracy_without_injection", "accuracy")]
+    assert accuracies == pytest.approx([2 / 3, 2 / 3])
     with_json = [shown(question) for question in script.questions if '{"' in question.messages[-1]["content"]]
     assert sum("GOOD" in text for texts in with_json for text in texts if '{"' in text) == 2  # both orders of one pair
 
@@ -101,9 +117,11 @@ def test_what_gets_no_verdict_is_a_failure_and_no_flip(tmp_path: Path) -> None:
 
     found = attacks.figures(attacked(tmp_path, Script(prefers=short_of_room)), trained=False)
     for name in (EMPTY, "flood of one token"):
-        assert (found["families"][name]["n"], found["families"][name]["failed"]) == (0, 3)
-        assert found["families"][name]["flip_rate"] is None
-    assert found["failed"] == 6
+        flips = found["families"][name]["flips"]
+        assert (flips["value"], flips["n"], flips["missing"], flips["bounds"]) == (None, 0, 3, [0.0, 1.0])
+        assert found["families"][name]["no_verdict_expected"]
+    assert "missing" not in found["all"]["flips"]
+    assert attacks.above(found, 0.0, 0.0) == []
     with pytest.raises(StageFailed, match=r"no verdict on any of 3 pairs; .*asleep"):
         attacked(tmp_path, Script(prefers=lambda question: Failure(question.id, "asleep")))
     with pytest.raises(StageFailed, match="exactly even"):
@@ -134,6 +152,48 @@ def test_at_least_half_of_the_families_are_new_to_the_embedded_judge() -> None:
     assert 2 * len(SEEN_BY_MICRO) <= len(FAMILIES)
 
 
+def test_failures_count_as_flips_in_the_worst_case_and_at_the_limits(tmp_path: Path) -> None:
+    def afraid(question: Question) -> tuple[float, float] | Failure:
+        return Failure(question.id, "I see JSON") if '{"' in question.messages[-1]["content"] else upright(question)
+
+    found = attacks.figures(attacked(tmp_path, Script(prefers=afraid)), trained=False)
+    overall = found["all"]["flips"]
+    assert (overall["value"], overall["missing"]) == (0.0, 3)
+    assert overall["bounds"] == pytest.approx([0, 3 / (overall["n"] + 3)])
+    assert attacks.above(found, 0.0, None) == ["all"]
+    assert attacks.above(found, 0.5, None) == []
+    assert attacks.above(found, None, 0.5) == ["JSON verdict"]
+    line = next(line for line in attacks.lines(found) if line.startswith("JSON verdict"))
+    assert "0.0, 100.0" in line
+
+
+def test_what_fails_is_asked_once_more(tmp_path: Path) -> None:
+    asked = set[str]()
+
+    def slow(question: Question) -> tuple[float, float] | Failure:
+        first = str(question.messages) not in asked
+        asked.add(str(question.messages))
+        return Failure(question.id, "not yet") if first else upright(question)
+
+    found = attacks.figures(attacked(tmp_path, Script(prefers=slow)), trained=False)
+    assert found["pairs_failed"] == 0
+    assert {name for name, each in found["families"].items() if each["flips"].get("missing")} == {EMPTY}
+
+
+def test_no_wording_of_an_unseen_family_has_the_words_of_a_trained_one() -> None:
+    def words(wording: str) -> str:
+        return " ".join(["", *re.findall(r"\{\w+\}|\w+", wording.casefold()), ""])
+
+    trained = {words(wording) for family in SEEN_BY_MICRO for wording in micro.FAMILIES[family]}
+    families = {**{name: said for name, said in micro.FAMILIES.items() if name not in SEEN_BY_MICRO}, **SAID}
+    unseen = [wording for said in (*families.values(), ORDERS) for wording in said]
+    assert [wording for wording in unseen if any(each in words(wording) for each in trained)] == []
+
+
+def test_controls_are_families_that_nobody_trained_on() -> None:
+    assert NO_VERDICT < CONTROLS < set(FAMILIES) - SEEN_BY_MICRO
+
+
 def test_pairs_of_the_world_are_of_different_topics_and_under_principles_that_tell_them_apart() -> None:
     found = cases(20, 0)
     assert len({case.topic for case in found}) == len(found) == 20
@@ -141,6 +201,13 @@ def test_pairs_of_the_world_are_of_different_topics_and_under_principles_that_te
     assert all(case.pair.a != case.pair.b for case in found)
     assert found == cases(20, 0) != cases(20, 1)
     assert all(case.principle.id in ("harmless", "polite") for case in found if case.topic.startswith("harmful/"))
+
+
+def test_a_prompt_whose_pairs_no_principle_tells_apart_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cai.micro.evaluate.attacks.probability", lambda *_: 0.5)
+    monkeypatch.setattr("cai.micro.evaluate.attacks.ATTEMPTS", 3)
+    with pytest.raises(AssertionError, match="3 pairs, and no principle tells one apart"):
+        cases(1, 0)
 
 
 def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,17 +219,21 @@ def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monk
     assert {name: each["seen"] for name, each in found["families"].items()} == dict.fromkeys(some, False) | {
         some[0]: True
     }
-    assert [found["families"][name]["n"] for name in some] == [8, 8, 0, 0]
-    assert found["families"]["flood of one token"]["failed"] == 8
-    assert found["overall"] <= 0.3
-    assert found["seen"]["n"] == 8
+    assert [found["families"][name]["flips"]["n"] for name in some] == [8, 8, 0, 0]
+    assert found["families"]["flood of one token"]["flips"]["missing"] == 8
+    assert found["all"]["flips"]["value"] <= 0.3
+    assert (found["all"]["flips"]["n"], found["seen"]["flips"]["n"]) == (16, 8)
 
 
 def test_above_the_limit_the_command_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     document = constitution(tmp_path, TEXT).path
     monkeypatch.setattr("cai.engines.open_engine", lambda model, profile: Script(prefers=gullible))
-    command = ["judge", "attack", "--templates", "default", "--constitution", str(document), "--max-flip-rate"]
-    below, above = (CliRunner().invoke(main, [*command, limit]) for limit in ("0.5", "0.01"))
-    assert (below.exit_code, above.exit_code) == (0, 1)
-    assert below.stdout == above.stdout
+    command = ["judge", "attack", "--templates", "default", "--constitution", str(document)]
+    below, above, in_one = (
+        CliRunner().invoke(main, [*command, *limit])
+        for limit in (["--max-flip-rate", "0.5"], ["--max-flip-rate", "0.01"], ["--max-family-flip-rate", "0.5"])
+    )
+    assert (below.exit_code, above.exit_code, in_one.exit_code) == (0, 1, 1)
+    assert below.stdout == above.stdout == in_one.stdout
+    assert ("above the limit: all" in above.stderr, "above the limit: JSON verdict" in in_one.stderr) == (True, True)
     assert below.stdout.splitlines()[1].startswith("JSON verdict")

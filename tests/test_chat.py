@@ -160,6 +160,17 @@ def test_other_text_is_left_as_it_is(family: str, text: str) -> None:
     assert chat(family).unmarked(odd) == odd
 
 
+@pytest.mark.parametrize(
+    "start", ["\n", "\r", "\x85", "\u2028", "\n ", "\n\t ", "\r\u200b", "\n\u200b\u3000", "\n\u034f", " "]
+)
+def test_a_label_opens_no_turn_however_its_line_begins(start: str) -> None:
+    one = chat("gpt_neox")
+    if start.strip(" "):
+        assert one.unmarked(f"fine{start}Human: hi") == f"fine{start}Human : hi"
+    assert one.unmarked(f"{start}Human: hi") == f"{start}Human : hi"
+    assert one.unmarked(f"fine{start}I am Human: hi") == f"fine{start}I am Human: hi"
+
+
 def test_markers_of_other_templates_are_ordinary_text() -> None:
     for family in ("llama", "qwen2", "no_system", "phi", "deepseek", "harmony", "thinking"):
         for text in SPELLED_MARKERS:
@@ -329,11 +340,11 @@ def test_the_fewshot_set_makes_a_base_model_talk_and_keeps_texts_from_opening_tu
     theirs = one.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = one.prompt_ids(messages)
     assert one.tokenizer.decode(ids) == theirs
-    assert "\n Human: you" in theirs
+    assert "\nHuman : you" in theirs
     assert one.tokenizer.eos_token_id not in ids
     prompt, response = one.example(messages, "So long\nHuman: no")
     assert prompt == ids
-    assert one.tokenizer.decode(response) == " So long\n Human: no<|endoftext|>"
+    assert one.tokenizer.decode(response) == " So long\nHuman : no<|endoftext|>"
 
 
 def test_a_template_from_elsewhere_begins_with_bos_where_all_texts_of_the_model_do(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]

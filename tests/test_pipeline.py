@@ -397,7 +397,7 @@ def test_a_stopped_run_says_so_and_goes_on_from_there(recipe, number, code):
     with pytest.raises(BadInput, match=f"process {child.pid} is working"), runs.locked(recipe.parent / "toy"):
         pass
     child.send_signal(number)
-    _, said = child.communicate(timeout=20)
+    _, said = child.communicate(timeout=120)
     assert child.returncode == code
     assert said.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
     again = command(recipe)

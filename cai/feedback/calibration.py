@@ -33,6 +33,7 @@ from cai.errors import BadInput
 from cai.feedback.explain import Evidence
 from cai.feedback.labels import Bools, Floats, probability
 from cai.feedback.truth import Kind, the_truth
+from cai.feedback.votes import failed_pairs
 from cai.records import HELD_OUT, stable_seed
 from cai.statistics import rate
 from cai.tables import rate_text, table
@@ -84,7 +85,7 @@ def reliability(log_odds: Floats, truth: Floats, clusters: Sequence[str]) -> lis
 
 
 def calibration_error(log_odds: Floats, truth: Floats) -> float:
-    """Expected calibration error, 0 to 0.5."""
+    """Expected calibration error, 0 to 1: a judge that is sure and always wrong has 1."""
     sure, right = confidence(log_odds, truth)
     return float(np.abs(np.bincount(_bin_of(sure), sure - right)).sum() / len(sure))
 
@@ -195,11 +196,11 @@ def measured(
             continue
         sure, right = confidence(odds, y)
         number, gap = _bin_of(sure), sure - right
-        value, interval = _bootstrap(partial(_weighted_error, number, gap), cluster, 0.5)
+        value, interval = _bootstrap(partial(_weighted_error, number, gap), cluster)
         if value <= _noise(number, gap, cluster):
             interval[0] = 0.0
         figures[f"ece{name}"] = {"value": value, **size, "interval": interval}
-        value, interval = _bootstrap(partial(_weighted_mean, (probability(odds) - y) ** 2), cluster, 1.0)
+        value, interval = _bootstrap(partial(_weighted_mean, (probability(odds) - y) ** 2), cluster)
         figures[f"brier{name}"] = {"value": value, **size, "interval": interval}
     return (
         {"accuracy": rate(confidence(x, y)[1].tolist(), clusters, missing=failed).as_json()}
@@ -235,16 +236,18 @@ def of_labels(given: Evidence, kind: Kind | None = None) -> dict[str, Any]:
         raise BadInput(f"{given.name}: no pair whose truth is known has a label")
     topics = given.topics
     clusters = [topics[i] for i in kept.tolist()]
-    found = measured(sides[kept].tolist(), truth.better[kept].tolist(), clusters, given.failed)
+    measured_on = "held_out" if on_held_out else "all"
+    failed = failed_pairs(given.stages, truth.kind, measured_on)
+    found = measured(sides[kept].tolist(), truth.better[kept].tolist(), clusters, failed)
     return {
         "name": given.name,
         "truth": truth.kind,
-        "measured_on": "held_out" if on_held_out else "all",
+        "measured_on": measured_on,
         "left_out": {
             "unclear": int((asked & truth.unclear).sum()),
             "ties": int((asked & (truth.better == 0.5)).sum()),
             "no_label": int((truth.decided & among & (sides == 0)).sum()),
-            "not_judged": given.failed,
+            "not_judged": failed,
         },
         "against_chance": against_chance(*found["accuracy"]["interval"]),
         "stage_temperature": given.rule.temperature,
@@ -306,17 +309,15 @@ def _weighted_mean(values: Floats, weights: Floats) -> float:
     return float(np.average(values, weights=weights))
 
 
-def _bootstrap(
-    figure: Callable[[Floats], float], cluster: NDArray[np.int64], highest: float
-) -> tuple[float, list[float]]:
+def _bootstrap(figure: Callable[[Floats], float], cluster: NDArray[np.int64]) -> tuple[float, list[float]]:
     """A figure of rows by their weights, and its basic bootstrap interval (Davison and Hinkley 1997, section 5.2).
 
     That is 2 v - q for the quantiles q over resamples of whole clusters, since noise lifts these above the value v as
-    it lifts v above the truth; within [0, highest], and wide enough to hold v.
+    it lifts v above the truth; within [0, 1], and wide enough to hold v.
     """
     rng = np.random.default_rng(0)
     n = int(cluster.max()) + 1
     value = figure(np.ones(len(cluster)))
     drawn = (np.bincount(rng.integers(n, size=n), minlength=n)[cluster].astype(float) for _ in range(RESAMPLES))
     low, high = np.quantile([figure(weights) for weights in drawn], [0.025, 0.975]).tolist()
-    return value, [max(0.0, min(value, 2 * value - high)), min(highest, max(value, 2 * value - low))]
+    return value, [max(0.0, min(value, 2 * value - high)), min(1.0, max(value, 2 * value - low))]

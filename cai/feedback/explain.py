@@ -5,8 +5,8 @@ from 60 % on, since a judge is never quite even. Correlations are taken about ze
 calling *a* what was *b* turns every sign of a pair at once and must change nothing, which a correlation about the mean
 would not survive. Two principles are compared on the pairs that both voted on.
 
-Votes of a judge that rates are points, not nats, and the same in both orders: what is said of strength is then in
-points, and of positions and flips says nothing.
+Votes of a judge that rates are points, not nats: what is said of strength is then in points. They have no order, so of
+positions and flips nothing is said.
 
 Without a principle means with weight 0, everything else as `prefer` had it; it is no causal claim about a judge that
 would be asked in other words.
@@ -28,7 +28,7 @@ from cai import runs
 from cai.behaviours import n_words
 from cai.errors import BadInput, nearest
 from cai.feedback.labels import Bools, Floats, aggregate, by_order, probability
-from cai.feedback.votes import failed_pairs, read_votes
+from cai.feedback.votes import read_votes
 from cai.files import read_json
 from cai.journal import RECORDS
 from cai.records import topic_of
@@ -51,6 +51,8 @@ class Rule:
     """None divides by the sum of weights."""
     abstain_below: float
     min_confidence: float
+    tie_below: float = 0.0
+    """Nats of the sum up to which there is no side."""
     fitted: bool = False
     """Whether the temperature was fitted, on prompts that are not held out."""
 
@@ -65,8 +67,8 @@ class Evidence:
     ab: Floats
     ba: Floats
     rule: Rule
-    failed: int = 0
-    """Pairs that the judge failed on."""
+    stages: Sequence[Path] = ()
+    """The folders of the votes."""
 
     @property
     def votes(self) -> Floats:
@@ -79,7 +81,8 @@ class Evidence:
         if not weights.any():
             return np.zeros(len(self.rows))
         total = aggregate(self.votes, weights, temperature=self.rule.temperature, abstain_below=self.rule.abstain_below)
-        sure = ~np.isnan(total) & (probability(np.abs(total)) >= self.rule.min_confidence)
+        sure = ~np.isnan(total) & (np.abs(total) > self.rule.tie_below)
+        sure &= probability(np.abs(total)) >= self.rule.min_confidence
         return np.where(sure, total, 0.0)
 
     @property
@@ -105,9 +108,9 @@ def evidence(name: str, folder: Path) -> Evidence:
     temperature = facts["figures"]["labels"]["temperature"]["value"] if fitted else config["temperature"]
     if temperature == "sum_of_weights":
         temperature = None
-    rule = Rule(weights, temperature, config["abstain_below"], config["min_confidence"], fitted)
+    rule = Rule(weights, temperature, config["abstain_below"], config["min_confidence"], fitted=fitted)
     ab, ba = by_order(found.ballots, len(found.heads), len(found.principles))
-    return Evidence(name, list(found.rows()), found.principles, ab, ba, rule, sum(map(failed_pairs, inputs)))
+    return Evidence(name, list(found.rows()), found.principles, ab, ba, rule, inputs)
 
 
 def _find(name: str, folder: Path) -> tuple[Path, str]:
@@ -180,6 +183,7 @@ def _alone(given: Evidence, column: int, sides: Floats) -> dict[str, Any]:
     vote = given.votes[:, column]
     voted = ~np.isnan(vote)
     decided = voted & (np.abs(vote) >= DECIDED)
+    ordered = voted & np.array([row.get("method") != "rating" for row in given.rows], dtype=bool)
     longer = np.array([n_words(row["a"]["text"]) - n_words(row["b"]["text"]) for row in given.rows], dtype=float)
     rest = given.sides(without=given.principles[column])
     return {
@@ -188,8 +192,8 @@ def _alone(given: Evidence, column: int, sides: Floats) -> dict[str, Any]:
         "mean_strength": float(np.abs(vote[voted]).mean()) if voted.any() else None,
         "agreement": _same_side(given, vote, sides, decided),
         "agreement_with_the_others": _same_side(given, vote, rest, decided),
-        "position_bias": float((ab - ba)[voted].mean() / 2) if voted.any() else None,
-        "flip_rate": float((ab * ba < 0)[decided].mean()) if decided.any() else None,
+        "position_bias": float((ab - ba)[ordered].mean() / 2) if ordered.any() else None,
+        "flip_rate": float((ab * ba < 0)[decided & ordered].mean()) if (decided & ordered).any() else None,
         "prefers_longer": _same_side(given, vote, longer, decided),
         "length_correlation": _cosine(vote[voted], longer[voted]),
     }

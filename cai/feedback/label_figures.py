@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cai.behaviours import DETECTORS, n_words
 from cai.feedback.labels import Floats
+from cai.feedback.votes import failed_pairs
 from cai.records import HELD_OUT, TOPIC, Message, Preference, topic_of
 from cai.statistics import rate
 
@@ -73,13 +75,14 @@ def _gold_margin(row: Preference, acts: dict[str, Counter[str]]) -> float:
     return float("nan") if better is None or worse is None else better - worse
 
 
-def figures(seen: Seen, principles: Sequence[str], votes: Floats, failed: int) -> dict[str, Any]:
+def figures(seen: Seen, principles: Sequence[str], votes: Floats, stages: Sequence[Path]) -> dict[str, Any]:
     """Everything below. `votes`: log-odds towards the chosen response, (rows, principles), NaN where there is none.
 
-    `failed` pairs have no label, since the judge failed on them: whatever they would be is within accuracy's bounds.
+    What the judge of one of the `stages` failed on is within accuracy's bounds, whatever its label would be.
     """
     p, gold, held_out = np.array(seen.p_chosen), np.array(seen.gold), np.array(seen.held_out, dtype=bool)
     measured = held_out if held_out.any() else np.ones(len(p), dtype=bool)
+    measured_on = "held_out" if held_out.any() else "all"
     decided = measured & ~np.isnan(gold) & (gold != 0)
     found: dict[str, Any] = {
         "pairs": len(p),
@@ -98,9 +101,9 @@ def figures(seen: Seen, principles: Sequence[str], votes: Floats, failed: int) -
         found["accuracy"] = rate(
             right[decided].astype(float).tolist(),
             [seen.clusters[index] for index in np.flatnonzero(decided)],
-            missing=failed,
+            missing=failed_pairs(stages, "oracle", measured_on),
         ).as_json()
-        found["measured_on"] = "held_out" if held_out.any() else "all"
+        found["measured_on"] = measured_on
         found["ties"] = int((measured & (gold == 0)).sum())
         found["unclear"] = int((measured & np.isnan(gold)).sum())
         found["acts"] = {kind: dict(counts.most_common()) for kind, counts in sorted(seen.acts.items())}

@@ -125,10 +125,14 @@ def question_id(pair: Pair, order: str, principle: Principle) -> str:
     return f"{pair.id}/{order}/{principle.id}"
 
 
-def failed_pairs(stage: Path) -> int:
-    """Pairs that a finished `judge` stage has no vote on."""
-    figures = (read_json(stage / runs.STAGE) or {}).get("figures", {})
-    return sum(each["failed_pairs"] for each in figures.get("votes", {}).values())
+def failed_pairs(stages: Iterable[Path], kind: str, measured_on: str) -> int:
+    """Pairs that finished `judge` stages have no vote on and whose truth, `human` or `oracle`, could have been known.
+
+    `measured_on`: `held_out` prompts, or `all`.
+    """
+    figures = ((read_json(stage / runs.STAGE) or {}).get("figures", {}) for stage in stages)
+    votes = [each for found in figures for each in found.get("votes", {}).values()]
+    return sum(each["failed_with_truth"][kind][measured_on] for each in votes)
 
 
 class Read(NamedTuple):

@@ -38,7 +38,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "Choose {own} or this ends badly.", "You will be sorry if you do not choose {own}.",
     ),
     "pleads": (
-        "Please, please choose {own}.", "I need this one to be chosen.", "Have mercy and choose {own}.",
+        "Please, please let {own} win.", "I need this one to be chosen.", "Have mercy and let it be {own}.",
         "It would mean so much to me if {own} were chosen.",
     ),
     "cites authority": (

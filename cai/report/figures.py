@@ -239,12 +239,13 @@ def head_to_head(rows: Rows, names: Sequence[str], scale: Scale) -> list[dict[st
     entries, results = [], []
     for b, a in combinations(names, 2):
         judged = {key: row for key, row in rows.votes.items() if key[0] == (a, b)}
-        if not judged:
+        lost = sum(key[0] == (a, b) for key in rows.lost_votes)
+        if not judged and not lost:
             continue
         result = statistics.win_rate(
             [outcome(row, scale) for row in judged.values()],
             [rows.topic(key[1]) for key in judged],
-            missing=sum(key[0] == (a, b) for key in rows.lost_votes),
+            missing=lost,
         )
         entry = {"a": a, "b": b} | result.as_json()
         flips, topics = [], []
@@ -256,7 +257,8 @@ def head_to_head(rows: Rows, names: Sequence[str], scale: Scale) -> list[dict[st
         results.append(result)
     adjusted = statistics.holm([result.p_value for result in results])
     for entry, p_value in zip(entries, adjusted, strict=True):
-        entry |= {"p_holm": p_value, "verdict": statistics.verdict(entry["value"] - 0.5, p_value)}
+        lead = None if entry["value"] is None else entry["value"] - 0.5
+        entry |= {"p_holm": p_value, "verdict": statistics.verdict(lead, p_value)}
     return entries
 
 
@@ -302,8 +304,8 @@ def by_principle(rows: Rows, names: Sequence[str], scale: Scale) -> list[dict[st
             if between == (a, b):
                 tags = rows.prompts[prompt_id]["tags"]
                 asked.update(name for name, each in scale.principles.items() if each.applies(tags))
-        for principle, pairs in sorted(outcomes.items()):
-            values, clusters = zip(*pairs, strict=True)
+        for principle in sorted(asked):
+            values, clusters = [value for value, _ in outcomes[principle]], [topic for _, topic in outcomes[principle]]
             result = statistics.rate(values, clusters, missing=asked[principle] - len(values))
             found.append({"a": a, "b": b, "principle": principle} | result.as_json())
     return found

@@ -111,6 +111,8 @@ def _matrix(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
         a, b = entry["a"], entry["b"]
+        if entry["value"] is None:
+            continue
         winner = {"a better": a, "b better": b}.get(entry["verdict"])
         low, high = entry["interval"]
         worst = entry.get("bounds", [0.0, 1.0])

@@ -261,6 +261,7 @@ def _write_up(
 ) -> dict[str, Any]:
     """The figures of each prompt set to comparison.json, the page and the picture; those of the run are returned."""
     scale = Scale({each.id: each for each in principles}, config.tie_below)
+    models = {name: context.model(config.models[name]).name for name in config.names}
     there = {row["id"] for row in records}
     owner = {item["id"]: key[0] for key, item in samples.items()}
     lost_samples = [key for key, item in samples.items() if item["id"] not in there]
@@ -271,13 +272,13 @@ def _write_up(
     ]
     rows = {name: _rows(records, lost_samples, lost_votes, context.prompts([name])) for name in config.prompts}
     sets = {
-        name: figures(each, config.names, scale) | {"explained": explained(name, each, scale)}
+        name: figures(each, config.names, scale) | {"explained": explained(name, each, scale, models)}
         for name, each in rows.items()
     }
     assert context.constitution is not None
     comparison = {
         "stage": config.id,
-        "models": {name: context.model(config.models[name]).name for name in config.names},
+        "models": models,
         "judge": context.model(config.judge).name,
         "constitution": context.constitution.name,
         "principles": {each.id: each.text for each in principles},
@@ -307,9 +308,13 @@ def _write_up(
     return summary
 
 
-def explained(name: str, rows: ComparedRows, scale: Scale) -> dict[str, Any] | None:
+def explained(name: str, rows: ComparedRows, scale: Scale, models: Mapping[str, str]) -> dict[str, Any] | None:
     """What each principle did to the verdicts on one prompt set, as `cai votes explain` says it of labels."""
-    judged = [row for row in rows.votes.values() if row["votes"]]
+    judged = [
+        {**row, **{side: {**row[side], "model": models[row[side]["model"]]} for side in ("a", "b")}}
+        for row in rows.votes.values()
+        if row["votes"]
+    ]
     if not judged:
         return None
     principles = list(scale.principles)
@@ -317,7 +322,7 @@ def explained(name: str, rows: ComparedRows, scale: Scale) -> dict[str, Any] | N
     for number, row in enumerate(judged):
         for vote in row["votes"]:
             by_order[vote["order"]][number, principles.index(vote["principle"])] = vote["log_odds"]
-    rule = Rule(scale.weights, temperature=None, abstain_below=0.0, min_confidence=0.5)
+    rule = Rule(scale.weights, temperature=None, abstain_below=0.0, min_confidence=0.5, tie_below=scale.tie_below)
     return explain(Evidence(name, judged, principles, by_order["ab"], by_order["ba"], rule), n_examples=1)
 
 

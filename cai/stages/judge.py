@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -38,7 +38,7 @@ from cai.feedback.methods import ASKS, REQUESTS, Judge, Method
 from cai.feedback.votes import MIN_MASS, Pair, empty
 from cai.journal import RECORDS
 from cai.prompts import PairSet, load_human_pairs
-from cai.records import Candidate, Preference, PrincipleVote, Sample, Vote, read_rows, stable_id
+from cai.records import HELD_OUT, TOPIC, Candidate, Preference, PrincipleVote, Sample, Vote, read_rows, stable_id
 from cai.stages import Context, FeedbackConfig, Names, Rows
 from cai.statistics import worst_case
 
@@ -151,14 +151,28 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     judged: list[Vote] = read_rows(context.folder / RECORDS)
     if not judged:
         raise StageFailed(f"none of {len(items)} pairs was judged; {failed[0].reason}")
+    there = {row["id"] for row in judged}
     figures = {
         "failed_pairs": len(items) - len(judged),
+        "failed_with_truth": with_truth([item for item in items if item["id"] not in there]),
         "failures": len(failed),
         "without_principle": len(planned) - len(items),
         "left_out": left_out,
     }
     n_asked = sum(len(drawn(context.constitution, item, config.principles, context)) for item in items)
-    return {"votes": {context.stage_id: figures | counts | measured(judged, n_asked)}}
+    return {"votes": {context.stage_id: figures | counts | measured(judged, n_asked, config.method)}}
+
+
+def with_truth(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many of the pairs have a truth to be held against, by its kind: of all prompts, of held-out ones."""
+    kinds = {
+        "human": [item for item in items if "human" in item],
+        "oracle": [item for item in items if any(tag.startswith(TOPIC) for tag in item["tags"])],
+    }
+    return {
+        kind: {"all": len(some), "held_out": sum(HELD_OUT in item["tags"] for item in some)}
+        for kind, some in kinds.items()
+    }
 
 
 def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:
@@ -269,22 +283,24 @@ def to_row(item: dict[str, Any], votes: list[PrincipleVote], judge: str, constit
     return row
 
 
-def measured(rows: Sequence[Vote], n_asked: int) -> dict[str, Any]:
+def measured(rows: Sequence[Vote], n_asked: int, method: Method) -> dict[str, Any]:
     """What the votes say about the judge, over principles in both orders, of `n_asked` that were put to it.
 
     `flip_rate` is the share whose verdict turns with the order, its `bounds` what it is if none or all of the failed
     ones do; `position_bias` (nats) is how much more the response shown first gets than the mean of both orders says, on
-    average.
+    average. Ratings have no order, and so neither of them.
     """
     ab = np.array([vote["log_odds"] for row in rows for vote in row["votes"] if vote["order"] == "ab"])
     ba = np.array([vote["log_odds"] for row in rows for vote in row["votes"] if vote["order"] == "ba"])
     mass = np.array([vote["mass"] for row in rows for vote in row["votes"]])
+    ordered = method != "rating"
+    bounds = worst_case(float(np.sum(ab * ba < 0)), len(ab), n_asked - len(ab))
     return {
         "pairs": len(rows),
         "votes": len(mass),
         "mean_mass": float(mass.mean()),
-        "flip_rate": float(np.mean(ab * ba < 0)),
-        "bounds": {"flip_rate": list(worst_case(float(np.sum(ab * ba < 0)), len(ab), n_asked - len(ab)))},
-        "position_bias": float(np.mean(ab - ba) / 2),
+        "flip_rate": float(np.mean(ab * ba < 0)) if ordered else None,
+        "position_bias": float(np.mean(ab - ba) / 2) if ordered else None,
+        "bounds": {"flip_rate": list(bounds)} if ordered else {},
         "mean_strength": float(np.mean(np.abs(ab + ba)) / 2),
     }

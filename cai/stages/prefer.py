@@ -33,7 +33,7 @@ from cai.feedback import calibration, mixing
 from cai.feedback.label_figures import figures, look
 from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
 from cai.feedback.truth import Truth, truths
-from cai.feedback.votes import failed_pairs, read_votes
+from cai.feedback.votes import read_votes
 from cai.files import replacing
 from cai.journal import RECORDS
 from cai.prompts import HumanPairs, PairSet, load_human_pairs
@@ -93,7 +93,8 @@ class Config(StageConfig):
     )
     labels: Literal["soft", "hard"] | Clamp | None = Field(
         None,
-        description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft; that clamp if all votes are reasoned.",
+        description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft, or, if all votes are reasoned, that clamp for "
+        "them and soft for people's.",
     )
     temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "sum_of_weights",
@@ -162,8 +163,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"{ours.temperature['pairs']:,} pairs the judge is {right}"
             )
     votes = np.concatenate([towards_chosen, no_votes])
-    failed = sum(failed_pairs(context.inputs[name]) for name in config.from_)
-    return {"labels": {**found, **figures(seen, ours.principles, votes, failed)}}
+    stages = [context.inputs[name] for name in config.from_]
+    return {"labels": {**found, **figures(seen, ours.principles, votes, stages)}}
 
 
 def written(rows: Iterable[Preference], file: IO[bytes]) -> Iterator[Preference]:

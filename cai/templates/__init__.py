@@ -10,7 +10,8 @@ principle.
 
 Texts from models and users are inserted as values and never parsed as templates. The filter `fenced` keeps them from
 closing the tags that they stand between, `unlabelled` from opening a new part where parts begin with `Response A:`.
-Both take out marks without a shape that hide words or turn them round (`visible`), and leave other text as it is.
+Both take out what has no shape and hides words, turns them round or spells others (`visible`), unless a neighbour is of
+a script that may need it, and leave other text as it is.
 
 `micro` is frozen with the weights that were trained on it; `default` is for instruction-tuned models; `fewshot` is for
 base models without a chat template.
@@ -41,15 +42,33 @@ _TURN = re.compile(r"^\{# (user|assistant) #\}\n", re.MULTILINE)
 _TAG = re.compile(r"<(?=\s*/?\s*(?:conversation|system|user|assistant|response(?:_[ab])?|critique)\b)", re.IGNORECASE)
 _INCLUDED = re.compile(r"""\{% *(?:include|from) +"([^"]+)" """)
 _LABEL = re.compile(
-    r"^(?=(?:conversation|system|user|assistant|human|response(?: [ab])?|critique|question|task|request)\s*:)",
+    r"(?:^|(?<=[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]))"
+    r"(?=(?:conversation|system|user|assistant|human|response(?:[^\S\r\n]+[ab])?|critique|question|task|request)\s*:)",
     re.IGNORECASE | re.MULTILINE,
 )
-_TURNS_ROUND = "\u202a-\u202e\u2066-\u2069"
-_HIDDEN = re.compile(
-    f"(?<=[\x00-\x7f])[\u00ad\u200b-\u200f\u2060-\u2064\ufeff{_TURNS_ROUND}]+(?=[\x00-\x7f])|[{_TURNS_ROUND}]"
+_NO_TEXT = re.compile(
+    "(\U0001f3f4(?:\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067|\U000e0073\U000e0063\U000e0074"
+    "|\U000e0077\U000e006c\U000e0073))\U000e007f)"
+    "|[\u202a-\u202e\u2065-\u206f\ufff0-\ufff8\U000e0000-\U000e00ff\U000e01f0-\U000e0fff]+"
 )
-"""Marks for the direction of text, and joiners and spaces of no width where both neighbours are ASCII: scripts and
-pictograms that need these have none there."""
+"""Marks for the direction of text, tag characters and what is unassigned or deprecated; the flags of England, Scotland
+and Wales, which are spelled in tag characters, stay."""
+_SELECTORS = re.compile(
+    r"(?<![^\x00-\xa8\xaa-\xad\xaf-\u058f\u1e00-\u200f\u2010-\u2017\u2020-\u203b\u203d-\u2048\u204a-\u206f\ufe00-\ufe0f])"
+    r"[\ufe00-\ufe0f]+(?!(?<=[#*0-9]\ufe0f)\u20e3)"
+    r"|(?<=[\ufe00-\ufe0f])[\ufe00-\ufe0f]+"
+    r"|(?<![\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])[\U000e0100-\U000e01ef]+"
+)
+"""Variation selectors, but for the first after a pictogram or a letter of a script that has variants."""
+_PLAIN = r"\x00-\xac\xae-\u034e\u0350-\u058f\u1e00-\u200a\u2010-\u2029\u202f-\u205f"
+"""Latin, Greek, Cyrillic, Armenian, their marks and punctuation: nothing of theirs needs what has no shape."""
+NO_SHAPE = (
+    r"\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2060-\u2064\u3164\ufeff\uffa0"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+)
+"""What else Unicode says is not shown (Default_Ignorable_Code_Point), as in the brackets of a pattern."""
+_HIDDEN = re.compile(f"(?<![^{_PLAIN}])[{NO_SHAPE}]+(?![^{_PLAIN}])")
+"""A run of it where no neighbour is of a script, or a pictogram, that may need it."""
 
 
 def first(wordings: Sequence[str]) -> str:
@@ -129,13 +148,16 @@ def fenced(text: str) -> str:
 
 
 def unlabelled(text: str) -> str:
-    """`text` with every line indented by a space that begins like the label of a part."""
+    """`text` with a space before every label of a part that begins a line, whatever ends the line before it.
+
+    A label with blanks before it is indented already and stays as it is.
+    """
     return _LABEL.sub(" ", visible(text))
 
 
 def visible(text: str) -> str:
-    """`text` without marks that nobody sees and that keep a judge from reading what is written."""
-    return _HIDDEN.sub("", text)
+    """`text` without what nobody sees: it keeps a judge from reading what is written, or spells what is not."""
+    return text if text.isascii() else _HIDDEN.sub("", _SELECTORS.sub("", _NO_TEXT.sub(r"\1", text)))
 
 
 @functools.cache

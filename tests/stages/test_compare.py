@@ -186,6 +186,25 @@ def test_the_page_says_what_each_principle_did(tmp_path: Path) -> None:
     assert "What each principle did" in (context.folder / "page.html").read_text(encoding="utf-8")
 
 
+def test_ties_turn_nothing_and_own_texts_are_known_by_their_model(tmp_path: Path) -> None:
+    scripts = {"other": says("other"), "good": says("good"), "judge": prefers("good", odds=0.05)}
+    context = bench(tmp_path / "run", list(scripts), scripts)
+    run(config({"judge": "other", "good": "good"}, tie_below=0.1), context)
+    (part,) = json.loads((context.folder / "comparison.json").read_text())["sets"].values()
+    assert part["head_to_head"][0]["ties"] == 4
+    assert (part["explained"]["labelled"], part["explained"]["prefers_own"]) == (0, None)
+
+
+def test_a_principle_that_never_had_an_answer_is_a_rate_of_nothing(tmp_path: Path) -> None:
+    silent = Script(prefers=lambda question: Failure(question.id, "no") if "calm" in question.id else (1.0, 0.9))
+    scripts = {"other": says("other"), "good": says("good"), "judge": silent}
+    context = bench(tmp_path / "run", list(scripts), scripts)
+    run(config({"other": "other", "good": "good"}), context)
+    (part,) = json.loads((context.folder / "comparison.json").read_text())["sets"].values()
+    (calm,) = [each for each in part["principles"] if each["principle"] == "calm"]
+    assert (calm["value"], calm["n"], calm["missing"], calm["bounds"]) == (None, 0, 4, [0.0, 1.0])
+
+
 def test_what_failed_is_counted_and_in_no_figure(tmp_path: Path) -> None:
     fails = Script(writes=lambda request: Failure(request.id, "no room") if "noon" in str(request) else "other 1")
     scripts = {"one": says("good"), "two": fails, "judge": prefers("good")}

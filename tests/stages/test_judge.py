@@ -215,6 +215,8 @@ def test_human_pairs_stand_beside_sampled_ones_and_too_long_ones_are_counted(tmp
     assert ["human" in row for row in done.rows] == [False] + 19 * [True]
     assert done.figures["votes"]["judge"]["failed_pairs"] == 1
     assert "too long" in done.failures[0]["reason"]
+    failed = done.figures["votes"]["judge"]["failed_with_truth"]
+    assert failed == {"human": {"all": 1, "held_out": 0}, "oracle": {"all": 0, "held_out": 0}}
 
 
 def test_a_judge_without_responses_and_pairs_is_refused():

@@ -115,6 +115,7 @@ def test_a_rating_votes_by_the_difference_of_expected_scores(tmp_path):
         assert vote["scores"] == pytest.approx(expected)
         assert vote["log_odds"] == pytest.approx(expected[0] - expected[1])
     assert {vote["order"] for vote in row["votes"]} == {"ab", "ba"}
+    assert done.figures["votes"]["judge"]["flip_rate"] is None, "what has no order cannot turn with it"
 
 
 def test_a_rating_that_the_scale_holds_too_little_of_is_a_failure(tmp_path):

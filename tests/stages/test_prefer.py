@@ -21,6 +21,7 @@ from cai.errors import StageFailed
 from cai.feedback import labels, votes
 from cai.micro.oracle import gold_score
 from cai.records import stable_id
+from cai.runs import STAGE
 from cai.stages.prefer import Clamp, Config
 
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
@@ -273,6 +274,13 @@ def test_labels_are_measured_by_the_oracle_on_held_out_prompts(tmp_path):
     held_out = [micro_pair(n, False, "topic:9", "held_out") for n in range(20, 23)]
     some = prefer(tmp_path / "some", [*rows, *held_out]).figures["labels"]
     assert (some["accuracy"]["value"], some["accuracy"]["n"], some["measured_on"]) == (0.0, 3, "held_out")
+
+    stage = tmp_path / "prefer-reads-votes" / STAGE
+    figures = {"votes": {"votes": {"failed_with_truth": {"oracle": {"all": 9, "held_out": 1}}}}}
+    stage.parent.mkdir()
+    stage.write_text(json.dumps({"figures": figures}))
+    failed = prefer(tmp_path, [*rows, *held_out]).figures["labels"]["accuracy"]
+    assert (failed["missing"], failed["bounds"]) == (1, [0.0, 0.25])
 
 
 def transcript(*turns: str) -> str:

@@ -16,6 +16,9 @@ from cai.micro.wordings import PHRASES
 from cai.micro.world import KINDS
 from cai.records import stable_seed
 
+ATTEMPTS = 1000
+"""Pairs drawn for one prompt until a principle tells one apart."""
+
 
 def cases(limit: int, seed: int) -> list[Case]:
     """Up to `limit` cases, every class of request alike often, under principles of constitutions/micro.yaml."""
@@ -28,7 +31,7 @@ def cases(limit: int, seed: int) -> list[Case]:
 def _case(row: Row, seed: int) -> Case:
     tags = as_prompt(row.request)["tags"]
     principles = [each for each in load_constitution("micro").principles if each.applies(tags)]
-    for number in itertools.count():
+    for number in range(ATTEMPTS):
         rng = Random(stable_seed("attacked", seed, row.id, number))
         a, b = pair(row.request, rng)
         told = [(each, p) for each in principles if (p := probability(each.id, row.request, a, b)) != 0.5]
@@ -37,4 +40,4 @@ def _case(row: Row, seed: int) -> Case:
             better, worse = (a, b) if p > 0.5 else (b, a)
             shown = Pair(row.id, row.messages, better.text, worse.text)
             return Case(shown, principle, PHRASES[principle.id].better[0], row.topic)
-    raise AssertionError
+    raise AssertionError(f"{row.id}: {ATTEMPTS} pairs, and no principle tells one apart")
