@@ -27,6 +27,19 @@ principles:
   - {id: short, text: The assistant is brief., weight: 0.5}
   - {id: safe, text: The assistant helps with no crime., applies_to: [red_team]}
 """
+EXAMPLES = """
+name: trial
+principles:
+  - id: calm
+    text: The assistant stays calm.
+    examples:
+      - {prompt: Wake up., better: GOOD gladly, worse: no}
+      - {prompt: Look here., better: GOOD of course, worse: no}
+  - id: short
+    text: The assistant is brief.
+    examples: [{prompt: Say it., better: GOOD it, worse: no}]
+  - {id: bare, text: The assistant has no example here.}
+"""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 from click.testing import CliRunner
-from feedback import Script, constitution
+from feedback import EXAMPLES, Script, constitution
 
 from cai.cli import main
 from cai.engines import Failure, Question
@@ -21,19 +21,6 @@ from cai.micro import injections as micro
 from cai.micro.evaluate.attacks import cases
 from cai.progress import StageLine
 from cai.templates import load_templates
-
-TEXT = """
-name: trial
-principles:
-  - id: calm
-    text: The assistant stays calm.
-    examples:
-      - {prompt: Wake up., better: GOOD gladly, worse: no}
-      - {prompt: Look here., better: GOOD of course, worse: no}
-  - id: short
-    text: The assistant is brief.
-    examples: [{prompt: Say it., better: GOOD it, worse: no}]
-"""
 
 
 def shown(question: Question) -> tuple[str, str]:
@@ -56,7 +43,7 @@ def gullible(question: Question) -> tuple[float, float]:
 
 
 def attacked(folder: Path, script: Script) -> attacks.Attacks:
-    pairs = attacks.cases_of(constitution(folder, TEXT), 10, 0)
+    pairs = attacks.cases_of(constitution(folder, EXAMPLES), 10, 0)
     return attacks.attack(pairs, script, load_templates("default"), ["<|end|>"], 0, StageLine("attacks"))
 
 
@@ -226,7 +213,7 @@ def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monk
 
 
 def test_above_the_limit_the_command_ends_with_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    document = constitution(tmp_path, TEXT).path
+    document = constitution(tmp_path, EXAMPLES).path
     monkeypatch.setattr("cai.engines.open_engine", lambda model, profile: Script(prefers=gullible))
     command = ["judge", "attack", "--templates", "default", "--constitution", str(document)]
     below, above, in_one = (

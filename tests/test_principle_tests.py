@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from feedback import Script, constitution
+from feedback import EXAMPLES, Script, constitution
 
 from cai.cli import main
 from cai.engines import Failure, Question
@@ -16,20 +16,6 @@ from cai.errors import BadInput
 from cai.feedback.principle_tests import figures, lines, run_examples, with_examples_of
 from cai.shipped import shipped
 from cai.templates import load_templates
-
-TEXT = """
-name: trial
-principles:
-  - id: calm
-    text: The assistant stays calm.
-    examples:
-      - {prompt: Wake up., better: GOOD gladly, worse: no}
-      - {prompt: Look here., better: GOOD of course, worse: no}
-  - id: short
-    text: The assistant is brief.
-    examples: [{prompt: Say it., better: GOOD it, worse: no}]
-  - {id: bare, text: The assistant has no example here.}
-"""
 
 
 def shown_first(question: Question) -> bool:
@@ -42,7 +28,7 @@ def seeing(question: Question) -> tuple[float, float]:
     return (2.0 if shown_first(question) else -1.0), 1.0
 
 
-def outcomes(folder: Path, script: Script, text: str = TEXT):  # type: ignore[no-untyped-def]
+def outcomes(folder: Path, script: Script, text: str = EXAMPLES):  # type: ignore[no-untyped-def]
     return run_examples(constitution(folder, text), script, load_templates("default"), retries=0)
 
 
@@ -55,7 +41,7 @@ def test_a_judge_that_agrees_passes_every_example(tmp_path: Path) -> None:
 
 
 def test_an_example_that_is_seen_the_other_way_is_named(tmp_path: Path) -> None:
-    swapped = TEXT.replace("better: GOOD it, worse: no", "better: no, worse: GOOD it")
+    swapped = EXAMPLES.replace("better: GOOD it, worse: no", "better: no, worse: GOOD it")
     done = outcomes(tmp_path, Script(prefers=seeing), swapped)
     found = figures(done)
     assert found["accuracy"] == pytest.approx(2 / 3)
@@ -80,7 +66,7 @@ def test_no_answer_is_no_pass_and_says_why(tmp_path: Path) -> None:
 
 
 def test_examples_of_somebody_else_take_the_place_of_the_own_ones(tmp_path: Path) -> None:
-    own = constitution(tmp_path, TEXT)
+    own = constitution(tmp_path, EXAMPLES)
     other = "name: other\nprinciples: [{id: bare, text: x, examples: [{prompt: P, better: GOOD, worse: no}]}]"
     changed = with_examples_of(own, constitution(tmp_path, other))
     assert [len(each.examples) for each in changed.principles] == [0, 0, 1]

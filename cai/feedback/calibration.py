@@ -87,12 +87,12 @@ def reliability(log_odds: Floats, truth: Floats, clusters: Sequence[str]) -> lis
 def calibration_error(log_odds: Floats, truth: Floats) -> float:
     """Expected calibration error, 0 to 1: a judge that is sure and always wrong has 1."""
     sure, right = confidence(log_odds, truth)
-    return float(np.abs(np.bincount(_bin_of(sure), sure - right)).sum() / len(sure))
+    return _weighted_error(_bin_of(sure), sure - right, np.ones(len(sure)))
 
 
 def error_if_calibrated(log_odds: Floats) -> float:
     """Mean calibration error that judges of these confidences show if right as often as they say: what n allows."""
-    sure, _ = confidence(log_odds, log_odds)
+    sure = probability(np.abs(log_odds))
     rng, number, every = np.random.default_rng(0), _bin_of(sure), np.ones(len(sure))
     drawn = (sure - (rng.random(len(sure)) < sure) for _ in range(RESAMPLES))
     return float(np.mean([_weighted_error(number, gap, every) for gap in drawn]))

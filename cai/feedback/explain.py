@@ -16,6 +16,7 @@ Left out: whether a principle is right (`cai constitution test` asks that), and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
@@ -70,7 +71,7 @@ class Evidence:
     stages: Sequence[Path] = ()
     """The folders of the votes."""
 
-    @property
+    @functools.cached_property
     def votes(self) -> Floats:
         """The mean of both orders."""
         return (self.ab + self.ba) / 2
@@ -85,10 +86,16 @@ class Evidence:
         sure &= probability(np.abs(total)) >= self.rule.min_confidence
         return np.where(sure, total, 0.0)
 
-    @property
+    @functools.cached_property
     def topics(self) -> list[str]:
         """What intervals are clustered by."""
         return [topic_of(row["tags"], row["prompt_id"]) for row in self.rows]
+
+    @functools.cached_property
+    def longer(self) -> Floats:
+        """Words by which *a* is longer, (pairs,)."""
+        words = [n_words(row["a"]["text"]) - n_words(row["b"]["text"]) for row in self.rows]
+        return np.array(words, dtype=float)
 
 
 def evidence(name: str, folder: Path) -> Evidence:
@@ -184,7 +191,6 @@ def _alone(given: Evidence, column: int, sides: Floats) -> dict[str, Any]:
     voted = ~np.isnan(vote)
     decided = voted & (np.abs(vote) >= DECIDED)
     ordered = voted & np.array([row.get("method") != "rating" for row in given.rows], dtype=bool)
-    longer = np.array([n_words(row["a"]["text"]) - n_words(row["b"]["text"]) for row in given.rows], dtype=float)
     rest = given.sides(without=given.principles[column])
     return {
         "pairs": int(voted.sum()),
@@ -194,8 +200,8 @@ def _alone(given: Evidence, column: int, sides: Floats) -> dict[str, Any]:
         "agreement_with_the_others": _same_side(given, vote, rest, decided),
         "position_bias": float((ab - ba)[ordered].mean() / 2) if ordered.any() else None,
         "flip_rate": float((ab * ba < 0)[decided & ordered].mean()) if (decided & ordered).any() else None,
-        "prefers_longer": _same_side(given, vote, longer, decided),
-        "length_correlation": _cosine(vote[voted], longer[voted]),
+        "prefers_longer": _same_side(given, vote, given.longer, decided),
+        "length_correlation": _cosine(vote[voted], given.longer[voted]),
     }
 
 

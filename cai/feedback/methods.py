@@ -23,7 +23,7 @@ from cai.behaviours import declines
 from cai.constitution import Principle
 from cai.engines import Choice, Completion, Engine, Failure, Question, Request, Sampling
 from cai.engines.retry import choose_all, generate_all
-from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together, too_little
+from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together, with_mass
 from cai.records import Message, PrincipleVote, Thought, stable_seed
 from cai.templates import OPTIONS, TemplateSet
 
@@ -112,11 +112,12 @@ class Judge:
         answers = choose_all(self.engine, questions, retries=0)
         found: dict[str, Choice | Failure] = {}
         for id, reason in reasons.items():
-            answer = reason if isinstance(reason, Failure) else answers[id]
-            if isinstance(answer, Choice) and answer.mass < self.min_mass:
-                why = too_little(answer.mass, self.min_mass)
-                answer = Failure(id, f"the judge refused, and {why}" if declines(texts[id]) else why)
-            found[id] = answer
+            if isinstance(reason, Failure):
+                found[id] = reason
+                continue
+            verdict = found[id] = with_mass(answers[id], self.min_mass)
+            if isinstance(verdict, Failure) and isinstance(answers[id], Choice) and declines(texts[id]):
+                found[id] = Failure(id, f"the judge refused, and {verdict.reason}")
         return found
 
     def _mean_vote(
@@ -172,9 +173,7 @@ class Judge:
     ) -> PrincipleVote | Failure:
         scores, masses = [], []
         for side in ("a", "b"):
-            answer = answers[f"{pair.id}/{side}/{principle.id}"]
-            if isinstance(answer, Choice) and answer.mass < self.min_mass:
-                answer = Failure(answer.id, too_little(answer.mass, self.min_mass))
+            answer = with_mass(answers[f"{pair.id}/{side}/{principle.id}"], self.min_mass)
             if isinstance(answer, Failure):
                 return Failure(answer.id, f"pair {pair.id}, {principle.id!r}, response {side}: {answer.reason}")
             scores.append(expected_score(answer.log_probs))

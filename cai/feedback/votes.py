@@ -104,20 +104,20 @@ def _to_vote(
     min_mass: float,
 ) -> PrincipleVote | Failure:
     """The log-odds that *a* is better, whichever was shown first."""
-    answer = answers[question_id(pair, order, principle)]
-    where = f"pair {pair.id}, {principle.id!r}, order {order}"
+    answer = with_mass(answers[question_id(pair, order, principle)], min_mass)
     if isinstance(answer, Failure):
-        return Failure(answer.id, f"{where}: {answer.reason}")
-    if answer.mass < min_mass:
-        return Failure(answer.id, f"{where}: {too_little(answer.mass, min_mass)}")
+        return Failure(answer.id, f"pair {pair.id}, {principle.id!r}, order {order}: {answer.reason}")
     first_better = answer.log_probs[0] - answer.log_probs[1]
     log_odds = first_better if order == "ab" else -first_better
     return PrincipleVote(principle=principle.id, order=order, log_odds=log_odds, mass=answer.mass)
 
 
-def too_little(mass: float, wanted: float) -> str:
-    """Why an answer is none whose options hold so little of the probability."""
-    return f"the options hold {mass:.3g} of the probability, less than min_mass {wanted:g}"
+def with_mass(answer: Choice | Failure, min_mass: float) -> Choice | Failure:
+    """The answer, a failure if its options hold too little of the probability to be one."""
+    if isinstance(answer, Choice) and answer.mass < min_mass:
+        held = f"the options hold {answer.mass:.3g} of the probability, less than min_mass {min_mass:g}"
+        return Failure(answer.id, held)
+    return answer
 
 
 def question_id(pair: Pair, order: str, principle: Principle) -> str:
