@@ -1,32 +1,43 @@
 """The decoding loop: prompts in; drawn ids and their log-probabilities out. Tensors, no texts.
 
-Rows are padded on the left and share one key/value cache, whose room is allocated once. A row's randomness is a row of
-uniforms from its own seed, put through the inverse of the cumulative distribution: what else is in the batch does not
-touch it. Rows that have ended leave the batch when half of it has.
+Samples of one prompt share it: it is read once, and their rows hold what they drew alone (`cai.engines.prefixes`). The
+rows that run fill a budget of tokens; those that ended make room, and waiting ones enter, the longest prompts first. A
+row's randomness is a row of uniforms from its own seed, put through the inverse of the cumulative distribution: what
+else is in the batch does not touch it.
 
-Left out: beams, penalties, speculative decoding, sharing one prefill between samples of one prompt.
+Left out: beams, penalties, speculative decoding, reading a long prompt in parts.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from cai.engines import Sampling
+from cai.engines.prefixes import Groups, Prefixes, bias_of, forward, grouped_heads, joint_attention, read
+from cai.engines.sampling import draw, uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LEAVE = 8
+"""Rows leave when one in so many has ended: until then they are computed in vain, and leaving copies the others."""
 
-@dataclass(frozen=True)
-class Drawn:
+
+class Wanted(NamedTuple):
+    """A response wanted: its number, the prompt's ids, and the seed of its randomness."""
+
+    number: int
+    prompt: Sequence[int]
+    seed: int
+
+
+class Drawn(NamedTuple):
     """What was drawn for one prompt: ids, natural log-probabilities, and whether it ended by itself."""
 
     token_ids: list[int]
@@ -34,167 +45,196 @@ class Drawn:
     ended: bool
 
 
-class Room(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values, (batch, heads, seq, width), growing in place into room made beforehand."""
+@dataclass(frozen=True)
+class Stopping:
+    """What ends a response: one of `ids` drawn, or `complete`, asked about the ids drawn for one row so far."""
+
+    ids: frozenset[int]
+    complete: Callable[[list[int]], bool] | None = None
+
+
+@dataclass
+class Row:
+    """A response that is being drawn. `prompt` is its place among the prefixes."""
+
+    wanted: Wanted
+    prompt: int
+    uniform: torch.Tensor
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    ended: bool = False
+    over: bool = False
+
+    def drawn(self) -> Drawn:
+        """What there is of it."""
+        return Drawn(self.token_ids, self.log_probs, self.ended)
+
+
+class Room:
+    """The keys, (row, kv heads, width, seq), and values of what rows drew themselves, in room made beforehand.
+
+    Beyond `used` tokens nothing is defined yet.
+    """
 
     def __init__(self, length: int) -> None:
-        super().__init__()
         self.length = length
-        self.filled = 0
+        self.used = 0
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    def keep(self, rows: Sequence[int], new: int, used: int) -> None:
+        """Leaves the room of `rows`, of which at most `used` tokens are needed, and makes some for `new` ones."""
+        for layers, seq in ((self.keys, -1), (self.values, -2)):
+            for n, old in enumerate(layers):
+                room = old.new_empty((len(rows) + new, *old.shape[1:]))
+                some = room.narrow(seq, 0, used)
+                at = torch.tensor(rows, dtype=torch.long, device=old.device)
+                torch.index_select(old.narrow(seq, 0, used), 0, at, out=some[: len(rows)])
+                some[len(rows) :] = 0
+                layers[n] = room
+        self.used = used
+
+    def write(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor, used: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.all_keys = _room_like(key_states, self.length)
-            self.all_values = _room_like(value_states, self.length)
-            self.is_initialized: bool = True
-        start, self.filled = self.filled, self.filled + key_states.shape[-2]
-        self.all_keys[:, :, start : self.filled] = key_states
-        self.all_values[:, :, start : self.filled] = value_states
-        self.keys = self.all_keys[:, :, : self.filled]
-        self.values = self.all_values[:, :, : self.filled]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for name in ("all_keys", "all_values"):
-            old = getattr(self, name)
-            new = old.new_empty((len(indices), *old.shape[1:]))
-            new[:, :, : self.filled] = old[:, :, : self.filled].index_select(0, indices)
-            setattr(self, name, new)
-        self.keys = self.all_keys[:, :, : self.filled]
-        self.values = self.all_values[:, :, : self.filled]
-
-
-def _room_like(states: torch.Tensor, length: int) -> torch.Tensor:
-    batch, heads, _, width = states.shape
-    return states.new_empty((batch, heads, length, width))
-
-
-def new_cache(model: PreTrainedModel, length: int) -> DynamicCache:
-    """An empty cache for sequences of up to `length` tokens."""
-    cache = DynamicCache(config=model.config)
-    if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.layers = [Room(length) for _ in cache.layers]
-    return cache  # layers of other kinds (sliding windows, states) keep their own way of growing
-
-
-@functools.cache
-def _knows(kind: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
-def accepted(model: PreTrainedModel, **arguments: object) -> dict[str, Any]:
-    """Those of `arguments` that this model's forward knows: not all count positions or take `logits_to_keep`."""
-    return {name: value for name, value in arguments.items() if name in _knows(type(model))}  # type: ignore[arg-type]
-
-
-def padded_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both (batch, seq)."""
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def uniforms(seeds: Sequence[int], length: int) -> torch.Tensor:
-    """(batch, length) float64 in [0, 1): each row depends on its seed alone."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return torch.stack(rows)
-
-
-def draw(
-    logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, banned: Sequence[int] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token of each row and its log-probability, both (batch,), from `logits`, (batch, vocabulary), float32.
-
-    The log-probability is the model's own, in nats: of the whole distribution, at temperature 1, before `sampling` and
-    `banned` narrow it.
-    """
-    normaliser = logits.logsumexp(dim=-1)
-    scores = logits
-    if banned:
-        scores = logits.clone()
-        scores[:, list(banned)] = -torch.inf
-    if sampling.temperature == 0:
-        tokens = scores.argmax(dim=-1)
-    else:
-        scores = scores / sampling.temperature
-        if 0 < sampling.top_k < scores.shape[-1]:
-            least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        probabilities = scores.softmax(dim=-1)
-        if sampling.top_p < 1:
-            ordered = probabilities.sort(dim=-1, descending=True).values
-            kept = ordered.cumsum(dim=-1) - ordered < sampling.top_p
-            least = ordered.masked_fill(~kept, torch.inf).min(dim=-1, keepdim=True).values
-            probabilities = probabilities.masked_fill(probabilities < least, 0)
-        cumulative = probabilities.to(torch.float64).cumsum(dim=-1)
-        target = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - normaliser
+        """Writes each row's `key` and `value`, (row, kv heads, 1, width), at its place; all that is there of `used`."""
+        if layer == len(self.keys):
+            n, heads, _, width = key.shape
+            self.keys.append(key.new_empty((n, heads, width, self.length)))
+            self.values.append(value.new_empty((n, heads, self.length, value.shape[-1])))
+        keys, values = self.keys[layer], self.values[layer]
+        if used > self.used:
+            keys[..., self.used : used] = 0
+            values[:, :, self.used : used] = 0
+        rows = torch.arange(len(at), device=at.device)
+        keys[rows, :, :, at] = key[:, :, 0]
+        values[rows, :, at] = value[:, :, 0]
+        return keys[..., :used], values[:, :, :used]
 
 
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
+    wanted: Sequence[Wanted],
     sampling: Sampling,
+    stopping: Stopping,
     *,
-    end_ids: Sequence[int],
+    budget: int,
     pad_id: int,
     banned: Sequence[int] = (),
-    stopped: Callable[[list[int]], bool] | None = None,
-) -> list[Drawn]:
-    """Draws a response to each prompt, all in one batch. `stopped` looks at the ids drawn for one row so far."""
-    device = model.device
-    ids, mask = (each.to(device) for each in padded_left(prompts, pad_id))
-    length = ids.shape[1]
-    mask = torch.nn.functional.pad(mask, (0, sampling.max_new_tokens), value=1)
-    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    cache = new_cache(model, length + sampling.max_new_tokens)
-    chance = uniforms(seeds, sampling.max_new_tokens) if sampling.temperature else torch.empty(len(prompts), 0)
-    ends = torch.tensor(sorted(end_ids), device=device)
-    drawn = torch.full((len(prompts), sampling.max_new_tokens), pad_id, device=device)
-    log_probs = torch.zeros(drawn.shape, device=device)
-    lengths = torch.full((len(prompts),), sampling.max_new_tokens, device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    rows = torch.arange(len(prompts), device=device)  # which prompts are still in the batch
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    start = 0
-    for step in range(sampling.max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask[:, : length + step],
-            past_key_values=cache,
-            use_cache=True,
-            **accepted(model, position_ids=positions[:, start : length + step], logits_to_keep=1),
-        )
-        uniform = chance[rows.cpu(), step] if sampling.temperature else chance
-        tokens, chosen = draw(output.logits[:, -1].float(), uniform, sampling, banned)
-        drawn[rows[running], step] = tokens[running]
-        log_probs[rows[running], step] = chosen[running]
-        over = torch.isin(tokens, ends)
-        if stopped is not None:
-            so_far = drawn[rows, : step + 1].tolist()
-            over |= torch.tensor([stopped(row) for row in so_far], device=device)
-        lengths[rows[running & over]] = step + 1
-        ended[rows[running & over]] = True
-        running &= ~over
-        left = int(running.sum())
-        if left == 0:
-            break
-        if left <= len(rows) // 2:
-            keep = running.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, mask, positions, tokens = rows[keep], mask[keep], positions[keep], tokens[keep]
-            running = running[keep]
-        ids, start = tokens[:, None], length + step
-    return [
-        Drawn(row[:count], values[:count], over)
-        for row, values, count, over in zip(
-            drawn.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist(), strict=True
-        )
-    ]
+) -> Iterator[tuple[int, Drawn]]:
+    """(number, what was drawn) of each response as it ends. Rows and prompts that run have `budget` tokens of room."""
+    waiting = deque(_by_prompt(wanted, budget, sampling.max_new_tokens))
+    rows: list[Row] = []
+    prefixes: Prefixes | None = None
+    room = Room(sampling.max_new_tokens)
+    while True:
+        left = [n for n, row in enumerate(rows) if not row.over]
+        rows = [rows[n] for n in left]
+        prefixes = _still_shared(prefixes, rows)
+        entering = _entering(waiting, rows, budget, sampling.max_new_tokens)
+        if entering:
+            logits, keep = read(model, [group[0].prompt for group in entering], pad_id)
+            first = 0 if prefixes is None else len(prefixes.lengths)
+            prefixes = keep() if prefixes is None else prefixes.followed_by(keep())
+            new = [
+                Row(one, first + n, uniforms([one.seed], sampling.max_new_tokens)[0])
+                for n, group in enumerate(entering)
+                for one in group
+            ]
+            chance = torch.stack([row.uniform[0] for row in new])
+            take(new, draw(logits[[row.prompt - first for row in new]].float(), chance, sampling, banned), stopping)
+            rows += new
+        if prefixes is None:
+            return
+        room.keep(left, len(rows) - len(left), max((len(row.token_ids) - 1 for row in rows), default=0))
+        step = _Step(model, rows, prefixes, room)
+        while sum(row.over for row in rows) * _LEAVE < len(rows):
+            take(rows, draw(step(), step.chance, sampling, banned), stopping)
+        yield from ((row.wanted.number, row.drawn()) for row in rows if row.over)
+
+
+class _Step:
+    """One more token of the same rows: the model's forward pass behind their prompts and what they drew."""
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Row], prefixes: Prefixes, room: Room) -> None:
+        self.model = model
+        self.rows = rows
+        self.room = room
+        self.device = model.device
+        self.groups = Groups([row.prompt for row in rows], self.device)
+        self.shared = prefixes.select(self.groups.prefixes)
+        self.bias = bias_of(self.shared.mask[:, None, None], model.dtype)
+        self.before = prefixes.lengths[[row.prompt for row in rows]]
+        self.last = torch.arange(len(rows), device=self.device), torch.zeros(len(rows), dtype=torch.long)
+        self.uniforms = torch.stack([row.uniform for row in rows])
+
+    def __call__(self) -> torch.Tensor:
+        """Logits of the next token, (row, vocabulary), float32. Its randomness is `chance`, (row,), afterwards."""
+        drawn = [len(row.token_ids) - 1 for row in self.rows]
+        self.chance = self.uniforms[range(len(drawn)), [min(n + 1, self.room.length - 1) for n in drawn]]
+        self.at = torch.tensor(drawn, device=self.device)
+        self.used = max(drawn) + 1
+        own = torch.arange(self.used, device=self.device) <= self.at[:, None]
+        self.own_bias = bias_of(own[:, None, None], self.model.dtype)
+        ids = torch.tensor([[row.token_ids[-1]] for row in self.rows], device=self.device)
+        logits = forward(self.model, ids, (self.before + self.at)[:, None], self._attend, self.last)
+        self.room.used = max(self.room.used, self.used)
+        return logits.float()
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        keys, values = self.room.write(layer, key, value, self.at, self.used)
+        return joint_attention(
+            grouped_heads(query, key.shape[1], scale),
+            (self.shared.keys[layer], self.shared.values[layer], self.bias),
+            self.groups,
+            (keys, values, self.own_bias),
+        ).reshape(query.shape)
+
+
+def take(rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor], stopping: Stopping) -> None:
+    """Adds each row's token and log-probability; a row that was over already is left as it is."""
+    for row, token, log_prob in zip(rows, *(each.tolist() for each in drawn), strict=True):
+        if row.over:
+            continue
+        row.token_ids.append(token)
+        row.log_probs.append(log_prob)
+        row.ended = token in stopping.ids or (stopping.complete is not None and stopping.complete(row.token_ids))
+        row.over = row.ended or len(row.token_ids) == len(row.uniform)
+
+
+def _by_prompt(wanted: Sequence[Wanted], budget: int, room: int) -> list[list[Wanted]]:
+    """Those with the same prompt together, as far as `budget` has room for them, the longest prompts first."""
+    ordered = sorted(wanted, key=lambda one: (-len(one.prompt), one.prompt))
+    groups: list[list[Wanted]] = []
+    for prompt, same in itertools.groupby(ordered, key=lambda one: one.prompt):
+        together = list(same)
+        at_once = max(1, (budget - len(prompt)) // room)
+        groups += [together[first : first + at_once] for first in range(0, len(together), at_once)]
+    return groups
+
+
+def _entering(waiting: deque[list[Wanted]], rows: Sequence[Row], budget: int, room: int) -> list[list[Wanted]]:
+    """Takes from `waiting` what there is room for beside `rows`; at least one where nothing runs."""
+    if not waiting:
+        return []
+    longest = max([len(waiting[0][0].prompt), *(len(row.wanted.prompt) for row in rows)])
+    free = budget - len(rows) * room - len({row.prompt for row in rows}) * longest
+    entering: list[list[Wanted]] = []
+    while waiting and (free >= longest + len(waiting[0]) * room or not (rows or entering)):
+        free -= longest + len(waiting[0]) * room
+        entering.append(waiting.popleft())
+    return entering
+
+
+def _still_shared(prefixes: Prefixes | None, rows: Sequence[Row]) -> Prefixes | None:
+    """The prompts that still have rows, which learn their new places."""
+    if prefixes is None or not rows:
+        return None
+    old = sorted({row.prompt for row in rows})
+    places = {prompt: n for n, prompt in enumerate(old)}
+    for row in rows:
+        row.prompt = places[row.prompt]
+    return prefixes.select(old)

@@ -71,27 +71,24 @@ class LocalEngine:
                 continue
             waiting.setdefault(request.sampling, []).append((prompt, request))
         for sampling, items in waiting.items():
-            items.sort(key=lambda item: len(item[0]))
-            sizes = [len(prompt) + sampling.max_new_tokens for prompt, _ in items]
-            for first, last in batches(sizes, self.profile.token_budget):
-                yield from self._complete(items[first:last], sampling)
+            yield from self._complete(items, sampling)
 
     def _complete(self, items: Sequence[tuple[list[int], Request]], sampling: Sampling) -> Iterator[Completion]:
-        from cai.engines.decoding import decode
+        from cai.engines import decoding, plain
 
         chat = self.chat
         stop = (*chat.stop, *sampling.stop)
-        drawn = decode(
+        drawn = (decoding if self._shares else plain).decode(
             self.lm,
-            [prompt for prompt, _ in items],
-            [request.seed for _, request in items],
+            [decoding.Wanted(n, prompt, request.seed) for n, (prompt, request) in enumerate(items)],
             sampling,
-            end_ids=sorted(chat.end_ids),
+            decoding.Stopping(chat.end_ids, self._stop_check(stop) if stop else None),
+            budget=self.profile.token_budget,
             pad_id=chat.pad_id,
             banned=[] if chat.pad_id in chat.end_ids else [chat.pad_id],
-            stopped=self._stop_check(stop) if stop else None,
         )
-        for (prompt, request), row in zip(items, drawn, strict=True):
+        for number, row in drawn:
+            prompt, request = items[number]
             said = chat.text(row.token_ids, stop=stop)
             yield Completion(
                 request.id,
@@ -132,37 +129,15 @@ class LocalEngine:
 
     def _scores(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Scores]]:
         """(index, log-probability of each option) of every question, a batch at a time."""
-        from cai.engines.branches import rows_of
-        from cai.engines.scoring import branched, plain
+        from cai.engines import plain, scoring
 
-        budget, pad_id = self.profile.token_budget, self.chat.pad_id
-        if asked and self._branches:
-            width = int(self.lm.config.get_text_config(decoder=True).hidden_size)
-            rows = sorted(rows_of([prompt for prompt, _ in asked], width, budget), key=lambda row: len(row.ids))
-            for first, last in batches([len(row.ids) for row in rows], budget):
-                yield from branched(self.lm, rows[first:last], asked, pad_id).items()
-            return
-        order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
-        for first, last in batches([len(asked[n][0]) for n in order], budget):
-            part = order[first:last]
-            yield from zip(part, plain(self.lm, [asked[n] for n in part], pad_id), strict=True)
+        return (scoring if self._shares else plain).score(self.lm, asked, self.profile.token_budget, self.chat.pad_id)
 
     @functools.cached_property
-    def _branches(self) -> bool:
-        """Whether what questions share can be computed once with this model."""
-        from cai.engines.scoring import can_branch
+    def _shares(self) -> bool:
+        """Whether what questions and responses have in common can be read once with this model."""
+        from cai.engines.prefixes import can_share
 
-        if reason := can_branch(self.lm):
-            warnings.warn(f"model {self.model.name!r} reads each question by itself: {reason}", stacklevel=2)
+        if reason := can_share(self.lm):
+            warnings.warn(f"model {self.model.name!r} reads each row whole: {reason}", stacklevel=2)
         return not reason
-
-
-def batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of each batch of ascending `sizes` such that rows times the longest is at most `budget`."""
-    first = 0
-    for index, size in enumerate(sizes):
-        if index > first and (index + 1 - first) * size > budget:
-            yield first, index
-            first = index
-    if first < len(sizes):
-        yield first, len(sizes)

@@ -1,0 +1,101 @@
+"""One row a question and one row a response: for models that cannot share what rows have in common.
+
+Rows are padded on the left. Models with sliding windows or states in place of keys keep transformers' own cache. What
+is computed is what `cai.engines.scoring` and `cai.engines.decoding` compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from cai.engines import Sampling
+from cai.engines.batching import batches
+from cai.engines.decoding import Drawn, Row, Stopping, Wanted, take
+from cai.engines.sampling import draw, uniforms
+from cai.engines.scoring import Asked, Scores, of_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.inference_mode()
+def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int, pad_id: int) -> Iterator[tuple[int, Scores]]:
+    """(index, the options' log-probabilities) of every question, each a row padded on the left."""
+    order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
+    for first, last in batches([len(asked[n][0]) for n in order], budget):
+        part = order[first:last]
+        ids, mask = (each.to(model.device) for each in padded_left([asked[n][0] for n in part], pad_id))
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        extra = accepted(model, position_ids=positions, logits_to_keep=1)
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
+        found = of_options(output.logits[:, -1], [(row, asked[n][1]) for row, n in enumerate(part)])
+        yield from zip(part, found, strict=True)
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    wanted: Sequence[Wanted],
+    sampling: Sampling,
+    stopping: Stopping,
+    *,
+    budget: int,
+    pad_id: int,
+    banned: Sequence[int] = (),
+) -> Iterator[tuple[int, Drawn]]:
+    """(number, what was drawn) of each response, a batch at a time; rows that have ended leave when half of it has."""
+    room = sampling.max_new_tokens
+    ordered = sorted(wanted, key=lambda one: len(one.prompt))
+    for first, last in batches([len(one.prompt) + room for one in ordered], budget):
+        batch = [Row(one, n, uniforms([one.seed], room)[0]) for n, one in enumerate(ordered[first:last])]
+        _draw_all(model, batch, sampling, stopping, pad_id, banned)
+        yield from ((row.wanted.number, row.drawn()) for row in batch)
+
+
+def _draw_all(
+    model: PreTrainedModel, rows: list[Row], sampling: Sampling, stopping: Stopping, pad_id: int, banned: Sequence[int]
+) -> None:
+    """Draws the rows' responses to their ends."""
+    ids, mask = (each.to(model.device) for each in padded_left([row.wanted.prompt for row in rows], pad_id))
+    cache = DynamicCache(config=model.config)
+    start = 0
+    for step in range(sampling.max_new_tokens):
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, start:]
+        extra = accepted(model, position_ids=positions, logits_to_keep=1)
+        output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        uniform = torch.stack([row.uniform[step] for row in rows])
+        take(rows, draw(output.logits[:, -1].float(), uniform, sampling, banned), stopping)
+        running = [n for n, row in enumerate(rows) if not row.over]
+        if not running:
+            return
+        if 2 * len(running) <= len(rows):
+            kept = torch.tensor(running, device=model.device)
+            cache.batch_select_indices(kept)
+            rows, mask = [rows[n] for n in running], mask[kept]
+        start = mask.shape[1]
+        ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=model.device)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+
+
+def padded_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (batch, seq)."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@functools.cache
+def _knows(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def accepted(model: PreTrainedModel, **arguments: object) -> dict[str, Any]:
+    """Those of `arguments` that this model's forward knows: not all count positions or take `logits_to_keep`."""
+    return {name: value for name, value in arguments.items() if name in _knows(type(model))}  # type: ignore[arg-type]
