@@ -30,11 +30,17 @@ _LEAVE = 8
 
 
 class Wanted(NamedTuple):
-    """A response wanted: its number, the prompt's ids, and the seed of its randomness."""
+    """A response wanted: the prompt's ids, and the seed of its randomness."""
 
-    number: int
     prompt: Sequence[int]
     seed: int
+
+
+class _Group(NamedTuple):
+    """Responses wanted to one prompt, by their index."""
+
+    prompt: Sequence[int]
+    members: list[int]
 
 
 class Drawn(NamedTuple):
@@ -55,9 +61,10 @@ class Stopping:
 
 @dataclass
 class Row:
-    """A response that is being drawn. `prompt` is its place among the prefixes."""
+    """A response that is being drawn, to a prompt of `length` tokens. `prompt` is its place among the prefixes."""
 
-    wanted: Wanted
+    number: int
+    length: int
     prompt: int
     uniform: torch.Tensor
     token_ids: list[int] = field(default_factory=list)
@@ -123,7 +130,7 @@ def decode(
     pad_id: int,
     banned: Sequence[int] = (),
 ) -> Iterator[tuple[int, Drawn]]:
-    """(number, what was drawn) of each response as it ends. Rows and prompts that run have `budget` tokens of room."""
+    """(index, what was drawn) of each response as it ends. Rows and prompts that run have `budget` tokens of room."""
     waiting = deque(_by_prompt(wanted, budget, sampling.max_new_tokens))
     rows: list[Row] = []
     prefixes: Prefixes | None = None
@@ -134,13 +141,13 @@ def decode(
         prefixes = _still_shared(prefixes, rows)
         entering = _entering(waiting, rows, budget, sampling.max_new_tokens)
         if entering:
-            logits, keep = read(model, [group[0].prompt for group in entering], pad_id)
+            logits, keep = read(model, [group.prompt for group in entering], pad_id)
             first = 0 if prefixes is None else len(prefixes.lengths)
             prefixes = keep() if prefixes is None else prefixes.followed_by(keep())
             new = [
-                Row(one, first + n, uniforms([one.seed], sampling.max_new_tokens)[0])
-                for n, group in enumerate(entering)
-                for one in group
+                Row(n, len(group.prompt), first + place, uniforms([wanted[n].seed], sampling.max_new_tokens)[0])
+                for place, group in enumerate(entering)
+                for n in group.members
             ]
             chance = torch.stack([row.uniform[0] for row in new])
             take(new, draw(logits[[row.prompt - first for row in new]].float(), chance, sampling, banned), stopping)
@@ -151,7 +158,7 @@ def decode(
         step = _Step(model, rows, prefixes, room)
         while sum(row.over for row in rows) * _LEAVE < len(rows):
             take(rows, draw(step(), step.chance, sampling, banned), stopping)
-        yield from ((row.wanted.number, row.drawn()) for row in rows if row.over)
+        yield from ((row.number, row.drawn()) for row in rows if row.over)
 
 
 class _Step:
@@ -205,26 +212,26 @@ def take(rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor], stopping
         row.over = row.ended or len(row.token_ids) == len(row.uniform)
 
 
-def _by_prompt(wanted: Sequence[Wanted], budget: int, room: int) -> list[list[Wanted]]:
+def _by_prompt(wanted: Sequence[Wanted], budget: int, room: int) -> list[_Group]:
     """Those with the same prompt together, as far as `budget` has room for them, the longest prompts first."""
-    ordered = sorted(wanted, key=lambda one: (-len(one.prompt), one.prompt))
-    groups: list[list[Wanted]] = []
-    for prompt, same in itertools.groupby(ordered, key=lambda one: one.prompt):
-        together = list(same)
+    ordered = sorted(range(len(wanted)), key=lambda n: (-len(wanted[n].prompt), wanted[n].prompt))
+    groups: list[_Group] = []
+    for prompt, same in itertools.groupby(ordered, key=lambda n: wanted[n].prompt):
         at_once = max(1, (budget - len(prompt)) // room)
-        groups += [together[first : first + at_once] for first in range(0, len(together), at_once)]
+        members = list(same)
+        groups += [_Group(prompt, members[first : first + at_once]) for first in range(0, len(members), at_once)]
     return groups
 
 
-def _entering(waiting: deque[list[Wanted]], rows: Sequence[Row], budget: int, room: int) -> list[list[Wanted]]:
+def _entering(waiting: deque[_Group], rows: Sequence[Row], budget: int, room: int) -> list[_Group]:
     """Takes from `waiting` what there is room for beside `rows`; at least one where nothing runs."""
     if not waiting:
         return []
-    longest = max([len(waiting[0][0].prompt), *(len(row.wanted.prompt) for row in rows)])
+    longest = max([len(waiting[0].prompt), *(row.length for row in rows)])
     free = budget - len(rows) * room - len({row.prompt for row in rows}) * longest
-    entering: list[list[Wanted]] = []
-    while waiting and (free >= longest + len(waiting[0]) * room or not (rows or entering)):
-        free -= longest + len(waiting[0]) * room
+    entering: list[_Group] = []
+    while waiting and ((needed := longest + len(waiting[0].members) * room) <= free or not (rows or entering)):
+        free -= needed
         entering.append(waiting.popleft())
     return entering
 

@@ -1,9 +1,10 @@
 """The engine on this machine: transformers' own forward pass, batches filled by a token budget.
 
-Requests are sorted by length and batched so that rows times length, padding and new tokens included, stay within the
-profile's `token_budget`; a single longer request runs alone. What questions share is computed once. A conversation that
-does not fit the model's context is a failure that names both lengths: nothing is cut. A model is loaded on first use,
-in bfloat16 where the hardware computes in it.
+What questions begin with alike, and what samples of one prompt share, is read once (`cai.engines.scoring`,
+`cai.engines.decoding`); a model that cannot do that reads each row whole (`cai.engines.plain`), and a warning says why.
+About `token_budget` tokens of the profile are held at once; where memory runs out, the work goes on with half of them.
+A conversation that does not fit the model's context is a failure that names both lengths: nothing is cut. A model is
+loaded on first use, in bfloat16 where the hardware computes in it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from cai.chat import Chat
 from cai.checkpoint import Model, load_causal_lm
@@ -26,12 +27,20 @@ if TYPE_CHECKING:
     from cai.profile import Profile
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_LEAST = 512
+"""Tokens at once below which a machine is too small for the model."""
+
+
 class LocalEngine:
     """One model in this process."""
 
     def __init__(self, model: Model, profile: Profile) -> None:
         self.model = model
         self.profile = profile
+        self._budget = profile.token_budget
         self._loaded: PreTrainedModel | None = None
 
     def __enter__(self) -> Self:
@@ -50,7 +59,30 @@ class LocalEngine:
         """The model, loaded on first use."""
         if self._loaded is None:
             self._loaded = load_causal_lm(self.model, self.profile.dtype, self.profile.device)
+            self._budget = min(self._budget, self._room(self._loaded))
         return self._loaded
+
+    def _room(self, lm: PreTrainedModel) -> int:
+        """Tokens whose keys and values fit into a quarter of a CPU's free memory, with a warning where that counts.
+
+        A GPU says when its memory is full; an operating system promises more than there is and ends the process.
+        """
+        if lm.device.type != "cpu":
+            return self._budget
+        import psutil
+
+        config = lm.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bytes_a_token = 2 * config.num_hidden_layers * heads * width * lm.dtype.itemsize
+        room = max(_LEAST, psutil.virtual_memory().available // 4 // bytes_a_token)
+        if room < self._budget:
+            warnings.warn(
+                f"model {self.model.name!r}: the profile's {self._budget:,} tokens at once may be more than memory has "
+                f"room for; going on with {room:,}",
+                stacklevel=2,
+            )
+        return int(room)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
         """A completion or a failure for each request, a batch at a time, in no particular order."""
@@ -78,16 +110,14 @@ class LocalEngine:
 
         chat = self.chat
         stop = (*chat.stop, *sampling.stop)
-        drawn = (decoding if self._shares else plain).decode(
-            self.lm,
-            [decoding.Wanted(n, prompt, request.seed) for n, (prompt, request) in enumerate(items)],
-            sampling,
-            decoding.Stopping(chat.end_ids, self._stop_check(stop) if stop else None),
-            budget=self.profile.token_budget,
-            pad_id=chat.pad_id,
-            banned=[] if chat.pad_id in chat.end_ids else [chat.pad_id],
-        )
-        for number, row in drawn:
+        stopping = decoding.Stopping(chat.end_ids, self._stop_check(stop) if stop else None)
+        banned = [] if chat.pad_id in chat.end_ids else [chat.pad_id]
+        way = decoding.decode if self._shares else plain.decode
+
+        def drawn(wanted: Sequence[decoding.Wanted], budget: int) -> Iterator[tuple[int, decoding.Drawn]]:
+            return way(self.lm, wanted, sampling, stopping, budget=budget, pad_id=chat.pad_id, banned=banned)
+
+        for number, row in self._all([decoding.Wanted(prompt, request.seed) for prompt, request in items], drawn):
             prompt, request = items[number]
             said = chat.text(row.token_ids, stop=stop)
             yield Completion(
@@ -101,9 +131,16 @@ class LocalEngine:
             )
 
     def _stop_check(self, stop: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Whether the latest tokens complete a stop string. A token is at least one byte, so a short tail is enough."""
+        """Whether the latest token completes a stop string. A token is at least one byte, so a short tail is enough."""
         tail = max(len(text.encode()) for text in stop) + 4
-        return lambda ids: any(text in self.chat.decode(ids[-tail:]) for text in stop)
+        last = {text[-1] for text in stop}
+
+        @functools.cache
+        def may_complete(token: int) -> bool:
+            said = self.chat.decode([token])  # a part of a character reads as U+FFFD; blanks at the edge may be lost
+            return "\ufffd" in said or any(character.isspace() or character in said for character in last)
+
+        return lambda ids: may_complete(ids[-1]) and any(text in self.chat.decode(ids[-tail:]) for text in stop)
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
         """The options' log-probabilities, or a failure, for each question, in no particular order."""
@@ -128,10 +165,35 @@ class LocalEngine:
             yield Choice(fitting[number].id, tuple(scores), sum(map(math.exp, scores)))
 
     def _scores(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Scores]]:
-        """(index, log-probability of each option) of every question, a batch at a time."""
+        """(index, log-probability of each option) of every question."""
         from cai.engines import plain, scoring
 
-        return (scoring if self._shares else plain).score(self.lm, asked, self.profile.token_budget, self.chat.pad_id)
+        way = scoring.score if self._shares else plain.score
+        return self._all(asked, lambda some, budget: way(self.lm, some, budget, self.chat.pad_id))
+
+    def _all(
+        self, items: Sequence[Item], work: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]
+    ) -> Iterator[tuple[int, Result]]:
+        """(index, result) of every item. Where memory runs out, what is left starts again with half the budget."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        left = list(range(len(items)))
+        while left:
+            done: set[int] = set()
+            try:
+                for number, result in work([items[n] for n in left], self._budget):
+                    done.add(left[number])
+                    yield left[number], result
+            except (RuntimeError, MemoryError) as error:
+                if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)) or self._budget < _LEAST:
+                    raise
+                self._budget //= 2
+                warnings.warn(
+                    f"model {self.model.name!r}: memory ran out; going on with {self._budget:,} tokens at once",
+                    stacklevel=2,
+                )
+                clear_device_cache(garbage_collection=True)
+            left = [n for n in left if n not in done]
 
     @functools.cached_property
     def _shares(self) -> bool:

@@ -49,20 +49,27 @@ def decode(
     pad_id: int,
     banned: Sequence[int] = (),
 ) -> Iterator[tuple[int, Drawn]]:
-    """(number, what was drawn) of each response, a batch at a time; rows that have ended leave when half of it has."""
+    """(index, what was drawn) of each response, a batch at a time; rows that have ended leave when half of it has."""
     room = sampling.max_new_tokens
-    ordered = sorted(wanted, key=lambda one: len(one.prompt))
-    for first, last in batches([len(one.prompt) + room for one in ordered], budget):
-        batch = [Row(one, n, uniforms([one.seed], room)[0]) for n, one in enumerate(ordered[first:last])]
-        _draw_all(model, batch, sampling, stopping, pad_id, banned)
-        yield from ((row.wanted.number, row.drawn()) for row in batch)
+    order = sorted(range(len(wanted)), key=lambda n: len(wanted[n].prompt))
+    for first, last in batches([len(wanted[n].prompt) + room for n in order], budget):
+        part = order[first:last]
+        rows = [Row(n, len(wanted[n].prompt), n, uniforms([wanted[n].seed], room)[0]) for n in part]
+        _draw_all(model, rows, [wanted[n].prompt for n in part], sampling, stopping, pad_id, banned)
+        yield from ((row.number, row.drawn()) for row in rows)
 
 
 def _draw_all(
-    model: PreTrainedModel, rows: list[Row], sampling: Sampling, stopping: Stopping, pad_id: int, banned: Sequence[int]
+    model: PreTrainedModel,
+    rows: list[Row],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stopping: Stopping,
+    pad_id: int,
+    banned: Sequence[int],
 ) -> None:
     """Draws the rows' responses to their ends."""
-    ids, mask = (each.to(model.device) for each in padded_left([row.wanted.prompt for row in rows], pad_id))
+    ids, mask = (each.to(model.device) for each in padded_left(prompts, pad_id))
     cache = DynamicCache(config=model.config)
     start = 0
     for step in range(sampling.max_new_tokens):

@@ -32,8 +32,8 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.
 
 _NAME = "cai_prefixes"
 _ATTEND: ContextVar[Attend] = ContextVar("attend")
-_UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""Options of attention functions that would change what is computed."""
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
+"""Options of attention functions that would change what is computed. `can_share` looks for windows itself."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 """What configs call the tokens that attention reaches back."""
 _SCORES = 1 << 26
@@ -111,7 +111,7 @@ class Groups:
         places = len(self.prefixes) * self.size
         if self._at is not None:
             rows = rows.new_zeros((places, *rows.shape[1:])).index_copy_(0, self._at, rows)
-        return rows.unflatten(0, (len(self.prefixes), self.size)).transpose(1, 2)
+        return rows.view(len(self.prefixes), self.size, *rows.shape[1:]).transpose(1, 2)
 
     def scatter(self, places: torch.Tensor) -> torch.Tensor:
         """(group, heads, place, ...) -> (row, heads, ...)."""
@@ -135,16 +135,17 @@ def joint_attention(
     if own_bias is not None:
         own_scores = own_scores + own_bias
     queries, own_scores = groups.gather(query), groups.gather(own_scores)
-    length, (n, _, *places, width) = keys.shape[-1], queries.shape
-    at_once = max(1, _SCORES * n // (own_scores.numel() // own_scores.shape[-1] * (length + own_scores.shape[-1])))
+    length, (n, kv_heads, size, count, _) = keys.shape[-1], queries.shape
+    at_once = max(1, _SCORES // (kv_heads * size * count * (length + own_scores.shape[-1])))
     out, own_weights = torch.empty_like(queries), torch.empty_like(own_scores)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         shared = queries[part].flatten(2, 3) @ keys[part]
         if bias is not None:
             shared += bias[part]
-        weights = torch.cat([shared.unflatten(2, places), own_scores[part]], dim=-1).softmax(dim=-1)
-        out[part] = (weights[..., :length].flatten(2, 3) @ values[part]).unflatten(2, places)
+        both = [shared.view(-1, kv_heads, size, count, length), own_scores[part]]
+        weights = torch.cat(both, dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        out[part] = (weights[..., :length].flatten(2, 3) @ values[part]).view_as(out[part])
         own_weights[part] = weights[..., length:]
     return groups.scatter(out) + groups.scatter(own_weights) @ own_values
 
@@ -158,7 +159,8 @@ def bias_of(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
 
 def grouped_heads(query: torch.Tensor, kv_heads: int, scale: float) -> torch.Tensor:
     """(batch, heads, seq, width) -> (batch, kv heads, heads a kv head x seq, width), scaled."""
-    return (query * scale).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    batch, _, _, width = query.shape
+    return (query * scale).reshape(batch, kv_heads, -1, width)
 
 
 class _Reading:
@@ -203,7 +205,7 @@ class _Continuing(_Reading):
             self.groups,
             (key, value, own_bias),
         )
-        return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+        return out.reshape(query.shape)
 
 
 @torch.inference_mode()
@@ -320,10 +322,13 @@ def can_share(model: PreTrainedModel) -> str | None:
     owners = [0, 0, 1]
     try:
         with torch.inference_mode():
-            expected = [model(torch.tensor([trunks[own] + row], device=model.device)).logits[0, -1]
-                        for own, row in zip(owners, branches, strict=True)]  # fmt: skip
-            swapped = [model(torch.tensor([trunks[1 - own] + row], device=model.device)).logits[0, -1]
-                       for own, row in zip(owners, branches, strict=True)]  # fmt: skip
+            expected, swapped = (
+                [
+                    model(input_ids=torch.tensor([trunks[own] + row], device=model.device)).logits[0, -1]
+                    for own, row in zip(each, branches, strict=True)
+                ]
+                for each in (owners, [1 - own for own in owners])
+            )
         found, _ = read(model, branches, 0, read(model, trunks, 0)[1](), owners)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
         return f"it does not take attention to shared prefixes: {str(error).splitlines()[0]}"

@@ -26,9 +26,7 @@ _CACHED = 4096
 """Tokens in one pass on a CPU: more of them leave its caches."""
 
 
-def score(
-    model: PreTrainedModel, asked: Sequence[Asked], budget: int, pad_id: int
-) -> Iterator[tuple[int, Scores]]:
+def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int, pad_id: int) -> Iterator[tuple[int, Scores]]:
     """(index, the options' log-probabilities) of every question; what is held at once is about `budget` tokens."""
     at_once = min(budget, _CACHED) if model.device.type == "cpu" else budget
     trees = trees_of([prompt for prompt, _ in asked], budget)

@@ -38,7 +38,7 @@ class Level:
     owners: list[int]
 
 
-def trees_of(questions: Sequence[Sequence[int]], budget: int) -> list[Node]:
+def trees_of(questions: Sequence[list[int]], budget: int) -> list[Node]:
     """The questions as trees of at most `budget` tokens where that is possible, small ones first."""
     order = sorted((n for n in range(len(questions)) if questions[n]), key=lambda n: questions[n])
     shared = [_common(questions[a], questions[b]) for a, b in itertools.pairwise(order)]

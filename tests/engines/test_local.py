@@ -10,9 +10,9 @@ import torch
 
 from cai.checkpoint import Model, load_causal_lm
 from cai.engines import Choice, Completion, Failure, Question, Request, Sampling
-from cai.engines.sampling import draw
 from cai.engines.batching import batches
 from cai.engines.local import LocalEngine
+from cai.engines.sampling import draw
 from cai.profile import Profile
 
 Tiny = Callable[..., Model]

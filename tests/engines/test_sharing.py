@@ -1,0 +1,271 @@
+"""What rows have in common is read once, and each gets the answer that it would get by itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cai.checkpoint import Model, load_causal_lm
+from cai.engines import Choice, Completion, Question, Request, Sampling
+from cai.engines.local import LocalEngine
+from cai.engines.prefixes import Groups, can_share, joint_attention
+from cai.engines.tries import Node, levels_of, trees_of
+from cai.profile import Profile
+
+Tiny = Callable[..., Model]
+FAMILIES = ["llama", "qwen2", "gpt_neox", "thinking", "lora"]
+PIECES = st.sampled_from([[1], [1, 2], [3, 4, 5], [6] * 9, [7, 8] * 4])
+QUESTIONS = st.lists(
+    st.lists(PIECES, min_size=1, max_size=5).map(lambda each: [*itertools.chain(*each)]), min_size=1, max_size=30
+)
+
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+
+
+@given(questions=QUESTIONS, budget=st.sampled_from([16, 64, 4096]))
+@settings(max_examples=100, deadline=None)
+def test_every_question_is_the_path_to_one_node(questions: list[list[int]], budget: int) -> None:
+    trees = trees_of(questions, budget)
+    seen: list[int] = []
+
+    def look(node: Node, path: list[int]) -> None:
+        path = [*path, *node.ids]
+        for question in node.ends:
+            assert path == questions[question]
+            seen.append(question)
+        assert node.ends or node.children
+        for child in node.children:
+            look(child, path)
+
+    for tree in trees:
+        look(tree, [])
+        assert tree.size <= max(budget, *(len(question) for question in questions))
+    assert sorted(seen) == list(range(len(questions)))
+    levels = list(levels_of(trees))
+    for above, level in itertools.pairwise(levels):
+        assert [level.nodes[n] for n in range(len(level.nodes))] == [
+            child for node in above.nodes for child in node.children
+        ]
+        assert all(node in above.nodes[owner].children for node, owner in zip(level.nodes, level.owners, strict=True))
+
+
+def test_what_is_shared_is_there_once_unless_the_tree_would_be_too_large_or_it_is_not_worth_it() -> None:
+    pairs = [[pair] * 170 for pair in (1, 2, 3)]
+    questions = [pair + [10 + n] * 20 for pair in pairs for n in range(16)]
+    assert [tree.size for tree in trees_of(questions, budget=16384)] == [170 + 16 * 20] * 3
+    halves = trees_of(questions, budget=400)
+    assert [tree.size for tree in halves] == [170 + 5 * 20] * 3 + [170 + 11 * 20] * 3
+    conversations = [[7] * 300 + question for question in questions]
+    (tree,) = trees_of(conversations, budget=16384)
+    assert [len(level.nodes) for level in levels_of([tree])] == [1, 3, 48]
+    begun = [[7, 8, *question] for question in questions]
+    assert [len(level.nodes) for level in levels_of(trees_of(begun, budget=16384))] == [3, 48]
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("owners", [[0, 0, 1, 1], [1, 0, 0, 2, 0, 0, 0], [2, 2, 2, 0]])
+def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(owners: list[int], heads: int) -> None:
+    torch.manual_seed(0)
+    n, kv_heads, width, length, own = len(owners), 2, 8, 5, 3
+    keys, values = torch.randn(2, 3, kv_heads, length, width)
+    mask = torch.ones(3, length, dtype=torch.bool)
+    mask[1, 3:] = False
+    query, own_keys, own_values = (torch.randn(n, some, own, width) for some in (heads, kv_heads, kv_heads))
+    causal = torch.ones(own, own, dtype=torch.bool).tril()
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        torch.cat([keys[owners], own_keys], dim=2),
+        torch.cat([values[owners], own_values], dim=2),
+        attn_mask=torch.cat([mask[owners][:, None].expand(-1, own, -1), causal.expand(n, -1, -1)], dim=-1)[:, None],
+        enable_gqa=True,
+    )
+    groups = Groups(owners, torch.device("cpu"))
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -1e30)[groups.prefixes][:, None, None]
+    own_bias = torch.zeros(own, own).masked_fill(~causal, -1e30).repeat(heads // kv_heads, 1)
+    found = joint_attention(
+        (query * width**-0.5).reshape(n, kv_heads, -1, width),
+        (keys.transpose(-1, -2)[groups.prefixes], values[groups.prefixes], bias),
+        groups,
+        (own_keys.transpose(-1, -2), own_values, own_bias),
+    )
+    torch.testing.assert_close(found.reshape(whole.shape), whole, atol=1e-6, rtol=1e-5)
+
+
+def asked(count: int) -> list[Question]:
+    """Questions about pairs of responses in both orders, the principle last."""
+    principles = ["harmless", "honest and true", "kind", "useful to whoever asks", "brief"]
+    responses = [f"I say {n}, and then {n * 7} more words about the sea" for n in range(count)]
+    found = []
+    for first, second in itertools.permutations(responses, 2):
+        for principle in principles:
+            text = f"Human: how deep is the sea?\nA: {first}\nB: {second}\nWhich is more {principle}?"
+            found.append(Question(f"{first}|{second}|{principle}", [{"role": "user", "content": text}]))
+    return [*found, found[0].__class__("again", found[0].messages)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_one_question_a_row(tiny: Tiny, family: str) -> None:
+    profile = Profile(device="cpu", dtype="float32", token_budget=2048)
+    together, alone = LocalEngine(tiny(family), profile), LocalEngine(tiny(family), profile)
+    alone.__dict__["_shares"] = False
+    questions = asked(4)
+    ours = {choice.id: choice for choice in together.choose(questions)}
+    plain = {choice.id: choice for choice in alone.choose(questions)}
+    assert together._shares
+    assert len(ours) == len(questions)
+    for question in questions:
+        choice, expected = ours[question.id], plain[question.id]
+        assert isinstance(choice, Choice)
+        assert isinstance(expected, Choice)
+        assert choice.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+        assert choice.mass == pytest.approx(expected.mass, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_are_those_of_one_response_a_row_whatever_runs_beside_them(tiny: Tiny, family: str) -> None:
+    """In float32, so that rounding hardly ever decides; samples of one prompt, long and short prompts, early ends."""
+    prompts = ["how deep is the sea?", "write a poem about the sea " * 9, "a", "which is " * 30, "and then?"]
+    requests = [
+        Request(f"{n}-{k}", [{"role": "user", "content": text}], 10 * n + k, Sampling(12, temperature=temperature))
+        for n, text in enumerate(prompts)
+        for k in range(1 + n % 3 * 2)
+        for temperature in [(0.0, 1.0)[k % 2]]
+    ]
+    alone = LocalEngine(tiny(family), Profile(device="cpu", dtype="float32"))
+    alone.__dict__["_shares"] = False
+    expected = {each.id: each for each in alone.generate(requests)}
+    for budget in (256, 700, 16384):
+        together = LocalEngine(tiny(family), Profile(device="cpu", dtype="float32", token_budget=budget))
+        found = {each.id: each for each in together.generate(requests)}
+        assert together._shares
+        assert len(found) == len(requests)
+        for id, each in found.items():
+            other = expected[id]
+            assert isinstance(each, Completion)
+            assert isinstance(other, Completion)
+            assert each.token_ids == other.token_ids
+            assert each.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
+def test_a_model_whose_attention_does_something_else_reads_each_row_whole(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load_causal_lm(tiny("llama"))
+    lm.set_attn_implementation("eager")
+    assert can_share(lm) is None
+    attention = type(lm.model.layers[0].self_attn)
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, *args, **rest: forward(self, *args, softcap=3.0, **rest))
+    assert "its attention has 'softcap'" in str(can_share(lm))
+
+
+def test_a_model_that_misplaces_its_ids_reads_each_row_whole(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = load_causal_lm(tiny("llama"))
+    forward = type(lm).forward
+
+    def from_zero(self: torch.nn.Module, position_ids: torch.Tensor | None = None, **rest: object) -> object:
+        return forward(self, **rest)
+
+    from_zero.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(lm), "forward", from_zero)
+    assert "changes its logits" in str(can_share(lm))
+
+
+def test_a_model_with_sliding_windows_reads_each_row_whole() -> None:
+    import transformers
+
+    config = transformers.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert "sliding" in str(can_share(transformers.Qwen2ForCausalLM(config)))
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Starcoder2", "Phi3"])
+def test_a_window_that_no_layer_type_tells_is_kept(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    tokenizer = models.build_tokenizer("llama")
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": 0.3}
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(**shape, **ids, max_position_embeddings=4096, sliding_window=32)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, profile = Model(kind, str(tmp_path)), Profile(device="cpu", dtype="float32", token_budget=2048)
+    together, alone = LocalEngine(model, profile), LocalEngine(model, profile)
+    alone.__dict__["_shares"] = False
+    questions = asked(2)
+    with pytest.warns(UserWarning, match="reaches back 32 tokens") as warned:
+        ours = {choice.id: choice for choice in [*together.choose(questions), *together.choose(questions)]}
+    assert len(warned) == 1
+    for plain in alone.choose(questions):
+        choice = ours[plain.id]
+        assert isinstance(choice, Choice)
+        assert isinstance(plain, Choice)
+        assert choice.log_probs == pytest.approx(plain.log_probs, abs=1e-4)
+
+
+def test_a_window_that_is_off_or_never_full_keeps_nothing_from_sharing() -> None:
+    from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    shape = {**SHAPE, "max_position_embeddings": 64, "num_key_value_heads": 2}
+    for window in (None, 64):
+        assert can_share(MistralForCausalLM(MistralConfig(**shape, sliding_window=window))) is None
+    unused = Qwen2Config(**shape, use_sliding_window=False, sliding_window=4)
+    assert can_share(Qwen2ForCausalLM(unused)) is None
+
+
+def test_a_model_with_eager_attention_shares_and_is_left_as_it_was(tiny: Tiny) -> None:
+    lm = load_causal_lm(tiny("qwen2"))
+    lm.set_attn_implementation("eager")
+    assert can_share(lm) is None
+    assert lm.config._attn_implementation == "eager"
+
+
+def test_where_memory_runs_out_the_work_goes_on_with_half_the_tokens(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalEngine(tiny("llama"), Profile(device="cpu", dtype="float32", token_budget=4096))
+    enough = {each.id: each for each in engine.choose(asked(4))}
+    forward = type(engine.lm).forward
+
+    def small(self: torch.nn.Module, input_ids: torch.Tensor, **rest: object) -> object:
+        if input_ids.numel() > 500:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
+            )
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(type(engine.lm), "forward", small)
+    with pytest.warns(UserWarning, match="memory ran out; going on with") as warned:
+        found = {each.id: each for each in engine.choose(asked(4))}
+    said = [str(each.message).split("with ")[1] for each in warned]
+    assert said == list(dict.fromkeys(said))
+    assert found.keys() == enough.keys()
+    assert list(engine.choose(asked(2)))  # and says nothing again
+    monkeypatch.setattr(type(engine.lm), "forward", lambda self, **_: (_ for _ in ()).throw(RuntimeError("something")))
+    with pytest.raises(RuntimeError, match="something"):
+        list(engine.choose(asked(2)))
+
+
+def test_a_budget_that_memory_has_no_room_for_is_lowered(tiny: Tiny) -> None:
+    engine = LocalEngine(tiny("llama"), Profile(device="cpu", dtype="float32", token_budget=1 << 50))
+    with pytest.warns(UserWarning, match="may be more than memory has room for"):
+        assert len(list(engine.choose(asked(2)))) == len(asked(2))
+
+
+def test_bfloat16_models_share_too(tiny: Tiny) -> None:
+    for family in ("llama", "gpt_neox"):
+        assert can_share(load_causal_lm(tiny(family), "bfloat16")) is None
+    assert models.FAMILIES
