@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _LEAVE = 8
 """Rows leave when one in so many has ended: until then they are computed in vain, and leaving copies the others."""
+_MORE = 16
+"""Tokens of a row that room is made for at once."""
 
 
 class Wanted(NamedTuple):
@@ -78,45 +80,50 @@ class Row:
 
 
 class Room:
-    """The keys, (row, kv heads, width, seq), and values of what rows drew themselves, in room made beforehand.
+    """The keys, (row, kv heads, width, `length`), and values of what rows drew themselves.
 
-    Beyond `used` tokens nothing is defined yet.
+    There is room for a little more than they hold, and zeros where nothing is yet: a product with all of it is faster
+    than one with a part.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.used = 0
+    def __init__(self) -> None:
+        self.length = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
     def keep(self, rows: Sequence[int], new: int, used: int) -> None:
-        """Leaves the room of `rows`, of which at most `used` tokens are needed, and makes some for `new` ones."""
+        """Leaves the room of `rows`, of which at most `used` tokens hold something, and makes some for `new` ones."""
+        self.length = used + _MORE
         for layers, seq in ((self.keys, -1), (self.values, -2)):
             for n, old in enumerate(layers):
-                room = old.new_empty((len(rows) + new, *old.shape[1:]))
-                some = room.narrow(seq, 0, used)
                 at = torch.tensor(rows, dtype=torch.long, device=old.device)
-                torch.index_select(old.narrow(seq, 0, used), 0, at, out=some[: len(rows)])
-                some[len(rows) :] = 0
-                layers[n] = room
-        self.used = used
+                kept = old.narrow(seq, 0, used).index_select(0, at)
+                shape = [len(rows) + new, *old.shape[1:]]
+                shape[seq] = self.length
+                layers[n] = old.new_zeros(shape)
+                layers[n][: len(rows)].narrow(seq, 0, used).copy_(kept)
+
+    def make(self, needed: int) -> None:
+        """Makes room for `needed` tokens and some more, where there is less."""
+        if needed <= self.length:
+            return
+        more = needed + max(_MORE, needed // 4) - self.length
+        self.length += more
+        self.keys = [torch.nn.functional.pad(each, (0, more)) for each in self.keys]
+        self.values = [torch.nn.functional.pad(each, (0, 0, 0, more)) for each in self.values]
 
     def write(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor, used: int
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes each row's `key` and `value`, (row, kv heads, 1, width), at its place; all that is there of `used`."""
+        """Writes each row's `key` and `value`, (row, kv heads, 1, width), at its place; the layer's room."""
         if layer == len(self.keys):
             n, heads, _, width = key.shape
-            self.keys.append(key.new_empty((n, heads, width, self.length)))
-            self.values.append(value.new_empty((n, heads, self.length, value.shape[-1])))
-        keys, values = self.keys[layer], self.values[layer]
-        if used > self.used:
-            keys[..., self.used : used] = 0
-            values[:, :, self.used : used] = 0
+            self.keys.append(key.new_zeros((n, heads, width, self.length)))
+            self.values.append(value.new_zeros((n, heads, self.length, value.shape[-1])))
         rows = torch.arange(len(at), device=at.device)
-        keys[rows, :, :, at] = key[:, :, 0]
-        values[rows, :, at] = value[:, :, 0]
-        return keys[..., :used], values[:, :, :used]
+        self.keys[layer][rows, :, :, at] = key[:, :, 0]
+        self.values[layer][rows, :, at] = value[:, :, 0]
+        return self.keys[layer], self.values[layer]
 
 
 @torch.inference_mode()
@@ -134,7 +141,7 @@ def decode(
     waiting = deque(_by_prompt(wanted, budget, sampling.max_new_tokens))
     rows: list[Row] = []
     prefixes: Prefixes | None = None
-    room = Room(sampling.max_new_tokens)
+    room = Room()
     while True:
         left = [n for n, row in enumerate(rows) if not row.over]
         rows = [rows[n] for n in left]
@@ -179,20 +186,18 @@ class _Step:
     def __call__(self) -> torch.Tensor:
         """Logits of the next token, (row, vocabulary), float32. Its randomness is `chance`, (row,), afterwards."""
         drawn = [len(row.token_ids) - 1 for row in self.rows]
-        self.chance = self.uniforms[range(len(drawn)), [min(n + 1, self.room.length - 1) for n in drawn]]
+        self.chance = self.uniforms[range(len(drawn)), [min(n + 1, len(self.uniforms[0]) - 1) for n in drawn]]
         self.at = torch.tensor(drawn, device=self.device)
-        self.used = max(drawn) + 1
-        own = torch.arange(self.used, device=self.device) <= self.at[:, None]
+        self.room.make(max(drawn) + 1)
+        own = torch.arange(self.room.length, device=self.device) <= self.at[:, None]
         self.own_bias = bias_of(own[:, None, None], self.model.dtype)
         ids = torch.tensor([[row.token_ids[-1]] for row in self.rows], device=self.device)
-        logits = forward(self.model, ids, (self.before + self.at)[:, None], self._attend, self.last)
-        self.room.used = max(self.room.used, self.used)
-        return logits.float()
+        return forward(self.model, ids, (self.before + self.at)[:, None], self._attend, self.last).float()
 
     def _attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        keys, values = self.room.write(layer, key, value, self.at, self.used)
+        keys, values = self.room.write(layer, key, value, self.at)
         return joint_attention(
             grouped_heads(query, key.shape[1], scale),
             (self.shared.keys[layer], self.shared.values[layer], self.bias),

@@ -86,7 +86,7 @@ class StageConfig(BaseModel):
 class FeedbackConfig(StageConfig):
     """A stage whose work is a list of items, journaled a batch at a time."""
 
-    journal_batch: int = Field(64, ge=1, description="Items that are computed and written together.")
+    journal_batch: int = Field(256, ge=1, description="Items that are computed and written together.")
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
 
     def attempts(self, batch: Batch) -> int:
