@@ -203,7 +203,7 @@ class _Step:
             (self.shared.keys[layer], self.shared.values[layer], self.bias),
             self.groups,
             (keys, values, self.own_bias),
-        ).reshape(query.shape)
+        ).reshape(*query.shape[:-1], -1)
 
 
 def take(rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor], stopping: Stopping) -> None:

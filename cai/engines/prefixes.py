@@ -137,7 +137,8 @@ def joint_attention(
     queries, own_scores = groups.gather(query), groups.gather(own_scores)
     length, (n, kv_heads, size, count, _) = keys.shape[-1], queries.shape
     at_once = max(1, _SCORES // (kv_heads * size * count * (length + own_scores.shape[-1])))
-    out, own_weights = torch.empty_like(queries), torch.empty_like(own_scores)
+    out = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
+    own_weights = torch.empty_like(own_scores)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         shared = queries[part].flatten(2, 3) @ keys[part]
@@ -205,7 +206,7 @@ class _Continuing(_Reading):
             self.groups,
             (key, value, own_bias),
         )
-        return out.reshape(query.shape)
+        return out.reshape(*query.shape[:-1], -1)
 
 
 @torch.inference_mode()

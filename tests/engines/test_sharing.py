@@ -226,6 +226,29 @@ def test_a_window_that_is_off_or_never_full_keeps_nothing_from_sharing() -> None
     assert can_share(Qwen2ForCausalLM(unused)) is None
 
 
+@pytest.mark.parametrize("kind", ["Qwen3", "Mixtral", "Phi3", "OPT", "Cohere", "DeepseekV3"])
+def test_attention_of_many_kinds_can_be_shared(kind: str) -> None:
+    import transformers
+
+    shape = {**SHAPE, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, "head_dim": 8}
+    shape |= {"num_local_experts": 2, "ffn_dim": 16, "word_embed_proj_dim": 16}
+    shape |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 10}
+    shape |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    if kind == "DeepseekV3":
+        shape |= {"head_dim": 4}
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    torch.manual_seed(0)
+    assert can_share(getattr(transformers, f"{kind}ForCausalLM")(config).eval()) is None
+
+
+def test_a_model_that_takes_no_other_attention_is_found_out() -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4, vocab_size=64, initializer_range=0.3)
+    torch.manual_seed(0)
+    assert "changes its logits" in str(can_share(GPTJForCausalLM(config).eval()))
+
+
 def test_a_model_with_eager_attention_shares_and_is_left_as_it_was(tiny: Tiny) -> None:
     lm = load_causal_lm(tiny("qwen2"))
     lm.set_attn_implementation("eager")
