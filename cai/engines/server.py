@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, Field
 
 from cai.chat import THINK, THINK_END, Chat, TextAndReasoning
-from cai.checkpoint import SERVED, Model
+from cai.checkpoint import Model
 from cai.engines import Choice, Completion, Failure, Question, Request, Sampling
 from cai.engines.connection import Connection, Refused
 from cai.errors import BadInput, nearest
@@ -126,7 +126,7 @@ class ServerEngine:
     def __init__(self, model: Model, server: Server) -> None:
         self.model = model
         self.server = server
-        self.name = server.names.get(model.name, model.path.removeprefix(SERVED) if model.served else model.name)
+        self.name = server.called(model.name)
         self._opened: Connection | None = None
 
     def __enter__(self) -> Self:
