@@ -38,7 +38,7 @@ RECORDS = "records.jsonl"
 FAILURES = "failures.jsonl"
 PLAN = "plan.json"
 """How the rows of `records.jsonl` fall into batches, so that a finished stage can be reopened."""
-POLL = 0.05
+POLL = 0.1
 """Seconds between two looks at what other ranks have written."""
 
 
@@ -91,8 +91,9 @@ class Journal:
     ) -> Iterator[Batch]:
         """This rank's batches of `items` that are not yet on disk. Each must be appended before the next is asked for.
 
-        The items after the first `builds_on` are computed from the `rows` of these, all of which are on the disk, but
-        for those of the same batch, when the first of them is due. Raises StageFailed where two items have the same id.
+        Items after the first `builds_on` are computed from the `rows` of these: a batch that holds such an item comes
+        when all of these are on disk, except those that it holds itself.
+        Raises StageFailed where two items have the same id.
         """
         ids = [item["id"] for item in items]
         if repeated := [item_id for item_id, count in Counter(ids).items() if count > 1]:

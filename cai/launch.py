@@ -172,6 +172,11 @@ def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
     profile = Profile.model_validate(spec.profile)
     recipe = load_recipe(spec.recipe, spec.overrides)
+    if isinstance(recipe.stages[spec.stage], TrainingConfig) and ranks != profile.processes:
+        raise StageFailed(
+            f"stage {spec.stage!r} found itself in {ranks} of the {profile.processes} processes that profile "
+            f"{profile.name!r} wants: {profile.accelerate} made accelerate start no more"
+        )
     line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
     journal = Journal(Path(spec.folder), line, rank, ranks)
     return pipeline.run_stage_in_child(

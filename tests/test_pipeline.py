@@ -481,8 +481,17 @@ def test_the_error_of_any_process_ends_the_others_and_is_reported_as_its_own(rec
     monkeypatch.setenv("TOY_ERROR", "texts:2")
     with pytest.raises(StageFailed, match=r"^stage 'texts': the pen broke$"):
         run(recipe, profile=two_ranks)
-    [waiting] = recipe.parent.glob("runs/texts-*/waiting")
-    assert not Path(f"/proc/{waiting.read_text()}").exists()
+    [journal] = recipe.parent.glob("runs/texts-*/journal-1.jsonl")
+    assert len(journal.read_bytes().splitlines()) == 1, "process 1 went on with its first batch"
+
+
+def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(recipe, two_ranks):
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("  - {id: tuned")] + "  - {id: tuned, kind: sft, from: texts}\n")
+    with pytest.raises(
+        StageFailed, match=r"^stage 'tuned' found itself in 1 of the 2 processes that profile 'two' wants"
+    ):
+        run(recipe, profile=two_ranks)
 
 
 def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process, tmp_path):
