@@ -243,14 +243,25 @@ def save_checkpoint(
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device of a profile's `device`: auto takes the accelerator that is there."""
+    """The torch device of a profile's `device`: auto takes a GPU where there is one.
+
+    Of several processes on this machine, each takes the GPU of its number (LOCAL_RANK) and makes it the current one.
+    Raises BadInput where there is none for it.
+    """
     import torch
 
-    if name != "auto":
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise BadInput("the profile says `device: cuda`, but torch finds no GPU here")
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("the profile says `device: cuda`, but torch finds no GPU here")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= found:
+        raise BadInput(
+            f"found {found} GPU{'s' * (found != 1)} here, expected one for each of the profile's `processes`: "
+            f"this is process {number} of them"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,9 +1,12 @@
-"""A stage in a process of its own, or in several that accelerate starts.
+"""A stage in a process of its own, or in several.
 
 The parent stays without torch, so that every byte of a device's memory is free again when a stage ends. It hands over a
 small file, shows the progress that comes back through another, passes signals on, and repeats the error of the process
-that failed first. Training stages run in as many processes as the profile says, all others in one. Left out: starting
-other machines; there each runs the same command under its own launcher.
+that failed first; the others are stopped then.
+
+Training stages run in as many processes as the profile says, which accelerate starts and connects. Feedback stages run
+in as many, started here: they need nothing of each other but the stage's folder (`cai.journal`), and accelerate's
+launcher would add seconds to each stage. All others run in one. Left out: starting processes on other machines.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from typing import Any
 
 from cai.errors import BadInput, CaiError, GateFailed, StageFailed
 from cai.files import read_json, write_json
+from cai.journal import Journal, ShareDone
 from cai.profile import Profile
 from cai.progress import FileLine, StageLine, relay
+from cai.stages import FeedbackConfig, StageConfig, TrainingConfig
 
 FOLDER = "process"
 """In the stage's folder: what parent and children tell each other, and their log."""
@@ -46,45 +51,50 @@ class Spec:
     parent: int
 
 
-def launch(spec: Spec, profile: Profile, line: StageLine, training: bool) -> dict[str, Any]:
+def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -> dict[str, Any]:
     """Runs the stage and returns what rank 0 returned. Raises the failing process's error."""
     folder = Path(spec.folder) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
     write_json(folder / "spec.json", asdict(spec))
-    command = [sys.executable, "-m", "cai.launch", str(folder / "spec.json")]
-    if training and profile.accelerate is not None:
-        command[1:3] = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(profile.accelerate),
-            "--num_processes",
-            str(profile.processes),
-            "--module",
-            "cai.launch",
-        ]
+    children: list[subprocess.Popen[bytes]] = []
     with (folder / "log.txt").open("wb") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
-            _follow(child, folder / "progress.jsonl", line)
-        except BaseException:
-            _stop(child)
-            raise
-    if child.returncode:
-        raise _first_error(folder, spec.stage, child.returncode)
+            for command, environment in _commands(profile, config, str(folder / "spec.json")):
+                env = os.environ | environment
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env
+                )
+                children.append(child)
+            codes = _follow(children, folder / "progress.jsonl", line)
+        finally:
+            _stop(children)
+    if any(codes):
+        raise _first_error(folder, spec.stage, codes)
     figures = read_json(folder / "figures.json")
     if not isinstance(figures, dict):
         raise StageFailed(f"stage {spec.stage!r} ended without a result; see {folder / 'log.txt'}")
     return figures
 
 
-def _follow(child: subprocess.Popen[bytes], path: Path, line: StageLine) -> None:
-    """Shows progress until the child has ended."""
+def _commands(profile: Profile, config: StageConfig, spec: str) -> list[tuple[list[str], dict[str, str]]]:
+    """What to start, each with what is added to its environment."""
+    if isinstance(config, TrainingConfig) and profile.accelerate is not None:
+        where = ["--config_file", str(profile.accelerate), "--num_processes", str(profile.processes)]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *where, "--module"]
+        return [([*launcher, "cai.launch", spec], {})]
+    # A server, or vLLM over all GPUs, is asked by one process.
+    ranks = profile.processes if isinstance(config, FeedbackConfig) and profile.engine == "local" else 1
+    command = [sys.executable, "-m", "cai.launch", spec]
+    return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
+
+
+def _follow(children: list[subprocess.Popen[bytes]], path: Path, line: StageLine) -> list[int | None]:
+    """Shows progress until all children have ended, or one has failed: their exit codes, None for one that goes on."""
     offset = 0
     while True:
-        ended = child.poll() is not None
+        codes = [child.poll() for child in children]
         if path.exists():
             with path.open("rb") as file:
                 file.seek(offset)
@@ -93,40 +103,54 @@ def _follow(child: subprocess.Popen[bytes], path: Path, line: StageLine) -> None
                         break
                     offset += len(event)
                     relay(json.loads(event), line)
-        if ended:
-            return
+        if any(codes) or None not in codes:
+            return codes
         time.sleep(0.1)
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
+def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+    """Ends those that still run, all at once."""
+    running = [child for child in children if child.poll() is None]
+    for child in running:
+        _signal(child, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    for child in running:
         try:
-            child.wait(GRACE)
+            child.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+            _signal(child, signal.SIGKILL)
             child.wait()
 
 
-def _first_error(folder: Path, stage: str, code: int) -> CaiError:
+def _signal(child: subprocess.Popen[bytes], number: int) -> None:
+    """Sends a signal to a child and to all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
     """The error of the process that failed first; others often fail only because it did."""
     errors = [read_json(path) for path in folder.glob("error-*.json")]
     if errors:
         first = min(errors, key=lambda error: error["time"])
         kinds = {kind.exit_code: kind for kind in (BadInput, GateFailed)}
         return kinds.get(first["exit_code"], StageFailed)(first["message"])
+    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+    who = f"stage {stage!r}" + (f", process {rank}," if len(codes) > 1 else "")
     ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return StageFailed(f"stage {stage!r} ended with {ended}; see {folder / 'log.txt'}")
+    return StageFailed(f"{who} ended with {ended}; see {folder / 'log.txt'}")
 
 
 def main(path: str) -> int:
     """One process of a stage."""
     spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
     folder = Path(path).parent
-    rank = int(os.environ.get("RANK", "0"))
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     threading.Thread(target=_end_with, args=(spec.parent,), daemon=True).start()
     try:
-        figures = _run(spec, folder, rank)
+        figures = _run(spec, folder, rank, ranks)
+    except ShareDone:
+        return 0
     except Exception as error:
         traceback.print_exc()
         known = isinstance(error, CaiError)
@@ -143,15 +167,21 @@ def main(path: str) -> int:
     return 0
 
 
-def _run(spec: Spec, folder: Path, rank: int) -> dict[str, Any]:
+def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     from cai import pipeline
     from cai.recipe import load_recipe
 
     profile = Profile.model_validate(spec.profile)
     recipe = load_recipe(spec.recipe, spec.overrides)
+    if isinstance(recipe.stages[spec.stage], TrainingConfig) and ranks != profile.processes:
+        raise StageFailed(
+            f"stage {spec.stage!r} found itself in {ranks} of the {profile.processes} processes that profile "
+            f"{profile.name!r} wants: {profile.accelerate} made accelerate start no more"
+        )
     line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
+    journal = Journal(Path(spec.folder), line, rank, ranks)
     return pipeline.run_stage_in_child(
-        recipe, profile, Path(spec.run), spec.stage, Path(spec.folder), line, tuple(spec.report_to)
+        recipe, profile, Path(spec.run), spec.stage, journal, line, tuple(spec.report_to)
     )
 
 

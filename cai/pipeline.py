@@ -123,18 +123,27 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
 
 
 def run_stage_in_child(
-    recipe: Recipe, profile: Profile, run: Path, stage: str, folder: Path, line: StageLine, report_to: tuple[str, ...]
+    recipe: Recipe,
+    profile: Profile,
+    run: Path,
+    stage: str,
+    journal: Journal,
+    line: StageLine,
+    report_to: tuple[str, ...],
 ) -> dict[str, Any]:
-    """One stage, in a process that `cai.launch` started, on the outputs that stand in latest.json."""
+    """One stage, in a process that `cai.launch` started, on the outputs that stand in latest.json.
+
+    Raises ShareDone, of a feedback stage, on any rank but 0.
+    """
     prepare(profile)
     planner = Planner(recipe, run, profile.offline)
     config = recipe.stages[stage]
     latest = runs.latest(run)
     done = {name: found for name in needs(config, set(recipe.stages)) if (found := runs.finished(latest[name]))}
     step = planner.step(config, done)
-    if step.folder is None or step.folder.name != folder.name:
+    if step.folder is None or step.folder.name != journal.folder.name:
         raise StageFailed(f"stage {stage!r}: the recipe, or what it reads, changed while it was running; run it again")
-    return _work(planner, step, profile, done, report_to, line, Journal(folder, line))
+    return _work(planner, step, profile, done, report_to, line, journal)
 
 
 def _selected(recipe: Recipe, options: Options, profile: Profile) -> list[StageConfig]:
@@ -193,7 +202,7 @@ def _run(
                 list(report_to),
                 os.getpid(),
             )
-            figures = launch(spec, profile, line, isinstance(step.config, TrainingConfig))
+            figures = launch(spec, profile, line, step.config)
     except CaiError as error:
         raise _named(error, step.id) from error
     failures = runs.n_failures(folder)

@@ -78,7 +78,7 @@ class Profile(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of forward passes; auto = bfloat16 where the device is faster with it."
     )
-    processes: int = Field(1, ge=1, description="Processes of a training stage, over all machines.")
+    processes: int = Field(1, ge=1, description="Processes of a training or feedback stage; on GPUs one for each.")
     accelerate: Path | None = Field(
         None, description="accelerate config file for several processes, relative to the profile; absent = none."
     )

@@ -25,7 +25,7 @@ from typing import Any
 
 from cai.errors import BadInput, nearest
 from cai.files import REMOVED, file_digest, read_json, replacing, sync_folder, sync_tree, write_json
-from cai.journal import FAILURES, JOURNAL, RECORDS
+from cai.journal import FAILURES, RECORDS, journals
 from cai.records import stable_id
 
 DONE = "DONE"
@@ -107,11 +107,11 @@ def n_failures(folder: Path) -> int:
 
 def n_batches(folder: Path) -> int:
     """Batches that an unfinished stage has on disk."""
-    path = folder / JOURNAL
-    if not path.exists():
-        return 0
-    with path.open("rb") as lines:
-        return max(0, sum(line.endswith(b"\n") for line in lines) - 1)
+    n = 0
+    for path in journals(folder):
+        with path.open("rb") as lines:
+            n += max(0, sum(line.endswith(b"\n") for line in lines) - 1)
+    return n
 
 
 @contextlib.contextmanager

@@ -143,12 +143,16 @@ def run_stage(
     document: str | None = PRINCIPLES,
     sets: Mapping[str, list[Prompt]] | None = None,
     stage_id: str | None = None,
+    named: Mapping[str, Model] | None = None,
     seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
     **config: Any,
 ) -> Outcome:
     """Runs a stage on the `rows` of the stages that it reads, by the constitution `document`.
 
-    Its id is the kind where the test does not say.
+    Its id is the kind where the test does not say. `named` are models by the names that the config gives them; `rank`
+    of `ranks` works on its share alone.
     """
     folder = folder / (stage_id or kind)
     inputs = {}
@@ -159,9 +163,10 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     config = {"id": stage_id or kind, **({"from": list(inputs)} if inputs else {}), **config}
     context = Stage(
-        stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=Steps(), journal=Journal(folder),
-        constitution=constitution(folder, document) if document else None, inputs=inputs,
-        prompt_sets=sets or {}, models={"": model or Model("scripted", "nowhere")}, script=script, home=folder.parent,
+        stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=Steps(),
+        journal=Journal(folder, None, rank, ranks), constitution=constitution(folder, document) if document else None,
+        inputs=inputs, prompt_sets=sets or {}, models={"": model or Model("scripted", "nowhere"), **(named or {})},
+        script=script, home=folder.parent,
     )  # fmt: skip
     figures = run_function(kind)(config_class(kind).model_validate(config), context)
     failures = read_rows(folder / FAILURES) if (folder / FAILURES).exists() else []

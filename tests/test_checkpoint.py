@@ -180,3 +180,19 @@ def test_dtypes_and_devices_are_those_of_a_profile(monkeypatch: pytest.MonkeyPat
     assert pick_device("auto") == cpu
     with pytest.raises(BadInput, match="torch finds no GPU"):
         pick_device("cuda")
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert pick_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("cuda") == torch.device("cuda", 1)
+    assert current == [0, 1]
+    assert pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BadInput, match=r"^found 2 GPUs here, expected one for each .* this is process 2 of them$"):
+        pick_device("cuda")

@@ -1,22 +1,26 @@
-"""A journal that is cut anywhere and continued ends with the same bytes."""
+"""A journal that is cut anywhere and continued, by however many ranks, ends with the same bytes."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from cai.engines import Failure
 from cai.errors import StageFailed
-from cai.journal import FAILURES, JOURNAL, RECORDS, Journal, reopen
+from cai.journal import FAILURES, JOURNAL, RECORDS, Journal, ShareDone, journals, reopen
 from cai.records import read_rows
 
 ITEMS = [{"id": f"item-{n}"} for n in range(7)]
 
 
-def run(folder: Path, items=ITEMS, failing=("item-3",), size=2, stop_after=None) -> list[int]:
+def run(folder: Path, items=ITEMS, failing=("item-3",), size=2, stop_after=None, rank=0, ranks=1) -> list[int]:
     """A stage: two rows for even items, none for odd ones, failures as asked. Returns the batches computed."""
-    journal = Journal(folder)
+    journal = Journal(folder, rank=rank, ranks=ranks)
     computed = []
     for batch in journal.batches(items, size=size):
         if len(computed) == stop_after:
@@ -30,8 +34,15 @@ def run(folder: Path, items=ITEMS, failing=("item-3",), size=2, stop_after=None)
             for k in range(2)
         ]
         journal.append(batch, rows, [Failure(i["id"], "no") for i in batch.items if i["id"] in failing])
-    journal.finish()
+    with contextlib.suppress(ShareDone):
+        journal.finish()
     return computed
+
+
+def run_ranks(folder: Path, ranks: int, **options) -> list[list[int]]:
+    """The stage in as many threads, each a rank. Returns the batches that each computed."""
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(lambda rank: run(folder, rank=rank, ranks=ranks, **options), range(ranks)))
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
@@ -117,3 +128,89 @@ def test_rows_of_earlier_batches_can_be_read_while_later_ones_are_computed(tmp_p
 def test_no_items_give_empty_records(tmp_path):
     assert run(tmp_path, items=[]) == []
     assert outputs(tmp_path) == {RECORDS: b"", FAILURES: b""}
+
+
+def test_ranks_share_a_plan_and_rank_0_writes_what_one_alone_would(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "three").mkdir()
+    run(tmp_path / "one", size=1)
+    assert run_ranks(tmp_path / "three", 3, size=1) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert outputs(tmp_path / "three") == outputs(tmp_path / "one")
+
+
+def test_no_rank_but_0_goes_on_after_its_share(tmp_path):
+    journal = Journal(tmp_path, rank=1, ranks=2)
+    for batch in journal.batches(ITEMS, size=4):
+        journal.append(batch, [], [])
+    with pytest.raises(ShareDone):
+        journal.finish()
+    assert not (tmp_path / RECORDS).exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2), (2, 2)])
+def test_dead_ranks_leave_their_batches_to_however_many_go_on(tmp_path, before, after):
+    (tmp_path / "one").mkdir()
+    run(tmp_path / "one", size=1)
+    for rank in range(before):
+        run(tmp_path, size=1, rank=rank, ranks=before, stop_after=2)
+    torn = journals(tmp_path)[-1]
+    torn.write_bytes(torn.read_bytes()[:-5])
+    kept = {json.loads(line)["batch"] for path in journals(tmp_path) for line in path.open() if batch_is_whole(line)}
+    assert len(kept) == 2 * before - 1
+    computed = [number for share in run_ranks(tmp_path, after, size=1) for number in share]
+    assert sorted(computed) == sorted(set(range(7)) - kept)
+    assert {name: (tmp_path / name).read_bytes() for name in (RECORDS, FAILURES)} == outputs(tmp_path / "one")
+
+
+def batch_is_whole(line: str) -> bool:
+    return line.endswith("\n") and "batch" in json.loads(line)
+
+
+def test_items_that_build_on_others_wait_for_them_on_every_rank(tmp_path):
+    def work(rank: int) -> dict[int, list[str]]:
+        journal = Journal(tmp_path, rank=rank, ranks=2)
+        seen = {}
+        for batch in journal.batches(ITEMS, size=1, builds_on=4):
+            if rank == 1 and batch.number == 1:
+                ahead.wait(20)
+            seen[batch.number] = [row["id"] for row in journal.rows()]
+            journal.append(batch, [{"id": item["id"]} for item in batch.items], [])
+            if rank == 0 and batch.number == 2:
+                ahead.set()
+        return seen
+
+    ahead = threading.Event()  # rank 0 has done its part of what is built on before rank 1 begins
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    for number, seen in (first | second).items():
+        assert number < 4 or seen[:4] == ["item-0", "item-1", "item-2", "item-3"]
+    assert (list(first), list(second)) == ([0, 2, 4, 6], [1, 3, 5])
+
+
+def test_a_reopened_stage_asks_again_on_all_ranks_whatever_an_earlier_run_left(tmp_path):
+    run_ranks(tmp_path, 2, size=1)
+    assert len(journals(tmp_path)) == 2
+    assert reopen(tmp_path) == 1
+    assert run_ranks(tmp_path, 2, size=1, failing=()) == [[], [3]]
+    assert json.loads((tmp_path / "plan.json").read_text())["attempts"] == {"3": 1}
+    assert read_rows(tmp_path / FAILURES) == []
+
+
+def test_progress_is_that_of_all_ranks(tmp_path):
+    class Told:
+        done = tokens = 0
+
+        def start(self, total: int, unit: str, done: int = 0) -> None:
+            self.done = done
+
+        def advance(self, items: int = 1, tokens: int = 0) -> None:
+            self.done += items
+            self.tokens += tokens
+
+    told = Told()
+    journal = Journal(tmp_path, told, ranks=2)  # type: ignore[arg-type]
+    for n, batch in enumerate(journal.batches(ITEMS, size=2)):
+        if n == 0:
+            run(tmp_path, rank=1, ranks=2)
+        journal.append(batch, [{"id": "row", "n_tokens": 5}], [])
+    assert (told.done, told.tokens, journal.tokens) == (7, 10, 10)

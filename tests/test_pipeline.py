@@ -34,7 +34,7 @@ CPU = load_profile("cpu")
 def recipe(tmp_path, monkeypatch) -> Path:
     """A recipe of toy stages in a folder of its own."""
     toy.install(monkeypatch)
-    for name in ("TOY_KILL", "TOY_ERROR", "TOY_WAIT"):
+    for name in ("TOY_KILL", "TOY_ERROR", "TOY_WAIT", "TOY_LOG"):
         monkeypatch.delenv(name, raising=False)
     return toy.make_recipe(tmp_path / "recipe")
 
@@ -430,6 +430,82 @@ def test_the_error_of_a_process_is_reported_as_its_own(recipe, own_process, monk
     monkeypatch.setenv("TOY_KILL", "texts:1")
     with pytest.raises(StageFailed, match=r"ended with signal 9; see .*log\.txt"):
         run(recipe, profile=own_process)
+
+
+@pytest.fixture
+def two_ranks(own_process) -> Profile:
+    return Profile(name="two", device="cpu", processes=2)
+
+
+def test_two_processes_give_the_records_of_one_and_each_item_once(recipe, two_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    launched = run(recipe, profile=two_ranks)
+    assert sorted((tmp_path / "log").read_text().splitlines()) == [
+        "labels:0 0", "labels:1 1", "more:0 0", "more:1 1", "more:2 0", "policy:0 0",
+        "texts:0 0", "texts:1 1", "texts:2 0", "tuned:0 0",
+    ]  # fmt: skip
+    assert records(recipe.parent / "runs") == records_of(recipe)
+    assert launched["texts"] == {"texts": 12, "more": 6}
+    assert not list((recipe.parent / "runs").glob("*/journal*"))
+
+
+@pytest.mark.parametrize("afterwards", [1, 2, 3])
+def test_a_killed_process_is_named_and_however_many_go_on_from_there(
+    recipe, two_ranks, tmp_path, monkeypatch, afterwards
+):
+    undisturbed = records_of(recipe)
+    monkeypatch.setenv("TOY_KILL", "texts:5")
+    with pytest.raises(StageFailed, match=r"^stage 'texts', process 1, ended with signal 9; see .*log\.txt$"):
+        run(recipe, "stages.texts.journal_batch=1", profile=two_ranks)
+    monkeypatch.delenv("TOY_KILL")
+    lines = [
+        line for path in (recipe.parent / "runs").glob("texts-*/journal*") for line in path.read_bytes().splitlines()
+    ]
+    kept = {entry["batch"] for entry in map(json.loads, lines) if "batch" in entry}
+    assert {1, 3} <= kept <= set(range(12)) - {5}
+    assert plan(recipe, "stages.texts.journal_batch=1")["texts"] == ("continues", f"{len(kept)} batches are on disk")
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    run(
+        recipe,
+        "stages.texts.journal_batch=1",
+        profile=two_ranks.model_copy(update={"processes": afterwards}),
+        until="texts",
+    )
+    computed = [int(line.split()[0].removeprefix("texts:")) for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted(computed) == sorted(set(range(12)) - kept)
+    assert records(recipe.parent / "runs")["texts"] == undisturbed["texts"]
+
+
+def test_the_error_of_any_process_ends_the_others_and_is_reported_as_its_own(recipe, two_ranks, monkeypatch):
+    monkeypatch.setenv("TOY_WAIT", "texts")  # process 1, at its first batch
+    monkeypatch.setenv("TOY_ERROR", "texts:2")
+    with pytest.raises(StageFailed, match=r"^stage 'texts': the pen broke$"):
+        run(recipe, profile=two_ranks)
+    [journal] = recipe.parent.glob("runs/texts-*/journal-1.jsonl")
+    assert len(journal.read_bytes().splitlines()) == 1, "process 1 went on with its first batch"
+
+
+def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(recipe, two_ranks):
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("  - {id: tuned")] + "  - {id: tuned, kind: sft, from: texts}\n")
+    with pytest.raises(
+        StageFailed, match=r"^stage 'tuned' found itself in 1 of the 2 processes that profile 'two' wants"
+    ):
+        run(recipe, profile=two_ranks)
+
+
+def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process, tmp_path):
+    python_path = f"{tmp_path / 'site'}:{TESTS}"
+    child = command(recipe, "--on", "cpu-2-ranks", "--until", "texts", TOY_WAIT="texts", PYTHONPATH=python_path)
+    until(lambda: list(recipe.parent.glob("toy/texts-*/waiting")))
+    [waiting] = recipe.parent.glob("toy/texts-*/waiting")
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=120)
+    assert child.returncode == 143
+    assert not Path(f"/proc/{waiting.read_text()}").exists()
+    again = command(recipe, "--on", "cpu-2-ranks", "--until", "texts", PYTHONPATH=python_path)
+    assert "texts: 12 texts" in again.communicate(timeout=120)[1]
+    assert len(read_rows(runs.latest(recipe.parent / "toy")["texts"] / "records.jsonl")) == 12
 
 
 def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_process, tmp_path):

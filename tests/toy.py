@@ -2,7 +2,8 @@
 
 `write` answers prompts, `weigh` labels texts by the principles' weights, `fit` leaves a model behind. In the
 environment TOY_KILL=<stage>:<n> ends the process with SIGKILL when that stage is about to write its n-th batch,
-TOY_ERROR=<stage> lets it fail, and TOY_WAIT=<stage> makes it wait until somebody ends it.
+TOY_ERROR=<stage>, or <stage>:<n>, lets it fail, and TOY_WAIT=<stage> makes it wait until somebody ends it: with both, a
+process fails when another waits. TOY_LOG=<file> gets a line `<stage>:<n> <rank>` for every batch that is computed.
 """
 
 from __future__ import annotations
@@ -70,14 +71,19 @@ class FitConfig(StageConfig):
     size: int = 1
 
 
-def _maybe_kill(context: Context, n: int) -> None:
+def _disturb(context: Context, n: int) -> None:
     if os.environ.get("TOY_KILL") == f"{context.stage_id}:{n}":
         os.kill(os.getpid(), signal.SIGKILL)
-    if os.environ.get("TOY_ERROR") == context.stage_id:
+    if os.environ.get("TOY_ERROR") in (context.stage_id, f"{context.stage_id}:{n}"):
+        while "TOY_WAIT" in os.environ and not (context.folder / "waiting").exists():
+            time.sleep(0.05)
         raise StageFailed("the pen broke")
     if os.environ.get("TOY_WAIT") == context.stage_id and n == 1:
         (context.folder / "waiting").write_text(str(os.getpid()))
         time.sleep(60)
+    if log := os.environ.get("TOY_LOG"):
+        with open(log, "a") as file:
+            file.write(f"{context.stage_id}:{n} {os.environ.get('RANK', '0')}\n")
 
 
 def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
@@ -86,8 +92,8 @@ def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
         for prompt in context.prompts(config.prompts)
         for k in range(config.n)
     ]
-    for n, batch in enumerate(context.journal.batches(items, size=config.journal_batch, unit="texts")):
-        _maybe_kill(context, n)
+    for batch in context.journal.batches(items, size=config.journal_batch, unit="texts"):
+        _disturb(context, batch.number)
         failures = [
             Failure(item["id"], "no ink")
             for item in batch.items
@@ -115,8 +121,8 @@ def run_weigh(config: WeighConfig, context: Context) -> dict[str, Any]:
     assert context.constitution is not None
     weights = {each.id: each.weight for each in context.constitution.principles}
     items = [{"id": row["id"], "row": row} for row in context.rows(config.from_)]
-    for n, batch in enumerate(context.journal.batches(items, size=config.journal_batch)):
-        _maybe_kill(context, n)
+    for batch in context.journal.batches(items, size=config.journal_batch):
+        _disturb(context, batch.number)
         rows = [{**item["row"], "weights": weights, "judge": config.judge} for item in batch.items]
         context.journal.append(batch, rows, [])
     context.journal.finish()
@@ -126,7 +132,7 @@ def run_weigh(config: WeighConfig, context: Context) -> dict[str, Any]:
 def run_fit(config: FitConfig, context: Context) -> dict[str, Any]:
     rows = context.rows(config.from_)
     make_model(context.folder / "model", f"{config.size} {len(rows)} {context.model(config.model).name}")
-    _maybe_kill(context, 0)
+    _disturb(context, 0)
     return {"fit": {"rows": len(rows)}}
 
 

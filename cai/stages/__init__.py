@@ -84,7 +84,10 @@ class StageConfig(BaseModel):
 
 
 class FeedbackConfig(StageConfig):
-    """A stage whose work is a list of items, journaled a batch at a time."""
+    """A stage whose work is a list of items, journaled a batch at a time.
+
+    Each of the profile's processes runs the stage: the journal gives it its share, and lets rank 0 alone past `finish`.
+    """
 
     journal_batch: int = Field(256, ge=1, description="Items that are computed and written together.")
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")

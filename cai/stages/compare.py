@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -90,9 +90,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     plan = [*samples.values(), *votes]
     work = _Work(config, context, principles)
     with _OneEngine(context) as engines:
-        for batch in context.journal.batches(plan, size=config.journal_batch, unit="responses and verdicts"):
-            if not work.samples:
-                work.samples = {row["id"]: row for row in context.journal.rows() if row["row"] == "sample"}
+        for batch in context.journal.batches(
+            plan, size=config.journal_batch, unit="responses and verdicts", builds_on=len(samples)
+        ):
             context.journal.append(batch, *work.compute(batch, engines))
     _, failures = context.journal.finish()
     records = read_rows(context.folder / RECORDS)
@@ -154,7 +154,7 @@ def _planned_votes(
 
 
 class _Work:
-    """What a batch is computed with, and the samples that later batches of verdicts are about."""
+    """What a batch is computed with, and the samples that verdicts are about."""
 
     def __init__(self, config: Config, context: Context, principles: Sequence[Principle]) -> None:
         self.config = config
@@ -170,8 +170,10 @@ class _Work:
         attempts = self.config.attempts(batch)
         for (model, sampled), group in groupby(batch.items, key=lambda item: (item["model"], "checkpoint" in item)):
             work = self.sample if sampled else self.judge
+            if not sampled and not self.samples:  # now that all of them are on the disk or in this batch
+                there = chain(self.context.journal.rows(), rows)
+                self.samples = {row["id"]: row for row in there if row["row"] == "sample"}
             new, failed = work(list(group), engines.open(model), attempts)
-            self.samples.update((row["id"], row) for row in new if row["row"] == "sample")
             rows += new
             failures += failed
         return rows, failures

@@ -1,0 +1,80 @@
+"""Stages of the method on several ranks leave what one leaves, byte for byte, where each has as many CPU threads."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import feedback
+import pytest
+import torch
+
+from cai import runs
+from cai.checkpoint import MICRO, Model
+from cai.engines import Request
+from cai.journal import ShareDone
+from cai.pipeline import Options, run_recipe
+from cai.profile import Profile
+from cai.progress import PlainDisplay
+from cai.recipe import load_recipe
+from cai.shipped import shipped
+
+RECIPE = """
+name: ranks
+model: start
+constitution: micro.yaml
+prompts:
+  red_team: {source: micro, split: train, tags: [red_team], limit: 7}
+stages:
+  - {id: responses, kind: sample, prompts: [red_team], n: 2, max_new_tokens: 24, journal_batch: 3}
+  - {id: votes, kind: judge, from: responses, cut_off: keep, journal_batch: 2}
+"""
+
+
+@pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
+def test_two_ranks_sample_and_judge_byte_for_byte_like_one(tmp_path, monkeypatch):
+    shutil.copy(shipped("constitutions") / "micro.yaml", tmp_path)
+    (tmp_path / "start").symlink_to(MICRO)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    for ranks in (1, 2):
+        profile = Profile(device="cpu", threads=1, processes=ranks)
+        run_recipe(recipe, profile, tmp_path / f"{ranks}", Options(), PlainDisplay())
+    torch.set_num_threads(threads)
+    one, two = (runs.latest(tmp_path / f"{ranks}") for ranks in (1, 2))
+    for stage in ("responses", "votes"):
+        assert two[stage].name == one[stage].name
+        for file in ("records.jsonl", "failures.jsonl", "plan.json", "DONE"):
+            assert (two[stage] / file).read_bytes() == (one[stage] / file).read_bytes(), f"{stage}/{file}"
+    assert len((one["responses"] / "records.jsonl").read_bytes().splitlines()) == 14
+
+
+@pytest.mark.parametrize("size", [4, 5, 64])
+def test_verdicts_wait_for_the_responses_of_all_ranks(tmp_path, size):
+    named = {name: Model(name, "nowhere") for name in ("start", "tuned")}
+    prompts = [feedback.prompt(f"question {number}") for number in range(6)]
+
+    def compare(rank: int, ranks: int) -> feedback.Outcome | None:
+        def writes(request: Request) -> str:
+            if rank == 1:
+                time.sleep(0.05)  # the other rank is ready to judge long before
+            return f"response {request.id}"
+
+        script = feedback.Script(writes, lambda question: (len(str(question.messages)) % 7 - 3.0, 0.9))
+        try:
+            return feedback.run_stage(
+                "compare", tmp_path / f"{ranks}", script=script, named=named, sets={"held": prompts}, rank=rank,
+                ranks=ranks, models={"base": "start", "policy": "tuned"}, prompts="held", journal_batch=size,
+            )  # fmt: skip
+        except ShareDone:
+            return None
+
+    alone = compare(0, 1)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(compare, range(2), [2, 2])
+    assert (first.bytes, first.figures, first.failures) == (alone.bytes, alone.figures, [])
+    assert second is None
+    assert len(first.rows) == 18
