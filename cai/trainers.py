@@ -3,8 +3,9 @@
 What is different here: rows arrive tokenised, so nothing is rendered, truncated or dropped inside; the label of a pair
 is a probability and reaches the loss through the collator as `p_chosen` (a column named `margin` would be subtracted by
 TRL's reward loss); the batches of a step are sorted by length, which changes neither the step's examples nor its
-gradient but saves padding; and nothing is sent or written but checkpoints and logs. TRL's private names used here are
-held by tests/test_trainers.py, so that an upgrade fails there and not in somebody's weights.
+gradient but saves padding; on a CPU the language-model head is that of `cai.cpu_training`; and nothing is sent or
+written but checkpoints and logs. TRL's private names used here are held by tests/test_trainers.py, so that an upgrade
+fails there and not in somebody's weights.
 
 Left out: DPO's other losses. What a soft label means for them is not settled, and `train:` refuses them.
 """
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 
 from cai import losses
+from cai.cpu_training import add_lm_head
 
 LENGTH = "length"
 """Column with the tokens of a row, for sorting."""
@@ -90,6 +94,10 @@ class _Pairs(_Quiet):
 class SupervisedTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
     """Rows: `input_ids`, and `labels` with -100 for what is not learned. The loss is TRL's mean over learned tokens."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        add_lm_head(_language_model(self, self.model), entropy=True)
+
 
 @dataclass
 class LabelledRewardCollator(RewardCollator):  # type: ignore[misc]
@@ -134,6 +142,9 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, sft_weight: float = 0.0, **more: Any) -> None:
         super().__init__(*args, **more)
         self.sft_weight = sft_weight
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                add_lm_head(_language_model(self, model))
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset  # TRL would render and tokenise even rows that are tokenised
@@ -205,6 +216,12 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         mode = "train" if self.model.training else "eval"
         for name, column in zip(values, gathered.T.tolist(), strict=True):
             self._metrics[mode][name].extend(column)
+
+
+def _language_model(trainer: Trainer, model: Any) -> PreTrainedModel:
+    """The model below DeepSpeed's engine and its adapter: where TRL, too, puts its head."""
+    model = trainer.accelerator.unwrap_model(model)
+    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[no-any-return]
 
 
 def _labels(examples: list[dict[str, Any]]) -> Tensor:

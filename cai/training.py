@@ -29,6 +29,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from cai import checkpoint
+from cai.cpu_training import float32_attention
 from cai.errors import BadInput, StageFailed
 from cai.files import remove
 from cai.records import Preference, canonical_json, stable_seed
@@ -164,7 +165,8 @@ def train(trainer: Trainer, context: Context) -> dict[str, Any]:
         context.progress.note(f"resuming from {resume.name}")
     elif trainer.is_world_process_zero():
         remove(context.folder / CHECKPOINTS)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    with float32_attention(trainer.args.device):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
     logged = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
     return {"steps": trainer.state.global_step, "loss": {"first": logged[0], "last": logged[-1]}}

@@ -1,0 +1,95 @@
+"""Two pieces of the libraries that are slow on a CPU, done another way: the same numbers up to rounding, sooner.
+
+The backward pass of torch's attention takes two to three times as long in bfloat16 as in float32 for sequences of up to
+some 200 tokens; beyond, both take the same. TRL's fused language-model head is made for GPUs: on a CPU it scores prompt
+and padding too, and multiplies in float32.
+
+Left out: vocabularies above `LARGEST_VOCABULARY`, whose logits need the tiles of TRL's head, and models that do not
+take their attention from transformers' table. Both train as they do without this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.trainer.utils import FusedCausalLMOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LARGEST_VOCABULARY = 32_768
+"""Tokens: the width of a tile in TRL's head. Above, all logits of a micro-batch may be more than memory holds."""
+
+
+@contextlib.contextmanager
+def float32_attention(device: torch.device) -> Iterator[None]:
+    """Models on a CPU that use torch's attention compute it in float32, whatever the rest is computed in."""
+    if device.type != "cpu":
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _float32_attention  # hides the library's entry until it is deleted
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _float32_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """query, key, value: (batch, heads, seq, width); returns (batch, seq, heads, width) in the value's precision."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    with torch.autocast("cpu", enabled=False):
+        output, weights = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), attention_mask, **options
+        )
+    return output.to(value.dtype), weights
+
+
+def add_lm_head(model: PreTrainedModel, *, entropy: bool = False) -> None:
+    """Makes `model(…, labels=labels, fused_lm_head=True)` score learned tokens alone, if the model is on a CPU.
+
+    To be called after TRL's `add_fused_lm_head`, whose contract this keeps: the output has `log_probs` in nats,
+    `label_mask` and, if asked for, `entropy` and `is_top1`, each (batch, seq − 1) and zero where the label is -100.
+    """
+    if model.device.type != "cpu" or model.config.get_text_config().vocab_size > LARGEST_VOCABULARY:
+        return
+    without = model.forward
+
+    def forward(
+        self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **options: Any
+    ) -> Any:
+        if not fused_lm_head or labels is None:
+            return without(*args, fused_lm_head=fused_lm_head, labels=labels, **options)
+        mask = labels[:, 1:] != -100
+        targets = labels[:, 1:][mask]
+        # Between body and head, so that what a model does to its logits (scales, caps) stays the model's own.
+        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][:, :-1][mask])
+        try:
+            outputs = without(*args, **{**options, "use_cache": False})
+        finally:
+            hook.remove()
+        log_probs = outputs.logits.float().log_softmax(dim=-1)  # (learned tokens, vocabulary)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        of_targets = log_probs.gather(1, targets[:, None]).squeeze(1)
+        result = FusedCausalLMOutput(
+            log_probs=spread(of_targets), label_mask=mask, aux_loss=getattr(outputs, "aux_loss", None)
+        )
+        if entropy:
+            with torch.no_grad():
+                result.entropy = spread(torch.special.entr(log_probs.exp()).sum(dim=1))
+                result.is_top1 = spread(log_probs.argmax(dim=1) == targets)
+        return result
+
+    model.forward = types.MethodType(forward, model)

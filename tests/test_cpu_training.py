@@ -1,0 +1,120 @@
+"""The CPU's ways of computing attention and log-probabilities give what the libraries' own give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cai.checkpoint import Model, load_causal_lm
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("trl")
+
+SIZE = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def model_of(family: str, **config: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZE, **config)).eval()
+
+
+def batch() -> dict[str, Any]:
+    """Three padded rows. Of the first two a part is learned, of the third nothing."""
+    ids = torch.randint(3, 64, (3, 12), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([12, 9, 5])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    labels = ids.masked_fill((mask == 0) | (torch.arange(12) < 4), -100)
+    labels[2] = -100
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels, "fused_lm_head": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt_neox", {}),
+        ("gemma2", {"final_logit_softcapping": 0.1, "num_key_value_heads": 1, "head_dim": 16}),
+        ("cohere", {"logit_scale": 3.0}),
+        ("granite", {"logits_scaling": 0.25}),
+    ],
+)
+def test_the_head_gives_trls_figures_and_gradients_also_where_a_model_scales_or_caps_its_logits(
+    family: str, config: dict[str, Any]
+) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    from cai.cpu_training import add_lm_head
+
+    model = model_of(family, **config)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    weights = torch.randn(3, 11, generator=torch.Generator().manual_seed(2))
+    results = []
+    for add in (lambda model: None, lambda model: add_lm_head(model, entropy=True)):
+        add(model)
+        model.zero_grad()
+        outputs = model(**batch())
+        (outputs.log_probs * weights).sum().backward()
+        results.append((outputs, {name: weight.grad.clone() for name, weight in model.named_parameters()}))
+    (theirs, their_gradients), (ours, our_gradients) = results
+    assert (ours.log_probs[:2] < 0).sum() == 8 + 5
+    for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_gradients, their_gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_only_learned_tokens_reach_the_head_and_plain_calls_are_what_they_were(tiny: Callable[..., Model]) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    from cai.cpu_training import add_lm_head
+
+    model = load_causal_lm(tiny("llama"))
+    inputs = {name: value for name, value in batch().items() if name not in {"labels", "fused_lm_head"}}
+    plain = model(**inputs).logits
+    add_fused_lm_head(model)
+    add_lm_head(model)
+    shapes: list[tuple[int, ...]] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, hidden, __: shapes.append(tuple(hidden[0].shape)))
+    model(**batch())
+    torch.testing.assert_close(model(**inputs).logits, plain, atol=0, rtol=0)
+    assert shapes == [(13, 32), (3, 12, 32)]
+
+
+def test_a_large_vocabulary_keeps_trls_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cai import cpu_training
+
+    model = model_of("llama")
+    before = model.forward
+    monkeypatch.setattr(cpu_training, "LARGEST_VOCABULARY", 63)
+    cpu_training.add_lm_head(model)
+    assert model.forward == before
+
+
+def test_attention_is_computed_in_float32_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cai.cpu_training import float32_attention
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    seen = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append({tensor.dtype for tensor in args} | {torch.is_autocast_enabled("cpu")})
+        return attention(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model = model_of("llama")
+    inputs = {name: value for name, value in batch().items() if name not in {"labels", "fused_lm_head"}}
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(**inputs).logits
+        with float32_attention(torch.device("cpu")):
+            inside = model(**inputs).logits
+        after = model(**inputs).logits
+    assert seen[2:4] == [{torch.float32, False}] * 2
+    assert all(True in call for call in seen[:2] + seen[4:])
+    torch.testing.assert_close(before, after, atol=0, rtol=0)
+    torch.testing.assert_close(inside, before, atol=0.05, rtol=0.05)
