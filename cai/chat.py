@@ -220,6 +220,15 @@ class Chat:
             raise BadInput(f"model {self.name!r}: the options {shown} are not each a token of their own in its answers")
         return prompt, list(ids)
 
+    def disarmed(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation for a server that renders it itself: in roles that the template takes, and with a space in
+        each control token and marker that a content spells.
+
+        Raises BadInput for a conversation that the template refuses.
+        """
+        fitted, _ = self._fitted(messages, generate=True)
+        return [{"role": one["role"], "content": self._encoder.parted(self.unmarked(one["content"]))} for one in fitted]
+
     def unmarked(self, text: str) -> str:
         """`text` as it stands in a turn: what would read as the template's own plain-text marker is parted."""
         return self._markers.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", text)

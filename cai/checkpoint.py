@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MICRO = Path(__file__).parent / "micro" / "weights"
 """The embedded model."""
 
+SERVED = "served:"
+"""Begins the name of a model that a server has and this machine has not."""
 FACTS = "cai.json"
 ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,9 +57,15 @@ class Model:
     templates: str = "default"
     chat_template: str | None = None
 
+    @property
+    def served(self) -> bool:
+        """Whether the model is known by its name at a server alone: no weights, no tokenizer."""
+        return self.path.startswith(SERVED)
+
 
 def resolve(name: str, *, templates: str = "auto", chat_template: str | None = None, folder: Path) -> Model:
-    """The model that `name` means: `micro`, a path relative to `folder` or the working directory, or a hub id.
+    """The model that `name` means: `micro`, `served:NAME`, a path relative to `folder` or the working directory, or a
+    hub id.
 
     `templates` "auto" takes the set that is recorded with the model, else with its base, else `default`.
     `chat_template` is a file's name or Jinja text. Raises BadInput for a path without a usable model. A hub id is not
@@ -67,6 +75,12 @@ def resolve(name: str, *, templates: str = "auto", chat_template: str | None = N
         if not (MICRO / "config.json").is_file():
             raise BadInput(f"the embedded model is missing at {MICRO}: run `cai micro pretrain` to make it")
         path = str(MICRO)
+    elif name.startswith(SERVED):
+        if not name.removeprefix(SERVED).strip():
+            raise BadInput(
+                f"found {name!r}, expected a model's name at the server behind it, as in served:llama-3.3-70b"
+            )
+        path = name
     else:
         path = _path_of(name, folder)
     text = None if chat_template is None else _template_text(chat_template, folder)
@@ -75,6 +89,11 @@ def resolve(name: str, *, templates: str = "auto", chat_template: str | None = N
 
 def fetch(model: Model, *, offline: bool = True) -> Path:
     """The model's folder; of a hub id the cached snapshot, downloaded first where `offline` is False."""
+    if model.served:
+        raise BadInput(
+            f"model {model.name!r} is known by its name at a server alone, and its files are needed here: name a "
+            f"folder or a hub id"
+        )
     folder = Path(model.path)
     if folder.is_absolute():
         return folder
@@ -96,7 +115,12 @@ def fetch(model: Model, *, offline: bool = True) -> Path:
 
 
 def identity(model: Model, *, offline: bool = True) -> str:
-    """What tells this model's weights, tokenizer and chat template from any other's: a digest, or `id@revision`."""
+    """What tells this model's weights, tokenizer and chat template from any other's: a digest, or `id@revision`.
+
+    Of a model that only a server has it is the name: whether the server still means the same by it cannot be told.
+    """
+    if model.served:
+        return model.path
     folder = fetch(model, offline=offline)
     parts: list[str] = [model.chat_template or ""]
     if not Path(model.path).is_absolute():

@@ -55,6 +55,10 @@ class Encoder:
         """A template's own text, its control tokens under their names."""
         return self._spelled.sub(lambda match: self._names[match[0]], text)
 
+    def parted(self, text: str) -> str:
+        """`text` with a space before the last character of each control token that it spells."""
+        return self._spelled.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", text)
+
     def first_control(self, text: str) -> tuple[str, int] | None:
         """(`text` up to and including its first named control token, that token's id), or None without one."""
         match = _NAME.search(text)

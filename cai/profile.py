@@ -1,8 +1,9 @@
 """Profiles: where and with how much a recipe runs, and nothing that changes what it computes.
 
-A profile names the device, the precision, the size of one forward batch and, for several processes, a standard
-accelerate file. The recipe owns the global batch size; the micro-batch here and the number of processes split it, and
-gradient accumulation follows. A profile is not part of a stage's fingerprint.
+A profile names the device, the precision, the size of one forward batch, the engine that models answer with and, for
+several processes, a standard accelerate file. The recipe owns the global batch size; the micro-batch here and the
+number of processes split it, and gradient accumulation follows. A profile is not part of a stage's fingerprint: another
+engine computes the same and rounds otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -19,6 +21,45 @@ from cai.errors import BadInput, nearest
 from cai.shipped import shipped, shipped_names
 
 DEFAULT = "cpu"
+
+
+class Server(BaseModel):
+    """An OpenAI-compatible server, and how patiently it is asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field("http://127.0.0.1:8000/v1", description="Where its interface begins, most often up to `/v1`.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable with the key; the server is asked without one if it is unset.",
+    )
+    concurrency: int = Field(64, ge=1, le=1000, description="Requests under way at once.")
+    timeout: float = Field(120, gt=0, le=86400, description="Seconds that one answer may take.")
+    retries: int = Field(
+        6, ge=0, le=20, description="Times a request is sent again; the waits double from 1 to 60 seconds."
+    )
+    names: dict[str, str] = Field(
+        default_factory=dict, description="What the server calls a model, by its name in the recipe, where it differs."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:  # the profile is copied into every stage's folder
+            raise ValueError(
+                "found a user, a password or a query in the address, expected a key in `api_key_env` alone"
+            )
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError(f"found {url!r}, expected an address such as http://127.0.0.1:8000/v1")
+        return url.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not (name.isidentifier() and name.isascii()):  # what was found is not said: it may be the key itself
+            raise ValueError("found no name of an environment variable, expected one such as OPENAI_API_KEY")
+        return name
 
 
 class Vllm(BaseModel):
@@ -62,7 +103,11 @@ class Profile(BaseModel):
         None, description="accelerate config file for several processes, relative to the profile; absent = none."
     )
     micro_batch: int = Field(8, ge=1, description="Examples in one forward pass of one process in training.")
-    vllm: Vllm = Field(default_factory=lambda: Vllm.model_validate({}), description="How the engine `vllm` is started.")
+    engine: Literal["local", "vllm", "server"] = Field(
+        "local", description="What models answer with; those called `served:NAME` are always asked at the server."
+    )
+    server: Server = Field(Server.model_validate({}), description="The server of `engine: server` and `served:`.")
+    vllm: Vllm = Field(Vllm.model_validate({}), description="How `engine: vllm` is started.")
     token_budget: int = Field(16384, ge=256, description="Tokens in one forward batch of an engine, padding included.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")

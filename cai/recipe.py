@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from cai.checkpoint import Model, resolve
+from cai.checkpoint import SERVED, Model, resolve
 from cai.constitution import Constitution, load_constitution
 from cai.document import Document, fail, load_document, validate
 from cai.errors import BadInput, nearest
@@ -58,7 +58,10 @@ class RecipeDocument(BaseModel):
 
     name: Slug = Field(description="Name of the recipe; its runs lie in a folder called so.")
     seed: int = Field(0, ge=0, description="What all randomness is derived from.")
-    model: str = Field(description="A Hugging Face id, a path, or `micro`: where stages start that name no model.")
+    model: str = Field(
+        description="A Hugging Face id, a path, `micro`, or `served:NAME` for one that only a server has: where stages "
+        "start that name no model."
+    )
     judge: str = Field(
         SELF,
         description="Who judges: `self` = whoever wrote the responses, `model` = the recipe's, a model, or a stage.",
@@ -456,6 +459,13 @@ def _resolved_models(
         for place, name in models_of(stages[config.id]).items():
             if name not in stages:
                 named.setdefault(name, ("stages", index, *place))
+                if isinstance(config, TrainingConfig) and name.startswith(SERVED):
+                    raise fail(
+                        document,
+                        ("stages", index),
+                        f"{config.kind} trains {name!r}, which only a server has, expected a model whose weights are "
+                        f"here: a folder or a hub id",
+                    )
     if written.model in stages:
         raise fail(document, ("model",), f"found {describe(written.model)}, a stage of this recipe, expected a model")
     models = {}

@@ -42,7 +42,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """`token_ids` and `log_probs` are as drawn, the end-of-turn token included; `text` has neither it nor reasoning."""
+    """`token_ids` and `log_probs` are as drawn, the end-of-turn token included; `text` has neither it nor reasoning.
+
+    A server that does not tell ids leaves them empty, and `prompt_ids` and `log_probs` too: nothing is encoded again to
+    stand for what was drawn. `counted` is then the number of tokens by its own account.
+    """
 
     id: str
     text: str
@@ -51,6 +55,12 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_ids: list[int]
     reasoning: str | None = None
+    counted: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens drawn."""
+        return len(self.token_ids) or self.counted
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,15 @@ class Engine(Protocol):
 
 
 def open_engine(model: Model, profile: Profile) -> Engine:
-    """The engine that `profile` names, for `model`."""
+    """The engine that `profile` names, for `model`; the server for a model that is known by name alone."""
+    if model.served or profile.engine == "server":
+        from cai.engines.server import ServerEngine
+
+        return ServerEngine(model, profile.server)
+    if profile.engine == "vllm":
+        from cai.engines.vllm import VllmEngine
+
+        return VllmEngine(model, profile)
     from cai.engines.local import LocalEngine
 
     return LocalEngine(model, profile)

@@ -38,10 +38,10 @@ def _answer(result: Completion | Failure, whole: bool) -> Completion | Failure:
     if isinstance(result, Failure):
         return result
     if whole and result.finish_reason == "length":
-        return Failure(result.id, f"it was cut off after {len(result.token_ids)} tokens, before it came to an end")
+        return Failure(result.id, f"it was cut off after {result.n_tokens} tokens, before it came to an end")
     if result.text or not result.reasoning:
         return result
-    return Failure(result.id, f"its reasoning took all {len(result.token_ids)} tokens and no response followed")
+    return Failure(result.id, f"its reasoning took all {result.n_tokens} tokens and no response followed")
 
 
 def choose_all(engine: Engine, questions: Sequence[Question], retries: int) -> dict[str, Choice | Failure]:

@@ -8,11 +8,15 @@ probability over all of them. A thinking model's reasons are its own thinking.
 section 2.2.2 of the same paper), and the vote is the difference of two scores, in points, not nats. There is no order
 to average over: the vote stands in both.
 
+`pairwise` can do without log-probabilities, which not every server gives: `verdicts: text` draws short answers instead
+and counts those that name an option, with half a count added to each, so that a few draws never make a certainty.
+
 Left out: who is asked about what (stages choose), and what votes amount to (`cai.feedback.labels`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,8 +30,10 @@ from cai.engines.retry import choose_all, generate_all
 from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together, with_mass
 from cai.records import Message, PrincipleVote, Thought, stable_seed
 from cai.templates import OPTIONS, TemplateSet
+from cai.wording import shorten
 
 Method = Literal["pairwise", "reasoned", "rating"]
+Verdicts = Literal["log-probabilities", "text"]
 ASKS: Mapping[Method, tuple[str, ...]] = {
     "pairwise": ("compare",),
     "reasoned": ("reason", "verdict"),
@@ -40,6 +46,11 @@ REQUESTS: Mapping[Method, tuple[str, ...]] = {
     "rating": ("critique",),
 }
 """What principles say to it."""
+
+ANSWER = Sampling(max_new_tokens=8, temperature=1.0)
+"""How an answer is drawn that is read as text: an option, and what little stands around it."""
+AROUND = " \t\n.:*_`'\"()[]"
+"""What may stand around an option in a drawn answer."""
 
 Asked = Mapping[str, Sequence[Principle]]
 """The principles that each pair is judged by, by the pair's id."""
@@ -61,6 +72,8 @@ class Judge:
     seed: int = 0
     thoughts: int = 1
     scale: int = 7
+    draws: int | None = None
+    """Answers drawn for each question of `pairwise`; None reads log-probabilities."""
     sampling: Sampling = field(default_factory=Sampling)
 
     def votes(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
@@ -71,8 +84,24 @@ class Judge:
 
     def _pairwise(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
         questions = [each for pair in pairs for each in to_questions(pair, asked[pair.id], self.templates)]
-        answers = choose_all(self.engine, questions, self.retries)
+        if self.draws is None:
+            answers = choose_all(self.engine, questions, self.retries)
+        else:
+            answers = self._drawn(questions, self.draws)
         return {pair.id: to_votes(pair, asked[pair.id], answers, self.min_mass) for pair in pairs}
+
+    def _drawn(self, questions: Sequence[Question], draws: int) -> dict[str, Choice | Failure]:
+        """The answer to every question by its id, counted over drawn texts."""
+        requests = [
+            Request(f"{question.id}/{k}", question.messages, stable_seed(self.seed, question.id, k), ANSWER)
+            for question in questions
+            for k in range(draws)
+        ]
+        drawn = generate_all(self.engine, requests, self.retries)
+        return {
+            question.id: counted(question, [drawn[f"{question.id}/{k}"] for k in range(draws)])
+            for question in questions
+        }
 
     def _reasoned(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
         cases = {f"{question_id(*case)}/{k}": case for case in _cases(pairs, asked) for k in range(self.thoughts)}
@@ -187,6 +216,22 @@ class Judge:
         return self.templates.ask(
             name, messages=pair.messages, first=first, second=second, request=principle.compare, **more
         )
+
+
+def counted(question: Question, answers: Sequence[Completion | Failure]) -> Choice | Failure:
+    """The options' log-probabilities by how many answers are each: log((n + 1/2) / (N + options / 2)).
+
+    An answer is an option if nothing else stands in it but marks around; `mass` is the share of answers that are one.
+    """
+    texts = [answer.text.strip(AROUND) for answer in answers if isinstance(answer, Completion)]
+    counts = [texts.count(option) for option in question.options]
+    if not any(counts):
+        failed = next((answer.reason for answer in answers if isinstance(answer, Failure)), None)
+        said = failed if not texts else f"first {shorten(texts[0], 40)!r}"
+        return Failure(question.id, f"none of {len(answers)} drawn answers is an option; {said}")
+    whole = sum(counts) + len(counts) / 2
+    log_probs = tuple(math.log((count + 0.5) / whole) for count in counts)
+    return Choice(question.id, log_probs, sum(counts) / len(answers))
 
 
 def mean_probability(log_odds: Sequence[float]) -> float:

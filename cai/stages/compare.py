@@ -245,7 +245,7 @@ def _sample_row(item: Item, completion: Completion, seed: int, model: str) -> di
         "row": "sample", "checkpoint": item["checkpoint"], "number": item["number"], "id": item["id"],
         "prompt_id": item["prompt"]["id"], "prompt": item["prompt"]["messages"], "tags": item["prompt"]["tags"],
         "response": completion.text, "finish_reason": completion.finish_reason,
-        "n_tokens": len(completion.token_ids), "model": model, "seed": seed,
+        "n_tokens": completion.n_tokens, "model": model, "seed": seed,
     }  # fmt: skip
     return row if completion.reasoning is None else row | {"reasoning": completion.reasoning}
 

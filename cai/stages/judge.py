@@ -34,7 +34,7 @@ from pydantic import Field, model_validator
 from cai.constitution import Constitution, Principle
 from cai.engines import Sampling
 from cai.errors import BadInput, StageFailed
-from cai.feedback.methods import ASKS, REQUESTS, Judge, Method
+from cai.feedback.methods import ASKS, REQUESTS, Judge, Method, Verdicts
 from cai.feedback.votes import MIN_MASS, Pair, empty
 from cai.journal import RECORDS
 from cai.prompts import PairSet, load_human_pairs
@@ -65,6 +65,12 @@ class Config(FeedbackConfig):
     max_new_tokens: int = Field(256, ge=1, description="Tokens at which reasons are cut off and do not count.")
     temperature: float = Field(1.0, ge=0, description="At which reasons are sampled; 0 always takes the likeliest.")
     scale: Literal[7, 10] = Field(7, description="The highest rating, with `method: rating`; the lowest is 1.")
+    verdicts: Verdicts = Field(
+        "log-probabilities",
+        description="What a `pairwise` answer is read from; text: answers drawn and counted, for servers that give no "
+        "log-probabilities. Coarser, and several times the requests.",
+    )
+    draws: int = Field(4, ge=1, description="Answers drawn for each question, with `verdicts: text`.")
     pairs: Literal["disjoint", "all", "random"] = Field(
         "disjoint", description="disjoint: each response once; all: each with each; random: `n_pairs` of all."
     )
@@ -104,6 +110,10 @@ class Config(FeedbackConfig):
                 raise ValueError(
                     f"found `{key}` with `method: {self.method}`, expected it with `method: {method}` alone"
                 )
+        if self.verdicts == "text" and self.method != "pairwise":
+            raise ValueError(f"found `verdicts: text` with `method: {self.method}`, expected `method: pairwise`")
+        if "draws" in self.model_fields_set and self.verdicts != "text":
+            raise ValueError("found `draws` without `verdicts: text`, expected both")
         return self
 
 
@@ -136,7 +146,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             pairs = [Pair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items]
             judge = Judge(
                 engine, context.templates(config.judge), config.method, config.min_mass, config.attempts(batch),
-                context.seed_for("reasons"), config.thoughts, config.scale,
+                context.seed_for("reasons"), config.thoughts, config.scale, config.draws if config.verdicts == "text" else None,
                 Sampling(config.max_new_tokens, config.temperature),
             )  # fmt: skip
             judged_pairs = judge.votes(pairs, asked)

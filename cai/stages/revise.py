@@ -228,7 +228,7 @@ def to_row(item: Item, stage_id: str, reviser: str) -> Revision:
         return row
     row["model"] = reviser
     row["finish_reason"] = item.written.finish_reason
-    row["n_tokens"] = len(item.written.token_ids)
+    row["n_tokens"] = item.written.n_tokens
     row.pop("reasoning", None)
     if item.written.reasoning is not None:
         row["reasoning"] = item.written.reasoning

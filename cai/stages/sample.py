@@ -80,7 +80,7 @@ def to_row(prompt: Prompt, completion: Completion, seed: int, model: str) -> Sam
         "tags": prompt["tags"],
         "response": completion.text,
         "finish_reason": completion.finish_reason,
-        "n_tokens": len(completion.token_ids),
+        "n_tokens": completion.n_tokens,
         "model": model,
         "seed": seed,
     }
