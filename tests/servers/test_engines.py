@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import contract
 import pytest
-from conftest import Server
 from contract import CASES, Case, Reference, Subject
+from listening import Server
 
 from cai.checkpoint import Model
 from cai.engines import open_engine
