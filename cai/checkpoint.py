@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai.errors import BadInput
+from cai.profile import SERVED
 from cai.records import stable_id
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 MICRO = Path(__file__).parent / "micro" / "weights"
 """The embedded model."""
 
-SERVED = "served:"
-"""Begins the name of a model that a server has and this machine has not."""
 FACTS = "cai.json"
 ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -135,7 +135,10 @@ def _run(
     folder = runs_folder / recipe.name
     if dry_run:
         steps = pipeline.plan_recipe(recipe, profile, folder, options)
-        click.echo(json.dumps({"stages": tables.plan_json(steps)}) if as_json else "\n".join(tables.plan_lines(steps)))
+        if as_json:
+            click.echo(json.dumps({"stages": tables.plan_json(steps), "models": tables.asked_where(steps, profile)}))
+        else:
+            click.echo("\n".join(tables.plan_lines(steps, profile)))
         return
     summary = pipeline.run_recipe(recipe, profile, folder, options, progress.display())
     if as_json:

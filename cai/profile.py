@@ -21,6 +21,8 @@ from cai.errors import BadInput, nearest
 from cai.shipped import shipped, shipped_names
 
 DEFAULT = "cpu"
+SERVED = "served:"
+"""Begins the name of a model that a server has and this machine has not."""
 
 
 class Server(BaseModel):
@@ -41,6 +43,10 @@ class Server(BaseModel):
     names: dict[str, str] = Field(
         default_factory=dict, description="What the server calls a model, by its name in the recipe, where it differs."
     )
+
+    def called(self, model: str) -> str:
+        """What the server calls a model of the recipe."""
+        return self.names.get(model, model.removeprefix(SERVED))
 
     @field_validator("url")
     @classmethod
@@ -117,6 +123,12 @@ class Profile(BaseModel):
     def inline(self) -> bool:
         """Whether stages run in the process of `cai run`: one process on a CPU, where starting another costs most."""
         return self.processes == 1 and self.accelerate is None and not self.uses_gpu
+
+    def where(self, model: str) -> str:
+        """Where a model of the recipe answers, in words."""
+        if self.engine == "server" or model.startswith(SERVED):
+            return f"at {self.server.url} as {self.server.called(model)!r}"
+        return f"here, engine {self.engine}"
 
     @property
     def uses_gpu(self) -> bool:

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from cai.checkpoint import SERVED, Model, resolve
+from cai.checkpoint import Model, resolve
 from cai.constitution import Constitution, load_constitution
 from cai.document import Document, fail, load_document, validate
 from cai.errors import BadInput, nearest
 from cai.overrides import override_value
-from cai.profile import find
+from cai.profile import SERVED, find
 from cai.prompts import MICRO, PromptSet, read_prompt_set
 from cai.records import HELD_OUT, TOPIC
 from cai.stages import STAGES, Bars, StageConfig, TrainingConfig, config_class

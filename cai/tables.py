@@ -12,19 +12,29 @@ from typing import TYPE_CHECKING, Any
 from cai import runs
 from cai.files import read_json
 from cai.progress import duration
+from cai.recipe import models_of
+from cai.stages import FeedbackConfig
 from cai.wording import printable
 
 if TYPE_CHECKING:
     from cai.plan import Step
+    from cai.profile import Profile
 
 _STATUS = {"reused": "reused", "runs": "would run", "continues": "would go on", "waits": "would run"}
 
 
-def plan_lines(steps: Sequence[Step]) -> list[str]:
-    """What a dry run says about each stage, and the sum of it."""
+def plan_lines(steps: Sequence[Step], profile: Profile) -> list[str]:
+    """What a dry run says about each stage, the sum of it, and where models answer."""
     rows = [[step.id, step.config.kind, _STATUS[step.status], step.reason] for step in steps]
     n = sum(step.status == "reused" for step in steps)
-    return [*table(["stage", "kind", "", "why"], rows), "", f"{n} reused, {len(steps) - n} would run"]
+    where = table(["model", "answers"], [list(item) for item in asked_where(steps, profile).items()])
+    return [*table(["stage", "kind", "", "why"], rows), "", f"{n} reused, {len(steps) - n} would run", "", *where]
+
+
+def asked_where(steps: Sequence[Step], profile: Profile) -> dict[str, str]:
+    """Where each model answers that writes or judges in these stages, in words."""
+    asking = [step.config for step in steps if isinstance(step.config, FeedbackConfig)]
+    return {name: profile.where(name) for config in asking for name in models_of(config).values()}
 
 
 def plan_json(steps: Sequence[Step]) -> list[dict[str, object]]:

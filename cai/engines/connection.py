@@ -1,9 +1,9 @@
 """One server: requests sent many at once, again where that can help, and errors in words that are safe to show.
 
 A request that meets a busy, broken or absent server is sent again after a wait that doubles each time, drawn from its
-upper half so that many requests do not come back together, and no shorter than the server asks for. What still fails is
-`Refused`. The key comes from the environment, goes into the header, and is taken out of everything that a server says:
-some repeat the header in their error pages.
+upper half so that many requests do not come back together. Where the server says how long to wait (Retry-After), all
+requests wait as long. What still fails is `Refused`. The key comes from the environment, goes into the header, and is
+taken out of everything that a server says: some repeat the header in their error pages.
 
 An event loop in a thread of its own does the work, so that results are there as they come in, also below a notebook's
 own loop. Left out: streaming of single tokens, several servers.
@@ -18,7 +18,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import openai
@@ -64,6 +64,7 @@ class Connection:
             timeout=None,  # `ask` bounds the whole answer, not each read
         )
         self._free = asyncio.Semaphore(server.concurrency)
+        self._silent_until = 0.0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -108,7 +109,13 @@ class Connection:
 
         done = asyncio.run_coroutine_threadsafe(every(), self._loop)
         try:
-            while (result := results.get()) is not None:
+            while True:
+                try:
+                    result = results.get(timeout=0.2)  # Ctrl-C is seen when this thread wakes
+                except Empty:
+                    continue
+                if result is None:
+                    return
                 if isinstance(result, Exception):
                     raise result
                 yield result
@@ -127,6 +134,7 @@ class Connection:
         retries = self.server.retries if retries is None else retries
         attempt = 0
         while True:
+            await pause(self._silent_until - time.monotonic())
             delay = 0.0
             try:
                 async with asyncio.timeout(self.server.timeout):
@@ -153,8 +161,9 @@ class Connection:
             if attempt >= retries:
                 times = f", {attempt + 1} times in a row" if attempt else ""
                 raise Refused(f"{self} {reason}{times}", status)
-            wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
-            await asyncio.sleep(max(delay, wait * random.uniform(0.5, 1)))
+            if delay:  # what it said to one it means for all
+                self._silent_until = max(self._silent_until, time.monotonic() + delay)
+            await pause(delay + min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1))
             attempt += 1
 
     def _whose_key(self) -> str:
@@ -174,6 +183,11 @@ class Connection:
     def _clean(self, text: str) -> str:
         """A server's words: without the key, on one line, short."""
         return shorten(printable(" ".join(self._conceal(text).split())), 200)
+
+
+async def pause(seconds: float) -> None:
+    if seconds > 0:
+        await asyncio.sleep(seconds)
 
 
 def _delay(retry_after: str | None) -> float:

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, Field
 
 from cai.chat import THINK, THINK_END, Chat, TextAndReasoning
-from cai.checkpoint import SERVED, Model
+from cai.checkpoint import Model
 from cai.engines import Choice, Completion, Failure, Question, Request, Sampling
 from cai.engines.connection import Connection, Refused
 from cai.errors import BadInput, nearest
@@ -109,6 +109,8 @@ class Abilities:
     extras: bool = False
     ids: bool = False
     """Whether it tells the ids that it drew."""
+    by_id: bool = False
+    """Whether it takes the ids of tokens whose log-probabilities are wanted, whatever comes of it."""
     top: int = 0
     """How many of the likeliest next tokens it tells the log-probabilities of; 0 = none."""
 
@@ -126,7 +128,7 @@ class ServerEngine:
     def __init__(self, model: Model, server: Server) -> None:
         self.model = model
         self.server = server
-        self.name = server.names.get(model.name, model.path.removeprefix(SERVED) if model.served else model.name)
+        self.name = server.called(model.name)
         self._opened: Connection | None = None
 
     def __enter__(self) -> Self:
@@ -152,12 +154,21 @@ class ServerEngine:
     def abilities(self) -> Abilities:
         """What the server can do, tried once. Raises BadInput where it does not have the model or cannot be asked."""
         (found,) = self._connection.each([self._try])
-        if found.path == "/chat/completions" and self.chat is None:
-            warnings.warn(
+        if found.path == "/completions":
+            return found
+        if self.model.served:
+            said = (
                 f"the tokenizer of model {self.model.name!r} is not here: control tokens that prompts or responses "
-                f"spell reach it as they are written",
-                stacklevel=2,
+                f"spell reach it as they are written"
             )
+        elif self.model.chat_template is not None:
+            raise BadInput(
+                f"{self._connection} takes no token ids and renders conversations itself, so that the recipe's "
+                f"`chat_template:` cannot reach model {self.name!r}"
+            )
+        else:
+            said = f"{self._connection} takes no token ids: it renders conversations for {self.name!r} in its own way"
+        warnings.warn(said, stacklevel=2)
         return found
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
@@ -249,8 +260,11 @@ class ServerEngine:
         """(the conversation, more settings, for each option whether a listed token is it). Raises as `_prompt`."""
         if self.chat and able.path == "/completions":
             prompt, ids = self.chat.question(question.messages, question.options)
-            asked = {"logprob_token_ids": ids, "return_tokens_as_token_ids": True} if able.extras else {}
-            return {"prompt": prompt}, asked, [self._spellings(number).__contains__ for number in ids]
+            return (
+                {"prompt": prompt},
+                _of_ids(ids) if able.by_id else {},
+                [self._spellings(number).__contains__ for number in ids],
+            )
         thinks = able.extras and (self.chat is None or self.chat.thinks)
         at_once = {"chat_template_kwargs": {"enable_thinking": False}} if thinks else {}
         spells = [functools.partial(_is_option, option) for option in question.options]
@@ -264,7 +278,7 @@ class ServerEngine:
             able.limit: sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": seed,
+            "seed": seed % 2**31,  # what every server takes
             **prompt,
         }
         if stop:
@@ -344,8 +358,9 @@ class ServerEngine:
         if said := await tried(replace(able, extras=True), {}):
             able = replace(able, extras=True, ids=bool(said.token_ids))
         for top in TOPS:
-            if said := await tried(able, _listing(top, prompt)):
-                return replace(able, top=top if _next_tokens(said).log_probs else 0)
+            for by_id in (True, False) if able.extras and "prompt" in prompt else (False,):
+                if said := await tried(able, _listing(top, prompt) | (_of_ids([0, 1]) if by_id else {})):
+                    return replace(able, by_id=by_id, top=top if _next_tokens(said).log_probs else 0)
         return able
 
     async def _tried(
@@ -384,6 +399,11 @@ def read_options(question: Question, found: NextTokens, spells: Sequence[Callabl
 def _listing(top: int, prompt: Prompt) -> dict[str, Any]:
     """Asks for the log-probabilities of what is drawn and of the `top` likeliest tokens."""
     return {"logprobs": top} if "prompt" in prompt else {"logprobs": True, "top_logprobs": top}
+
+
+def _of_ids(ids: Sequence[int]) -> dict[str, Any]:
+    """Asks for the log-probabilities of these tokens, and that tokens are named by their ids."""
+    return {"logprob_token_ids": list(ids), "return_tokens_as_token_ids": True}
 
 
 def _log_sum(values: Sequence[float]) -> float:

@@ -251,7 +251,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=handle,
-                env=_environment(devices),
+                env=_environment(profile, devices),
                 start_new_session=True,
             )
         except OSError as error:

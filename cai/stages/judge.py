@@ -146,7 +146,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             pairs = [Pair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items]
             judge = Judge(
                 engine, context.templates(config.judge), config.method, config.min_mass, config.attempts(batch),
-                context.seed_for("reasons"), config.thoughts, config.scale, config.draws if config.verdicts == "text" else None,
+                context.seed_for("reasons"), config.thoughts, config.scale,
+                config.draws if config.verdicts == "text" else None,
                 Sampling(config.max_new_tokens, config.temperature),
             )  # fmt: skip
             judged_pairs = judge.votes(pairs, asked)

@@ -48,6 +48,7 @@ def subject(request: pytest.FixtureRequest, model: Model, reference: Reference) 
             yield Subject(engine, reference)
 
 
+@pytest.mark.filterwarnings("ignore:server .* takes no token ids")
 @pytest.mark.filterwarnings("ignore:the tokenizer of model 'served")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_engine_keeps_the_contract(subject: Subject, case: Case) -> None:

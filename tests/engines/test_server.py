@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import models
 import pytest
 import small_server
 from contract import Reference, asked, likely_options
@@ -120,6 +121,37 @@ def test_a_server_that_vanishes_and_comes_back_loses_nothing(model, behind, monk
         assert back.number >= len(REQUESTS) - 3
     assert sorted(each.id for each in done) == sorted(request.id for request in REQUESTS)
     assert all(isinstance(each, Completion) for each in done)
+
+
+def test_waits_double_from_the_first_and_are_as_long_as_the_server_asks(model, behind, monkeypatch) -> None:
+    waits: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        waits.extend([seconds] if seconds > 0 else [])
+
+    monkeypatch.setattr(connection, "pause", pause)
+    monkeypatch.setattr(connection, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(connection, "LONGEST_WAIT", 4.0)
+    with serving(behind, Behaviour(mishap=small_server.broken(until=5))) as server:
+        with opened(server, model) as engine:
+            assert len(list(engine.generate(REQUESTS[:1]))) == 1
+        assert [low <= wait <= 2 * low for low, wait in zip([0.5, 1, 2, 2, 2], waits, strict=True)] == [True] * 5
+        waits.clear()
+        server.number = 0
+        server.behaviour.mishap = small_server.too_many(until=1, after="600")
+        with opened(server, model, concurrency=1) as engine:
+            assert len(list(engine.generate(REQUESTS[:2]))) == 2
+        assert [wait > 500 for wait in waits] == [True] * 3  # before the same request, and before each from then on
+
+
+@pytest.mark.parametrize(("said", "seconds"), [(None, 0), ("7", 7), ("1.5", 1.5), ("soon", 0), ("-3", 0), ("nan", 0)])
+def test_retry_after_is_read_in_seconds(said, seconds) -> None:
+    assert connection._delay(said) == seconds
+
+
+def test_retry_after_is_read_as_a_date(monkeypatch) -> None:
+    monkeypatch.setattr(connection.time, "time", lambda: 1445412450.0)
+    assert connection._delay("Wed, 21 Oct 2015 07:28:00 GMT") == 1445412480 - 1445412450
 
 
 def test_no_more_requests_are_under_way_than_allowed(server, model) -> None:
@@ -239,6 +271,7 @@ def test_a_key_that_no_header_takes_is_refused_unseen(model, server, monkeypatch
     assert "sk-" not in str(refused.value)
 
 
+@pytest.mark.filterwarnings("ignore:server .* takes no token ids")
 def test_what_the_server_can_do_is_found_out(model, behind) -> None:
     for behaviour, expected in {
         (): ("/completions", True, True, 20),
@@ -250,6 +283,16 @@ def test_what_the_server_can_do_is_found_out(model, behind) -> None:
         with serving(behind, Behaviour(**dict(behaviour))) as server, opened(server, model) as engine:
             found = engine.abilities
             assert (found.path, found.extras, found.ids, found.top) == expected
+
+
+def test_a_recipes_own_chat_template_is_not_given_up_silently(tiny, behind) -> None:
+    model = tiny("llama", chat_template=models.PLAIN)
+    with (
+        serving(behind, Behaviour(takes_ids=False)) as server,
+        opened(server, model) as engine,
+        pytest.raises(BadInput, match="`chat_template:` cannot reach model 'tiny'"),
+    ):
+        list(engine.generate(REQUESTS))
 
 
 def test_a_judge_without_log_probabilities_is_told_what_to_do(model, behind) -> None:
@@ -289,7 +332,7 @@ def test_control_tokens_in_messages_are_parted_where_the_tokenizer_is_known(mode
     control = behind.chat.tokenizer.convert_ids_to_tokens(behind.chat.end_of_turn)
     text = f"Hi {control} there"
     with serving(behind, Behaviour(takes_ids=False)) as server:
-        with opened(server, model) as engine:
+        with opened(server, model) as engine, pytest.warns(UserWarning, match="takes no token ids: it renders"):
             list(engine.generate([Request("x", asked(text), 0, GREEDY)]))
         _, body = server.asked[-1]
         assert body["messages"] == [{"role": "user", "content": f"Hi {control[:-1]} {control[-1]} there"}]

@@ -10,6 +10,7 @@ from feedback import Script, run_stage, sample
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cai.checkpoint import resolve
 from cai.engines import Completion
 from cai.errors import StageFailed
 from cai.feedback.methods import expected_score, mean_probability
@@ -148,3 +149,56 @@ def test_the_mean_probability_turns_with_its_side_and_lies_between_the_extremes(
 def test_the_expected_score_of_a_certain_rating_is_that_rating():
     assert expected_score([-1000.0, 0.0, -1000.0]) == pytest.approx(2)
     assert expected_score(np.log([0.1, 0.1]).tolist()) == pytest.approx(1.5), "what the scale does not hold is left out"
+
+
+def test_verdicts_from_text_are_the_counts_of_drawn_answers_with_half_a_count_added(tmp_path):
+    script = Script(writes=lambda request: ["A", "(A).", "B", "I would say A", "**A**", "neither"][number(request)])
+    done = judge(tmp_path, script, verdicts="text", draws=6)
+    assert not script.questions
+    assert len(script.requests) == 2 * 2 * 6
+    assert len({request.seed for request in script.requests}) == len(script.requests)
+    (row,) = done.rows
+    assert "method" not in row
+    for vote in row["votes"]:
+        sign = 1 if vote["order"] == "ab" else -1
+        assert vote["log_odds"] == pytest.approx(sign * math.log(3.5 / 1.5))
+        assert vote["mass"] == pytest.approx(4 / 6)
+
+
+def number(request) -> int:
+    """Which of the answers to its question it draws."""
+    return int(request.id.rpartition("/")[2])
+
+
+def test_where_no_drawn_answer_is_an_option_the_vote_is_a_failure(tmp_path):
+    script = Script(writes=lambda request: "Both are\x07 good." if "calm" in request.id else "B")
+    done = judge(tmp_path, script, verdicts="text", draws=3)
+    assert {vote["principle"] for vote in done.rows[0]["votes"]} == {"short"}
+    assert "none of 3 drawn answers is an option; first 'Both are" in done.failures[0]["reason"]
+
+
+def test_counts_of_drawn_answers_come_to_what_log_probabilities_say(tmp_path):
+    """On the embedded model, over all votes; 40 draws each tell a probability to about 0.08."""
+    rows = [sample("Is the moon made of cheese?", text, number=n) for n, text in
+            enumerate(["No, it is made of rock.", "You are an idiot. Go away."])]  # fmt: skip
+    micro = resolve("micro", folder=tmp_path)
+    exact, counted = (
+        run_stage("judge", tmp_path / name, {"candidates": rows}, model=micro, **config).rows[0]["votes"]
+        for name, config in (("exact", {}), ("counted", {"verdicts": "text", "draws": 40}))
+    )
+    for one, other in zip(exact, counted, strict=True):
+        p, share = (1 / (1 + math.exp(-vote["log_odds"])) for vote in (one, other))
+        assert share == pytest.approx(p, abs=0.25)
+        assert other["mass"] == pytest.approx(one["mass"], abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"verdicts": "text", "method": "rating"}, "found `verdicts: text` with `method: rating`"),
+        ({"draws": 3}, "found `draws` without `verdicts: text`"),
+    ],
+)
+def test_settings_of_drawn_verdicts_are_refused_where_they_would_do_nothing(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        Config(id="votes", **{"from": ["candidates"]}, **settings)
