@@ -180,11 +180,10 @@ class VllmEngine:
     @functools.cached_property
     def _workers(self) -> list[Worker]:
         """The processes, loaded."""
-        options = self.profile.vllm
-        start = self._start()
+        python, start = self.profile.vllm.python or Path(sys.executable), self._start()
         workers = [
-            self._resources.enter_context(Worker(options.python or Path(sys.executable), devices, start, self._results))
-            for devices in _devices(self.profile)
+            self._resources.enter_context(Worker(python, environment, start, self._results))
+            for environment in _environments(self.profile)
         ]
         for _ in workers:
             worker, answer = self._results.get()
@@ -239,7 +238,11 @@ class Worker:
     """One process. Its answers go to `results`, and None when it has ended."""
 
     def __init__(
-        self, python: Path, devices: str | None, start: Line, results: queue.SimpleQueue[tuple[Worker, Line | None]]
+        self,
+        python: Path,
+        environment: Mapping[str, str],
+        start: Line,
+        results: queue.SimpleQueue[tuple[Worker, Line | None]],
     ) -> None:
         self.python = python
         handle, name = tempfile.mkstemp(prefix="cai-vllm-", suffix=".log")
@@ -251,7 +254,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=handle,
-                env=_environment(profile, devices),
+                env=environment,
                 start_new_session=True,
             )
         except OSError as error:
@@ -322,10 +325,13 @@ def _refusal(answer: Line) -> str:
     )
 
 
-def _environment(devices: str | None) -> dict[str, str]:
-    """What a worker inherits: nothing that leads to our packages or to the network."""
+def _environments(profile: Profile) -> list[dict[str, str]]:
+    """Each worker's: nothing that leads to our packages or to the network, and GPUs of its own.
+
+    Raises BadInput where there are too few of those.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
-    fixed = {
+    common = kept | {
         "PYTHONSAFEPATH": "1",  # the worker's own folder has a `vllm.py`: this file
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -333,20 +339,17 @@ def _environment(devices: str | None) -> dict[str, str]:
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would keep the worker's end of the channel open
     }
-    return kept | fixed | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
-
-
-def _devices(profile: Profile) -> list[str | None]:
-    """What each worker finds in CUDA_VISIBLE_DEVICES; None = what is there. Raises BadInput where there are too few."""
     options = profile.vllm
-    if options.data_parallel == 1 or not profile.uses_gpu:
-        return [None] * options.data_parallel
+    if not profile.uses_gpu:  # a second process for scheduling takes a third of a small machine's time
+        return [common | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}] * options.data_parallel
+    if options.data_parallel == 1:
+        return [common]
     size, wanted = options.tensor_parallel, options.tensor_parallel * options.data_parallel
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = named.split(",") if named else [str(n) for n in range(wanted)]
+    devices = named.split(",") if named else [f"{n}" for n in range(wanted)]
     if len(devices) < wanted:
         raise BadInput(f"the profile wants {wanted} GPUs for vLLM, but CUDA_VISIBLE_DEVICES names {named}")
-    return [",".join(devices[n : n + size]) for n in range(0, wanted, size)]
+    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(devices[n : n + size])} for n in range(0, wanted, size)]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

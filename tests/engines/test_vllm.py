@@ -183,13 +183,17 @@ def test_the_worker_itself_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
 
 def test_each_worker_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = Profile.model_validate({"device": "cuda", "vllm": {"tensor_parallel": 2, "data_parallel": 2}})
+
+    def devices() -> list[str]:
+        return [environment["CUDA_VISIBLE_DEVICES"] for environment in vllm._environments(profile)]
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert vllm._devices(profile) == ["0,1", "2,3"]
+    assert devices() == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert vllm._devices(profile) == ["4,5", "6,7"]
+    assert devices() == ["4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(BadInput, match=r"wants 4 GPUs .* names 4,5,6"):
-        vllm._devices(profile)
+        devices()
 
 
 def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
