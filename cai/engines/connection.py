@@ -155,7 +155,7 @@ class Connection:
             except TimeoutError:
                 status, reason = None, f"gave no answer within {self.server.timeout:g} seconds"
             except openai.APIConnectionError as error:
-                status, reason = None, f"cannot be reached: {self._clean(repr(error.__cause__ or error))}"
+                status, reason = None, f"cannot be reached: {self.clean(repr(error.__cause__ or error))}"
             except ValueError:  # no JSON, or JSON of another shape
                 status, reason = None, "gave an answer that cannot be read"
             if attempt >= retries:
@@ -178,9 +178,9 @@ class Connection:
         for name in ("error", "message", "detail"):  # {"error": {"message": …}}, {"error": …}, {"detail": …}
             if isinstance(body, Mapping) and name in body:
                 body = body[name]
-        return self._clean(str(body or error.response.reason_phrase))
+        return self.clean(str(body or error.response.reason_phrase))
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         """A server's words: without the key, on one line, short."""
         return shorten(printable(" ".join(self._conceal(text).split())), 200)
 

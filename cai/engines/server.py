@@ -32,7 +32,6 @@ from cai.engines.connection import Connection, Refused
 from cai.errors import BadInput, nearest
 from cai.profile import Server
 from cai.records import Message
-from cai.wording import printable, shorten
 
 TOPS = (20, 5, 1)
 """How many of the likeliest tokens servers are asked for, the most first: vLLM's and OpenAI's limits."""
@@ -225,7 +224,9 @@ class ServerEngine:
             return Failure(request.id, error.reason)
         said = answer.choices[0]
         if said.finish_reason not in ("stop", "length"):
-            return Failure(request.id, f"{self._connection} ended it with {shorten(repr(said.finish_reason), 40)}")
+            return Failure(
+                request.id, f"{self._connection} ended it: {self._connection.clean(str(said.finish_reason))}"
+            )
         ids, log_probs = said.token_ids or [], _drawn_log_probs(said)
         text = self.chat.text(ids, stop=stop) if self.chat and ids else _text(said, stop)
         return Completion(
@@ -338,7 +339,7 @@ class ServerEngine:
             if error.status is None or error.status >= 500:
                 raise BadInput(f"{error.reason}; is it running, and is `server.url` of the profile right?") from None
             return
-        names = [printable(shorten(model.id, 80)) for model in listed.data]
+        names = [self._connection.clean(model.id) for model in listed.data]
         if names and self.name not in [model.id for model in listed.data]:
             raise BadInput(
                 f"{self._connection} has no model {self.name!r}, only {', '.join(names[:3])}"

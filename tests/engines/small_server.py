@@ -37,6 +37,8 @@ class Behaviour:
     listed_ids: bool = True
     """Knows `logprob_token_ids`; earlier versions of vLLM ignore it."""
     top: int = 20
+    limit: str = "max_tokens"
+    """What it calls the most tokens of an answer; OpenAI's newer models refuse the older name."""
     key: str | None = None
     mishap: Callable[[int, Server, Handler], bool] = lambda number, server, handler: False
     """Called with the number of each POST that is no probe. True: it has answered the request itself, somehow."""
@@ -156,6 +158,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(404, f"The model `{body['model']}` does not exist.")
         if behaviour.strict and (unknown := EXTENSIONS & set(body)):
             return self.error(400, f"Unrecognized request argument supplied: {', '.join(sorted(unknown))}")
+        if behaviour.limit not in body:
+            return self.error(400, f"Unsupported parameter: use '{behaviour.limit}' instead.")
         if wanted and (behaviour.top == 0 or top > behaviour.top):
             return self.error(400, f"top_logprobs must be at most {behaviour.top}")
         if chats:  # as servers do it: control tokens that a content spells become control tokens
@@ -163,9 +167,9 @@ class Handler(BaseHTTPRequestHandler):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = body["prompt"]
-        if len(ids) + body["max_tokens"] > 4096:
+        if len(ids) + body[behaviour.limit] > 4096:
             return self.error(400, f"This model's maximum context length is 4096 tokens, but you asked for {len(ids)}.")
-        out, rows, text, reason = self.tiny.drawn(ids, body, body["max_tokens"])
+        out, rows, text, reason = self.tiny.drawn(ids, body, body[behaviour.limit])
         extends = not behaviour.strict
         as_ids = extends and body.get("return_tokens_as_token_ids")
 

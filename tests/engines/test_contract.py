@@ -18,7 +18,7 @@ SERVERS = {
     "older vllm": Behaviour(listed_ids=False),
     "ids, nothing of vllm's own": Behaviour(strict=True),
     "messages alone": Behaviour(takes_ids=False),
-    "hosted": Behaviour(takes_ids=False, strict=True),
+    "hosted": Behaviour(takes_ids=False, strict=True, limit="max_completion_tokens"),
 }
 
 

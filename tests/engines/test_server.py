@@ -235,6 +235,23 @@ def test_the_key_is_sent_and_never_shown(model, behind, monkeypatch, caplog) -> 
                    and len(failure.reason) < 350 for failure in failures)  # fmt: skip
 
 
+def test_the_key_is_not_shown_where_a_server_puts_it_into_names_and_reasons(model, behind, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def cut(number: int, server: Server, handler: small_server.Handler) -> bool:
+        handler.send(200, {"choices": [{"text": "", "finish_reason": KEY}]})
+        return True
+
+    with serving(behind, Behaviour(mishap=cut)) as server, opened(server, model) as engine:
+        assert [each.reason for each in engine.generate(REQUESTS[:1])] == [f"server {server.url} ended it: [key]"]
+    with (
+        serving(behind, Behaviour(names=(f"model-{KEY}",))) as server,
+        opened(server, model) as engine,
+        pytest.raises(BadInput, match=r"only model-\[key\]"),
+    ):
+        list(engine.generate(REQUESTS))
+
+
 @pytest.mark.parametrize("key", [None, KEY])
 def test_a_refused_key_ends_it_all_in_a_sentence_without_the_key(model, behind, monkeypatch, key) -> None:
     if key:
