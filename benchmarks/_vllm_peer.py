@@ -3,7 +3,7 @@
     python benchmarks/_vllm_peer.py --python .venv-servers/bin/python --json
 
 128 prompts of the embedded world, 4 samples each, up to 64 new tokens, temperature 1, at most 128 at once, in bfloat16:
-by vLLM in process (`LLM.generate`), and by `vllm serve` on loopback. The best of three passes after one that warms up
+by vLLM in process (`LLM.generate`), and by `vllm serve` on loopback. The best of five passes after one that warms up
 counts, and of the two ways the faster is the peer. Settings are those that were fastest of what was tried: compiled, no
 seeds of single requests, no log-probabilities, texts left as ids, all of which `cai` cannot do without. The model's
 heads are padded to a width that vLLM has kernels for (`_wider_heads`). `make .venv-servers/.installed` makes the
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PROMPTS, SAMPLES, NEW_TOKENS, AT_ONCE, PASSES = 128, 4, 64, 128, 3
+PROMPTS, SAMPLES, NEW_TOKENS, AT_ONCE, PASSES = 128, 4, 64, 128, 5
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
