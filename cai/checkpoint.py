@@ -133,6 +133,11 @@ def identity(model: Model, *, offline: bool = True) -> str:
     return parts[1] if len(parts) == 2 and not parts[0] and "@" in parts[1] else stable_id(*parts)
 
 
+def base_of(model: Model) -> Model | None:
+    """What the model is an adapter of; None for a whole model."""
+    return _base_of(model, fetch(model))
+
+
 def settings(model: Model, name: str) -> dict[str, Any]:
     """The object in the JSON file `name` of the model's folder, or of its base's; empty where neither has one."""
     folder = fetch(model)

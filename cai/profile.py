@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -68,6 +68,32 @@ class Server(BaseModel):
         return name
 
 
+class Vllm(BaseModel):
+    """How the engine `vllm` is started."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    python: Path | None = Field(
+        None, description="Interpreter of an environment with vLLM, relative to the profile; absent = this one."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is split over.")
+    data_parallel: int = Field(1, ge=1, description="Copies of the model, each with its share of the requests.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
+    cpu_cache_gib: int = Field(4, ge=1, description="GiB for keys and values where vLLM runs on a CPU.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; absent = the model's.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="More arguments of vLLM's `EngineArgs`, by name.")
+
+    @field_validator("extra")
+    @classmethod
+    def _leaves_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        ours = {"model", "tokenizer", "dtype", "load_format", "trust_remote_code", "tensor_parallel_size",
+                "data_parallel_size", "gpu_memory_utilization", "max_model_len", "enable_lora", "max_lora_rank",
+                "enable_prefix_caching", "logprobs_mode", "generation_config"}  # fmt: skip
+        if taken := sorted(ours & set(extra)):
+            raise ValueError(f"found {taken[0]!r}, which `cai` sets itself")
+        return extra
+
+
 class Profile(BaseModel):
     """One file in `configs/`."""
 
@@ -87,6 +113,7 @@ class Profile(BaseModel):
         "local", description="What models answer with; those called `served:NAME` are always asked at the server."
     )
     server: Server = Field(Server.model_validate({}), description="The server of `engine: server` and `served:`.")
+    vllm: Vllm = Field(Vllm.model_validate({}), description="How `engine: vllm` is started.")
     token_budget: int = Field(16384, ge=256, description="Tokens in one forward batch of an engine, padding included.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
@@ -130,6 +157,11 @@ def load_profile(name: str | None = None) -> Profile:
     profile = validate(document, Profile)
     if "name" not in document.value:
         profile = profile.model_copy(update={"name": path.stem})
+    if profile.vllm.python is not None:
+        python = Path.cwd() / path.parent / profile.vllm.python  # not resolved: a venv's interpreter is a link
+        if not python.is_file():
+            raise fail(document, ("vllm", "python"), f"no such file: {python}")
+        profile = profile.model_copy(update={"vllm": profile.vllm.model_copy(update={"python": python})})
     if profile.accelerate is not None:
         accelerate = (path.parent / profile.accelerate).resolve()
         if not accelerate.is_file():

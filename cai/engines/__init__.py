@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
-from cai.errors import BadInput
 from cai.records import Message
 
 if TYPE_CHECKING:
@@ -109,7 +108,9 @@ def open_engine(model: Model, profile: Profile) -> Engine:
 
         return ServerEngine(model, profile.server)
     if profile.engine == "vllm":
-        raise BadInput(f"profile {profile.name!r}: `engine: vllm` is not built yet, expected local or server")
+        from cai.engines.vllm import VllmEngine
+
+        return VllmEngine(model, profile)
     from cai.engines.local import LocalEngine
 
     return LocalEngine(model, profile)

@@ -1,0 +1,97 @@
+"""vLLM in a process of its own, asked with JSON lines on stdin and answering with JSON lines on stdout.
+
+The parent, `cai.engines.vllm`, starts it with the interpreter of vLLM's environment, which may have other versions of
+torch and transformers than ours: nothing but the standard library and vLLM is imported here. The first line holds the
+arguments of vLLM's engine and an adapter; the answer to it says that it is loaded, and on what. Every other line is one
+request: an id, token ids, and the fields of vLLM's `SamplingParams`. It is answered when it is finished, in any order.
+
+What vLLM itself prints goes to stderr. When stdin ends, the parent is done or dead, and the whole process group goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from typing import IO, Any
+
+Line = dict[str, Any]
+
+
+def main() -> int:
+    """Serves until stdin ends. An error of vLLM is the last line."""
+    # Processes that vLLM starts, and its prints, must reach neither end of the channel.
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(incoming, lines), daemon=True).start()
+    try:
+        _serve(lines, outgoing)
+    except Exception as error:
+        traceback.print_exc()
+        words = str(error).strip().splitlines() or [""]
+        _write(outgoing, {"error": f"{type(error).__name__}: {words[0]}"})
+    return 1
+
+
+def _read(incoming: IO[bytes], lines: queue.SimpleQueue[Line]) -> None:
+    for line in incoming:
+        lines.put(json.loads(line))
+    os.killpg(0, signal.SIGKILL)  # the parent made this process the leader of a group
+
+
+def _write(outgoing: IO[str], line: Line) -> None:
+    outgoing.write(json.dumps(line) + "\n")
+    outgoing.flush()
+
+
+def _serve(lines: queue.SimpleQueue[Line], outgoing: IO[str]) -> None:
+    start = lines.get()
+    from vllm import EngineArgs, LLMEngine, SamplingParams
+    from vllm.exceptions import VLLMError
+    from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
+    from vllm.sampling_params import RequestOutputKind
+
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in start["arguments"]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"EngineArgs has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    engine = LLMEngine.from_engine_args(EngineArgs(**start["arguments"]))
+    adapter = LoRARequest("adapter", 1, start["adapter"]) if start["adapter"] else None
+    _write(outgoing, {"ready": current_platform.device_type})
+    while True:
+        while not lines.empty() or not engine.has_unfinished_requests():
+            asked = lines.get()
+            sampling = asked["sampling"]
+            bias = {int(token): value for token, value in sampling.pop("logit_bias", {}).items()}
+            try:
+                params = SamplingParams(
+                    **sampling, logit_bias=bias or None, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY
+                )
+                engine.add_request(asked["id"], {"prompt_token_ids": asked["prompt"]}, params, lora_request=adapter)
+            except (ValueError, VLLMError) as error:
+                _write(outgoing, {"id": asked["id"], "refused": " ".join(str(error).split())})
+        for result in engine.step():
+            output = result.outputs[0]
+            _write(
+                outgoing,
+                {
+                    "id": result.request_id,
+                    "token_ids": list(output.token_ids),
+                    "finish_reason": output.finish_reason,
+                    "log_probs": list(zip(output.logprobs.token_ids, output.logprobs.logprobs, strict=True)),
+                },
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

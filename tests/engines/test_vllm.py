@@ -1,0 +1,233 @@
+"""Our side of the engine `vllm`, against a stand-in for its worker; `make test-servers` has the real one."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cai.checkpoint import Model, resolve
+from cai.engines import Choice, Completion, Failure, Question, Request, Sampling, open_engine, vllm
+from cai.engines.vllm import VllmEngine
+from cai.errors import BadInput, StageFailed
+from cai.profile import Profile, load_profile
+
+Tiny = Callable[..., Model]
+STAND_IN = Path(__file__).with_name("stand_in_worker.py")
+
+
+@pytest.fixture
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where workers of this test leave their logs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def opened(tiny: Tiny, logs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., VllmEngine]:
+    monkeypatch.setattr(vllm, "WORKER", STAND_IN)
+
+    def open_(wrongly: str = "", family: str = "llama", **options: object) -> VllmEngine:
+        monkeypatch.setenv("STAND_IN", wrongly)
+        settings = {
+            "engine": "vllm",
+            "device": "cpu",
+            "dtype": "float32",
+            "vllm": {"python": sys.executable, **options},
+        }
+        engine = open_engine(tiny(family), Profile.model_validate(settings))
+        assert isinstance(engine, VllmEngine)
+        return engine
+
+    return open_
+
+
+def requests(n: int, **sampling: object) -> list[Request]:
+    drawn = Sampling(max_new_tokens=4, **sampling)  # type: ignore[arg-type]
+    return [Request(f"{i}", [{"role": "user", "content": f"Say {i}"}], i, drawn) for i in range(n)]
+
+
+def questions(n: int) -> list[Question]:
+    return [Question(f"{i}", [{"role": "user", "content": f"Say {i}"}]) for i in range(n)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_each_request_and_question_is_answered_once_whatever_else_a_worker_says(
+    opened: Callable[..., VllmEngine], workers: int
+) -> None:
+    with opened("answers twice", data_parallel=workers) as engine:
+        done = list(engine.generate(requests(10)))
+        answers = list(engine.choose(questions(10)))
+    assert sorted(one.id for one in done) == sorted(one.id for one in answers) == [f"{n}" for n in range(10)]
+    for one in done:
+        assert isinstance(one, Completion)
+        assert one.token_ids == one.prompt_ids[:4]
+        assert one.log_probs == [math.log(0.25)] * 4
+    for answer in answers:
+        assert isinstance(answer, Choice)
+        assert answer.log_probs == (math.log(0.25),) * 2
+        assert answer.mass == pytest.approx(0.5)
+
+
+def test_a_caller_that_stops_reading_takes_no_answers_from_the_next(opened: Callable[..., VllmEngine]) -> None:
+    with opened() as engine:
+        next(engine.generate(requests(5)))
+        answers = list(engine.choose(questions(3)))
+    assert all(isinstance(answer, Choice) for answer in answers)
+    assert sorted(answer.id for answer in answers) == ["0", "1", "2"]
+
+
+def test_nothing_is_started_where_nothing_is_asked(opened: Callable[..., VllmEngine], logs: Path) -> None:
+    with opened("never starts") as engine:
+        assert list(engine.generate([])) == []
+        assert list(engine.choose([])) == []
+        assert not list(logs.glob("cai-vllm-*"))
+
+
+@pytest.mark.parametrize(
+    ("wrongly", "words"),
+    [
+        ("never starts", "exit code 1 before its model was loaded; its last words: the last words of vLLM"),
+        ("has an error", "before its model was loaded: ValueError: no such architecture"),
+        ("dies", "signal 9 in the middle of its work"),
+        ("half a line", "signal 9 in the middle of its work"),
+    ],
+)
+def test_a_worker_that_fails_is_one_sentence_that_names_its_log(
+    opened: Callable[..., VllmEngine], logs: Path, wrongly: str, words: str
+) -> None:
+    done: list[Completion | Failure] = []
+    with pytest.raises(StageFailed) as caught, opened(wrongly) as engine:
+        done.extend(engine.generate(requests(5)))
+    assert words in str(caught.value)
+    (log,) = logs.glob("cai-vllm-*.log")
+    assert str(caught.value).endswith(f"see {log}")
+    assert "no answer" in log.read_text()
+    assert len(done) == (2 if "middle" in words else 0)
+
+
+def test_an_interpreter_without_vllm_or_none_at_all_is_bad_input(opened: Callable[..., VllmEngine]) -> None:
+    with pytest.raises(BadInput, match="has no vLLM: set `vllm:"), opened("has no vllm") as engine:
+        list(engine.generate(requests(1)))
+    with pytest.raises(BadInput, match="does not start: No such file"), opened(python="/nowhere/python") as engine:
+        list(engine.generate(requests(1)))
+
+
+def test_vllm_on_another_device_than_the_profile_says_is_bad_input(opened: Callable[..., VllmEngine]) -> None:
+    words = r"says `device: cpu`, but the vLLM of .* runs on cuda"
+    with pytest.raises(BadInput, match=words), opened("on a GPU") as engine:
+        list(engine.generate(requests(1)))
+
+
+@pytest.mark.parametrize(
+    ("wrongly", "words"), [("refuses", "vLLM refused it: it is too odd"), ("aborts", "vLLM ended it as abort")]
+)
+def test_what_vllm_does_not_answer_is_a_failure_beside_the_answers(
+    opened: Callable[..., VllmEngine], wrongly: str, words: str
+) -> None:
+    with opened(wrongly) as engine:
+        done = list(engine.generate(requests(3)))
+    assert [one.reason for one in done if isinstance(one, Failure)] == [words]
+    assert sum(isinstance(one, Completion) for one in done) == 2
+
+
+def test_a_temperature_that_vllm_would_change_is_a_failure(opened: Callable[..., VllmEngine]) -> None:
+    with opened() as engine:
+        (found,) = engine.generate(requests(1, temperature=0.001))
+    assert isinstance(found, Failure)
+    assert "0.01" in found.reason
+
+
+def test_the_profile_may_shorten_the_context(opened: Callable[..., VllmEngine]) -> None:
+    with opened(max_model_len=6) as engine:
+        (found,) = engine.generate(requests(1))
+    assert isinstance(found, Failure)
+    assert "takes 6 in all" in found.reason
+
+
+def test_a_worker_ends_with_its_engine_and_leaves_no_log(
+    opened: Callable[..., VllmEngine], logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "_GRACE", 0.2)
+    with opened("stays") as engine:
+        list(engine.generate(requests(1)))
+        pids = [worker._process.pid for worker in engine._workers]
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(logs.glob("cai-vllm-*"))
+
+
+def test_the_worker_itself_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text("import time\ntime.sleep(600)\n")  # as if it were loading
+    started = vllm.subprocess.Popen(
+        [sys.executable, str(vllm.WORKER)],
+        stdin=vllm.subprocess.PIPE,
+        env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)},
+        start_new_session=True,
+    )
+    assert started.stdin is not None
+    started.stdin.write(b'{"arguments": {}, "adapter": null}\n')
+    started.stdin.flush()
+    time.sleep(0.5)
+    assert started.poll() is None
+    started.stdin.close()  # what the system does when a parent is killed
+    assert started.wait(60) == -9
+
+
+def test_each_worker_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = Profile.model_validate({"device": "cuda", "vllm": {"tensor_parallel": 2, "data_parallel": 2}})
+
+    def devices() -> list[str]:
+        return [environment["CUDA_VISIBLE_DEVICES"] for environment in vllm._environments(profile)]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices() == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert devices() == ["4,5", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(BadInput, match=r"wants 4 GPUs .* names 4,5,6"):
+        devices()
+
+
+def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
+    opened: Callable[..., VllmEngine], tiny: Tiny, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from cai.checkpoint import load_causal_lm, load_tokenizer, save_checkpoint
+
+    adapter = tiny("lora")
+    with opened(family="lora") as engine:
+        start = engine._start()
+        assert start["adapter"] == adapter.path
+        assert start["arguments"]["enable_lora"] is True
+        assert Path(start["arguments"]["model"]) != Path(adapter.path)
+    lm = get_peft_model(load_causal_lm(adapter), LoraConfig(r=4, target_modules=["q_proj"]))
+    save_checkpoint(tmp_path / "stacked", lm, load_tokenizer(adapter), adapter, {})
+    stacked = resolve(str(tmp_path / "stacked"), folder=tmp_path)
+    profile = Profile.model_validate({"engine": "vllm", "device": "cpu", "dtype": "float32"})
+    with VllmEngine(stacked, profile) as engine:
+        start = engine._start()
+        assert start["adapter"] is None
+        merged = Path(start["arguments"]["model"])
+        found = load_causal_lm(resolve(str(merged), folder=tmp_path)).state_dict()
+        expected = load_causal_lm(stacked).state_dict()
+        assert all(expected[name].equal(weight) for name, weight in found.items())
+    assert not merged.exists()
+
+
+def test_arguments_that_are_not_the_profiles_to_change_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("engine: vllm\nvllm: {extra: {trust_remote_code: true}}\n")
+    with pytest.raises(BadInput, match=r"mine.yaml:2:\d+: .*'trust_remote_code', which `cai` sets itself"):
+        load_profile(str(path))
+    path.write_text("engine: vllm\nvllm: {python: nowhere/python}\n")
+    with pytest.raises(BadInput, match=r"mine.yaml:2:\d+: .*no such file: .*nowhere/python"):
+        load_profile(str(path))

@@ -1,0 +1,60 @@
+"""A server that listens on the loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+READY = 300.0
+"""Seconds in which a server has to be ready."""
+
+
+@dataclass
+class Server:
+    """A program that listens on a port of the loopback, and can be killed and started again."""
+
+    command: list[str]
+    log: Path
+    port: int
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        """Returns at once; `wait` returns when it is ready."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--host", "127.0.0.1", "--port", str(self.port)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"} | self.environment,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + READY
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health"):
+                return
+            time.sleep(0.2)
+        pytest.fail(f"{self.command[0]} is not ready:\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def kill(self) -> None:
+        """Ends it and all its children, without a word."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

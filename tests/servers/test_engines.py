@@ -1,0 +1,70 @@
+"""One contract for all engines: in this process, vLLM in its own, `vllm serve` and `transformers serve`, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import contract
+import pytest
+from contract import CASES, Case, Reference, Subject
+from listening import Server
+
+from cai.checkpoint import Model
+from cai.engines import Question, open_engine
+from cai.errors import BadInput
+from cai.profile import Profile
+
+
+@pytest.fixture(scope="module", params=["local", "vllm", "vllm serve", "transformers serve"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def subject(
+    kind: str, model: Model, python: Path, server: Callable[[str], Server], reference: Reference
+) -> Iterator[Subject]:
+    settings: dict[str, object] = {"device": "cpu", "dtype": "float32", "token_budget": 4096}
+    if kind == "vllm":
+        extra = {"enforce_eager": True}  # compiling takes longer than all the tests
+        settings |= {"engine": "vllm", "vllm": {"python": python, "cpu_cache_gib": 1, "extra": extra}}
+    elif kind != "local":
+        at = server(kind.split()[0])
+        name = "micro" if kind == "vllm serve" else model.path
+        settings |= {"engine": "server", "server": {"url": at.url, "names": {model.name: name}}}
+    with open_engine(model, Profile.model_validate(settings)) as engine:
+        yield Subject(engine, reference)
+
+
+def options_are_refused_in_one_sentence(subject: Subject) -> None:
+    with pytest.raises(BadInput, match="gives no log-probabilities for model"):
+        list(subject.engine.choose([Question("x", [{"role": "user", "content": "Hi"}])]))
+
+
+INSTEAD: dict[tuple[str, Case], Case] = {
+    (
+        "transformers serve",
+        contract.options_have_the_log_probabilities_of_a_plain_forward_pass,
+    ): options_are_refused_in_one_sentence,
+}
+"""What is asked of an engine that cannot do what a case is about."""
+UNLIKE: dict[tuple[str, Case], str] = {
+    (
+        "transformers serve",
+        contract.a_seed_alone_decides_a_text,
+    ): "it seeds one generator that all requests under way draw from",
+    (
+        "transformers serve",
+        contract.what_cannot_be_answered_is_a_failure_beside_the_answers,
+    ): "it answers prompts that are longer than the model's context",
+}
+"""Where a server's own behaviour breaks the contract, in a way that an engine does not see."""
+
+
+@pytest.mark.filterwarnings("ignore:server .* takes no token ids")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_engine_keeps_the_contract(request: pytest.FixtureRequest, subject: Subject, case: Case, kind: str) -> None:
+    if reason := UNLIKE.get((kind, case)):
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
+    INSTEAD.get((kind, case), case)(subject)

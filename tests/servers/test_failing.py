@@ -1,0 +1,85 @@
+"""What goes wrong with real servers, and with vLLM itself, loses nothing that was answered."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from listening import Server
+from peft import LoraConfig, get_peft_model
+
+from cai.checkpoint import Model, load_causal_lm, load_tokenizer, resolve, save_checkpoint
+from cai.engines import Completion, Failure, Request, Sampling, open_engine
+from cai.engines.local import LocalEngine
+from cai.engines.vllm import VllmEngine
+from cai.errors import StageFailed
+from cai.profile import Profile
+
+
+def requests(n: int, sampling: Sampling) -> list[Request]:
+    return [Request(f"{i}", [{"role": "user", "content": f"What are {i} apples?"}], i, sampling) for i in range(n)]
+
+
+@pytest.mark.filterwarnings("ignore:server .* takes no token ids")
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_a_server_killed_in_the_middle_and_started_again_answers_each_request_once(
+    kind: str, server: Callable[[str], Server], model: Model
+) -> None:
+    at = server(kind)
+    names = {model.name: "micro" if kind == "vllm" else model.path}
+    settings = {"url": at.url, "names": names, "concurrency": 8, "retries": 20}
+    profile = Profile.model_validate({"device": "cpu", "engine": "server", "server": settings})
+    done: list[Completion | Failure] = []
+    with open_engine(model, profile) as engine:
+        for result in engine.generate(requests(40, Sampling(8, 0))):
+            done.append(result)
+            if len(done) == 5:
+                at.kill()
+                at.start()
+    assert not [result for result in done if isinstance(result, Failure)]
+    assert sorted(int(result.id) for result in done) == list(range(40))
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A low-rank adapter that changes what the model says."""
+    folder = tmp_path_factory.mktemp("models") / "adapter"
+    torch.manual_seed(0)
+    lm = get_peft_model(load_causal_lm(model), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, weight in lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    save_checkpoint(folder, lm, load_tokenizer(model), model, {})
+    return resolve(str(folder), folder=folder)
+
+
+def test_vllm_serves_an_adapter_as_if_merged_and_its_death_costs_no_answer(
+    adapter: Model, model: Model, python: Path
+) -> None:
+    extra = {"enforce_eager": True, "max_num_seqs": 4}
+    settings = {"device": "cpu", "dtype": "float32", "vllm": {"python": python, "cpu_cache_gib": 1, "extra": extra}}
+    profile = Profile.model_validate(settings)
+    greedy = Sampling(16, 0)
+    with VllmEngine(adapter, profile) as engine, LocalEngine(adapter, profile) as local:
+        assert engine._start()["adapter"] == adapter.path
+        theirs, ours = ({one.id: one for one in each.generate(requests(8, greedy))} for each in (engine, local))
+        with LocalEngine(model, profile) as base:
+            plain = {one.id: one for one in base.generate(requests(8, greedy))}
+        texts = [
+            {n: one.text for n, one in each.items() if isinstance(one, Completion)} for each in (theirs, ours, plain)
+        ]
+        assert texts[0] == texts[1] != texts[2]
+
+        done = []
+        answers = engine.generate(requests(64, Sampling(64, 1.0)))
+        done.append(next(answers))
+        (worker,) = engine._workers
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(StageFailed, match=r"vLLM ended with signal 9 in the middle of its work.*; see .*\.log"):
+            done.extend(answers)
+    assert len({one.id for one in done}) == len(done) < 64
+    worker.log.unlink()
