@@ -1,0 +1,59 @@
+"""The models of `choose.py` and `generate.py`: the embedded one, or one whose weights are random.
+
+How fast a model is does not depend on what it has learned. Random ones are tokenised as `micro` is, so that any size
+can be measured where no weights can be had.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from plain import Lm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cai.checkpoint import load_tokenizer, pick_device, pick_dtype, resolve
+from cai.engines.local import LocalEngine
+from cai.profile import load_profile
+
+RANDOM = {
+    "random-tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 3072,
+    },
+    # The shape of Llama 3.2 1B: 1.2 billion parameters.
+    "random-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128_256,
+    },
+}  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where."""
+    parser.add_argument("--model", choices=["micro", *RANDOM], default="micro")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def engine_of(name: str, device: str, dtype: str = "auto") -> LocalEngine:
+    """The local engine with that model in it, loaded. `dtype` as in a profile."""
+    profile = load_profile("cpu" if device == "cpu" else "1gpu").model_copy(update={"dtype": dtype})
+    micro = resolve("micro", folder=Path())
+    engine = LocalEngine(micro, profile)
+    if name != "micro":
+        where = pick_device(device)
+        torch.manual_seed(0)
+        # A range far above the usual one: the likeliest token is then not a matter of rounding.
+        config = LlamaConfig(
+            **RANDOM[name], tie_word_embeddings=True, initializer_range=0.1, max_position_embeddings=2048
+        )
+        with where:
+            engine._loaded = LlamaForCausalLM(config).to(pick_dtype(dtype, where)).eval()
+    assert engine.lm is not None
+    return engine
+
+
+def plain_of(engine: LocalEngine) -> Lm:
+    """The same model as the plain way has it."""
+    return Lm(engine.lm, load_tokenizer(engine.model))
