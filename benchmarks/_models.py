@@ -7,13 +7,14 @@ can be measured where no weights can be had.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
 from plain import Lm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cai.checkpoint import load_tokenizer, pick_device, pick_dtype, resolve
+from cai.checkpoint import FACTS, MICRO, Model, load_tokenizer, pick_device, resolve
 from cai.engines.local import LocalEngine
 from cai.profile import load_profile
 
@@ -36,20 +37,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
 
 
-def engine_of(name: str, device: str, dtype: str = "auto") -> LocalEngine:
-    """The local engine with that model in it, loaded. `dtype` as in a profile."""
-    profile = load_profile("cpu" if device == "cpu" else "1gpu").model_copy(update={"dtype": dtype})
-    micro = resolve("micro", folder=Path())
-    engine = LocalEngine(micro, profile)
-    if name != "micro":
-        where = pick_device(device)
+def model_of(name: str, folder: Path) -> Model:
+    """The embedded model, or a random one that is written to `folder` unless it is there."""
+    if name == "micro":
+        return resolve(name, folder=folder)
+    home = folder / name
+    if not home.exists():
         torch.manual_seed(0)
         # A range far above the usual one: the likeliest token is then not a matter of rounding.
         config = LlamaConfig(
-            **RANDOM[name], tie_word_embeddings=True, initializer_range=0.1, max_position_embeddings=2048
-        )
-        with where:
-            engine._loaded = LlamaForCausalLM(config).to(pick_dtype(dtype, where)).eval()
+            **RANDOM[name], tie_word_embeddings=True, initializer_range=0.1, max_position_embeddings=2048,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        with pick_device():
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(home)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", FACTS):
+            shutil.copy(MICRO / file, home)
+    return resolve(str(home), folder=folder)
+
+
+def engine_of(model: Model, device: str, dtype: str = "auto") -> LocalEngine:
+    """The local engine for a model, which it has loaded. `dtype` as in a profile."""
+    profile = load_profile("cpu" if device == "cpu" else "1gpu").model_copy(update={"dtype": dtype})
+    engine = LocalEngine(model, profile)
     assert engine.lm is not None
     return engine
 

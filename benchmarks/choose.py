@@ -18,14 +18,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import _measure
 import _models
 import torch
 from plain import Lm, log_odds
 
+from cai.checkpoint import Model
 from cai.engines.local import LocalEngine
 
 BATCHES = {"cpu": (16, 32, 64, 128), "cuda": (64, 128, 256, 512)}
@@ -106,9 +110,9 @@ def linear(engine: LocalEngine, vocabulary: int, options: list[int], clock: _mea
     }  # fmt: skip
 
 
-def difference(name: str, device: str, shape: Shape) -> float:
+def difference(model: Model, device: str, shape: Shape) -> float:
     """The largest difference between the log-odds of ours and plain in float32, in nats."""
-    engine = _models.engine_of(name, device, "float32")
+    engine = _models.engine_of(model, device, "float32")
     lm = _models.plain_of(engine)
     options = options_of(lm)
     questions, _ = made(shape, len(lm.tokenizer))
@@ -121,23 +125,15 @@ def options_of(lm: Lm) -> list[int]:
     return [lm.tokenizer.encode(option, add_special_tokens=False)[0] for option in "AB"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _measure.add_options(parser)
-    parser.add_argument("--pairs", type=int, help="this many pairs")
-    parser.add_argument("--repeats", type=int, help="runs of each way, of which the quickest counts; 2, 1 with --quick")
-    _models.add_options(parser)
-    given = parser.parse_args()
-    shape = Shape(given.pairs or (2 if given.quick else 256))
-    repeats = given.repeats or (1 if given.quick else 2)
-
-    clock = _measure.clock_of(parser, given)
-
-    engine = _models.engine_of(given.model, given.device)
+def measured(
+    model: Model, device: str, shape: Shape, repeats: int, clock: _measure.Clock, quick: bool
+) -> dict[str, Any]:
+    """All figures, the last line's."""
+    engine = _models.engine_of(model, device)
     lm = _models.plain_of(engine)
     options = options_of(lm)
     questions, rows = made(shape, len(lm.tokenizer))
-    batches = BATCHES[given.device]
+    batches = BATCHES[device]
     part, some = questions[: 2 * max(batches)], rows[: max(batches)]
     plain_batch = clock.fastest(batches, lambda batch: log_odds(lm, part, options, batch))
     forward_batch = clock.fastest(batches, lambda batch: forward(lm, some, shape, batch))
@@ -151,19 +147,12 @@ def main() -> None:
         repeats,
     )
     seconds = {name: run.seconds for name, run in found.items()}
-    apart = difference(given.model, given.device, Shape(min(shape.pairs, 16)))
-    growth = None if given.quick else linear(engine, len(lm.tokenizer), options, clock)
-
-    ratio = seconds["plain"] / seconds["ours"]
-    share = seconds["forward"] / seconds["ours"]
-    print(f"{shape.questions:,} questions, {shape.tokens:,} tokens, {shape.unique:,} unique")
-    for name, run in found.items():
-        print(f"{name:8} {run.seconds:8.2f} s")
-    print(f"{ratio:.2f} times plain, {ratio / shape.bound:.0%} of what sharing can give; {share:.0%} of plain tokens/s")
-    result = _measure.result(
-        "choose", seconds["ours"], seconds["plain"], "seconds",
-        asdict(shape) | {"questions": shape.questions, "tokens": shape.tokens, "unique_tokens": shape.unique},
-        ("torch", "transformers"),
+    ratio, share = seconds["plain"] / seconds["ours"], seconds["forward"] / seconds["ours"]
+    sizes = asdict(shape) | {
+        "questions": shape.questions, "tokens": shape.tokens, "unique_tokens": shape.unique,
+    }  # fmt: skip
+    return _measure.result(
+        "choose", seconds["ours"], seconds["plain"], "seconds", sizes, ("torch", "transformers"),
         bound=round(shape.bound, 2),
         share_of_bound=round(ratio / shape.bound, 3),
         forward=round(seconds["forward"], 3),
@@ -171,13 +160,34 @@ def main() -> None:
         unique_tokens_per_second={
             "ours": round(shape.unique / seconds["ours"]), "forward": round(shape.unique / seconds["forward"]),
         },
-        clock=clock.name,
-        batch={"plain": plain_batch, "forward": forward_batch},
-        log_odds_difference_float32=apart,
-        linear=growth,
-        model=given.model, dtype=str(lm.model.dtype).removeprefix("torch."), device=given.device, repeats=repeats,
+        log_odds_difference_float32=difference(model, device, Shape(min(shape.pairs, 16))),
+        linear=None if quick else linear(engine, len(lm.tokenizer), options, clock),
+        clock=clock.name, repeats=repeats, batch={"plain": plain_batch, "forward": forward_batch},
+        model=model.name, dtype=str(lm.model.dtype).removeprefix("torch."), device=device,
     )  # fmt: skip
-    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, help="this many pairs")
+    parser.add_argument("--repeats", type=int, help="runs of each way, of which the quickest counts; 2, 1 with --quick")
+    _measure.add_options(parser)
+    _models.add_options(parser)
+    given = parser.parse_args()
+    clock = _measure.clock_of(parser, given)
+    shape = Shape(given.pairs or (2 if given.quick else 256))
+    repeats = given.repeats or (1 if given.quick else 2)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _models.model_of(given.model, Path(folder))
+        found = measured(model, given.device, shape, repeats, clock, given.quick)
+    print(f"{shape.questions:,} questions, {shape.tokens:,} tokens, {shape.unique:,} unique")
+    for name in ("ours", "plain", "forward"):
+        print(f"{name:8} {found[name]:8.2f} s")
+    print(
+        f"{found['ratio']:.2f} times plain, {found['share_of_bound']:.0%} of what sharing can give; "
+        f"{found['share_of_forward']:.0%} of a plain forward's tokens a second"
+    )
+    print(json.dumps(found | {"model": given.model}))
 
 
 if __name__ == "__main__":

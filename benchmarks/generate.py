@@ -22,6 +22,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ import scipy.stats
 import torch
 from plain import Lm, Text, rendered, write
 
+from cai.checkpoint import Model
 from cai.engines import Completion, Request, Sampling
 from cai.engines.local import LocalEngine
 from cai.micro.conversations import prompts
@@ -118,33 +120,24 @@ def peer(python: str) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _measure.add_options(parser)
-    parser.add_argument("--repeats", type=int, help="runs of each way, of which the quickest counts; 3, 1 with --quick")
-    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with vLLM, to measure it too")
-    _models.add_options(parser)
-    given = parser.parse_args()
-    if given.peer and not (PEER.is_file() and Path(given.peer).is_file()):
-        parser.error(f"--peer: expected the interpreter {given.peer} and the script {PEER}, found not both")
-    sizes = Sizes(8, 2, 16) if given.quick else Sizes(128, 4, 64)
-    repeats = given.repeats or (1 if given.quick else 3)
+def measured(
+    model: Model, device: str, sizes: Sizes, repeats: int, clock: _measure.Clock, vllm: str | None
+) -> dict[str, Any]:
+    """All figures, the last line's."""
     conversations = [prompt["messages"] for prompt in prompts("train", limit=sizes.prompts)]
-    sampling = Sampling(max_new_tokens=sizes.max_new_tokens)
-    engines = {dtype: _models.engine_of(given.model, given.device, dtype) for dtype in DTYPES}
+    n, sampling = sizes.samples, Sampling(sizes.max_new_tokens)
+    engines = {dtype: _models.engine_of(model, device, dtype) for dtype in DTYPES}
     lms = {dtype: _models.plain_of(engine) for dtype, engine in engines.items()}
-
-    clock = _measure.clock_of(parser, given)
     torch.manual_seed(0)
-    batches = [size for size in BATCHES[given.device] if size <= sizes.prompts * sizes.samples] or [16]
-    dtype = clock.fastest(DTYPES, lambda each: ours(engines[each], conversations, sizes.samples, sampling))
+    batches = [size for size in BATCHES[device] if size <= sizes.prompts * n] or [sizes.prompts * n]
+    dtype = clock.fastest(DTYPES, lambda each: ours(engines[each], conversations, n, sampling))
     plain_dtype, batch = clock.fastest(
         list(itertools.product(DTYPES, batches)),
-        lambda each: plain(lms[each[0]], conversations, sizes.samples, sampling, each[1]),
+        lambda each: plain(lms[each[0]], conversations, n, sampling, each[1]),
     )
     ways = {
-        "ours": lambda: ours(engines[dtype], conversations, sizes.samples, sampling),
-        "plain": lambda: plain(lms[plain_dtype], conversations, sizes.samples, sampling, batch),
+        "ours": lambda: ours(engines[dtype], conversations, n, sampling),
+        "plain": lambda: plain(lms[plain_dtype], conversations, n, sampling, batch),
     }
     runs = clock.best(ways, repeats)
     n_tokens = {
@@ -152,32 +145,49 @@ def main() -> None:
         "plain": sum(len(each.ids) for each in runs["plain"].returned),
     }
     speed = {name: n_tokens[name] / run.seconds for name, run in runs.items()}
-    equal = equal_greedy(engines["float32"], conversations, sizes.max_new_tokens)
-    chi_square = first_tokens(engines["float32"], conversations[0])
-
-    print(f"{len(conversations) * sizes.samples:,} samples, tokens drawn: {n_tokens}")
-    for name, each in speed.items():
-        print(f"{name:6} {each:8,.0f} tokens/s")
-    print(f"greedy ids equal for {equal} of {len(conversations)} prompts; first tokens: p = {chi_square['p']:.3f}")
     other: dict[str, Any] = {"measured": False}
-    if given.peer:
-        other = {"measured": True, **peer(given.peer)}
-        other["ratio"] = round(speed["ours"] / other["tokens_per_second"], 2)
-        print(f"vLLM   {other['tokens_per_second']:8,.0f} tokens/s")
-    else:
-        print("vLLM was not measured: give --peer")
-    result = _measure.result(
+    if vllm:
+        found = peer(vllm)
+        other = {"measured": True, **found, "ratio": round(speed["ours"] / found["tokens_per_second"], 2)}
+    equal = equal_greedy(engines["float32"], conversations, sizes.max_new_tokens)
+    return _measure.result(
         "generate", speed["ours"], speed["plain"], "tokens/s", sizes._asdict(), ("torch", "transformers"),
         tokens=n_tokens,
-        clock=clock.name,
-        dtype={"ours": dtype, "plain": plain_dtype},
-        batch={"plain": batch},
-        greedy={"equal": equal, "of": len(conversations), "dtype": "float32"},
-        first_token=chi_square,
         peer=other,
-        model=given.model, device=given.device, repeats=repeats,
+        greedy={"equal": equal, "of": len(conversations), "dtype": "float32"},
+        first_token=first_tokens(engines["float32"], conversations[0]),
+        clock=clock.name, repeats=repeats, dtype={"ours": dtype, "plain": plain_dtype}, batch={"plain": batch},
+        model=model.name, device=device,
     )  # fmt: skip
-    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, help="runs of each way, of which the quickest counts; 3, 1 with --quick")
+    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with vLLM, to measure it too")
+    _measure.add_options(parser)
+    _models.add_options(parser)
+    given = parser.parse_args()
+    clock = _measure.clock_of(parser, given)
+    if given.peer and not (PEER.is_file() and Path(given.peer).is_file()):
+        parser.error(f"--peer: found not both of the interpreter {given.peer} and the script {PEER}")
+    sizes = Sizes(8, 2, 16) if given.quick else Sizes(128, 4, 64)
+    repeats = given.repeats or (1 if given.quick else 3)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _models.model_of(given.model, Path(folder))
+        found = measured(model, given.device, sizes, repeats, clock, given.peer)
+    for name in ("ours", "plain"):
+        print(f"{name:6} {found[name]:8,.0f} tokens/s, {found['tokens'][name]:,} tokens")
+    if found["peer"]["measured"]:
+        print(f"vLLM   {found['peer']['tokens_per_second']:8,.0f} tokens/s, {found['peer']['ratio']:.2f} times")
+    else:
+        print("vLLM was not measured: --peer does")
+    print(f"{found['ratio']:.2f} times plain")
+    print(
+        f"greedy ids equal for {found['greedy']['equal']} of {found['greedy']['of']} prompts; first tokens: "
+        f"p = {found['first_token']['p']:.3f}"
+    )
+    print(json.dumps(found | {"model": given.model}))
 
 
 if __name__ == "__main__":

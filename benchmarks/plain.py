@@ -275,8 +275,8 @@ def prefer(pairs: Sequence[Pair], odds: Sequence[float]) -> tuple[list[dict[str,
     """Rows as TRL's trainers take them: those to learn from, and those of prompts that are held out."""
     learned: list[dict[str, Any]] = []
     held_out: list[dict[str, Any]] = []
-    for pair, sum_ in zip(pairs, odds, strict=True):
-        chosen, rejected = (pair.a, pair.b) if sum_ > 0 else (pair.b, pair.a)
+    for pair, towards_a in zip(pairs, odds, strict=True):
+        chosen, rejected = (pair.a, pair.b) if towards_a > 0 else (pair.b, pair.a)
         row = {
             "prompt": list(pair.prompt),
             "chosen": [{"role": "assistant", "content": chosen}],

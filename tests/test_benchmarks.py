@@ -28,6 +28,7 @@ SLOW = {"feedback", "quickstart", "plain"}
 """Those that train models even with `--quick`."""
 QUICK = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SLOW)
 MORE = {"choose": ["--model", "random-tiny"], "generate": ["--model", "random-tiny"]}
+MICRO = _models.model_of("micro", FOLDER)
 CONVERSATIONS = [prompt["messages"] for prompt in prompts("train", limit=8)]
 
 
@@ -57,12 +58,12 @@ def test_a_benchmark_runs_alone_and_ends_with_its_figures(name: str, tmp_path: P
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LocalEngine]:
-    with _models.engine_of("micro", "cpu", "float32") as opened:
+    with _models.engine_of(MICRO, "cpu", "float32") as opened:
         yield opened
 
 
 def test_a_judge_is_asked_the_same_to_rounding_one_question_a_row_or_all_that_share_a_prefix_at_once() -> None:
-    assert choose.difference("micro", "cpu", choose.Shape(2)) < 1e-4
+    assert choose.difference(MICRO, "cpu", choose.Shape(2)) < 1e-4
 
 
 def test_made_questions_share_their_prefix_and_nothing_else() -> None:
