@@ -8,9 +8,9 @@ Ours are the stages as a run has them, journal and figures included. Plain is gi
 both orders. SL-CAI and the policy are trained once, by ours, and not counted; plain answers with the same checkpoints.
 Texts are drawn anew, so the two write somewhat different numbers of tokens.
 
-All runs in one process, imports not counted, loading of models counted in both. Batch sizes of plain are the fastest of
-several on a part. Each stage runs once: what it is made of is repeated in `choose.py` and `generate.py`. The last line
-is one JSON object; times are in seconds.
+All runs in one process on the CPU, imports not counted, loading of models counted in both. Batch sizes of plain are the
+fastest of several on a part. Each stage runs once: what it is made of is repeated in `choose.py` and `generate.py`. The
+last line is one JSON object; times are in seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -155,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _measure.add_options(parser)
     given = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     clock = _measure.clock_of(parser, given)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -95,28 +95,32 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Lm:
 
 
 @torch.inference_mode()
-def generate(lm: Lm, rows: Sequence[Sequence[int]], batch: int, *, n: int = 1, **settings: Any) -> list[list[int]]:
-    """`n` continuations of each row, one row's together; ids up to and including the end of the turn."""
-    greedy = settings.get("temperature") == 0
-    if greedy:
-        settings = {"max_new_tokens": settings["max_new_tokens"]}
-    ends = lm.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+def generate(
+    lm: Lm,
+    rows: Sequence[Sequence[int]],
+    batch: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    n: int = 1,
+) -> list[list[int]]:
+    """`n` continuations of each row, one row's together; ids up to and including the end of the turn.
+
+    Temperature 0 takes the likeliest token; `n` is 1 then.
+    """
+    how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "num_return_sequences": n}
+    if temperature == 0:
+        how = {"do_sample": False}
+    end = lm.model.generation_config.eos_token_id
     found: list[list[int]] = [[] for _ in range(n * len(rows))]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    at_once = max(1, batch // n)
-    for first in range(0, len(order), at_once):
-        part = order[first : first + at_once]
-        inputs = lm.tokenizer.pad(
-            {"input_ids": [rows[index] for index in part]}, padding_side="left", return_tensors="pt"
-        ).to(lm.model.device)
-        sampling = {} if greedy else {"top_k": 0, "num_return_sequences": n}
+    for part in batches(rows, max(1, batch // n)):
+        inputs = padded(lm, [rows[index] for index in part])
         written = lm.model.generate(
-            **inputs, do_sample=not greedy, pad_token_id=lm.tokenizer.pad_token_id, **sampling, **settings
+            **inputs, **how, max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id
         )
-        new = written[:, inputs["input_ids"].shape[1] :].tolist()
-        for place, ids in enumerate(new):
-            length = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
+        for place, ids in enumerate(written[:, inputs["input_ids"].shape[1] :].tolist()):
+            length = ids.index(end) + 1 if end in ids else len(ids)
             found[part[place // n] * n + place % n] = ids[:length]
     return found
 
@@ -125,16 +129,24 @@ def generate(lm: Lm, rows: Sequence[Sequence[int]], batch: int, *, n: int = 1, *
 def log_odds(lm: Lm, rows: Sequence[Sequence[int]], options: Sequence[int], batch: int) -> list[float]:
     """How much likelier the first of two options is than the second as the next token of each row, in nats."""
     found = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    for first in range(0, len(order), batch):
-        part = order[first : first + batch]
-        inputs = lm.tokenizer.pad(
-            {"input_ids": [rows[index] for index in part]}, padding_side="left", return_tensors="pt"
-        ).to(lm.model.device)
+    for part in batches(rows, batch):
+        inputs = padded(lm, [rows[index] for index in part])
         logits = lm.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(options)].float()
         for index, (one, other) in zip(part, logits.tolist(), strict=True):
             found[index] = one - other
     return found
+
+
+def batches(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of rows that are about equally long."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for first in range(0, len(order), size):
+        yield order[first : first + size]
+
+
+def padded(lm: Lm, rows: Sequence[Sequence[int]]) -> Any:
+    """Ids and mask, padded on the left, where the model is."""
+    return lm.tokenizer.pad({"input_ids": list(rows)}, padding_side="left", return_tensors="pt").to(lm.model.device)
 
 
 def rendered(lm: Lm, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:

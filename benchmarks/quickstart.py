@@ -4,14 +4,15 @@
     python benchmarks/quickstart.py --quick    the same with 16 prompts of each set
 
 Ours is `cai run` in a fresh folder, plain is `plain.py` with the same prompts, number of samples, questions and epochs.
-Each is a process of its own, imports included, once, one after the other. What ours does beyond is in its seconds:
-journal, digests, figures with intervals, the page. The last line is one JSON object; times are in seconds.
+Each is a process of its own on the CPU, imports included, once, one after the other. What ours does beyond is in its
+seconds: journal, digests, figures with intervals, the page. The last line is one JSON object; times are in seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from cai.files import read_json
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 PROMPTS = 16
 """Of each set, with --quick."""
+ON_THE_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
@@ -46,7 +48,7 @@ def recipe_file(folder: Path, quick: bool, without: Collection[str] = ()) -> Pat
 def ours(recipe: Path, folder: Path) -> dict[str, float]:
     """Seconds of each stage."""
     command = [sys.executable, "-c", "from cai.cli import main; main()", "run", str(recipe), "--runs", str(folder)]
-    subprocess.run(command, stdout=sys.stderr, check=True)
+    subprocess.run(command, stdout=sys.stderr, env=ON_THE_CPU, check=True)
     run = folder / "quickstart"
     latest = read_json(run / "latest.json") or {}
     return {stage: (read_json(run / name / "stage.json") or {})["seconds"] for stage, name in latest.items()}
@@ -55,7 +57,7 @@ def ours(recipe: Path, folder: Path) -> dict[str, float]:
 def plain(recipe: Path) -> dict[str, float]:
     """Seconds of each stage."""
     command = [sys.executable, str(Path(__file__).with_name("plain.py")), str(recipe)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=ON_THE_CPU, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found["seconds"]  # type: ignore[no-any-return]
 
