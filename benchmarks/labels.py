@@ -25,18 +25,15 @@ zero. Left out: corrections for the number of comparisons, votes after reasons, 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import _measure
 import numpy as np
 
 from cai import statistics
@@ -762,19 +759,9 @@ def surroundings(worlds: Sequence[World], pool: Pool, seeds: int, sizes: Sizes) 
             "unclear": [int((world.held_out & np.isnan(world.gold)).sum()) for world in worlds],
             "pairs_learned": [int((~world.held_out).sum()) for world in worlds],
         },
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("cai", "numpy", *PACKAGES) if find_spec(name)},
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "all")},
+        "versions": _measure.versions(("numpy", *PACKAGES)),
+        "hardware": _measure.hardware(),
     }
-
-
-def _cpu() -> str:
-    """The processor's name, where the system says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

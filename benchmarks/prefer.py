@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import _measure
 
 PRINCIPLES = 16
 WEIGHTS = {f"principle-{n:02}": 0.5 + n / 10 for n in range(PRINCIPLES)}
@@ -130,15 +131,6 @@ def plain(folder: Path) -> None:
             file.write(written + "\n")
 
 
-def peak_rss() -> int | None:
-    """Bytes of memory that this process held at most; None where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-
-
 def measured(way: str, folder: Path) -> dict[str, Any]:
     """Seconds and peak memory of one way, on one core, in a process of its own."""
     command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
@@ -156,7 +148,7 @@ def run_one(way: str, folder: Path) -> None:
     began = time.perf_counter(), time.process_time()
     {"ours": ours, "plain": plain}[way](folder)
     seconds, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-    print(json.dumps({"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_rss": peak_rss()}))
+    print(json.dumps({"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_rss": _measure.peak_rss()}))
 
 
 def check(folder: Path) -> int:
@@ -191,21 +183,12 @@ def main() -> None:
     print(f"{n:,} pairs, {2 * PRINCIPLES * n:,} votes, {size / 1e6:,.0f} MB; the {same:,} rows of both are the same")
     for way, each in found.items():
         print(f"{way:6} {each['seconds']:6.2f} s, {(each['peak_rss'] or 0) / 1e6:6,.0f} MB at most")
-    import numpy
-    import pyarrow
-
-    import cai
-
-    result = {
-        "bench": "prefer", "ours": found["ours"]["seconds"], "plain": found["plain"]["seconds"], "unit": "seconds",
-        "ratio": round(found["plain"]["seconds"] / found["ours"]["seconds"], 2),
-        "cpu_seconds": {way: each["cpu_seconds"] for way, each in found.items()},
-        "peak_rss": {way: each["peak_rss"] for way, each in found.items()},
-        "sizes": {"pairs": n, "principles": PRINCIPLES, "votes": 2 * PRINCIPLES * n, "bytes": size},
-        "versions": {"cai": cai.__version__, "python": platform.python_version(), "numpy": numpy.__version__,
-                     "pyarrow": pyarrow.__version__},
-        "hardware": {"machine": platform.machine(), "system": platform.platform(), "cores": os.cpu_count()},
-    }  # fmt: skip
+    result = _measure.result(
+        "prefer", found["ours"]["seconds"], found["plain"]["seconds"], "seconds",
+        {"pairs": n, "principles": PRINCIPLES, "votes": 2 * PRINCIPLES * n, "bytes": size}, ("numpy", "pyarrow"),
+        cpu_seconds={way: each["cpu_seconds"] for way, each in found.items()},
+        peak_rss={way: each["peak_rss"] for way, each in found.items()},
+    )  # fmt: skip
     print(json.dumps(result))
 
 

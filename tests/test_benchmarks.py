@@ -1,21 +1,121 @@
-"""Every benchmark runs alone, and its last line is one JSON object. What it measures is nobody's business here."""
+"""Every benchmark runs alone, and its last line is one JSON object. What it measures is nobody's business here; that
+both sides compute the same is."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import _models
+import choose
+import generate
+import numpy as np
+import plain
 import pytest
+import yaml
 
-BENCHMARKS = sorted((Path(__file__).parents[1] / "benchmarks").glob("[!_]*.py"))
+from cai.constitution import load_constitution
+from cai.engines.local import LocalEngine
+from cai.micro.conversations import prompts
+from cai.templates import load_templates
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SLOW = {"feedback", "quickstart", "plain"}
+"""Those that train models even with `--quick`."""
+QUICK = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SLOW)
+MORE = {"choose": ["--model", "random-tiny"], "generate": ["--model", "random-tiny"]}
+MICRO = _models.model_of("micro", FOLDER)
+CONVERSATIONS = [prompt["messages"] for prompt in prompts("train", limit=8)]
 
 
-@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_a_benchmark_runs_alone_and_ends_with_its_figures(path: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, path, "--quick"], cwd=tmp_path, text=True, capture_output=True)
+def ran(name: str, tmp_path: Path, *more: str) -> dict[str, Any]:
+    """The object that a benchmark prints last."""
+    command = [sys.executable, FOLDER / f"{name}.py", "--quick", *more]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["bench"] == path.stem
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_benchmark_runs_alone_and_ends_with_its_figures(name: str, tmp_path: Path) -> None:
+    found = ran(name, tmp_path, *MORE.get(name, []))
+    assert found["bench"] == name
     assert {"ours", "plain", "unit", "ratio", "sizes", "versions", "hardware"} <= found.keys()
+    if name == "choose":
+        assert found["log_odds_difference_float32"] < 1e-4
+        assert found["bound"] == round(16 * 190 / (170 + 16 * 20), 2)
+        assert found["sizes"]["questions"] == 2 * 16 * found["sizes"]["pairs"]
+    if name == "generate":
+        assert found["greedy"] == {"equal": 8, "of": 8, "dtype": "float32"}
+        assert found["first_token"]["p"] > 0.01
+        assert found["peer"] == {"measured": False}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LocalEngine]:
+    with _models.engine_of(MICRO, "cpu", "float32") as opened:
+        yield opened
+
+
+def test_a_judge_is_asked_the_same_to_rounding_one_question_a_row_or_all_that_share_a_prefix_at_once() -> None:
+    assert choose.difference(MICRO, "cpu", choose.Shape(2)) < 1e-4
+
+
+def test_made_questions_share_their_prefix_and_nothing_else() -> None:
+    shape = choose.Shape(pairs=3, principles=4, prefix=11, branch=5)
+    questions, rows = choose.made(shape, 3072)
+    assert len(questions) == shape.questions
+    assert sum(map(len, questions)) == shape.tokens
+    assert sum(map(len, rows)) == shape.unique
+    assert len({tuple(each[:11]) for each in questions}) == 6
+    assert len({tuple(each[:12]) for each in questions}) == len(questions)
+
+
+def test_both_ways_write_the_same_where_the_likeliest_token_is_always_taken(engine: LocalEngine) -> None:
+    assert generate.equal_greedy(engine, CONVERSATIONS, 24) == len(CONVERSATIONS)
+
+
+def test_first_tokens_are_drawn_from_the_models_own_distribution(engine: LocalEngine) -> None:
+    assert generate.first_tokens(engine, CONVERSATIONS[0])["p"] > 0.01
+
+
+def test_cells_of_the_test_hold_everything_and_none_is_too_small() -> None:
+    rng = np.random.default_rng(0)
+    for size in (2, 20, 3000):
+        expected = 1000 * rng.dirichlet(np.full(size, 0.1))
+        observed = rng.multinomial(1000, expected / expected.sum()).astype(float)
+        f_observed, f_expected = generate.merged(observed, expected)
+        assert f_observed.sum() == 1000
+        assert f_expected.sum() == pytest.approx(1000)
+        assert len(f_expected) == 1 or f_expected.min() >= generate.LEAST
+
+
+def test_plain_asks_in_the_words_of_the_templates() -> None:
+    document = load_constitution(FOLDER.parent / "constitutions" / "micro.yaml")
+    templates = load_templates("micro")
+    principle = document.principles[0]
+    messages = CONVERSATIONS[0]
+    assert plain.asks_critique(messages, "No.", principle.critique) == templates.critique(messages, "No.", principle)
+    assert plain.asks_revision(messages, "No.", "It is curt.", principle.revise) == templates.revise(
+        messages, "No.", "It is curt.", principle
+    )
+    assert plain.asks_comparison(messages, "No.", "Yes.", principle.compare) == templates.compare(
+        messages, "No.", "Yes.", principle
+    )
+
+
+def test_plain_follows_the_recipe_and_asks_the_principles_of_the_constitution() -> None:
+    recipe = plain.read()
+    document = load_constitution(FOLDER.parent / "constitutions" / "micro.yaml")
+    for tags in (["red_team"], ["helpful"], ["borderline", "helpful"]):
+        asked = [each["id"] for each in plain.applicable(recipe.principles, tags)]
+        assert asked == [each.id for each in document.principles if each.applies(tags)]
+    weights = {each["id"]: each.get("weight", 1.0) for each in recipe.principles}
+    assert weights == {each.id: each.weight for each in document.principles}
+    limits = {name: each["limit"] for name, each in yaml.safe_load(plain.RECIPE.read_text())["prompts"].items()}
+    assert {name: len(each) for name, each in recipe.prompts.items()} == limits

@@ -1,0 +1,69 @@
+"""The models of `choose.py` and `generate.py`: the embedded one, or one whose weights are random.
+
+How fast a model is does not depend on what it has learned. Random ones are tokenised as `micro` is, so that any size
+can be measured where no weights can be had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from plain import Lm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cai.checkpoint import FACTS, MICRO, Model, load_tokenizer, pick_device, resolve
+from cai.engines.local import LocalEngine
+from cai.profile import load_profile
+
+RANDOM = {
+    "random-tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 3072,
+    },
+    # The shape of Llama 3.2 1B: 1.2 billion parameters.
+    "random-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128_256,
+    },
+}  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where."""
+    parser.add_argument("--model", choices=["micro", *RANDOM], default="micro")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def model_of(name: str, folder: Path) -> Model:
+    """The embedded model, or a random one that is written to `folder` unless it is there."""
+    if name == "micro":
+        return resolve(name, folder=folder)
+    home = folder / name
+    if not home.exists():
+        torch.manual_seed(0)
+        # A range far above the usual one: the likeliest token is then not a matter of rounding.
+        config = LlamaConfig(
+            **RANDOM[name], tie_word_embeddings=True, initializer_range=0.1, max_position_embeddings=2048,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        with pick_device():
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(home)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", FACTS):
+            shutil.copy(MICRO / file, home)
+    return resolve(str(home), folder=folder)
+
+
+def engine_of(model: Model, device: str, dtype: str = "auto") -> LocalEngine:
+    """The local engine for a model, which it has loaded. `dtype` as in a profile."""
+    profile = load_profile("cpu" if device == "cpu" else "1gpu").model_copy(update={"dtype": dtype})
+    engine = LocalEngine(model, profile)
+    assert engine.lm is not None
+    return engine
+
+
+def plain_of(engine: LocalEngine) -> Lm:
+    """The same model as the plain way has it."""
+    return Lm(engine.lm, load_tokenizer(engine.model))

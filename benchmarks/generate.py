@@ -1,0 +1,194 @@
+"""How many tokens a second a model writes: the local engine against transformers' `model.generate`.
+
+    python benchmarks/generate.py            128 prompts, 4 samples of each, up to 64 new tokens
+    python benchmarks/generate.py --quick    8 prompts, up to 16 new tokens
+    python benchmarks/generate.py --device cuda --model random-1b
+    python benchmarks/generate.py --peer ENVIRONMENT/bin/python    also vLLM, in an environment that has it
+
+Settings are equal: temperature 1, the whole distribution, the same tokens that end a turn; tokenising and decoding
+count in both. Each may use bfloat16 or float32, and plain several batch sizes, `num_return_sequences` as it should;
+the fastest of each counts. Counted are the tokens drawn up to the end of each text. Both run in one process, taking
+turns; the peer in its own.
+
+Speed is worth nothing if something else is written: greedy texts of both are compared in float32, id by id, and the
+first tokens of 10,000 samples of one prompt are held against the exact distribution by a chi-square test. The last line
+is one JSON object; `ours` and `plain` are tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _measure
+import _models
+import numpy as np
+import scipy.stats
+import torch
+from plain import Lm, Text, rendered, write
+
+from cai.checkpoint import Model
+from cai.engines import Completion, Request, Sampling
+from cai.engines.local import LocalEngine
+from cai.micro.conversations import prompts
+from cai.records import Message, stable_seed
+
+BATCHES = {"cpu": (64, 128, 256, 512), "cuda": (128, 256, 512)}
+"""Rows that plain tries."""
+DTYPES = ("bfloat16", "float32")
+DRAWS = 10_000
+PEER = Path(__file__).with_name("_vllm_peer.py")
+LEAST = 5.0
+"""Expected count of a cell of the chi-square test; smaller ones are put together."""
+
+
+class Sizes(NamedTuple):
+    """How much is written."""
+
+    prompts: int
+    samples: int
+    max_new_tokens: int
+
+
+def ours(
+    engine: LocalEngine, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling
+) -> list[Completion]:
+    """`n` completions of each conversation, in order."""
+    requests = [
+        Request(f"{number}/{sample}", messages, stable_seed(number, sample), sampling)
+        for number, messages in enumerate(conversations)
+        for sample in range(n)
+    ]
+    found = {each.id: each for each in engine.generate(requests)}
+    completions = [found[request.id] for request in requests]
+    assert all(isinstance(each, Completion) for each in completions), "a prompt does not fit"
+    return completions  # type: ignore[return-value]
+
+
+def plain(lm: Lm, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling, batch: int) -> list[Text]:
+    """The same by `model.generate`."""
+    settings = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": 1.0}
+    return write(lm, conversations, settings, n=n, batch=batch)
+
+
+def equal_greedy(engine: LocalEngine, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> int:
+    """How many conversations ours and plain go on with the same ids, where the likeliest token is always taken."""
+    sampling = Sampling(max_new_tokens, temperature=0)
+    left = ours(engine, conversations, 1, sampling)
+    right = plain(_models.plain_of(engine), conversations, 1, sampling, batch=32)
+    return sum(one.token_ids == other.ids for one, other in zip(left, right, strict=True))
+
+
+def first_tokens(engine: LocalEngine, messages: Sequence[Message]) -> dict[str, Any]:
+    """Pearson's chi-square test of first tokens against the model's softmax, the pad token out of both."""
+    drawn = ours(engine, [messages], DRAWS, Sampling(max_new_tokens=1))
+    lm = _models.plain_of(engine)
+    with torch.inference_mode():
+        ids = torch.tensor(rendered(lm, [messages]), device=lm.model.device)
+        logits = lm.model(ids).logits[0, -1].double()
+        logits[lm.tokenizer.pad_token_id] = -torch.inf
+    expected = DRAWS * logits.softmax(dim=-1).cpu().numpy()
+    counts = Counter(each.token_ids[0] for each in drawn)
+    observed = np.array([counts[token] for token in range(len(expected))], dtype=float)
+    f_observed, f_expected = merged(observed, expected)
+    statistic, p = scipy.stats.chisquare(f_observed, f_expected)
+    return {"draws": DRAWS, "cells": len(f_expected), "chi_square": round(float(statistic), 3), "p": float(p)}
+
+
+def merged(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cells, the likeliest first, with at least `LEAST` expected in each: from some point on, all others are one."""
+    order = np.argsort(-expected, kind="stable")
+    observed, expected = observed[order], expected[order]
+    tail = np.cumsum(expected[::-1])[::-1]  # expected in this cell and all after it
+    alone = int(np.sum((expected >= LEAST) & (np.append(tail[1:], 0) >= LEAST)))
+    starts = np.arange(alone + 1)
+    return np.add.reduceat(observed, starts), np.add.reduceat(expected, starts)
+
+
+def peer(python: str) -> dict[str, Any]:
+    """What vLLM reaches, by the script beside this one, in an environment of its own."""
+    done = subprocess.run([sys.executable, PEER, "--python", python, "--json"], stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(
+    model: Model, device: str, sizes: Sizes, repeats: int, clock: _measure.Clock, vllm: str | None
+) -> dict[str, Any]:
+    """All figures, the last line's."""
+    conversations = [prompt["messages"] for prompt in prompts("train", limit=sizes.prompts)]
+    n, sampling = sizes.samples, Sampling(sizes.max_new_tokens)
+    engines = {dtype: _models.engine_of(model, device, dtype) for dtype in DTYPES}
+    lms = {dtype: _models.plain_of(engine) for dtype, engine in engines.items()}
+    torch.manual_seed(0)
+    batches = [size for size in BATCHES[device] if size <= sizes.prompts * n] or [sizes.prompts * n]
+    dtype = clock.fastest(DTYPES, lambda each: ours(engines[each], conversations, n, sampling))
+    plain_dtype, batch = clock.fastest(
+        list(itertools.product(DTYPES, batches)),
+        lambda each: plain(lms[each[0]], conversations, n, sampling, each[1]),
+    )
+    ways = {
+        "ours": lambda: ours(engines[dtype], conversations, n, sampling),
+        "plain": lambda: plain(lms[plain_dtype], conversations, n, sampling, batch),
+    }
+    runs = clock.best(ways, repeats)
+    n_tokens = {
+        "ours": sum(len(each.token_ids) for each in runs["ours"].returned),
+        "plain": sum(len(each.ids) for each in runs["plain"].returned),
+    }
+    speed = {name: n_tokens[name] / run.seconds for name, run in runs.items()}
+    other: dict[str, Any] = {"measured": False}
+    if vllm:
+        found = peer(vllm)
+        other = {"measured": True, **found, "ratio": round(speed["ours"] / found["tokens_per_second"], 2)}
+    equal = equal_greedy(engines["float32"], conversations, sizes.max_new_tokens)
+    return _measure.result(
+        "generate", speed["ours"], speed["plain"], "tokens/s", sizes._asdict(), ("torch", "transformers"),
+        tokens=n_tokens,
+        peer=other,
+        greedy={"equal": equal, "of": len(conversations), "dtype": "float32"},
+        first_token=first_tokens(engines["float32"], conversations[0]),
+        clock=clock.name, repeats=repeats, dtype={"ours": dtype, "plain": plain_dtype}, batch={"plain": batch},
+        model=model.name, device=device,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, help="runs of each way, of which the quickest counts; 3, 1 with --quick")
+    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with vLLM, to measure it too")
+    _measure.add_options(parser)
+    _models.add_options(parser)
+    given = parser.parse_args()
+    clock = _measure.clock_of(parser, given)
+    if given.peer and not (PEER.is_file() and Path(given.peer).is_file()):
+        parser.error(f"--peer: found not both of the interpreter {given.peer} and the script {PEER}")
+    sizes = Sizes(8, 2, 16) if given.quick else Sizes(128, 4, 64)
+    repeats = given.repeats or (1 if given.quick else 3)
+    with tempfile.TemporaryDirectory() as folder:
+        model = _models.model_of(given.model, Path(folder))
+        found = measured(model, given.device, sizes, repeats, clock, given.peer)
+    for name in ("ours", "plain"):
+        print(f"{name:6} {found[name]:8,.0f} tokens/s, {found['tokens'][name]:,} tokens")
+    if found["peer"]["measured"]:
+        print(f"vLLM   {found['peer']['tokens_per_second']:8,.0f} tokens/s, {found['peer']['ratio']:.2f} times")
+    else:
+        print("vLLM was not measured: --peer does")
+    print(f"{found['ratio']:.2f} times plain")
+    print(
+        f"greedy ids equal for {found['greedy']['equal']} of {found['greedy']['of']} prompts; first tokens: "
+        f"p = {found['first_token']['p']:.3f}"
+    )
+    print(json.dumps(found | {"model": given.model}))
+
+
+if __name__ == "__main__":
+    main()
