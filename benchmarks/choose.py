@@ -32,7 +32,7 @@ from plain import Lm, log_odds
 from cai.checkpoint import Model
 from cai.engines.local import LocalEngine
 
-BATCHES = {"cpu": (8, 16, 32, 64), "cuda": (64, 128, 256, 512)}
+BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (64, 128, 256, 512)}
 """Questions that plain reads at once: all of these are tried."""
 FORWARD_BATCHES = {"cpu": (4, 8, 16, 32), "cuda": (16, 32, 64, 128)}
 """Rows of `forward`, which are longer."""

@@ -40,8 +40,8 @@ from cai.recipe import load_recipe
 from cai.records import Message, read_rows
 
 STAGES = ("responses", "revisions", "candidates", "votes", "comparison")
-WRITE = (128, 256, 512)
-JUDGE = (32, 64, 128)
+WRITE = (32, 64, 128, 256)
+JUDGE = (8, 16, 32, 64)
 """Batch sizes that plain tries."""
 
 

@@ -5,8 +5,8 @@
 
 The method is that of recipes/quickstart.yaml, in its order and with its numbers; read the two side by side. It is meant
 to be as fast as plain calls of the two libraries are: bfloat16 where the hardware computes in it, rows sorted by length
-and padded on the left, the largest batches that pay (`WRITE`, `JUDGE`; the benchmarks try others), the last position's
-logits alone where one answer is read, TRL's trainers with their own settings and without gradient checkpointing.
+and padded on the left, the batches that are fastest on a CPU (`WRITE`, `JUDGE`; other benchmarks try more), the last
+position's logits alone where one answer is read, TRL's trainers as they come but without gradient checkpointing.
 
 Other than there: labels are hard, for TRL's trainers know no others; text of users and models is not kept from speaking
 to the judge; nothing is kept on the disk but the models, so nothing can be resumed. Only `micro` is asked here, in the
@@ -38,9 +38,9 @@ from cai.checkpoint import MICRO
 from cai.micro.conversations import prompts
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-WRITE = 256
+WRITE = 64
 """Rows that are written at once."""
-JUDGE = 64
+JUDGE = 16
 """Questions that are read at once."""
 Message = Mapping[str, Any]
 Settings = Mapping[str, Any]
