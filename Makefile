@@ -1,7 +1,7 @@
 # make quickstart   environment and the main job: constitution -> compared checkpoints on the embedded model
 # make test         environment, then linters, types and all tests
 # make lint         environment, then linters and types alone
-# make test-servers environment of real servers on the CPU (.venv-servers, 2 GB), then all engines against them
+# make test-servers environment of real servers on the CPU (.venv-servers, 2.5 GB), then all engines against them
 
 PYTHON ?= python3
 VENV := .venv

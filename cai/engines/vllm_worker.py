@@ -36,8 +36,7 @@ def main() -> int:
         _serve(lines, outgoing)
     except Exception as error:
         traceback.print_exc()
-        words = str(error).strip().splitlines() or [""]
-        _write(outgoing, {"error": f"{type(error).__name__}: {words[0]}"})
+        _write(outgoing, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
     return 1
 
 
@@ -82,13 +81,14 @@ def _serve(lines: queue.SimpleQueue[Line], outgoing: IO[str]) -> None:
                 _write(outgoing, {"id": asked["id"], "refused": " ".join(str(error).split())})
         for result in engine.step():
             output = result.outputs[0]
+            flat = output.logprobs  # None where it was aborted
             _write(
                 outgoing,
                 {
                     "id": result.request_id,
                     "token_ids": list(output.token_ids),
                     "finish_reason": output.finish_reason,
-                    "log_probs": list(zip(output.logprobs.token_ids, output.logprobs.logprobs, strict=True)),
+                    "log_probs": [] if flat is None else list(zip(flat.token_ids, flat.logprobs, strict=True)),
                 },
             )
 

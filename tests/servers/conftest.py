@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ from contract import Reference
 from listening import Server
 
 from cai.checkpoint import Model, resolve
+
+# A thread that waits for another one on a busy machine costs more than it saves on a model of this size.
+torch.set_num_threads(1)
+os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 BIN = Path(__file__).parents[2] / ".venv-servers" / "bin"
 
