@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from cai.engines import Sampling
 from cai.engines.prefixes import Groups, Prefixes, bias_of, forward, grouped_heads, joint_attention, read
@@ -25,8 +26,10 @@ from cai.engines.sampling import draw, uniforms
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LEAVE = 8
-"""Rows leave when one in so many has ended: until then they are computed in vain, and leaving copies the others."""
+_LEAVE = 32
+"""Rows leave when one in so many has ended: until then they are computed in vain, and leaving costs a little."""
+_ENTER = 8
+"""New rows enter when one in so many tokens of the budget is free: few prompts at once are read slowly."""
 _MORE = 16
 """Tokens of a row that room is made for at once."""
 
@@ -63,16 +66,21 @@ class Stopping:
 
 @dataclass
 class Row:
-    """A response that is being drawn, to a prompt of `length` tokens. `prompt` is its place among the prefixes."""
+    """A response that is being drawn, to a prompt of `length` tokens. `place` is its place among the prompts."""
 
     number: int
     length: int
-    prompt: int
-    uniform: torch.Tensor
+    place: int
+    uniform: list[float]
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
     over: bool = False
+
+    @property
+    def chance(self) -> float:
+        """What decides the next token."""
+        return self.uniform[min(len(self.token_ids), len(self.uniform) - 1)]
 
     def drawn(self) -> Drawn:
         """What there is of it."""
@@ -80,50 +88,46 @@ class Row:
 
 
 class Room:
-    """The keys, (row, kv heads, width, `length`), and values of what rows drew themselves.
+    """The keys, (row, kv heads, width, token), and values, (row, kv heads, token, width), of what rows drew themselves.
 
-    There is room for a little more than they hold, and zeros where nothing is yet: a product with all of it is faster
-    than one with a part.
+    There is room for a few more rows and tokens than are needed, and zeros where nothing is yet: a product with all
+    tokens is faster than one with a part.
     """
 
     def __init__(self) -> None:
-        self.length = 0
+        self.rows = self.tokens = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
-    def keep(self, rows: Sequence[int], new: int, used: int) -> None:
-        """Leaves the room of `rows`, of which at most `used` tokens hold something, and makes some for `new` ones."""
-        self.length = used + _MORE
-        for layers, seq in ((self.keys, -1), (self.values, -2)):
-            for n, old in enumerate(layers):
-                at = torch.tensor(rows, dtype=torch.long, device=old.device)
-                kept = old.narrow(seq, 0, used).index_select(0, at)
-                shape = [len(rows) + new, *old.shape[1:]]
-                shape[seq] = self.length
-                layers[n] = old.new_zeros(shape)
-                layers[n][: len(rows)].narrow(seq, 0, used).copy_(kept)
-
-    def make(self, needed: int) -> None:
-        """Makes room for `needed` tokens and some more, where there is less."""
-        if needed <= self.length:
+    def make(self, rows: int, tokens: int) -> None:
+        """Makes room for so many, and some more, where there is less."""
+        more_rows = 0 if rows <= self.rows else rows - self.rows + rows // 4
+        more_tokens = 0 if tokens <= self.tokens else tokens - self.tokens + max(_MORE, tokens // 4)
+        if not more_rows and not more_tokens:
             return
-        more = needed + max(_MORE, needed // 4) - self.length
-        self.length += more
-        self.keys = [torch.nn.functional.pad(each, (0, more)) for each in self.keys]
-        self.values = [torch.nn.functional.pad(each, (0, 0, 0, more)) for each in self.values]
+        self.rows += more_rows
+        self.tokens += more_tokens
+        self.keys = [pad(each, (0, more_tokens, 0, 0, 0, 0, 0, more_rows)) for each in self.keys]
+        self.values = [pad(each, (0, 0, 0, more_tokens, 0, 0, 0, more_rows)) for each in self.values]
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Rows take the places of others."""
+        for each in (*self.keys, *self.values):
+            each[list(targets)] = each[list(sources)]
 
     def write(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes each row's `key` and `value`, (row, kv heads, 1, width), at its place; the layer's room."""
+        """Writes each row's key and value, (row, kv heads, 1, width), at its token; all keys and values of the rows."""
+        n, heads, _, width = key.shape
         if layer == len(self.keys):
-            n, heads, _, width = key.shape
-            self.keys.append(key.new_zeros((n, heads, width, self.length)))
-            self.values.append(value.new_zeros((n, heads, self.length, value.shape[-1])))
-        rows = torch.arange(len(at), device=at.device)
-        self.keys[layer][rows, :, :, at] = key[:, :, 0]
-        self.values[layer][rows, :, at] = value[:, :, 0]
-        return self.keys[layer], self.values[layer]
+            self.keys.append(key.new_zeros((self.rows, heads, width, self.tokens)))
+            self.values.append(value.new_zeros((self.rows, heads, self.tokens, value.shape[-1])))
+        keys, values = self.keys[layer][:n], self.values[layer][:n]
+        rows = torch.arange(n, device=at.device)
+        keys[rows, :, :, at] = key[:, :, 0]
+        values[rows, :, at] = value[:, :, 0]
+        return keys, values
 
 
 @torch.inference_mode()
@@ -139,76 +143,104 @@ def decode(
 ) -> Iterator[tuple[int, Drawn]]:
     """(index, what was drawn) of each response as it ends. Rows and prompts that run have `budget` tokens of room."""
     waiting = deque(_by_prompt(wanted, budget, sampling.max_new_tokens))
-    rows: list[Row] = []
-    prefixes: Prefixes | None = None
-    room = Room()
-    while True:
-        left = [n for n, row in enumerate(rows) if not row.over]
-        rows = [rows[n] for n in left]
-        prefixes = _still_shared(prefixes, rows)
-        entering = _entering(waiting, rows, budget, sampling.max_new_tokens)
-        if entering:
-            logits, keep = read(model, [group.prompt for group in entering], pad_id)
-            first = 0 if prefixes is None else len(prefixes.lengths)
-            prefixes = keep() if prefixes is None else prefixes.followed_by(keep())
-            new = [
-                Row(n, len(group.prompt), first + place, uniforms([wanted[n].seed], sampling.max_new_tokens)[0])
-                for place, group in enumerate(entering)
-                for n in group.members
-            ]
-            chance = torch.stack([row.uniform[0] for row in new])
-            take(new, draw(logits[[row.prompt - first for row in new]].float(), chance, sampling, banned), stopping)
-            rows += new
-        if prefixes is None:
-            return
-        room.keep(left, len(rows) - len(left), max((len(row.token_ids) - 1 for row in rows), default=0))
-        step = _Step(model, rows, prefixes, room)
-        while sum(row.over for row in rows) * _LEAVE < len(rows):
-            take(rows, draw(step(), step.chance, sampling, banned), stopping)
-        yield from ((row.number, row.drawn()) for row in rows if row.over)
+    batch = _Batch(model, max((len(group.members) for group in waiting), default=0))
+    while waiting or batch.rows:
+        if entering := _entering(waiting, batch, budget, sampling.max_new_tokens):
+            seeds = {n: wanted[n].seed for group in entering for n in group.members}
+            chances = uniforms(list(seeds.values()), sampling.max_new_tokens).tolist()
+            new, logits = batch.enter(entering, dict(zip(seeds, chances, strict=True)), pad_id)
+            take(new, logits, sampling, banned, stopping)
+        while sum(row.over for row in batch.rows) * _LEAVE < len(batch.rows):
+            take(batch.rows, batch.step(), sampling, banned, stopping)
+        yield from ((row.number, row.drawn()) for row in batch.leave())
 
 
-class _Step:
-    """One more token of the same rows: the model's forward pass behind their prompts and what they drew."""
+class _Batch:
+    """The rows that run: a forward pass of one more token of each, behind its prompt and what it drew.
 
-    def __init__(self, model: PreTrainedModel, rows: Sequence[Row], prefixes: Prefixes, room: Room) -> None:
+    Rows lie without gaps: the last ones take the places of those that leave. A prompt has `size` places for its rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, size: int) -> None:
         self.model = model
-        self.rows = rows
-        self.room = room
-        self.device = model.device
-        self.groups = Groups([row.prompt for row in rows], self.device)
-        self.shared = prefixes.select(self.groups.prefixes)
-        self.bias = bias_of(self.shared.mask[:, None, None], model.dtype)
-        self.before = prefixes.lengths[[row.prompt for row in rows]]
-        self.last = torch.arange(len(rows), device=self.device), torch.zeros(len(rows), dtype=torch.long)
-        self.uniforms = torch.stack([row.uniform for row in rows])
+        self.size = size
+        self.rows: list[Row] = []
+        self.prefixes: Prefixes | None = None
+        self.room = Room()
 
-    def __call__(self) -> torch.Tensor:
-        """Logits of the next token, (row, vocabulary), float32. Its randomness is `chance`, (row,), afterwards."""
-        drawn = [len(row.token_ids) - 1 for row in self.rows]
-        self.chance = self.uniforms[range(len(drawn)), [min(n + 1, len(self.uniforms[0]) - 1) for n in drawn]]
-        self.at = torch.tensor(drawn, device=self.device)
-        self.room.make(max(drawn) + 1)
-        own = torch.arange(self.room.length, device=self.device) <= self.at[:, None]
+    @property
+    def prompts(self) -> list[int]:
+        """The prompts that still have rows."""
+        return sorted({row.place // self.size for row in self.rows})
+
+    def enter(
+        self, groups: Sequence[_Group], uniform: Mapping[int, list[float]], pad_id: int
+    ) -> tuple[list[Row], torch.Tensor]:
+        """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
+        logits, keep = read(self.model, [group.prompt for group in groups], pad_id)
+        prompts = self.prompts
+        for row in self.rows:
+            prompt, member = divmod(row.place, self.size)
+            row.place = prompts.index(prompt) * self.size + member
+        old = self.prefixes.select(prompts) if self.prefixes is not None and prompts else None
+        self.prefixes = keep() if old is None else old.followed_by(keep())
+        self.bias = bias_of(self.prefixes.mask[:, None, None], self.model.dtype)
+        new = [
+            Row(number, len(group.prompt), (len(prompts) + n) * self.size + member, uniform[number])
+            for n, group in enumerate(groups)
+            for member, number in enumerate(group.members)
+        ]
+        self.rows += new
+        return new, logits[[row.place // self.size - len(prompts) for row in new]]
+
+    def leave(self) -> list[Row]:
+        """Takes out the rows that are over."""
+        over = [row for row in self.rows if row.over]
+        left = len(self.rows) - len(over)
+        gaps = [n for n in range(left) if self.rows[n].over]
+        last = [n for n in range(left, len(self.rows)) if not self.rows[n].over]
+        for gap, n in zip(gaps, last, strict=True):
+            self.rows[gap] = self.rows[n]
+        del self.rows[left:]
+        if gaps:
+            self.room.move(last, gaps)
+        return over
+
+    def step(self) -> torch.Tensor:
+        """Logits of the next token of each row, (row, vocabulary)."""
+        device, rows = self.model.device, self.rows
+        assert self.prefixes is not None
+        drawn = [len(row.token_ids) - 1 for row in rows]
+        self.room.make(len(rows), max(drawn) + 1)
+        self.groups = Groups(range(len(self.prefixes.lengths)), self.size, [row.place for row in rows], device)
+        self.at = torch.tensor(drawn, device=device)
+        own = torch.arange(self.room.tokens, device=device) <= self.at[:, None]
         self.own_bias = bias_of(own[:, None, None], self.model.dtype)
-        ids = torch.tensor([[row.token_ids[-1]] for row in self.rows], device=self.device)
-        return forward(self.model, ids, (self.before + self.at)[:, None], self._attend, self.last).float()
+        ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=device)
+        positions = torch.tensor([[row.length + n] for row, n in zip(rows, drawn, strict=True)], device=device)
+        last = torch.arange(len(rows), device=device), torch.zeros_like(self.at)
+        return forward(self.model, ids, positions, self._attend, last)
 
     def _attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        assert self.prefixes is not None
         keys, values = self.room.write(layer, key, value, self.at)
         return joint_attention(
             grouped_heads(query, key.shape[1], scale),
-            (self.shared.keys[layer], self.shared.values[layer], self.bias),
+            (self.prefixes.keys[layer], self.prefixes.values[layer], self.bias),
             self.groups,
             (keys, values, self.own_bias),
         ).reshape(*query.shape[:-1], -1)
 
 
-def take(rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor], stopping: Stopping) -> None:
-    """Adds each row's token and log-probability; a row that was over already is left as it is."""
-    for row, token, log_prob in zip(rows, *(each.tolist() for each in drawn), strict=True):
+def take(
+    rows: Sequence[Row], logits: torch.Tensor, sampling: Sampling, banned: Sequence[int], stopping: Stopping
+) -> None:
+    """Draws a token for each row, from its (row, vocabulary) logits; a row that was over already is left as it is."""
+    chance = torch.tensor([row.chance for row in rows], dtype=torch.float64)
+    tokens, log_probs = draw(logits.float(), chance, sampling, banned)
+    for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
         if row.over:
             continue
         row.token_ids.append(token)
@@ -218,35 +250,30 @@ def take(rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor], stopping
 
 
 def _by_prompt(wanted: Sequence[Wanted], budget: int, room: int) -> list[_Group]:
-    """Those with the same prompt together, as far as `budget` has room for them, the longest prompts first."""
-    ordered = sorted(range(len(wanted)), key=lambda n: (-len(wanted[n].prompt), wanted[n].prompt))
+    """Those with the same prompt together, as far as `budget` has room for them, the longest prompts first.
+
+    None is much larger than the others are on average: each prompt gets as many places as the largest needs.
+    """
+    order = sorted(range(len(wanted)), key=lambda n: (-len(wanted[n].prompt), wanted[n].prompt))
+    same = [list(each) for _, each in itertools.groupby(order, key=lambda n: wanted[n].prompt)]
     groups: list[_Group] = []
-    for prompt, same in itertools.groupby(ordered, key=lambda n: wanted[n].prompt):
-        at_once = max(1, (budget - len(prompt)) // room)
-        members = list(same)
+    for members in same:
+        prompt = wanted[members[0]].prompt
+        at_once = max(1, min((budget - len(prompt)) // room, -(-2 * len(wanted) // len(same))))
         groups += [_Group(prompt, members[first : first + at_once]) for first in range(0, len(members), at_once)]
     return groups
 
 
-def _entering(waiting: deque[_Group], rows: Sequence[Row], budget: int, room: int) -> list[_Group]:
-    """Takes from `waiting` what there is room for beside `rows`; at least one where nothing runs."""
+def _entering(waiting: deque[_Group], batch: _Batch, budget: int, room: int) -> list[_Group]:
+    """Takes from `waiting` what there is enough room for beside the rows that run; at least one where none does."""
     if not waiting:
         return []
-    longest = max([len(waiting[0].prompt), *(row.length for row in rows)])
-    free = budget - len(rows) * room - len({row.prompt for row in rows}) * longest
+    longest = max([len(waiting[0].prompt), *(row.length for row in batch.rows)])
+    free = budget - len(batch.rows) * room - len(batch.prompts) * longest
     entering: list[_Group] = []
-    while waiting and ((needed := longest + len(waiting[0].members) * room) <= free or not (rows or entering)):
+    if batch.rows and free < budget // _ENTER:
+        return entering
+    while waiting and ((needed := longest + len(waiting[0].members) * room) <= free or not (batch.rows or entering)):
         free -= needed
         entering.append(waiting.popleft())
     return entering
-
-
-def _still_shared(prefixes: Prefixes | None, rows: Sequence[Row]) -> Prefixes | None:
-    """The prompts that still have rows, which learn their new places."""
-    if prefixes is None or not rows:
-        return None
-    old = sorted({row.prompt for row in rows})
-    places = {prompt: n for n, prompt in enumerate(old)}
-    for row in rows:
-        row.prompt = places[row.prompt]
-    return prefixes.select(old)

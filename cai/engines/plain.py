@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from cai.engines import Sampling
 from cai.engines.batching import batches
 from cai.engines.decoding import Drawn, Row, Stopping, Wanted, take
-from cai.engines.sampling import draw, uniforms
+from cai.engines.sampling import uniforms
 from cai.engines.scoring import Asked, Scores, of_options
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def decode(
     order = sorted(range(len(wanted)), key=lambda n: len(wanted[n].prompt))
     for first, last in batches([len(wanted[n].prompt) + room for n in order], budget):
         part = order[first:last]
-        rows = [Row(n, len(wanted[n].prompt), n, uniforms([wanted[n].seed], room)[0]) for n in part]
+        chances = uniforms([wanted[n].seed for n in part], room).tolist()
+        rows = [Row(n, len(wanted[n].prompt), 0, chance) for n, chance in zip(part, chances, strict=True)]
         _draw_all(model, rows, [wanted[n].prompt for n in part], sampling, stopping, pad_id, banned)
         yield from ((row.number, row.drawn()) for row in rows)
 
@@ -72,12 +73,11 @@ def _draw_all(
     ids, mask = (each.to(model.device) for each in padded_left(prompts, pad_id))
     cache = DynamicCache(config=model.config)
     start = 0
-    for step in range(sampling.max_new_tokens):
+    for _ in range(sampling.max_new_tokens):
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, start:]
         extra = accepted(model, position_ids=positions, logits_to_keep=1)
         output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-        uniform = torch.stack([row.uniform[step] for row in rows])
-        take(rows, draw(output.logits[:, -1].float(), uniform, sampling, banned), stopping)
+        take(rows, output.logits[:, -1], sampling, banned, stopping)
         running = [n for n, row in enumerate(rows) if not row.over]
         if not running:
             return

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -83,28 +83,34 @@ class Prefixes:
 
 
 class Groups:
-    """Rows laid out by the prefix that they share: `prefixes`, one a group, and the same number of places in each.
+    """Rows laid out by the prefix that they share: `prefixes`, one a group, and `size` places in each.
 
-    A prefix with many more rows than the others has several groups, so that few places stay empty.
+    `places` are those of the rows: row n stands in group places[n] // size. Some may be empty.
     """
 
-    def __init__(self, owners: Sequence[int], device: torch.device) -> None:
+    def __init__(self, prefixes: Sequence[int], size: int, places: Sequence[int], device: torch.device) -> None:
+        self.prefixes = prefixes
+        self.size = size
+        full = list(places) == list(range(len(prefixes) * size))
+        self._at = None if full else torch.tensor(places, device=device)
+
+    @classmethod
+    def of(cls, owners: Sequence[int], device: torch.device) -> Self:
+        """Groups by owner; one with many more rows than others has several groups, so that few places are empty."""
         counts = Counter(owners)
-        self.size = max(counts.values())
-        if self.size * len(counts) > 1.5 * len(owners):
-            self.size = math.ceil(len(owners) / len(counts))
-        self.prefixes: list[int] = []
-        first: dict[int, int] = {}
+        size = max(counts.values())
+        if size * len(counts) > 1.5 * len(owners):
+            size = math.ceil(len(owners) / len(counts))
+        prefixes: list[int] = []
+        following: dict[int, int] = {}
         for owner in sorted(counts):
-            first[owner] = len(self.prefixes) * self.size
-            self.prefixes += [owner] * math.ceil(counts[owner] / self.size)
-        seen: Counter[int] = Counter()
-        at = []
+            following[owner] = len(prefixes) * size
+            prefixes += [owner] * math.ceil(counts[owner] / size)
+        places = []
         for owner in owners:
-            at.append(first[owner] + seen[owner])
-            seen[owner] += 1
-        full = at == list(range(len(self.prefixes) * self.size))
-        self._at = None if full else torch.tensor(at, device=device)
+            places.append(following[owner])
+            following[owner] += 1
+        return cls(prefixes, size, places, device)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """(row, heads, ...) -> (group, heads, place, ...)."""
@@ -231,7 +237,7 @@ def read(
     positions = torch.arange(longest, device=device).expand(len(rows), -1)
     reading = _Reading()
     if behind is not None:
-        reading = _Continuing(behind, Groups(owners, device), longest, model.dtype)
+        reading = _Continuing(behind, Groups.of(owners, device), longest, model.dtype)
         own = torch.tensor(owners, device=device)
         positions = positions + behind.lengths[own, None]
     logits = forward(model, ids, positions, reading, (torch.arange(len(rows), device=device), lengths - 1))

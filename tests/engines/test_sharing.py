@@ -92,7 +92,7 @@ def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
         attn_mask=torch.cat([mask[owners][:, None].expand(-1, own, -1), causal.expand(n, -1, -1)], dim=-1)[:, None],
         enable_gqa=True,
     )
-    groups = Groups(owners, torch.device("cpu"))
+    groups = Groups.of(owners, torch.device("cpu"))
     bias = torch.zeros(mask.shape).masked_fill(~mask, -1e30)[groups.prefixes][:, None, None]
     own_bias = torch.zeros(own, own).masked_fill(~causal, -1e30).repeat(heads // kv_heads, 1)
     found = joint_attention(
