@@ -138,7 +138,6 @@ def decode(
     stopping: Stopping,
     *,
     budget: int,
-    pad_id: int,
     banned: Sequence[int] = (),
 ) -> Iterator[tuple[int, Drawn]]:
     """(index, what was drawn) of each response as it ends. Rows and prompts that run have `budget` tokens of room."""
@@ -148,7 +147,7 @@ def decode(
         if entering := _entering(waiting, batch, budget, sampling.max_new_tokens):
             seeds = {n: wanted[n].seed for group in entering for n in group.members}
             chances = uniforms(list(seeds.values()), sampling.max_new_tokens).tolist()
-            new, logits = batch.enter(entering, dict(zip(seeds, chances, strict=True)), pad_id)
+            new, logits = batch.enter(entering, dict(zip(seeds, chances, strict=True)))
             take(new, logits, sampling, banned, stopping)
         while sum(row.over for row in batch.rows) * _LEAVE < len(batch.rows):
             take(batch.rows, batch.step(), sampling, banned, stopping)
@@ -173,11 +172,9 @@ class _Batch:
         """The prompts that still have rows."""
         return sorted({row.place // self.size for row in self.rows})
 
-    def enter(
-        self, groups: Sequence[_Group], uniform: Mapping[int, list[float]], pad_id: int
-    ) -> tuple[list[Row], torch.Tensor]:
+    def enter(self, groups: Sequence[_Group], uniform: Mapping[int, list[float]]) -> tuple[list[Row], torch.Tensor]:
         """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
-        logits, keep = read(self.model, [group.prompt for group in groups], pad_id)
+        logits, keep = read(self.model, [group.prompt for group in groups])
         prompts = self.prompts
         for row in self.rows:
             prompt, member = divmod(row.place, self.size)

@@ -115,7 +115,7 @@ class LocalEngine:
         way = decoding.decode if self._shares else plain.decode
 
         def drawn(wanted: Sequence[decoding.Wanted], budget: int) -> Iterator[tuple[int, decoding.Drawn]]:
-            return way(self.lm, wanted, sampling, stopping, budget=budget, pad_id=chat.pad_id, banned=banned)
+            return way(self.lm, wanted, sampling, stopping, budget=budget, banned=banned)
 
         for number, row in self._all([decoding.Wanted(prompt, request.seed) for prompt, request in items], drawn):
             prompt, request = items[number]
@@ -169,7 +169,7 @@ class LocalEngine:
         from cai.engines import plain, scoring
 
         way = scoring.score if self._shares else plain.score
-        return self._all(asked, lambda some, budget: way(self.lm, some, budget, self.chat.pad_id))
+        return self._all(asked, lambda some, budget: way(self.lm, some, budget))
 
     def _all(
         self, items: Sequence[Item], work: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]

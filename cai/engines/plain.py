@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int, pad_id: int) -> Iterator[tuple[int, Scores]]:
+def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterator[tuple[int, Scores]]:
     """(index, the options' log-probabilities) of every question, each a row padded on the left."""
     order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
     for first, last in batches([len(asked[n][0]) for n in order], budget):
         part = order[first:last]
-        ids, mask = (each.to(model.device) for each in padded_left([asked[n][0] for n in part], pad_id))
+        ids, mask = (each.to(model.device) for each in padded_left([asked[n][0] for n in part]))
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         extra = accepted(model, position_ids=positions, logits_to_keep=1)
         output = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
@@ -46,7 +46,6 @@ def decode(
     stopping: Stopping,
     *,
     budget: int,
-    pad_id: int,
     banned: Sequence[int] = (),
 ) -> Iterator[tuple[int, Drawn]]:
     """(index, what was drawn) of each response, a batch at a time; rows that have ended leave when half of it has."""
@@ -56,7 +55,7 @@ def decode(
         part = order[first:last]
         chances = uniforms([wanted[n].seed for n in part], room).tolist()
         rows = [Row(n, len(wanted[n].prompt), 0, chance) for n, chance in zip(part, chances, strict=True)]
-        _draw_all(model, rows, [wanted[n].prompt for n in part], sampling, stopping, pad_id, banned)
+        _draw_all(model, rows, [wanted[n].prompt for n in part], sampling, stopping, banned)
         yield from ((row.number, row.drawn()) for row in rows)
 
 
@@ -66,11 +65,10 @@ def _draw_all(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stopping: Stopping,
-    pad_id: int,
     banned: Sequence[int],
 ) -> None:
     """Draws the rows' responses to their ends."""
-    ids, mask = (each.to(model.device) for each in padded_left(prompts, pad_id))
+    ids, mask = (each.to(model.device) for each in padded_left(prompts))
     cache = DynamicCache(config=model.config)
     start = 0
     for _ in range(sampling.max_new_tokens):
@@ -90,10 +88,10 @@ def _draw_all(
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
 
 
-def padded_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both (batch, seq)."""
+def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (batch, seq); what is masked is id 0."""
     longest = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -170,89 +171,112 @@ def grouped_heads(query: torch.Tensor, kv_heads: int, scale: float) -> torch.Ten
     return (query * scale).reshape(batch, kv_heads, -1, width)
 
 
-class _Reading:
-    """Rows that begin a text, padded on the right: plain causal attention. Keeps keys and values."""
+class _Packed:
+    """Rows of several lengths laid out one after the other, as everything but attention reads them: without padding."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.sizes = torch.tensor([len(row) for row in rows])
+        self.shape = len(rows), int(self.sizes.max())
+        self.mask = (torch.arange(self.shape[1]) < self.sizes[:, None]).to(device)
+        self.ids = torch.tensor([list(itertools.chain.from_iterable(rows))], device=device)
+        self.columns = torch.arange(self.shape[1], device=device).expand(self.shape)[self.mask]
+        self.last = (self.sizes.cumsum(0) - 1).to(device)
+        self._at = None if bool(self.mask.all()) else self.mask.flatten().nonzero()[:, 0]
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """(1, heads, token, width) -> (row, heads, column, width), padded on the right with zeros."""
+        tokens = states[0].transpose(0, 1)
+        if self._at is not None:
+            room = tokens.new_zeros((self.shape[0] * self.shape[1], *tokens.shape[1:]))
+            tokens = room.index_copy_(0, self._at, tokens)
+        return tokens.reshape(*self.shape, *tokens.shape[1:]).transpose(1, 2)
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """(row, heads, column, width) -> (1, heads, token, width)."""
+        tokens = states.transpose(1, 2).flatten(0, 1)
+        if self._at is not None:
+            tokens = tokens.index_select(0, self._at)
+        return tokens.transpose(0, 1)[None]
+
+
+class _Reading:
+    """Attention of rows that begin a text: plainly causal. Keeps keys and values."""
+
+    def __init__(self, rows: _Packed) -> None:
+        self.rows = rows
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        query, key, value = (self.rows.unpack(each) for each in (query, key, value))
         self.keys.append(key.transpose(-1, -2).contiguous())
         self.values.append(value.contiguous())
+        return self.rows.pack(self.attend(layer, query, value, scale))
+
+    def attend(self, layer: int, query: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        key = self.keys[-1].transpose(-1, -2)
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
+    def prefixes(self) -> Prefixes:
+        """The rows as prefixes."""
+        return Prefixes(self.keys, self.values, self.rows.mask, self.rows.sizes.to(self.rows.mask.device))
+
 
 class _Continuing(_Reading):
-    """Rows behind prefixes, each row padded on the right."""
+    """Attention of rows behind prefixes."""
 
-    def __init__(self, prefixes: Prefixes, groups: Groups, length: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.behind = prefixes.select(groups.prefixes)
-        self.groups = groups
-        self.bias = bias_of(self.behind.mask[:, None, None], dtype)
-        causal = torch.ones(length, length, dtype=torch.bool, device=prefixes.mask.device).tril()
-        self.own_bias = bias_of(causal, dtype)
+    def __init__(self, rows: _Packed, behind: Prefixes, owners: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__(rows)
+        device = rows.mask.device
+        self.behind, self.owners = behind, torch.tensor(owners, device=device)
+        self.groups = Groups.of(owners, device)
+        self.grouped = behind.select(self.groups.prefixes)
+        self.bias = bias_of(self.grouped.mask[:, None, None], dtype)
+        self.own_bias = bias_of(torch.ones(2 * rows.shape[1:], dtype=torch.bool, device=device).tril(), dtype)
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        key = key.transpose(-1, -2)
-        self.keys.append(key)
-        self.values.append(value)
-        own_bias = self.own_bias
-        if own_bias is not None:
-            own_bias = own_bias.repeat(query.shape[1] // key.shape[1], 1)
+    def attend(self, layer: int, query: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        kv_heads = value.shape[1]
+        own_bias = None if self.own_bias is None else self.own_bias.repeat(query.shape[1] // kv_heads, 1)
         out = joint_attention(
-            grouped_heads(query, key.shape[1], scale),
-            (self.behind.keys[layer], self.behind.values[layer], self.bias),
+            grouped_heads(query, kv_heads, scale),
+            (self.grouped.keys[layer], self.grouped.values[layer], self.bias),
             self.groups,
-            (key, value, own_bias),
+            (self.keys[-1], self.values[-1], own_bias),
         )
         return out.reshape(*query.shape[:-1], -1)
+
+    def prefixes(self) -> Prefixes:
+        """The rows, with all before them, as prefixes."""
+        own, old, at = super().prefixes(), self.behind, self.owners
+        return Prefixes(
+            [torch.cat([one[at], other], dim=-1) for one, other in zip(old.keys, own.keys, strict=True)],
+            [torch.cat([one[at], other], dim=-2) for one, other in zip(old.values, own.values, strict=True)],
+            torch.cat([old.mask[at], own.mask], dim=-1),
+            old.lengths[at] + own.lengths,
+        )
 
 
 @torch.inference_mode()
 def read(
     model: PreTrainedModel,
     rows: Sequence[Sequence[int]],
-    pad_id: int,
     behind: Prefixes | None = None,
     owners: Sequence[int] = (),
 ) -> tuple[torch.Tensor, Callable[[], Prefixes]]:
     """Reads rows, each behind the prefix that `owners` names where there are any.
 
-    Returns the logits after each row's last id, (rows, vocabulary), and what gives the rows, with all before them, as
-    prefixes.
+    Returns the logits after each row's last id, (rows, vocabulary), and what gives the rows as prefixes.
     """
-    device = model.device
-    sizes = torch.tensor([len(row) for row in rows])
-    longest = int(sizes.max())
-    ids = torch.tensor([list(row) + [pad_id] * (longest - len(row)) for row in rows], device=device)
-    mask = (torch.arange(longest) < sizes[:, None]).to(device)
-    lengths = sizes.to(device)
-    positions = torch.arange(longest, device=device).expand(len(rows), -1)
-    reading = _Reading()
+    packed = _Packed(rows, model.device)
+    reading, positions = _Reading(packed), packed.columns
     if behind is not None:
-        reading = _Continuing(behind, Groups.of(owners, device), longest, model.dtype)
-        own = torch.tensor(owners, device=device)
-        positions = positions + behind.lengths[own, None]
-    logits = forward(model, ids, positions, reading, (torch.arange(len(rows), device=device), lengths - 1))
-
-    def kept() -> Prefixes:
-        if behind is None:
-            return Prefixes(reading.keys, reading.values, mask, lengths)
-        return Prefixes(
-            [torch.cat([old[own], new], dim=-1) for old, new in zip(behind.keys, reading.keys, strict=True)],
-            [torch.cat([old[own], new], dim=-2) for old, new in zip(behind.values, reading.values, strict=True)],
-            torch.cat([behind.mask[own], mask], dim=-1),
-            behind.lengths[own] + lengths,
-        )
-
-    return logits, kept
+        reading = _Continuing(packed, behind, owners, model.dtype)
+        positions = positions + behind.lengths[reading.owners].repeat_interleave(packed.sizes.to(model.device))
+    last = torch.zeros_like(packed.last), packed.last
+    return forward(model, packed.ids, positions[None], reading, last), reading.prefixes
 
 
 def forward(
@@ -336,7 +360,7 @@ def can_share(model: PreTrainedModel) -> str | None:
                 ]
                 for each in (owners, [1 - own for own in owners])
             )
-        found, _ = read(model, branches, 0, read(model, trunks, 0)[1](), owners)
+        found, _ = read(model, branches, read(model, trunks)[1](), owners)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
         return f"it does not take attention to shared prefixes: {str(error).splitlines()[0]}"
     differ, other = (

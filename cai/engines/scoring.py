@@ -26,21 +26,21 @@ _CACHED = 4096
 """Tokens in one pass on a CPU: more of them leave its caches."""
 
 
-def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int, pad_id: int) -> Iterator[tuple[int, Scores]]:
+def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterator[tuple[int, Scores]]:
     """(index, the options' log-probabilities) of every question; what is held at once is about `budget` tokens."""
     at_once = min(budget, _CACHED) if model.device.type == "cpu" else budget
     trees = trees_of([prompt for prompt, _ in asked], budget)
     first, held = 0, 0
     for number, tree in enumerate(trees):
         if number > first and held + tree.size > budget:
-            yield from _score(model, list(levels_of(trees[first:number])), asked, at_once, pad_id)
+            yield from _score(model, list(levels_of(trees[first:number])), asked, at_once)
             first, held = number, 0
         held += tree.size
-    yield from _score(model, list(levels_of(trees[first:])), asked, at_once, pad_id)
+    yield from _score(model, list(levels_of(trees[first:])), asked, at_once)
 
 
 def _score(
-    model: PreTrainedModel, levels: Sequence[Level], asked: Sequence[Asked], at_once: int, pad_id: int
+    model: PreTrainedModel, levels: Sequence[Level], asked: Sequence[Asked], at_once: int
 ) -> Iterator[tuple[int, Scores]]:
     """The answers to the questions that end in these trees."""
     behind: Prefixes | None = None
@@ -57,7 +57,7 @@ def _score(
                     part.sort(key=lambda n: level.owners[n])
                 rows = [level.nodes[n].ids for n in part]
                 owners = [places[level.owners[n]] for n in part] if behind is not None else []
-                logits, keep = read(model, rows, pad_id, behind, owners)
+                logits, keep = read(model, rows, behind, owners)
                 ends = [(row, question) for row, n in enumerate(part) for question in level.nodes[n].ends]
                 if ends:
                     found = of_options(logits, [(row, asked[question][1]) for row, question in ends])

@@ -8,6 +8,7 @@ Ids in, plans out; no tensors.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ class Node:
     ends: list[int] = field(default_factory=list)
     children: list[Node] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Tokens in this node and below it."""
         return len(self.ids) + sum(child.size for child in self.children)
