@@ -71,15 +71,15 @@ class Row:
     number: int
     length: int
     place: int
-    uniform: list[float]
+    uniform: list[list[float]]
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
     over: bool = False
 
     @property
-    def chance(self) -> float:
-        """What decides the next token."""
+    def chance(self) -> list[float]:
+        """The two numbers that decide the next token."""
         return self.uniform[min(len(self.token_ids), len(self.uniform) - 1)]
 
     def drawn(self) -> Drawn:
@@ -172,7 +172,9 @@ class _Batch:
         """The prompts that still have rows."""
         return sorted({row.place // self.size for row in self.rows})
 
-    def enter(self, groups: Sequence[_Group], uniform: Mapping[int, list[float]]) -> tuple[list[Row], torch.Tensor]:
+    def enter(
+        self, groups: Sequence[_Group], uniform: Mapping[int, list[list[float]]]
+    ) -> tuple[list[Row], torch.Tensor]:
         """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
         logits, keep = read(self.model, [group.prompt for group in groups])
         prompts = self.prompts
