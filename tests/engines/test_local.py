@@ -149,7 +149,7 @@ def test_a_drawn_end_of_turn_ends_the_response_and_is_no_text(tiny: Tiny, family
     end = engine.chat.end_of_turn
     head = engine.lm.get_output_embeddings()
     bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]))
-    bias.data[end] = 8.0  # an end every few tokens: rows leave the batch at different steps
+    bias.data[end] = 6.0  # an end every few tokens: rows leave the batch at different steps
     head.bias = bias
     sampling = Sampling(max_new_tokens=30, temperature=1.0)
     wanted = [Request(f"{n}", [{"role": "user", "content": TEXTS[n % 5]}], n, sampling) for n in range(12)]
