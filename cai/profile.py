@@ -114,7 +114,9 @@ class Profile(BaseModel):
     )
     server: Server = Field(Server.model_validate({}), description="The server of `engine: server` and `served:`.")
     vllm: Vllm = Field(Vllm.model_validate({}), description="How `engine: vllm` is started.")
-    token_budget: int = Field(16384, ge=256, description="Tokens in one forward batch of an engine, padding included.")
+    token_budget: int = Field(
+        16384, ge=256, description="Tokens that an engine holds at once, room for new ones included."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; absent = as many as cores.")
