@@ -142,20 +142,21 @@ def joint_attention(
     if own_bias is not None:
         own_scores = own_scores + own_bias
     queries, own_scores = groups.gather(query), groups.gather(own_scores)
-    length, (n, kv_heads, size, count, _) = keys.shape[-1], queries.shape
-    at_once = max(1, _SCORES // (kv_heads * size * count * (length + own_scores.shape[-1])))
-    out = queries.new_empty((*queries.shape[:-1], values.shape[-1]))
-    own_weights = torch.empty_like(own_scores)
+    length, own_length, (n, kv_heads, size, count, _) = keys.shape[-1], own_scores.shape[-1], queries.shape
+    at_once = max(1, _SCORES // (kv_heads * size * count * (length + own_length)))
+    out, own_weights = [], []
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         shared = queries[part].flatten(2, 3) @ keys[part]
-        if bias is not None:
-            shared += bias[part]
-        both = [shared.view(-1, kv_heads, size, count, length), own_scores[part]]
-        weights = torch.cat(both, dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        out[part] = (weights[..., :length].flatten(2, 3) @ values[part]).view_as(out[part])
-        own_weights[part] = weights[..., length:]
-    return groups.scatter(out) + groups.scatter(own_weights) @ own_values
+        both = shared.new_empty((*shared.shape[:-1], length + own_length), dtype=torch.float32)
+        torch.add(shared, 0 if bias is None else bias[part], out=both[..., :length])
+        both[..., length:] = own_scores[part].flatten(2, 3)
+        weights = both.softmax(dim=-1).to(query.dtype)
+        out.append(weights[..., :length] @ values[part])
+        own_weights.append(weights[..., length:])
+    places = (n, kv_heads, size, count, -1)
+    attended = [(each[0] if len(each) == 1 else torch.cat(each)).reshape(places) for each in (out, own_weights)]
+    return groups.scatter(attended[0]) + groups.scatter(attended[1]) @ own_values
 
 
 def bias_of(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
