@@ -178,6 +178,7 @@ def test_results_come_while_others_are_still_under_way_and_leaving_cancels_these
 
 def test_ctrl_c_ends_the_iteration_and_leaves_the_engine_usable(model, behind) -> None:
     release = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # test processes may ignore it
 
     def hold(number: int, server: Server, handler: small_server.Handler) -> bool:
         if number == 2:
@@ -186,11 +187,14 @@ def test_ctrl_c_ends_the_iteration_and_leaves_the_engine_usable(model, behind) -
             release.wait(20)
         return False
 
-    with serving(behind, Behaviour(mishap=hold)) as server, opened(server, model) as engine:
-        with pytest.raises(KeyboardInterrupt):
-            list(engine.generate(REQUESTS))
-        release.set()
-        assert all(isinstance(each, Completion) for each in engine.generate(REQUESTS))
+    try:
+        with serving(behind, Behaviour(mishap=hold)) as server, opened(server, model) as engine:
+            with pytest.raises(KeyboardInterrupt):
+                list(engine.generate(REQUESTS))
+            release.set()
+            assert all(isinstance(each, Completion) for each in engine.generate(REQUESTS))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_server_that_is_not_there_is_one_sentence(model) -> None:
