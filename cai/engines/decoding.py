@@ -10,6 +10,7 @@ Left out: beams, penalties, speculative decoding, reading a long prompt in parts
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ _LEAVE = 32
 """Rows leave when one in so many has ended: until then they are computed in vain, and leaving costs a little."""
 _ENTER = 8
 """New rows enter when one in so many tokens of the budget is free: few prompts at once are read slowly."""
+_DRAWN = 256
+"""Rows whose tokens are drawn at once."""
 _MORE = 16
 """Tokens of a row that room is made for at once."""
 
@@ -165,7 +168,13 @@ class _Batch:
         self.size = size
         self.rows: list[Row] = []
         self.prefixes: Prefixes | None = None
+        self.bias: torch.Tensor | None = None
         self.room = Room()
+
+    @property
+    def n_prompts(self) -> int:
+        """The prompts that are kept, with rows or without."""
+        return 0 if self.prefixes is None else len(self.prefixes.lengths)
 
     @property
     def prompts(self) -> list[int]:
@@ -177,20 +186,16 @@ class _Batch:
     ) -> tuple[list[Row], torch.Tensor]:
         """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
         logits, keep = read(self.model, [group.prompt for group in groups])
-        prompts = self.prompts
-        for row in self.rows:
-            prompt, member = divmod(row.place, self.size)
-            row.place = prompts.index(prompt) * self.size + member
-        old = self.prefixes.select(prompts) if self.prefixes is not None and prompts else None
-        self.prefixes = keep() if old is None else old.followed_by(keep())
-        self.bias = bias_of(self.prefixes.mask[:, None, None], self.model.dtype)
+        self._keep(self.prompts)
+        before = self.n_prompts
+        self._set(keep() if self.prefixes is None else self.prefixes.followed_by(keep()))
         new = [
-            Row(number, len(group.prompt), (len(prompts) + n) * self.size + member, uniform[number])
+            Row(number, len(group.prompt), (before + n) * self.size + member, uniform[number])
             for n, group in enumerate(groups)
             for member, number in enumerate(group.members)
         ]
         self.rows += new
-        return new, logits[[row.place // self.size - len(prompts) for row in new]]
+        return new, logits[[row.place // self.size - before for row in new]]
 
     def leave(self) -> list[Row]:
         """Takes out the rows that are over."""
@@ -200,10 +205,24 @@ class _Batch:
         last = [n for n in range(left, len(self.rows)) if not self.rows[n].over]
         for gap, n in zip(gaps, last, strict=True):
             self.rows[gap] = self.rows[n]
+        self.room.make(len(self.rows), 0)  # rows that end with their first token have not been there yet
         del self.rows[left:]
         if gaps:
             self.room.move(last, gaps)
+        if 2 * len(prompts := self.prompts) < self.n_prompts:
+            self._keep(prompts)
         return over
+
+    def _keep(self, prompts: Sequence[int]) -> None:
+        """Forgets the other prompts."""
+        for row in self.rows:
+            prompt, member = divmod(row.place, self.size)
+            row.place = prompts.index(prompt) * self.size + member
+        self._set(self.prefixes.select(prompts) if self.prefixes is not None and prompts else None)
+
+    def _set(self, prefixes: Prefixes | None) -> None:
+        self.prefixes = prefixes
+        self.bias = None if prefixes is None else bias_of(prefixes.mask[:, None, None], self.model.dtype)
 
     def step(self) -> torch.Tensor:
         """Logits of the next token of each row, (row, vocabulary)."""
@@ -211,25 +230,33 @@ class _Batch:
         assert self.prefixes is not None
         drawn = [len(row.token_ids) - 1 for row in rows]
         self.room.make(len(rows), max(drawn) + 1)
-        self.groups = Groups(range(len(self.prefixes.lengths)), self.size, [row.place for row in rows], device)
-        self.at = torch.tensor(drawn, device=device)
-        own = torch.arange(self.room.tokens, device=device) <= self.at[:, None]
-        self.own_bias = bias_of(own[:, None, None], self.model.dtype)
+        groups = Groups(range(self.n_prompts), self.size, [row.place for row in rows], device)
+        at = torch.tensor(drawn, device=device)
+        own = torch.arange(self.room.tokens, device=device) <= at[:, None]
+        attend = functools.partial(self._attend, groups, at, bias_of(own[:, None, None], self.model.dtype))
         ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=device)
         positions = torch.tensor([[row.length + n] for row, n in zip(rows, drawn, strict=True)], device=device)
-        last = torch.arange(len(rows), device=device), torch.zeros_like(self.at)
-        return forward(self.model, ids, positions, self._attend, last)
+        last = torch.arange(len(rows), device=device), torch.zeros_like(at)
+        return forward(self.model, ids, positions, attend, last)
 
     def _attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        groups: Groups,
+        at: torch.Tensor,
+        own_bias: torch.Tensor | None,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
         assert self.prefixes is not None
-        keys, values = self.room.write(layer, key, value, self.at)
+        keys, values = self.room.write(layer, key, value, at)
         return joint_attention(
             grouped_heads(query, key.shape[1], scale),
             (self.prefixes.keys[layer], self.prefixes.values[layer], self.bias),
-            self.groups,
-            (keys, values, self.own_bias),
+            groups,
+            (keys, values, own_bias),
         ).reshape(*query.shape[:-1], -1)
 
 
@@ -238,8 +265,12 @@ def take(
 ) -> None:
     """Draws a token for each row, from its (row, vocabulary) logits; a row that was over already is left as it is."""
     chance = torch.tensor([row.chance for row in rows], dtype=torch.float64)
-    tokens, log_probs = draw(logits.float(), chance, sampling, banned)
-    for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
+    drawn: list[tuple[int, float]] = []
+    for first in range(0, len(rows), _DRAWN):  # what drawing needs beside the logits is a multiple of them
+        part = slice(first, first + _DRAWN)
+        tokens, log_probs = draw(logits[part].float(), chance[part], sampling, banned)
+        drawn += zip(tokens.tolist(), log_probs.tolist(), strict=True)
+    for row, (token, log_prob) in zip(rows, drawn, strict=True):
         if row.over:
             continue
         row.token_ids.append(token)
@@ -258,7 +289,8 @@ def _by_prompt(wanted: Sequence[Wanted], budget: int, room: int) -> list[_Group]
     groups: list[_Group] = []
     for members in same:
         prompt = wanted[members[0]].prompt
-        at_once = max(1, min((budget - len(prompt)) // room, -(-2 * len(wanted) // len(same))))
+        fit = max(budget - len(prompt), len(prompt)) // room  # as many at least as weigh what the prompt does
+        at_once = max(1, min(fit, -(-2 * len(wanted) // len(same))))
         groups += [_Group(prompt, members[first : first + at_once]) for first in range(0, len(members), at_once)]
     return groups
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_EMPTY = "the conversation has no tokens at all"
 _LEAST = 512
 """Tokens at once below which a machine is too small for the model."""
 
@@ -67,12 +68,12 @@ class LocalEngine:
 
         A GPU says when its memory is full; an operating system promises more than there is and ends the process.
         """
-        if lm.device.type != "cpu":
-            return self._budget
         import psutil
 
         config = lm.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        if lm.device.type != "cpu" or heads is None:
+            return self._budget
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         bytes_a_token = 2 * config.num_hidden_layers * heads * width * lm.dtype.itemsize
         room = max(_LEAST, psutil.virtual_memory().available // 4 // bytes_a_token)
@@ -93,6 +94,9 @@ class LocalEngine:
                 prompt = self.chat.prompt_ids(request.messages)
             except BadInput as error:
                 yield Failure(request.id, str(error))
+                continue
+            if not prompt:
+                yield Failure(request.id, _EMPTY)
                 continue
             if (limit := self.chat.context_length) is not None and len(prompt) + room > limit:
                 yield Failure(
@@ -152,6 +156,9 @@ class LocalEngine:
             except BadInput as error:
                 yield Failure(question.id, str(error))
                 continue
+            if not prompt:
+                yield Failure(question.id, _EMPTY)
+                continue
             if (limit := self.chat.context_length) is not None and len(prompt) + 1 > limit:
                 yield Failure(
                     question.id,
@@ -184,6 +191,7 @@ class LocalEngine:
                 for number, result in work([items[n] for n in left], self._budget):
                     done.add(left[number])
                     yield left[number], result
+                assert len(done) == len(left), "some items got no answer"
             except (RuntimeError, MemoryError) as error:
                 if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)) or self._budget < _LEAST:
                     raise

@@ -1,7 +1,9 @@
 """One row a question and one row a response: for models that cannot share what rows have in common.
 
-Rows are padded on the left. Models with sliding windows or states in place of keys keep transformers' own cache. What
-is computed is what `cai.engines.scoring` and `cai.engines.decoding` compute.
+Rows are padded on the left and have transformers' own cache. What is computed is what `cai.engines.scoring` and
+`cai.engines.decoding` compute. Rotary positions that depend on the longest row of a pass do here too.
+
+Left out: drawing from models that keep states of their own kind in place of keys.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from cai.engines.batching import batches
 from cai.engines.decoding import Drawn, Row, Stopping, Wanted, take
 from cai.engines.sampling import uniforms
 from cai.engines.scoring import Asked, Scores, of_options
+from cai.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +51,15 @@ def decode(
     budget: int,
     banned: Sequence[int] = (),
 ) -> Iterator[tuple[int, Drawn]]:
-    """(index, what was drawn) of each response, a batch at a time; rows that have ended leave when half of it has."""
+    """(index, what was drawn) of each response, a batch at a time; rows that have ended leave when half of it has.
+
+    Raises BadInput for a model without a cache of keys and values.
+    """
+    if not accepted(model, past_key_values=None):
+        raise BadInput(
+            f"engine `local` cannot draw from {type(model).__name__}, which keeps states in place of keys and values; "
+            f"engines `vllm` and `server` can"
+        )
     room = sampling.max_new_tokens
     order = sorted(range(len(wanted)), key=lambda n: len(wanted[n].prompt))
     for first, last in batches([len(wanted[n].prompt) + room for n in order], budget):

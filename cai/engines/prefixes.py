@@ -38,7 +38,11 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 """What configs call the tokens that attention reaches back."""
 _SCORES = 1 << 26
-"""Attention scores that are held at once, in elements."""
+"""Attention scores that are held at once, in elements, where these are more than those of one group."""
+_QUERIES = 1024
+"""Tokens of one group at most, as far as one row does not have more."""
+_LONG = 128
+"""Tokens of a row from which on a fused kernel over prefix and row together is faster than two products."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,15 @@ class Groups:
         self._at = None if full else torch.tensor(places, device=device)
 
     @classmethod
-    def of(cls, owners: Sequence[int], device: torch.device) -> Self:
-        """Groups by owner; one with many more rows than others has several groups, so that few places are empty."""
+    def of(cls, owners: Sequence[int], most: int, device: torch.device) -> Self:
+        """Groups by owner, of at most so many places.
+
+        One with many more rows than others has several groups, so that few places are empty.
+        """
         counts = Counter(owners)
-        size = max(counts.values())
+        size = min(max(counts.values()), most)
         if size * len(counts) > 1.5 * len(owners):
-            size = math.ceil(len(owners) / len(counts))
+            size = min(math.ceil(len(owners) / len(counts)), most)
         prefixes: list[int] = []
         following: dict[int, int] = {}
         for owner in sorted(counts):
@@ -231,14 +238,25 @@ class _Continuing(_Reading):
 
     def __init__(self, rows: _Packed, behind: Prefixes, owners: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__(rows)
-        device = rows.mask.device
+        device, length = rows.mask.device, rows.shape[1]
         self.behind, self.owners = behind, torch.tensor(owners, device=device)
-        self.groups = Groups.of(owners, device)
-        self.grouped = behind.select(self.groups.prefixes)
-        self.bias = bias_of(self.grouped.mask[:, None, None], dtype)
-        self.own_bias = bias_of(torch.ones(2 * rows.shape[1:], dtype=torch.bool, device=device).tril(), dtype)
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        self.long = length > _LONG
+        if self.long:
+            before = behind.mask[self.owners][:, None, None].expand(-1, -1, length, -1)
+            self.mask = torch.cat([before, causal.expand(len(owners), 1, -1, -1)], dim=-1)
+        else:
+            self.groups = Groups.of(owners, max(1, _QUERIES // length), device)
+            self.grouped = behind.select(self.groups.prefixes)
+            self.bias = bias_of(self.grouped.mask[:, None, None], dtype)
+            self.own_bias = bias_of(causal, dtype)
 
     def attend(self, layer: int, query: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        if self.long:
+            keys = torch.cat([self.behind.keys[layer][self.owners], self.keys[-1]], dim=-1).transpose(-1, -2)
+            values = torch.cat([self.behind.values[layer][self.owners], value], dim=-2)
+            grouped = query.shape[1] != value.shape[1]
+            return scaled_dot_product_attention(query, keys, values, self.mask, scale=scale, enable_gqa=grouped)
         kv_heads = value.shape[1]
         own_bias = None if self.own_bias is None else self.own_bias.repeat(query.shape[1] // kv_heads, 1)
         out = joint_attention(
@@ -347,6 +365,8 @@ def can_share(model: PreTrainedModel) -> str | None:
         return f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}"
     if not kinds and (window := _window(config)):
         return f"its attention reaches back {window} tokens, which what is shared would outgrow"
+    if (rope := _rope_type(config)) in {"dynamic", "longrope"}:
+        return f"its rotary positions ({rope}) depend on the longest row of a pass"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward pass takes no positions"
     shared, branches = [1 + (7 * n) % 50 for n in range(12)], [[9, 4, 7, 8], [2, 30, 11], [17, 6, 40, 21, 13]]
@@ -372,6 +392,12 @@ def can_share(model: PreTrainedModel) -> str | None:
     if not differ <= max(1e-3, 0.2 * other):
         return f"attention to shared prefixes changes its logits by {differ:.2g}"
     return None
+
+
+def _rope_type(config: PreTrainedConfig) -> str | None:
+    """The kind of rotary positions, where the config tells."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return given.get("rope_type") or given.get("type")
 
 
 def _window(config: PreTrainedConfig) -> int | None:

@@ -14,6 +14,7 @@ from cai.engines.batching import batches
 from cai.engines.local import LocalEngine
 from cai.engines.sampling import draw
 from cai.profile import Profile
+from cai.records import Message
 
 Tiny = Callable[..., Model]
 FAMILIES = [family for family, facts in models.FAMILIES.items() if "template" in facts] + ["lora", "base"]
@@ -126,6 +127,17 @@ def test_what_the_template_refuses_and_options_of_several_tokens_are_failures(ti
     (failure,) = engine.choose([Question("x", [{"role": "user", "content": "?"}], ("Absolutely not", "B"))])
     assert isinstance(failure, Failure)
     assert "'Absolutely not'" in failure.reason
+
+
+def test_a_conversation_without_tokens_is_a_failure(tiny: Tiny) -> None:
+    model = tiny("base", chat_template="{{ messages[0]['content'] }}")
+    engine = LocalEngine(model, Profile(device="cpu", dtype="float32"))
+    empty: list[Message] = [{"role": "user", "content": ""}]
+    (answer,) = engine.choose([Question("a", empty)])
+    (text,) = engine.generate([Request("a", empty, 0)])
+    for each in (answer, text):
+        assert isinstance(each, Failure)
+        assert "no tokens" in each.reason
 
 
 def test_a_stop_string_ends_a_response_and_is_not_part_of_it(tiny: Tiny) -> None:

@@ -17,6 +17,7 @@ from cai.engines import Choice, Completion, Question, Request, Sampling
 from cai.engines.local import LocalEngine
 from cai.engines.prefixes import Groups, can_share, joint_attention
 from cai.engines.tries import Node, levels_of, trees_of
+from cai.errors import BadInput
 from cai.profile import Profile
 
 Tiny = Callable[..., Model]
@@ -76,8 +77,10 @@ def test_what_is_shared_is_there_once_unless_the_tree_would_be_too_large_or_it_i
 
 
 @pytest.mark.parametrize("heads", [2, 6])
-@pytest.mark.parametrize("owners", [[0, 0, 1, 1], [1, 0, 0, 2, 0, 0, 0], [2, 2, 2, 0]])
-def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(owners: list[int], heads: int) -> None:
+@pytest.mark.parametrize(("owners", "most"), [([0, 0, 1, 1], 9), ([1, 0, 0, 2, 0, 0, 0], 9), ([2, 2, 2, 0], 1)])
+def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
+    owners: list[int], most: int, heads: int
+) -> None:
     torch.manual_seed(0)
     n, kv_heads, width, length, own = len(owners), 2, 8, 5, 3
     keys, values = torch.randn(2, 3, kv_heads, length, width)
@@ -92,7 +95,7 @@ def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
         attn_mask=torch.cat([mask[owners][:, None].expand(-1, own, -1), causal.expand(n, -1, -1)], dim=-1)[:, None],
         enable_gqa=True,
     )
-    groups = Groups.of(owners, torch.device("cpu"))
+    groups = Groups.of(owners, most, torch.device("cpu"))
     bias = torch.zeros(mask.shape).masked_fill(~mask, -1e30)[groups.prefixes][:, None, None]
     own_bias = torch.zeros(own, own).masked_fill(~causal, -1e30).repeat(heads // kv_heads, 1)
     found = joint_attention(
@@ -136,7 +139,7 @@ def test_answers_are_those_of_one_question_a_row(tiny: Tiny, family: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_responses_are_those_of_one_response_a_row_whatever_runs_beside_them(tiny: Tiny, family: str) -> None:
-    """In float32, so that rounding hardly ever decides; samples of one prompt, long and short prompts, early ends."""
+    """In float32, so that rounding hardly ever decides; samples of one prompt, long and short prompts."""
     prompts = ["how deep is the sea?", "write a poem about the sea " * 9, "a", "which is " * 30, "and then?"]
     requests = [
         Request(f"{n}-{k}", [{"role": "user", "content": text}], 10 * n + k, Sampling(12, temperature=temperature))
@@ -226,6 +229,64 @@ def test_a_window_that_is_off_or_never_full_keeps_nothing_from_sharing() -> None
     assert can_share(Qwen2ForCausalLM(unused)) is None
 
 
+def test_rows_that_end_at_any_token_make_room_for_others(tiny: Tiny) -> None:
+    """Many short prompts behind few long ones: rows enter that have no room yet, and end with their first token."""
+    model, sampling = tiny("llama"), Sampling(20)
+    texts = ["which is deeper " * 30] * 4 + [f"a {n}" for n in range(60)]
+    requests = [Request(str(n), [{"role": "user", "content": text}], n, sampling) for n, text in enumerate(texts)]
+
+    def completions(shares: bool, budget: int) -> list[Completion]:
+        engine = LocalEngine(model, Profile(device="cpu", dtype="float32", token_budget=budget))
+        engine.__dict__["_shares"] = shares
+        bias = torch.nn.Parameter(torch.zeros(engine.lm.lm_head.weight.shape[0]))
+        bias.data[engine.chat.end_of_turn] = 6.0
+        engine.lm.lm_head.bias = bias
+        return sorted(engine.generate(requests), key=lambda each: int(each.id))  # type: ignore[arg-type]
+
+    expected = completions(False, 16384)
+    lengths = {len(each.token_ids) for each in expected}
+    assert {1, 2, 3} < lengths
+    for budget in (256, 600, 2000, 16384):
+        found = completions(True, budget)
+        assert [(each.id, each.token_ids) for each in found] == [(each.id, each.token_ids) for each in expected]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_long_branches_get_the_answers_that_they_would_get_alone(tiny: Tiny, family: str) -> None:
+    shared, ends = "how deep is the sea? " * 20, [" and why?", " tell me more about the sea, please" * 12]
+    texts = [f"{n % 2} {shared}{n}{end}" for n in range(4) for end in ends]
+    questions = [Question(text, [{"role": "user", "content": text}]) for text in texts]
+    profile = Profile(device="cpu", dtype="float32", token_budget=4096)
+    together, alone = LocalEngine(tiny(family), profile), LocalEngine(tiny(family), profile)
+    alone.__dict__["_shares"] = False
+    ours, plain = ({each.id: each for each in engine.choose(questions)} for engine in (together, alone))
+    for question in questions:
+        choice, expected = ours[question.id], plain[question.id]
+        assert isinstance(choice, Choice)
+        assert isinstance(expected, Choice)
+        assert choice.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+
+
+def test_rotary_positions_that_depend_on_the_longest_row_are_not_shared() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    lm = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope, max_position_embeddings=64))
+    assert "depend on the longest row" in str(can_share(lm))
+
+
+def test_a_model_that_keeps_states_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    tokenizer = models.build_tokenizer("llama")
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=len(tokenizer), state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = LocalEngine(Model("mamba", str(tmp_path)), Profile(device="cpu", dtype="float32"))
+    with pytest.warns(UserWarning, match="reads each row whole"), pytest.raises(BadInput, match="keeps states"):
+        list(engine.generate([Request("a", [{"role": "user", "content": "a"}], 0, Sampling(4))]))
+
+
 @pytest.mark.parametrize("kind", ["Qwen3", "Mixtral", "Phi3", "OPT", "Cohere", "DeepseekV3"])
 def test_attention_of_many_kinds_can_be_shared(kind: str) -> None:
     import transformers
@@ -260,7 +321,9 @@ def test_where_memory_runs_out_the_work_goes_on_with_half_the_tokens(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = LocalEngine(tiny("llama"), Profile(device="cpu", dtype="float32", token_budget=4096))
-    enough = {each.id: each for each in engine.choose(asked(4))}
+    requests = [Request(f"{n}", question.messages, n, Sampling(8)) for n, question in enumerate(asked(3))]
+    enough = sorted(engine.choose(asked(4)), key=lambda each: each.id)
+    written = sorted(engine.generate(requests), key=lambda each: each.id)
     forward = type(engine.lm).forward
 
     def small(self: torch.nn.Module, input_ids: torch.Tensor, **rest: object) -> object:
@@ -272,11 +335,26 @@ def test_where_memory_runs_out_the_work_goes_on_with_half_the_tokens(
 
     monkeypatch.setattr(type(engine.lm), "forward", small)
     with pytest.warns(UserWarning, match="memory ran out; going on with") as warned:
-        found = {each.id: each for each in engine.choose(asked(4))}
+        found = sorted(engine.choose(asked(4)), key=lambda each: each.id)
     said = [str(each.message).split("with ")[1] for each in warned]
     assert said == list(dict.fromkeys(said))
-    assert found.keys() == enough.keys()
-    assert list(engine.choose(asked(2)))  # and says nothing again
+    assert [each.id for each in found] == [each.id for each in enough]
+    for each, expected in zip(found, enough, strict=True):
+        assert isinstance(each, Choice)
+        assert isinstance(expected, Choice)
+        assert each.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+    steps = itertools.count()
+
+    def once_in_the_middle(self: torch.nn.Module, input_ids: torch.Tensor, **rest: object) -> object:
+        if next(steps) == 5:
+            raise MemoryError
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(type(engine.lm), "forward", once_in_the_middle)
+    engine._budget = 2048
+    with pytest.warns(UserWarning, match="memory ran out; going on with 1,024"):
+        again = sorted(engine.generate(requests), key=lambda each: each.id)
+    assert [each.token_ids for each in again] == [each.token_ids for each in written]  # type: ignore[union-attr]
     monkeypatch.setattr(type(engine.lm), "forward", lambda self, **_: (_ for _ in ()).throw(RuntimeError("something")))
     with pytest.raises(RuntimeError, match="something"):
         list(engine.choose(asked(2)))
