@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from cai.chat import THINK, THINK_END, Chat, TextAndReasoning
 from cai.checkpoint import Model
@@ -57,7 +57,14 @@ class _Models(BaseModel):
     data: list[_Listed] = Field(default_factory=list)
 
 
-class _Token(BaseModel):
+class _Finite(BaseModel):
+    """Python reads NaN and Infinity in JSON, which has neither. NaN comes of a model whose numbers broke; -Infinity, of
+    a distribution that was cut and is not the one asked for: vLLM and OpenAI give an impossible token -9999."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Token(_Finite):
     token: str
     logprob: float
 
@@ -66,7 +73,7 @@ class _Position(_Token):
     top_logprobs: list[_Token] = Field(default_factory=list)
 
 
-class _LogProbs(BaseModel):
+class _LogProbs(_Finite):
     """Of a chat completion: `content`. Of a completion: the other three, position by position."""
 
     content: list[_Position] | None = None

@@ -284,6 +284,18 @@ def test_a_key_refused_in_the_middle_ends_it_all(model, behind) -> None:
         list(engine.generate(REQUESTS))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_log_probabilities_that_are_no_numbers_are_no_answer(model, behind, value) -> None:
+    def spoil(number: int, server: Server, handler: small_server.Handler) -> bool:
+        listed = {"tokens": ["A"], "token_logprobs": [-0.1], "top_logprobs": [{"A": -0.1, "B": value}]}
+        handler.send(200, {"choices": [{"text": "A", "finish_reason": "stop", "logprobs": listed}]})
+        return True
+
+    with serving(behind, Behaviour(mishap=spoil)) as server, opened(server, model, retries=0) as engine:
+        (answer,) = engine.choose([Question("x", asked("A or B?"))])
+    assert answer == Failure("x", f"server {server.url} gave an answer that cannot be read")
+
+
 @pytest.mark.parametrize("key", ["sk-ü", "sk-a\nb"])
 def test_a_key_that_no_header_takes_is_refused_unseen(model, server, monkeypatch, key) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
