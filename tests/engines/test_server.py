@@ -160,6 +160,15 @@ def test_no_more_requests_are_under_way_than_allowed(server, model) -> None:
     assert 2 <= server.most_at_once <= 3
 
 
+def test_the_processes_of_a_stage_share_the_requests_under_way(server, model, monkeypatch) -> None:
+    for ranks, limit in {"4": 2, "16": 1}.items():
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        with opened(server, model, concurrency=8) as engine:
+            assert len(list(engine.generate(REQUESTS))) == 8
+        assert server.most_at_once <= limit
+        server.most_at_once = 0
+
+
 def test_results_come_while_others_are_still_under_way_and_leaving_cancels_these(model, behind) -> None:
     release = threading.Event()
 
@@ -280,6 +289,36 @@ def test_a_key_refused_in_the_middle_ends_it_all(model, behind) -> None:
         serving(behind, Behaviour(mishap=revoke)) as server,
         opened(server, model) as engine,
         pytest.raises(BadInput, match="answered 401: revoked"),
+    ):
+        list(engine.generate(REQUESTS))
+
+
+def test_a_403_is_a_refused_key_at_first_and_a_refused_request_later(model, behind, monkeypatch) -> None:
+    def flag(number: int, server: Server, handler: small_server.Handler) -> bool:
+        if number == 2:
+            handler.error(403, "the input was flagged")
+        return number == 2
+
+    with serving(behind, Behaviour(mishap=flag)) as server:
+        with opened(server, model) as engine:
+            results = list(engine.generate(REQUESTS))
+        monkeypatch.setattr(small_server.Handler, "do_GET", lambda handler: handler.error(403, "who are you?"))
+        with opened(server, model) as engine, pytest.raises(BadInput, match=r"refuses .*: it answered 403: who are"):
+            list(engine.generate(REQUESTS))
+    (failure,) = [each for each in results if isinstance(each, Failure)]
+    assert failure.reason == f"server {server.url} answered 403: the input was flagged"
+    assert len(results) == len(REQUESTS)
+
+
+def test_no_credit_ends_it_all(model, behind) -> None:
+    def unpaid(number: int, server: Server, handler: small_server.Handler) -> bool:
+        handler.error(402, "insufficient balance")
+        return True
+
+    with (
+        serving(behind, Behaviour(mishap=unpaid)) as server,
+        opened(server, model) as engine,
+        pytest.raises(BadInput, match=r"no credit left for us: it answered 402: insufficient balance"),
     ):
         list(engine.generate(REQUESTS))
 
