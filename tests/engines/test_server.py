@@ -20,7 +20,7 @@ from small_server import Behaviour, Server, Tiny, serving
 from cai.checkpoint import Model, resolve
 from cai.engines import Choice, Completion, Failure, Question, Request, Sampling, connection
 from cai.engines.server import NextTokens, ServerEngine, read_options
-from cai.errors import BadInput
+from cai.errors import BadInput, StageFailed
 from cai.profile import Server as Settings
 
 KEY = "sk-not-to-be-seen-0123456789"
@@ -321,6 +321,31 @@ def test_no_credit_ends_it_all(model, behind) -> None:
         pytest.raises(BadInput, match=r"no credit left for us: it answered 402: insufficient balance"),
     ):
         list(engine.generate(REQUESTS))
+
+
+@pytest.mark.parametrize("mishap", [small_server.broken(until=999), small_server.reset(until=999)])
+def test_a_server_that_is_gone_for_good_ends_the_stage(model, behind, mishap) -> None:
+    with (
+        serving(behind, Behaviour(mishap=mishap)) as server,
+        opened(server, model, concurrency=2, retries=1) as engine,
+        pytest.raises(StageFailed, match=r"has not answered 8 requests in a row .* run the same command again"),
+    ):
+        list(engine.generate(REQUESTS * 4))
+    assert server.number < 2 * len(REQUESTS) + 4
+
+
+def test_requests_that_fail_between_answers_do_not_end_the_stage(model, behind) -> None:
+    def often(number: int, server: Server, handler: small_server.Handler) -> bool:
+        if number % 8:
+            handler.error(500, "it broke")
+        return number % 8 > 0
+
+    with (
+        serving(behind, Behaviour(mishap=often)) as server,
+        opened(server, model, concurrency=1, retries=0) as engine,
+    ):
+        results = list(engine.generate(REQUESTS * 4))
+    assert sum(isinstance(each, Failure) for each in results) == 28
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
