@@ -344,8 +344,9 @@ class ServerEngine:
             able = replace(able, limit="max_completion_tokens")
             try:
                 await self._tried(able, messages)
-            except Refused:
-                raise BadInput(f"model {self.model.name!r} cannot be asked: {refused.reason}") from None
+            except Refused as again:
+                reasons = f"; with `{able.limit}`: ".join(dict.fromkeys([refused.reason, again.reason]))
+                raise BadInput(f"model {self.model.name!r} cannot be asked: {reasons}") from None
         return await self._tried_further(able, messages)
 
     async def _find_model(self) -> None:

@@ -360,6 +360,15 @@ def test_log_probabilities_that_are_no_numbers_are_no_answer(model, behind, valu
     assert answer == Failure("x", f"server {server.url} gave an answer that cannot be read")
 
 
+def test_what_both_names_of_the_limit_were_refused_for_is_said(model, behind) -> None:
+    with (
+        serving(behind, Behaviour(limit="max_output")) as server,
+        opened(server, served()) as engine,
+        pytest.raises(BadInput, match=r"cannot be asked: .*; with `max_completion_tokens`: .*answered 400: no `max_c"),
+    ):
+        list(engine.generate(REQUESTS))
+
+
 @pytest.mark.parametrize("key", ["sk-ü", "sk-a\nb"])
 def test_a_key_that_no_header_takes_is_refused_unseen(model, server, monkeypatch, key) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
