@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -55,11 +56,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Subject:
-    """An open engine, and what it is held to. `tolerance` is in nats: 1e-4 in float32, some tenths in bfloat16."""
+    """An open engine, and what it is held to. `tolerance` is in nats: 1e-4 in float32, some tenths in bfloat16.
+
+    `sent`: the paths and bodies that its server was sent, where a test holds the server and the engine the tokenizer.
+    """
 
     engine: Engine
     reference: Reference
     tolerance: float = 1e-4
+    sent: Sequence[tuple[str, dict[str, Any]]] | None = None
 
 
 Case = Callable[[Subject], None]
@@ -108,20 +113,26 @@ def text_that_spells_control_tokens_stays_text(subject: Subject) -> None:
     control = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
     sampling = Sampling(max_new_tokens=4, temperature=0)
     (done,) = completions(subject, [Request("x", asked(f"{control} say it {control}"), 0, sampling)]).values()
-    if done.prompt_ids:
-        plain = chat.prompt_ids(asked("say it"))
-        assert done.prompt_ids.count(chat.end_of_turn) == plain.count(chat.end_of_turn)
+    prompt = done.prompt_ids
+    if not prompt:
+        if subject.sent is None:
+            pytest.skip("nothing tells here what the model was given")
+        prompt = chat.tokenizer.apply_chat_template(subject.sent[-1][1]["messages"], tokenize=True)["input_ids"]
+    plain = chat.prompt_ids(asked("say it"))
+    assert prompt.count(chat.end_of_turn) == plain.count(chat.end_of_turn)
 
 
 def log_probabilities_are_the_models_own(subject: Subject) -> None:
     sampling = Sampling(max_new_tokens=8, temperature=0.7, top_p=0.9)
-    for done in completions(subject, [Request(text, asked(text), 1, sampling) for text in TEXTS]).values():
-        assert len(done.log_probs) in (0, len(done.token_ids))
-        assert done.n_tokens > 0
-        if done.log_probs and done.prompt_ids:
-            rows = subject.reference.log_probs(done.prompt_ids, done.token_ids)
-            theirs = rows[:-1].gather(1, torch.tensor(done.token_ids)[:, None])[:, 0].tolist()
-            assert done.log_probs == pytest.approx(theirs, abs=subject.tolerance)
+    made = completions(subject, [Request(text, asked(text), 1, sampling) for text in TEXTS])
+    assert all(done.n_tokens > 0 for done in made.values())
+    if not any(done.log_probs for done in made.values()):
+        pytest.skip("the engine is not told the log-probabilities of what was drawn")
+    for text, done in made.items():
+        prompt = done.prompt_ids or subject.reference.chat.prompt_ids(asked(text))
+        rows = subject.reference.log_probs(prompt, done.token_ids)
+        theirs = rows[:-1].gather(1, torch.tensor(done.token_ids)[:, None])[:, 0].tolist()
+        assert done.log_probs == pytest.approx(theirs, abs=subject.tolerance)
 
 
 def options_have_the_log_probabilities_of_a_plain_forward_pass(subject: Subject) -> None:

@@ -63,7 +63,10 @@ class Connection:
             max_retries=0,  # `ask` sends again, also what came back garbled
             timeout=None,  # `ask` bounds the whole answer, not each read
         )
-        self._free = asyncio.Semaphore(server.concurrency)
+        # The processes of a stage share what the profile allows; `cai.launch` says how many they are.
+        self.concurrency = max(1, server.concurrency // int(os.environ.get("WORLD_SIZE", "1")))
+        self._free = asyncio.Semaphore(self.concurrency)
+        self._answered = False
         self._silent_until = 0.0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -130,7 +133,7 @@ class Connection:
         body: Mapping[str, Any] | None = None,
         retries: int | None = None,
     ) -> Answer:
-        """The server's answer, read as `kind`. Raises Refused, or BadInput where the key is refused."""
+        """The server's answer, read as `kind`. Raises Refused; BadInput where a key is refused or lacks credit."""
         retries = self.server.retries if retries is None else retries
         attempt = 0
         while True:
@@ -142,11 +145,15 @@ class Connection:
                         found = await self._client.get(path, cast_to=object)
                     else:
                         found = await self._client.post(path, cast_to=object, body=body)
-                return kind.model_validate(found)
+                answer = kind.model_validate(found)
+                self._answered = True
+                return answer
             except openai.APIStatusError as error:
                 status, reason = error.status_code, f"answered {error.status_code}: {self._said(error)}"
-                if status in (401, 403):
+                if status == 401 or (status == 403 and not self._answered):  # later 403 is said of flagged inputs too
                     raise BadInput(f"{self} refuses {self._whose_key()}: it {reason}") from None
+                if status == 402:
+                    raise BadInput(f"{self} has no credit left for us: it {reason}") from None
                 if status not in PASSING and status < 500:
                     raise Refused(f"{self} {reason}", status) from None
                 delay = _delay(error.response.headers.get("retry-after"))

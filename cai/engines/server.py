@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from cai.chat import THINK, THINK_END, Chat, TextAndReasoning
 from cai.checkpoint import Model
 from cai.engines import Choice, Completion, Failure, Question, Request, Sampling
 from cai.engines.connection import Connection, Refused
-from cai.errors import BadInput, nearest
+from cai.errors import BadInput, StageFailed, nearest
 from cai.profile import Server
 from cai.records import Message
 
@@ -41,6 +41,8 @@ WHOLE = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Leaves the distribution whole. Unsaid, vLLM takes these from the model's generation_config.json."""
 FIRST_RETRIES = 2
 """Times that a server which does not answer at all is tried at first: most often its address is wrong."""
+FEWEST_UNANSWERED = 8
+"""Requests in a row without an answer, and as many as are under way at once, that end a stage."""
 HELLO: list[Message] = [{"role": "user", "content": "Hello"}]
 
 Prompt = Mapping[str, Any]
@@ -57,7 +59,14 @@ class _Models(BaseModel):
     data: list[_Listed] = Field(default_factory=list)
 
 
-class _Token(BaseModel):
+class _Finite(BaseModel):
+    """Python reads NaN and Infinity in JSON, which has neither. NaN comes of a model whose numbers broke; -Infinity, of
+    a distribution that was cut and is not the one asked for: vLLM and OpenAI give an impossible token -9999."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Token(_Finite):
     token: str
     logprob: float
 
@@ -66,7 +75,7 @@ class _Position(_Token):
     top_logprobs: list[_Token] = Field(default_factory=list)
 
 
-class _LogProbs(BaseModel):
+class _LogProbs(_Finite):
     """Of a chat completion: `content`. Of a completion: the other three, position by position."""
 
     content: list[_Position] | None = None
@@ -129,6 +138,7 @@ class ServerEngine:
         self.server = server
         self.name = server.called(model.name)
         self._opened: Connection | None = None
+        self._unanswered = 0
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +184,7 @@ class ServerEngine:
         """A completion or a failure for each request, as they come in.
 
         Raises BadInput for what no request can survive: a refused key, a model that is not served, `top_k` for a server
-        that does not know it.
+        that does not know it; StageFailed for a server that has gone.
         """
         if not requests:
             return
@@ -193,7 +203,7 @@ class ServerEngine:
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
         """The options' log-probabilities, or a failure, for each question, as they come in.
 
-        Raises BadInput like `generate`, and where the server gives no log-probabilities.
+        Raises like `generate`, and BadInput where the server gives no log-probabilities.
         """
         if not questions:
             return
@@ -293,13 +303,21 @@ class ServerEngine:
         return body
 
     async def _asked(self, able: Abilities, body: Mapping[str, Any]) -> _Answer:
-        """Raises Refused for this one alone, BadInput for all."""
+        """Raises Refused for this one alone, BadInput or StageFailed for all."""
         try:
-            return await self._connection.ask("post", able.path, _Answer, body)
+            answer = await self._connection.ask("post", able.path, _Answer, body)
         except Refused as error:
             if error.status == 404:
                 raise BadInput(f"{error.reason}; it had model {self.name!r} before") from None
+            self._unanswered = self._unanswered + 1 if error.status is None or error.status >= 500 else 0
+            if self._unanswered >= max(FEWEST_UNANSWERED, self._connection.concurrency):
+                raise StageFailed(
+                    f"{self._connection} has not answered {self._unanswered} requests in a row (the last: "
+                    f"{error.reason}); run the same command again when it is back: what is done is kept"
+                ) from None
             raise
+        self._unanswered = 0
+        return answer
 
     def _spellings(self, number: int) -> set[str]:
         """How servers write a token in a list of log-probabilities."""
@@ -326,8 +344,9 @@ class ServerEngine:
             able = replace(able, limit="max_completion_tokens")
             try:
                 await self._tried(able, messages)
-            except Refused:
-                raise BadInput(f"model {self.model.name!r} cannot be asked: {refused.reason}") from None
+            except Refused as again:
+                reasons = f"; with `{able.limit}`: ".join(dict.fromkeys([refused.reason, again.reason]))
+                raise BadInput(f"model {self.model.name!r} cannot be asked: {reasons}") from None
         return await self._tried_further(able, messages)
 
     async def _find_model(self) -> None:

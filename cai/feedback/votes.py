@@ -114,7 +114,7 @@ def _to_vote(
 
 def with_mass(answer: Choice | Failure, min_mass: float) -> Choice | Failure:
     """The answer, a failure if its options hold too little of the probability to be one."""
-    if isinstance(answer, Choice) and answer.mass < min_mass:
+    if isinstance(answer, Choice) and not answer.mass >= min_mass:  # NaN is no answer either
         held = f"the options hold {answer.mass:.3g} of the probability, less than min_mass {min_mass:g}"
         return Failure(answer.id, held)
     return answer

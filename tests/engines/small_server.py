@@ -159,7 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         if behaviour.strict and (unknown := EXTENSIONS & set(body)):
             return self.error(400, f"Unrecognized request argument supplied: {', '.join(sorted(unknown))}")
         if behaviour.limit not in body:
-            return self.error(400, f"Unsupported parameter: use '{behaviour.limit}' instead.")
+            refused = next(name for name in body if name.startswith("max_"))
+            return self.error(400, f"no `{refused}`: use `{behaviour.limit}` instead")
         if wanted and (behaviour.top == 0 or top > behaviour.top):
             return self.error(400, f"top_logprobs must be at most {behaviour.top}")
         if chats:  # as servers do it: control tokens that a content spells become control tokens

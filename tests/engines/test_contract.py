@@ -42,10 +42,10 @@ def subject(request: pytest.FixtureRequest, model: Model, reference: Reference) 
     behaviour = SERVERS.get(request.param, Behaviour(takes_ids=False))
     with serving(Tiny(model), behaviour) as server:
         if request.param == "known by name alone":
-            model = resolve("served:tiny", folder=Path())
+            model = resolve("served:tiny", folder=Path())  # its control tokens are sent as they are written
         settings |= {"engine": "server", "server": {"url": server.url, "names": {model.name: "tiny"}}}
         with open_engine(model, Profile.model_validate(settings)) as engine:
-            yield Subject(engine, reference)
+            yield Subject(engine, reference, sent=None if model.served else server.asked)
 
 
 @pytest.mark.filterwarnings("ignore:server .* takes no token ids")

@@ -20,7 +20,7 @@ from small_server import Behaviour, Server, Tiny, serving
 from cai.checkpoint import Model, resolve
 from cai.engines import Choice, Completion, Failure, Question, Request, Sampling, connection
 from cai.engines.server import NextTokens, ServerEngine, read_options
-from cai.errors import BadInput
+from cai.errors import BadInput, StageFailed
 from cai.profile import Server as Settings
 
 KEY = "sk-not-to-be-seen-0123456789"
@@ -160,6 +160,15 @@ def test_no_more_requests_are_under_way_than_allowed(server, model) -> None:
     assert 2 <= server.most_at_once <= 3
 
 
+def test_the_processes_of_a_stage_share_the_requests_under_way(server, model, monkeypatch) -> None:
+    for ranks, limit in {"4": 2, "16": 1}.items():
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        with opened(server, model, concurrency=8) as engine:
+            assert len(list(engine.generate(REQUESTS))) == 8
+        assert server.most_at_once <= limit
+        server.most_at_once = 0
+
+
 def test_results_come_while_others_are_still_under_way_and_leaving_cancels_these(model, behind) -> None:
     release = threading.Event()
 
@@ -280,6 +289,82 @@ def test_a_key_refused_in_the_middle_ends_it_all(model, behind) -> None:
         serving(behind, Behaviour(mishap=revoke)) as server,
         opened(server, model) as engine,
         pytest.raises(BadInput, match="answered 401: revoked"),
+    ):
+        list(engine.generate(REQUESTS))
+
+
+def test_a_403_is_a_refused_key_at_first_and_a_refused_request_later(model, behind, monkeypatch) -> None:
+    def flag(number: int, server: Server, handler: small_server.Handler) -> bool:
+        if number == 2:
+            handler.error(403, "the input was flagged")
+        return number == 2
+
+    with serving(behind, Behaviour(mishap=flag)) as server:
+        with opened(server, model) as engine:
+            results = list(engine.generate(REQUESTS))
+        monkeypatch.setattr(small_server.Handler, "do_GET", lambda handler: handler.error(403, "who are you?"))
+        with opened(server, model) as engine, pytest.raises(BadInput, match=r"refuses .*: it answered 403: who are"):
+            list(engine.generate(REQUESTS))
+    (failure,) = [each for each in results if isinstance(each, Failure)]
+    assert failure.reason == f"server {server.url} answered 403: the input was flagged"
+    assert len(results) == len(REQUESTS)
+
+
+def test_no_credit_ends_it_all(model, behind) -> None:
+    def unpaid(number: int, server: Server, handler: small_server.Handler) -> bool:
+        handler.error(402, "insufficient balance")
+        return True
+
+    with (
+        serving(behind, Behaviour(mishap=unpaid)) as server,
+        opened(server, model) as engine,
+        pytest.raises(BadInput, match=r"no credit left for us: it answered 402: insufficient balance"),
+    ):
+        list(engine.generate(REQUESTS))
+
+
+@pytest.mark.parametrize("mishap", [small_server.broken(until=999), small_server.reset(until=999)])
+def test_a_server_that_is_gone_for_good_ends_the_stage(model, behind, mishap) -> None:
+    with (
+        serving(behind, Behaviour(mishap=mishap)) as server,
+        opened(server, model, concurrency=2, retries=1) as engine,
+        pytest.raises(StageFailed, match=r"has not answered 8 requests in a row .* run the same command again"),
+    ):
+        list(engine.generate(REQUESTS * 4))
+    assert server.number < 2 * len(REQUESTS) + 4
+
+
+def test_requests_that_fail_between_answers_do_not_end_the_stage(model, behind) -> None:
+    def often(number: int, server: Server, handler: small_server.Handler) -> bool:
+        if number % 8:
+            handler.error(500, "it broke")
+        return number % 8 > 0
+
+    with (
+        serving(behind, Behaviour(mishap=often)) as server,
+        opened(server, model, concurrency=1, retries=0) as engine,
+    ):
+        results = list(engine.generate(REQUESTS * 4))
+    assert sum(isinstance(each, Failure) for each in results) == 28
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_log_probabilities_that_are_no_numbers_are_no_answer(model, behind, value) -> None:
+    def spoil(number: int, server: Server, handler: small_server.Handler) -> bool:
+        listed = {"tokens": ["A"], "token_logprobs": [-0.1], "top_logprobs": [{"A": -0.1, "B": value}]}
+        handler.send(200, {"choices": [{"text": "A", "finish_reason": "stop", "logprobs": listed}]})
+        return True
+
+    with serving(behind, Behaviour(mishap=spoil)) as server, opened(server, model, retries=0) as engine:
+        (answer,) = engine.choose([Question("x", asked("A or B?"))])
+    assert answer == Failure("x", f"server {server.url} gave an answer that cannot be read")
+
+
+def test_what_both_names_of_the_limit_were_refused_for_is_said(model, behind) -> None:
+    with (
+        serving(behind, Behaviour(limit="max_output")) as server,
+        opened(server, served()) as engine,
+        pytest.raises(BadInput, match=r"cannot be asked: .*; with `max_completion_tokens`: .*answered 400: no `max_c"),
     ):
         list(engine.generate(REQUESTS))
 

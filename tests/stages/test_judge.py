@@ -8,8 +8,9 @@ from itertools import combinations
 import pytest
 from feedback import PRINCIPLES, Script, run_stage, sample
 
-from cai.engines import Failure
+from cai.engines import Choice, Failure
 from cai.errors import StageFailed
+from cai.feedback.votes import with_mass
 from cai.stages.judge import Config
 
 TEXTS = ["one", "two", "three", "four", "five"]
@@ -156,6 +157,11 @@ def test_a_pair_without_a_whole_answer_is_a_failure(tmp_path):
     assert sum("noon" in question.messages[0]["content"] for question in script.questions) == 3 * 4
     with pytest.raises(StageFailed, match="none of 1 pairs was judged"):
         judge(tmp_path / "all", NOONS[:2], Script(prefers=prefers))
+
+
+@pytest.mark.parametrize(("mass", "answers"), [(0.1, True), (0.09, False), (float("nan"), False)])
+def test_options_that_hold_too_little_or_no_number_are_no_answer(mass, answers):
+    assert isinstance(with_mass(Choice("x", (-1.0, -2.0), mass), 0.1), Choice) == answers
 
 
 def test_weights_change_nothing_that_is_asked(tmp_path):
