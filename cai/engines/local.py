@@ -182,7 +182,7 @@ class LocalEngine:
         self, items: Sequence[Item], work: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]
     ) -> Iterator[tuple[int, Result]]:
         """(index, result) of every item. Where memory runs out, what is left starts again with half the budget."""
-        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+        from accelerate.utils.memory import clear_device_cache
 
         left = list(range(len(items)))
         while left:
@@ -193,7 +193,7 @@ class LocalEngine:
                     yield left[number], result
                 assert len(done) == len(left), "some items got no answer"
             except (RuntimeError, MemoryError) as error:
-                if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)) or self._budget < _LEAST:
+                if not _out_of_memory(error) or self._budget < _LEAST:
                     raise
                 self._budget //= 2
                 warnings.warn(
@@ -211,3 +211,10 @@ class LocalEngine:
         if reason := can_share(self.lm):
             warnings.warn(f"model {self.model.name!r} reads each row whole: {reason}", stacklevel=2)
         return not reason
+
+
+def _out_of_memory(error: Exception) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    # oneDNN, which multiplies on CPUs, says no more than this where it gets no memory.
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "could not create a" in str(error)
