@@ -215,9 +215,10 @@ class _Batch:
 
     def _keep(self, prompts: Sequence[int]) -> None:
         """Forgets the other prompts."""
+        places = {prompt: n for n, prompt in enumerate(prompts)}
         for row in self.rows:
             prompt, member = divmod(row.place, self.size)
-            row.place = prompts.index(prompt) * self.size + member
+            row.place = places[prompt] * self.size + member
         self._set(self.prefixes.select(prompts) if self.prefixes is not None and prompts else None)
 
     def _set(self, prefixes: Prefixes | None) -> None:

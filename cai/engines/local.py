@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_EMPTY = "the conversation has no tokens at all"
 _LEAST = 512
 """Tokens at once below which a machine is too small for the model."""
 
@@ -92,18 +91,9 @@ class LocalEngine:
             room = request.sampling.max_new_tokens
             try:
                 prompt = self.chat.prompt_ids(request.messages)
+                self._check(prompt, room, f"the prompt has {len(prompt)} tokens and {room} more are wanted")
             except BadInput as error:
                 yield Failure(request.id, str(error))
-                continue
-            if not prompt:
-                yield Failure(request.id, _EMPTY)
-                continue
-            if (limit := self.chat.context_length) is not None and len(prompt) + room > limit:
-                yield Failure(
-                    request.id,
-                    f"the prompt has {len(prompt)} tokens and {room} more are wanted, but {self.model.name!r} takes "
-                    f"{limit} in all",
-                )
                 continue
             waiting.setdefault(request.sampling, []).append((prompt, request))
         for sampling, items in waiting.items():
@@ -153,23 +143,21 @@ class LocalEngine:
         for question in questions:
             try:
                 prompt, options = self.chat.question(question.messages, question.options)
+                self._check(prompt, 1, f"the question has {len(prompt)} tokens and its answer 1")
             except BadInput as error:
                 yield Failure(question.id, str(error))
-                continue
-            if not prompt:
-                yield Failure(question.id, _EMPTY)
-                continue
-            if (limit := self.chat.context_length) is not None and len(prompt) + 1 > limit:
-                yield Failure(
-                    question.id,
-                    f"the question has {len(prompt)} tokens and its answer 1, but {self.model.name!r} takes {limit} "
-                    f"in all",
-                )
                 continue
             asked.append((prompt, options))
             fitting.append(question)
         for number, scores in self._scores(asked):
             yield Choice(fitting[number].id, tuple(scores), sum(map(math.exp, scores)))
+
+    def _check(self, prompt: Sequence[int], room: int, said: str) -> None:
+        """Raises BadInput for a prompt that is empty, or does not fit the model's context with `room` more tokens."""
+        if not prompt:
+            raise BadInput("the conversation has no tokens at all")
+        if (limit := self.chat.context_length) is not None and len(prompt) + room > limit:
+            raise BadInput(f"{said}, but {self.model.name!r} takes {limit} in all")
 
     def _scores(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Scores]]:
         """(index, log-probability of each option) of every question."""

@@ -33,9 +33,9 @@ def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterat
     order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
     for first, last in batches([len(asked[n][0]) for n in order], budget):
         part = order[first:last]
-        ids, mask = (each.to(model.device) for each in padded_left([asked[n][0] for n in part]))
+        ids, mask = (each.to(model.device) for each in _padded_left([asked[n][0] for n in part]))
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        extra = accepted(model, position_ids=positions, logits_to_keep=1)
+        extra = _accepted(model, position_ids=positions, logits_to_keep=1)
         output = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
         found = of_options(output.logits[:, -1], [(row, asked[n][1]) for row, n in enumerate(part)])
         yield from zip(part, found, strict=True)
@@ -55,7 +55,7 @@ def decode(
 
     Raises BadInput for a model without a cache of keys and values.
     """
-    if not accepted(model, past_key_values=None):
+    if not _accepted(model, past_key_values=None):
         raise BadInput(
             f"engine `local` cannot draw from {type(model).__name__}, which keeps states in place of keys and values; "
             f"engines `vllm` and `server` can"
@@ -79,12 +79,12 @@ def _draw_all(
     banned: Sequence[int],
 ) -> None:
     """Draws the rows' responses to their ends."""
-    ids, mask = (each.to(model.device) for each in padded_left(prompts))
+    ids, mask = (each.to(model.device) for each in _padded_left(prompts))
     cache = DynamicCache(config=model.config)
     start = 0
     for _ in range(sampling.max_new_tokens):
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, start:]
-        extra = accepted(model, position_ids=positions, logits_to_keep=1)
+        extra = _accepted(model, position_ids=positions, logits_to_keep=1)
         output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         take(rows, output.logits[:, -1], sampling, banned, stopping)
         running = [n for n, row in enumerate(rows) if not row.over]
@@ -99,7 +99,7 @@ def _draw_all(
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
 
 
-def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), both (batch, seq); what is masked is id 0."""
     longest = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
@@ -112,6 +112,6 @@ def _knows(kind: type[PreTrainedModel]) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def accepted(model: PreTrainedModel, **arguments: object) -> dict[str, Any]:
+def _accepted(model: PreTrainedModel, **arguments: object) -> dict[str, Any]:
     """Those of `arguments` that this model's forward knows: not all count positions or take `logits_to_keep`."""
     return {name: value for name, value in arguments.items() if name in _knows(type(model))}  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ is one matrix product for all rows that share it, attention to a row's own ids a
 so that the result is that of reading each row whole (the idea of *Hydragen*, Juravsky et al. 2024, arXiv:2402.05099).
 Keys lie transposed, because a CPU multiplies by them faster so.
 
-`attending` lends a model this attention through transformers' attention interface. `can_share` says whether a model
+`forward` lends a model this attention through transformers' attention interface, and `can_share` says whether a model
 takes it. Left out: attention that reaches back a window, soft caps and sinks, position biases, states instead of keys.
 """
 
