@@ -1,11 +1,18 @@
-"""The losses, as pure tensor maths: tensors in, one loss a pair out; no models, no config objects, no reduction.
+"""The losses, as pure tensor maths: tensors in, one loss a pair or a token out; no models, no config objects, no
+reduction.
 
-A label here is a probability, not a verdict: `p` is how likely the chosen response is the better one. Every loss is the
+From preferences: a label here is a probability, not a verdict: `p` is how likely the chosen response is the better one. Every loss is the
 expectation of its hard form under that label, p · loss(chosen, rejected) + (1 − p) · loss(rejected, chosen), so p = 1
 gives back the published loss. Of the two losses on margins, p = ½ teaches that the two responses are equal.
+
+By reinforcement: what proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) computes of a batch of
+responses. `mask` (batch, seq) is true at a response's tokens, which lie without gaps from the first column on; where it
+is false, values are ignored and results are zero.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,3 +70,85 @@ def label_entropy(p_chosen: Tensor) -> Tensor:
     """The least that either loss on margins can be for these labels, in nats. (pairs,) → (pairs,)"""
     entropy: Tensor = torch.special.entr(p_chosen) + torch.special.entr(1 - p_chosen)
     return entropy
+
+
+KLEstimator = Literal["k1", "k3"]
+"""How the KL divergence from the reference is estimated at each token, by the name of Schulman 2020."""
+
+
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
+    """KL(π ‖ π_ref) estimated at tokens drawn from π, in nats (Schulman 2020, joschu.net/blog/kl-approx.html).
+
+    With r = π_ref/π: k1 = −log r and k3 = (r − 1) − log r. Both are unbiased; k3 is never negative, and varies less
+    while the policies are near each other.
+
+    log_probs, ref_log_probs: (…,) log-probability of each drawn token, natural
+    returns: (…,)
+    """
+    log_ratio = ref_log_probs - log_probs
+    return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio
+
+
+def rewards_at_tokens(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
+    """The reward of each token: −coefficient · KL everywhere, and the response's score at its last token.
+
+    Ziegler et al. 2019 (arXiv 1909.08593, eq. 2), spread over tokens as in Ouyang et al. 2022 (arXiv 2203.02155).
+
+    scores: (batch,);  kl: (batch, seq), nats;  mask: (batch, seq), at least one token a row
+    returns: (batch, seq)
+    """
+    rewards = (-coefficient * kl).masked_fill(~mask, 0.0)
+    last = mask.sum(dim=1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16): advantages and returns.
+
+    A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} − V_t, where V behind a response's last token is 0. The returns,
+    A + V, are what the value function learns.
+
+    rewards, values, mask: (batch, seq);  gamma, lam: in [0, 1]
+    returns: two of (batch, seq)
+    """
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    advantages = torch.zeros_like(rewards)
+    following, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(values[:, 0])
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        following = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * following
+        advantages[:, t], next_value = following, values[:, t]
+    return advantages, advantages + values
+
+
+def whitened(values: Tensor, mask: Tensor) -> Tensor:
+    """Values with mean 0 and variance 1 over all that `mask` holds; fewer than two are left as they are.
+
+    values, mask: (batch, seq);  returns: (batch, seq)
+    """
+    inside = values[mask]
+    if len(inside) < 2:
+        return values.masked_fill(~mask, 0.0)
+    return ((values - inside.mean()) * torch.rsqrt(inside.var() + 1e-8)).masked_fill(~mask, 0.0)
+
+
+def clipped_policy(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's loss of each token, −min(ρA, clip(ρ, 1 − ε, 1 + ε)A) with ρ = π/π_old (arXiv 1707.06347, eq. 7).
+
+    log_probs, old_log_probs, advantages: (…,);  clip: ε;  returns: (…,)
+    """
+    ratio = torch.exp(log_probs - old_log_probs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """The value function's loss of each token: half the squared error, the larger of it and that of the clipped value.
+
+    The value may move by `clip` from that at the rollout before it stops being rewarded for it. Not in the paper but in
+    its authors' code (github.com/openai/baselines, ppo2), as in Ouyang et al. 2022.
+
+    values, old_values, returns: (…,);  returns: (…,)
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
