@@ -1,9 +1,10 @@
 """The losses, as pure tensor maths: tensors in, one loss a pair or a token out; no models, no config objects, no
 reduction.
 
-From preferences: a label here is a probability, not a verdict: `p` is how likely the chosen response is the better one. Every loss is the
-expectation of its hard form under that label, p · loss(chosen, rejected) + (1 − p) · loss(rejected, chosen), so p = 1
-gives back the published loss. Of the two losses on margins, p = ½ teaches that the two responses are equal.
+From preferences: a label here is a probability, not a verdict: `p` is how likely the chosen response is the better one.
+Every loss is the expectation of its hard form under that label, p · loss(chosen, rejected) + (1 − p) · loss(rejected,
+chosen), so p = 1 gives back the published loss. Of the two losses on margins, p = ½ teaches that the two responses are
+equal.
 
 By reinforcement: what proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) computes of a batch of
 responses. `mask` (batch, seq) is true at a response's tokens, which lie without gaps from the first column on; where it
