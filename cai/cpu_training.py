@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LARGEST_VOCABULARY = 32_768
 """Tokens: the width of a tile in TRL's head. Above, all logits of a micro-batch may be more than memory holds."""
+MOST_LOGITS = 2**25
+"""Logits at once, 128 MiB in float32; a micro-batch with more of them goes through TRL's tiles."""
 
 
 @contextlib.contextmanager
@@ -54,11 +56,12 @@ def _float32_attention(
     return output.to(value.dtype), weights
 
 
-def add_lm_head(model: PreTrainedModel, *, entropy: bool = False) -> None:
+def add_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperature: float = 1.0) -> None:
     """Makes `model(…, labels=labels, fused_lm_head=True)` score learned tokens alone, if the model is on a CPU.
 
-    To be called after TRL's `add_fused_lm_head`, whose contract this keeps: the output has `log_probs` in nats,
-    `label_mask` and, if asked for, `entropy` and `is_top1`, each (batch, seq − 1) and zero where the label is -100.
+    Logits are divided by `temperature`. To be called after TRL's `add_fused_lm_head`, whose contract this keeps: the
+    output has `log_probs` in nats, `label_mask` and, if asked for, `entropy` and `is_top1`, each (batch, seq − 1) and
+    zero where the label is -100.
     """
     if model.device.type != "cpu" or model.config.get_text_config().vocab_size > LARGEST_VOCABULARY:
         return
@@ -71,13 +74,15 @@ def add_lm_head(model: PreTrainedModel, *, entropy: bool = False) -> None:
             return without(*args, fused_lm_head=fused_lm_head, labels=labels, **options)
         mask = labels[:, 1:] != -100
         targets = labels[:, 1:][mask]
+        if len(targets) * self.config.get_text_config().vocab_size > MOST_LOGITS:
+            return without(*args, fused_lm_head=True, labels=labels, **options)
         # Between body and head, so that what a model does to its logits (scales, caps) stays the model's own.
         hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][:, :-1][mask])
         try:
             outputs = without(*args, **{**options, "use_cache": False})
         finally:
             hook.remove()
-        log_probs = outputs.logits.float().log_softmax(dim=-1)  # (learned tokens, vocabulary)
+        log_probs = (outputs.logits.float() / temperature).log_softmax(dim=-1)  # (learned tokens, vocabulary)
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -213,6 +213,10 @@ def _field(module: str, tree: ast.Module, annotation: ast.expr) -> Field:
             return Field(None)
         if name.id in _TYPES:
             types.append(_TYPES[name.id])
+        elif name.id == "Literal" and isinstance(part, ast.Subscript):
+            written = part.slice.elts if isinstance(part.slice, ast.Tuple) else [part.slice]
+            values = tuple(str(each.value) for each in written if isinstance(each, ast.Constant))
+            types.append(str)
         elif enumeration := _enumeration(module, tree, name.id):
             values = enumeration
             types.append(str)

@@ -172,15 +172,27 @@ def train(trainer: Trainer, context: Context) -> dict[str, Any]:
     return {"steps": trainer.state.global_step, "loss": {"first": logged[0], "last": logged[-1]}}
 
 
-def save(trainer: Trainer, context: Context, chat: Chat, name: str | None, facts: Mapping[str, object]) -> None:
-    """Writes `<stage folder>/model` and removes the checkpoints. `name` is the starting model's in the recipe."""
+def save(
+    trainer: Trainer, context: Context, chat: Chat, name: str | None, facts: Mapping[str, object], part: str = ""
+) -> None:
+    """Writes `<stage folder>/model` and removes the checkpoints. `name` is the starting model's in the recipe.
+
+    `part` is the submodule of the trainer's model that is saved; absent = all of it.
+    """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
+    if state is not None and part:
+        state = {key.removeprefix(f"{part}."): each for key, each in state.items() if key.startswith(f"{part}.")}
     if trainer.is_world_process_zero():
         facts = {"stage": context.stage_id, "steps": trainer.state.global_step, **facts}
         if context.constitution is not None:
             facts = {**facts, "constitution": context.constitution.name}
         checkpoint.save_checkpoint(
-            context.folder / "model", trainer.model, chat.tokenizer, context.model(name), facts, state_dict=state
+            context.folder / "model",
+            trainer.model.get_submodule(part),
+            chat.tokenizer,
+            context.model(name),
+            facts,
+            state_dict=state,
         )
         remove(context.folder / CHECKPOINTS)
     trainer.accelerator.wait_for_everyone()

@@ -35,13 +35,13 @@ _LEAST = 512
 
 
 class LocalEngine:
-    """One model in this process."""
+    """One model in this process. `lm` is the model itself where it is loaded already, as a policy in training is."""
 
-    def __init__(self, model: Model, profile: Profile) -> None:
+    def __init__(self, model: Model, profile: Profile, lm: PreTrainedModel | None = None) -> None:
         self.model = model
         self.profile = profile
         self._budget = profile.token_budget
-        self._loaded: PreTrainedModel | None = None
+        self._loaded = lm
 
     def __enter__(self) -> Self:
         return self

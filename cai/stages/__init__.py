@@ -36,6 +36,7 @@ STAGES = {
     "judge": "cai.stages.judge",
     "prefer": "cai.stages.prefer",
     "reward": "cai.stages.reward",
+    "ppo": "cai.stages.ppo",
     "dpo": "cai.stages.dpo",
     "compare": "cai.stages.compare",
 }

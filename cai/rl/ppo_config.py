@@ -1,0 +1,51 @@
+"""What may stand under `train:` of a `ppo` stage: transformers' arguments and PPO's own, by the names that TRL used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PPOConfig(TrainingArguments):  # type: ignore[misc]
+    """Schulman et al. 2017 (arXiv 1707.06347) with the details of Ouyang et al. 2022 (arXiv 2203.02155).
+
+    `num_train_epochs` counts rollouts: one pass of the trainer over its data is `num_ppo_epochs` passes over one.
+    """
+
+    num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over each rollout."})
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference in a token's reward."})
+    kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "How that KL is estimated."})
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "KL of a response, in nats, that `kl_coef` is adapted to; None keeps it fixed."},
+    )
+    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which it adapts (Ziegler et al. 2019)."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
+    cliprange: float = field(default=0.2, metadata={"help": "How far a token's ratio may move."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    value_lr_multiple: float = field(
+        default=10.0, metadata={"help": "Learning rate of a value head over the policy's: it starts at zero."}
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken from the score of a response that was cut off."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = ("num_ppo_epochs", "kl_horizon", "cliprange", "cliprange_value", "value_lr_multiple")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        for name in ("kl_coef", "vf_coef", "missing_eos_penalty"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(f"kl_target is {self.kl_target}, expected nats above 0")

@@ -1,0 +1,56 @@
+"""When reinforcement learning must stop: what a falling loss and a rising reward do not show.
+
+A proxy that is optimised too far is known by its reward going up while responses grow, repeat themselves or do not end
+(Gao et al. 2023, arXiv 2210.10760, for what happens; the signs are those that a person looks for). Each rollout is held
+against the first one, before anything is learned from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Limits(BaseModel):
+    """How far a policy may go from where it started before the stage stops."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kl: float = Field(100.0, gt=0, description="KL of a response to the reference, in nats.")
+    length: float = Field(3.0, gt=1, description="Mean length, as a multiple of the first rollout's.")
+    unfinished: float = Field(0.4, gt=0, le=1, description="Rise of the share of responses that were cut off.")
+    repetition: float = Field(0.3, gt=0, le=1, description="Rise of the share of repeated runs of four tokens.")
+
+
+def repetition(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of a response's runs of `n` tokens that have occurred in it before; 0 where it is shorter."""
+    runs = [tuple(token_ids[at : at + n]) for at in range(len(token_ids) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def reason_to_stop(limits: Limits, first: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+    """What is wrong with the figures of a rollout, given those of the first one; None where nothing is.
+
+    Figures: `reward`, `kl` (nats a response), `length` (tokens), `unfinished` and `repetition` (shares).
+    """
+    for name, value in now.items():
+        if not math.isfinite(value):
+            return f"`{name}` is {value}"
+    if now["kl"] > limits.kl:
+        return f"the KL to the reference is {now['kl']:.1f} nats a response, above `limits: {{kl: {limits.kl:g}}}`"
+    if now["reward"] <= first["reward"]:
+        return None
+    signs = []
+    if now["length"] > limits.length * first["length"]:
+        signs.append(f"responses have {now['length']:.0f} tokens, {first['length']:.0f} at first")
+    for name, words in (("unfinished", "are cut off"), ("repetition", "of what they say repeats itself")):
+        if now[name] > first[name] + getattr(limits, name):
+            signs.append(f"{now[name]:.0%} {words}, {first[name]:.0%} at first")
+    if not signs:
+        return None
+    return (
+        f"the reward rose from {first['reward']:.2f} to {now['reward']:.2f} while {'; '.join(signs)}: "
+        "signs that the reward is exploited (`limits:` says how far they may go)"
+    )
