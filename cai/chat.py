@@ -25,6 +25,7 @@ parted in plain letters by something else than tags in brackets and labels with 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,16 @@ class Chat:
         for text in stop:
             said = said.partition(text)[0]
         return TextAndReasoning(said.strip(), thought.strip().removeprefix(THINK).strip() or None)
+
+    def same_ids(self, other: Chat) -> bool:
+        """Whether every conversation has the same ids in both: tokenizer, template and end of turn are equal."""
+
+        def parts(chat: Chat) -> tuple[object, ...]:
+            spec = json.loads(chat.tokenizer.backend_tokenizer.to_str())
+            spec.update(truncation=None, padding=None)  # what was asked of it last, and nothing of its own
+            return spec, chat.tokenizer.get_chat_template(), chat.end_of_turn
+
+        return parts(self) == parts(other)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids as it stands; control tokens leave nothing."""

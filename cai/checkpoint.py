@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cai.errors import BadInput
 from cai.profile import SERVED
@@ -143,6 +143,39 @@ def settings(model: Model, name: str) -> dict[str, Any]:
     folder = fetch(model)
     base = None if (folder / name).is_file() else _base_of(model, folder)
     return _json(folder / name) if base is None else settings(base, name)
+
+
+def head(model: Model) -> Literal["language", "score"] | None:
+    """What a model on this machine has above its last layer: a vocabulary or a score. None where it does not say."""
+    folder = Path(model.path)
+    kinds = {"CAUSAL_LM": "language", "SEQ_CLS": "score"}
+    if (folder / ADAPTER).is_file():
+        return kinds.get(str(_json(folder / ADAPTER).get("task_type")))  # type: ignore[return-value]
+    for name in _json(folder / "config.json").get("architectures") or []:
+        if str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            return "language"
+        if str(name).endswith("ForSequenceClassification"):
+            return "score"
+    return None
+
+
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """Models loaded within are whole in every process, also while transformers parts new ones over them (ZeRO-3).
+
+    A copy that is only read, a reference or a reward model, has no optimizer state to share; parted, each of its
+    layers would be sent around at every forward pass, and all processes would have to make the same ones.
+    """
+    from transformers.integrations import deepspeed
+
+    active = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if active is None else active()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:

@@ -20,8 +20,9 @@ from cai.checkpoint import Model, identity, resolve
 from cai.errors import BadInput
 from cai.files import file_digest, read_json
 from cai.prompts import PairSet, load_human_pairs, read_prompt_set
-from cai.recipe import MODELS, Recipe, inputs_of, models_of, needs, prompt_sets_of
+from cai.recipe import MODELS, Recipe, inputs_of, models_of, needs, prompt_sets_of, rewards_of
 from cai.records import HELD_OUT, Prompt, canonical_json, stable_id
+from cai.rl.functions import function_place
 from cai.stages import StageConfig
 from cai.templates import load_templates
 
@@ -111,6 +112,10 @@ class Planner:
         for key in config.reads_files:
             if (given := getattr(config, key)) is not None:
                 parts[f"file.{key}"] = _content_digest(self.recipe.folder / Path(given.source).expanduser())
+        for reward in rewards_of(config):
+            if reward.function is not None:
+                path, _ = function_place(reward.function, self.recipe.folder)
+                parts[f"file.{reward.called}"] = _content_digest(path)
         for name in dict.fromkeys(models_of(config).values()):
             model = self.model(name, done)
             parts[f"model.{name}"] = done[name].digest if name in done else self._identity(model)
@@ -176,7 +181,7 @@ class Planner:
         reached: set[str] = set()
         for config in reversed(list(self.recipe.stages.values())):
             if config.gives in MODELS or config.id in reached:
-                reached.update(inputs_of(config))
+                reached.update([config.id, *inputs_of(config)])
         return {name for id in reached for name in prompt_sets_of(self.recipe.stages[id])}
 
     def _constitution_parts(self, config: StageConfig) -> Parts:

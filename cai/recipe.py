@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from cai.checkpoint import Model, resolve
+from cai.checkpoint import Model, head, resolve
 from cai.constitution import Constitution, load_constitution
 from cai.document import Document, fail, load_document, validate
 from cai.errors import BadInput, nearest
@@ -25,7 +25,8 @@ from cai.overrides import override_value
 from cai.profile import SERVED, find
 from cai.prompts import MICRO, PromptSet, read_prompt_set
 from cai.records import HELD_OUT, TOPIC
-from cai.stages import STAGES, Bars, StageConfig, TrainingConfig, config_class
+from cai.rl.functions import check_function
+from cai.stages import STAGES, Bars, Reward, RewardedConfig, Rows, StageConfig, TrainingConfig, config_class
 from cai.templates import template_sets
 from cai.train_fields import check_train
 from cai.wording import Key, describe
@@ -36,7 +37,7 @@ OWN = "model"
 """Among the models of a stage: the recipe's `model:`."""
 GATE = "gate"
 """Id of the stage that `gate:` stands for."""
-MODELS = ("policy", "reward")
+MODELS: tuple[Rows, ...] = ("policy", "reward")
 """What a stage may give that is a model."""
 
 Slug = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
@@ -166,6 +167,13 @@ def prompt_sets_of(config: StageConfig) -> list[str]:
 
 def models_of(config: StageConfig) -> dict[tuple[Key, ...], str]:
     """Every model or stage that a stage names as a model, by where in its config it is named."""
+    named = _named_models(config)
+    for index, reward in enumerate(rewards_of(config)):
+        named |= {("rewards", index, *keys): name for keys, name in _named_models(reward).items()}
+    return named
+
+
+def _named_models(config: StageConfig | Reward) -> dict[tuple[Key, ...], str]:
     named: dict[tuple[Key, ...], str] = {}
     for field in type(config).names_models:
         value = getattr(config, field, None)
@@ -174,6 +182,11 @@ def models_of(config: StageConfig) -> dict[tuple[Key, ...], str]:
         elif isinstance(value, str):
             named[(field,)] = value
     return named
+
+
+def rewards_of(config: StageConfig) -> tuple[Reward, ...]:
+    """The sources of reward that a stage scores responses by."""
+    return config.rewards if isinstance(config, RewardedConfig) else ()
 
 
 def needs(config: StageConfig, stages: Mapping[str, Any] | set[str]) -> list[str]:
@@ -241,17 +254,40 @@ def _check_names(
         if (rows := getattr(config, key)) is not None:
             _check_source(document, (*keys, key, "source"), rows.source)
     for place, name in models_of(config).items():
-        _check_model_name(document, (*keys, *place), name, by_id)
+        _check_model_name(document, (*keys, *place), name, by_id, _expected(place))
+    for number, reward in enumerate(rewards_of(config)):
+        at = (*keys, "rewards", number)
+        if reward.model in {SELF, OWN}:
+            raise fail(document, (*at, "model"), f"found {reward.model!r}, expected a `reward` stage or a reward model")
+        if reward.function is not None:
+            try:
+                check_function(reward.function, document.path.parent)
+            except BadInput as error:
+                raise fail(document, (*at, "function"), str(error)) from None
 
 
-def _check_model_name(document: Document, at: tuple[Key, ...], name: str, by_id: Mapping[str, StageConfig]) -> None:
+def _expected(place: tuple[Key, ...]) -> tuple[Rows, ...]:
+    """What a stage may give that is named as a model at `place` of another one's config."""
+    if place[0] != "rewards":
+        return MODELS
+    return ("reward",) if place[-1] == "model" else ("policy",)
+
+
+def _check_model_name(
+    document: Document,
+    at: tuple[Key, ...],
+    name: str,
+    by_id: Mapping[str, StageConfig],
+    expected: tuple[Rows, ...] = MODELS,
+) -> None:
     if name in by_id:
-        if by_id[name].gives not in MODELS:
-            models = [each.id for each in by_id.values() if each.gives in MODELS]
+        if by_id[name].gives not in expected:
+            models = [each.id for each in by_id.values() if each.gives in expected]
+            what = "a stage that trains a model" if expected == MODELS else f"a stage that gives {expected[0]}"
             raise fail(
                 document,
                 at,
-                f"stage {name!r} gives {by_id[name].gives}, expected a stage that trains a model"
+                f"stage {name!r} gives {by_id[name].gives}, expected {what}"
                 + (f": {', '.join(models)}" if models else ""),
             )
     # An id on the hub may look like a stage's id, but so does a stage's id with a slip in it.
@@ -312,12 +348,16 @@ def _check_picks(
     """Refuses principles that the constitution does not have, and tags that no prompt of the recipe has."""
     for index, config in enumerate(configs):
         keys = ("stages", index)
-        principles = getattr(config, "principles", None)
-        if constitution is not None and isinstance(principles, list):
+        picks: dict[tuple[Key, ...], object] = {keys: getattr(config, "principles", None)}
+        picks |= {(*keys, "rewards", number): each.principles for number, each in enumerate(rewards_of(config))}
+        for around, principles in picks.items():
+            if constitution is None or not isinstance(principles, list):
+                continue
             ids = [each.id for each in constitution.principles]
-            tags = [tag for each in constitution.principles for tag in each.tags] if config.gives == "texts" else []
+            tagged = config.gives == "texts" and around == keys
+            tags = [tag for each in constitution.principles for tag in each.tags] if tagged else []
             known = list(dict.fromkeys([*ids, *tags]))
-            for at, name in _at(document, keys, "principles", principles):
+            for at, name in _at(document, around, "principles", principles):
                 if name not in known:
                     raise fail(
                         document,
@@ -381,14 +421,24 @@ def _with_defaults(config: StageConfig, written: RecipeDocument) -> StageConfig:
         update["model"] = written.model
     if "judge" in fields and ("judge" not in config.model_fields_set or getattr(config, "judge", None) is None):
         update["judge"] = written.judge
-    return config.model_copy(update=update)
+    config = config.model_copy(update=update)
+    own = written.judge if written.judge != SELF else getattr(config, "model", SELF)
+    return _with_raters(config, {OWN: written.model, SELF: own})
+
+
+def _with_raters(config: StageConfig, means: Mapping[str, str]) -> StageConfig:
+    """The config with the judges among its rewards called by the names that theirs stand for."""
+    if not (rewards := rewards_of(config)):
+        return config
+    named = [each.model_copy(update={"judge": means.get(each.judge or "", each.judge)}) for each in rewards]
+    return config.model_copy(update={"rewards": tuple(named)})
 
 
 def _with_judge(
     document: Document, index: int, config: StageConfig, done: Mapping[str, StageConfig], written: RecipeDocument
 ) -> StageConfig:
     """The config with `judge: self` replaced by the model that wrote the responses; the recipe's where none did."""
-    if getattr(config, "judge", None) != SELF:
+    if SELF not in {getattr(config, "judge", None), *(each.judge for each in rewards_of(config))}:
         return config
     writers = list(dict.fromkeys(writer for name in inputs_of(config) for writer in _writers(done, name)))
     if len(writers) > 1:
@@ -398,7 +448,10 @@ def _with_judge(
             f"judge: self means whoever wrote the responses, but here these are "
             f"{' and '.join(writers)}; name one as `judge:`",
         )
-    return config.model_copy(update={"judge": writers[0] if writers else written.model})
+    writer = writers[0] if writers else written.model
+    if rewards_of(config):
+        return _with_raters(config, {SELF: writer})
+    return config.model_copy(update={"judge": writer})
 
 
 def _writers(stages: Mapping[str, StageConfig], name: str) -> list[str]:
@@ -459,7 +512,13 @@ def _resolved_models(
         for place, name in models_of(stages[config.id]).items():
             if name not in stages:
                 named.setdefault(name, ("stages", index, *place))
-                if isinstance(config, TrainingConfig) and name.startswith(SERVED):
+                if name.startswith(SERVED) and place[0] == "rewards" and place[-1] == "model":
+                    raise fail(
+                        document,
+                        ("stages", index, *place),
+                        f"found {name!r}, which only a server has, expected a reward model whose weights are here",
+                    )
+                if isinstance(config, TrainingConfig) and name.startswith(SERVED) and place[0] != "rewards":
                     raise fail(
                         document,
                         ("stages", index),
@@ -476,4 +535,16 @@ def _resolved_models(
             )
         except BadInput as error:
             raise fail(document, keys, str(error)) from None
+    for index, config in enumerate(configs):
+        for place, name in models_of(stages[config.id]).items():
+            if name in models and place[0] == "rewards":
+                _check_head(document, ("stages", index, *place), models[name])
     return models
+
+
+def _check_head(document: Document, at: tuple[Key, ...], model: Model) -> None:
+    """Refuses a language model as a reward model and the other way round, where the model's folder says what it is."""
+    wanted = {"model": "score", "judge": "language"}[str(at[-1])]
+    nouns = {"score": "a sequence classifier, which gives a score", "language": "a language model, which writes"}
+    if (found := head(model)) is not None and found != wanted:
+        raise fail(document, at, f"{model.name!r} is {nouns[found]}, expected {nouns[wanted]}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from cai.chat import Chat
-from cai.checkpoint import Model, load_causal_lm
+from cai.checkpoint import Model, load_causal_lm, whole
 from cai.engines import Choice, Completion, Failure, Question, Request, Sampling
 from cai.errors import BadInput
 
@@ -58,7 +58,8 @@ class LocalEngine:
     def lm(self) -> PreTrainedModel:
         """The model, loaded on first use."""
         if self._loaded is None:
-            self._loaded = load_causal_lm(self.model, self.profile.dtype, self.profile.device)
+            with whole():
+                self._loaded = load_causal_lm(self.model, self.profile.dtype, self.profile.device)
             self._budget = min(self._budget, self._room(self._loaded))
         return self._loaded
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -177,45 +177,89 @@ class Judge:
         )
 
     def _rating(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
-        options = tuple(str(number) for number in range(1, self.scale + 1))
-        questions = {}
-        for pair in pairs:
-            for side, text in (("a", pair.a), ("b", pair.b)):
-                for principle in asked[pair.id]:
-                    messages = self.templates.ask(
-                        "rate", messages=pair.messages, response=text, request=principle.critique, scale=self.scale
-                    )
-                    id = f"{pair.id}/{side}/{principle.id}"
-                    questions[id] = Question(id, messages, options)
-        answers = choose_all(self.engine, list(questions.values()), self.retries)
+        cases = {
+            f"{pair.id}/{side}/{principle.id}": Rated(pair.messages, text, principle)
+            for pair in pairs
+            for side, text in (("a", pair.a), ("b", pair.b))
+            for principle in asked[pair.id]
+        }
+        ratings = rate(self.engine, self.templates, cases, self.scale, self.min_mass, self.retries)
         found: Judged = {}
         for pair in pairs:
             by_principle = []
             for principle in asked[pair.id]:
-                vote = self._difference(pair, principle, answers)
+                vote = _difference(pair, principle, ratings)
                 by_principle.append([vote if isinstance(vote, Failure) else {**vote, "order": o} for o in ORDERS])
             found[pair.id] = together(pair, by_principle)  # type: ignore[arg-type]
         return found
-
-    def _difference(
-        self, pair: Pair, principle: Principle, answers: Mapping[str, Choice | Failure]
-    ) -> PrincipleVote | Failure:
-        scores, masses = [], []
-        for side in ("a", "b"):
-            answer = with_mass(answers[f"{pair.id}/{side}/{principle.id}"], self.min_mass)
-            if isinstance(answer, Failure):
-                return Failure(answer.id, f"pair {pair.id}, {principle.id!r}, response {side}: {answer.reason}")
-            scores.append(expected_score(answer.log_probs))
-            masses.append(answer.mass)
-        return PrincipleVote(
-            principle=principle.id, order="ab", log_odds=scores[0] - scores[1], mass=min(masses), scores=scores
-        )
 
     def _ask(self, name: str, pair: Pair, order: str, principle: Principle, **more: str) -> list[Message]:
         first, second = ({"a": pair.a, "b": pair.b}[side] for side in order)
         return self.templates.ask(
             name, messages=pair.messages, first=first, second=second, request=principle.compare, **more
         )
+
+
+class Rated(NamedTuple):
+    """One response to be rated by one principle."""
+
+    messages: Sequence[Message]
+    response: str
+    principle: Principle
+
+
+class Rating(NamedTuple):
+    """The expectation over a scale from 1, and the probability that the judge put on the scale's numbers."""
+
+    score: float
+    mass: float
+
+
+def rate(
+    engine: Engine, templates: TemplateSet, cases: Mapping[str, Rated], scale: int, min_mass: float, retries: int
+) -> dict[str, Rating | Failure]:
+    """The rating of every case by its id: the mean of 1 to `scale` under the judge's next token.
+
+    Numbers that hold less than `min_mass` of the probability between them are no rating.
+    """
+    options = tuple(str(number) for number in range(1, scale + 1))
+    questions = [
+        Question(
+            id,
+            templates.ask(
+                "rate",
+                messages=case.messages,
+                response=case.response,
+                request=case.principle.critique,
+                scale=scale,
+            ),
+            options,
+        )
+        for id, case in cases.items()
+    ]
+    found: dict[str, Rating | Failure] = {}
+    for id, given in choose_all(engine, questions, retries).items():
+        answer = with_mass(given, min_mass)
+        found[id] = answer if isinstance(answer, Failure) else Rating(expected_score(answer.log_probs), answer.mass)
+    return found
+
+
+def _difference(pair: Pair, principle: Principle, ratings: Mapping[str, Rating | Failure]) -> PrincipleVote | Failure:
+    """The vote of two ratings; a failure where one of them is."""
+    both = []
+    for side in ("a", "b"):
+        rating = ratings[f"{pair.id}/{side}/{principle.id}"]
+        if isinstance(rating, Failure):
+            return Failure(rating.id, f"pair {pair.id}, {principle.id!r}, response {side}: {rating.reason}")
+        both.append(rating)
+    first, second = both
+    return PrincipleVote(
+        principle=principle.id,
+        order="ab",
+        log_odds=first.score - second.score,
+        mass=min(first.mass, second.mass),
+        scores=[first.score, second.score],
+    )
 
 
 def counted(question: Question, answers: Sequence[Completion | Failure]) -> Choice | Failure:

@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.errors import StageFailed
-from cai.stages import Context, Rows, TrainingConfig, is_held_out
+from cai.stages import Context, Rows, RowTrainingConfig, is_held_out
 
 
-class Config(TrainingConfig):
+class Config(RowTrainingConfig):
     gives: ClassVar[Rows] = "policy"
     takes: ClassVar[tuple[Rows, ...]] = ("preferences",)
     train_class: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"

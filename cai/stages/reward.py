@@ -20,18 +20,16 @@ from pydantic import Field
 
 from cai.errors import StageFailed
 from cai.records import Preference, row_lines, stable_seed, topic_of
-from cai.stages import Context, Rows, TrainingConfig, is_held_out
+from cai.stages import Context, Rows, RowTrainingConfig, is_held_out
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from cai.training import Pair
 
 EVALUATION = "evaluation.jsonl"
 """Both scores of every held-out pair."""
 
 
-class Config(TrainingConfig):
+class Config(RowTrainingConfig):
     gives: ClassVar[Rows] = "reward"
     takes: ClassVar[tuple[Rows, ...]] = ("preferences",)
     train_class: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
@@ -48,7 +46,7 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains on pairs that are not held out, measures on those that are. Raises StageFailed where there are none."""
-    from cai import checkpoint, training
+    from cai import checkpoint, reward_model, training
     from cai.chat import Chat
     from cai.trainers import LabelledRewardCollator, SoftRewardTrainer
 
@@ -76,10 +74,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             peft_config=training.adapter(config.lora, "SEQ_CLS", trained_whole=("score",)),
         )
         figures = training.train(trainer, context)
-        scored = [
-            _scored(pair, *scores)
-            for pair, scores in zip(held_out, score(trainer.model, held_out, chat.pad_id, context), strict=True)
-        ]
+        read = [pair.prompt_ids + ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
+        scores = reward_model.scores(trainer.model, read, chat.pad_id, context.profile)
+        scored = [_scored(*each) for each in zip(held_out, scores[::2], scores[1::2], strict=True)]
         training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(learned)})
     (context.folder / EVALUATION).write_text("".join(row_lines(scored)), encoding="utf-8")
     counts = {"pairs": len(rows), "examples": len(learned), "held_out": len(held_out), "left_out": +left_out}
@@ -92,32 +89,6 @@ def held_out_prompts(rows: Sequence[Preference], share: float) -> set[str]:
         return tagged
     prompts = sorted({row["prompt_id"] for row in rows}, key=lambda prompt: (stable_seed("holdout", prompt), prompt))
     return set(prompts[: max(1, round(share * len(prompts)))])
-
-
-def score(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, context: Context) -> list[tuple[float, float]]:
-    """(chosen, rejected) score of each pair, in batches of similar length within the profile's token budget."""
-    import torch
-
-    from cai.checkpoint import pick_dtype
-
-    texts = [pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    scores = torch.zeros(len(texts))
-    dtype = pick_dtype(context.profile.dtype, model.device)
-    model.eval()
-    with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        while order:
-            longest = len(texts[order[0]])
-            size = max(1, context.profile.token_budget // longest)
-            batch, order = order[:size], order[size:]
-            ids = torch.full((len(batch), longest), pad_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(batch):
-                ids[row, : len(texts[index])] = torch.tensor(texts[index])
-                mask[row, : len(texts[index])] = 1
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
-            scores[batch] = logits.squeeze(-1).float().cpu()
-    return [(chosen, rejected) for chosen, rejected in scores.view(-1, 2).tolist()]
 
 
 def measure(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

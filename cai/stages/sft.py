@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from cai.errors import BadInput, StageFailed
 from cai.journal import FAILURES
 from cai.records import Revision, Sample, read_rows
-from cai.stages import Context, Rows, TrainingConfig, is_held_out
+from cai.stages import Context, Rows, RowTrainingConfig, is_held_out
 
 if TYPE_CHECKING:
     from cai.chat import Chat
 
 
-class Config(TrainingConfig):
+class Config(RowTrainingConfig):
     gives: ClassVar[Rows] = "policy"
     takes: ClassVar[tuple[Rows, ...]] = ("texts",)
     revision: ClassVar[int] = 2

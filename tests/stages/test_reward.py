@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import CPU, preference, run_stage, stage_context, trained
+from training_stages import CPU, preference, run_stage, trained
 
 from cai.checkpoint import Model, load_causal_lm, load_sequence_classifier
 from cai.errors import StageFailed
-from cai.stages.reward import held_out_prompts, measure, score
+from cai.stages.reward import held_out_prompts, measure
 
 torch = pytest.importorskip("torch")
-
-FAMILIES = ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "mistral", "thinking"]
 
 
 def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") -> dict[str, Any]:
@@ -26,25 +24,15 @@ def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") 
             "rejected_score": 0.0}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_score_is_read_at_the_end_of_the_turn_whatever_pads_it(
-    family: str, tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
-    from cai.chat import Chat
+def scores_of(model: Model, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(chosen, rejected) score of each pair by the reward model that a stage left behind."""
+    from cai.reward_model import RewardModel
     from cai.training import tokenised_pairs
 
-    chat = Chat.load(tiny(family))
-    pairs, _ = tokenised_pairs([preference(number) for number in range(5)], chat, 256)
-    torch.manual_seed(0)
-    model = load_sequence_classifier(tiny(family))
-    scores = score(model, pairs, chat.pad_id, stage_context(tmp_path / "stage", {}, tiny(family)))
-    for pair, (chosen, rejected) in zip(pairs, scores, strict=True):
-        for ids, found in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
-            assert ids[-1] == chat.end_of_turn != chat.pad_id
-            with torch.no_grad():
-                hidden = model.base_model(torch.tensor([pair.prompt_ids + ids])).last_hidden_state[0, -1]
-                expected = float(model.score.weight @ hidden)
-            assert found == pytest.approx(expected, abs=1e-4)
+    judge = RewardModel.load(model, CPU)
+    pairs, _ = tokenised_pairs(rows, judge.chat, 256)
+    scores = judge.scores([pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
+    return list(zip(scores[::2], scores[1::2], strict=True))
 
 
 def test_a_word_that_decides_is_learned_and_held_out_pairs_are_put_in_order(
@@ -63,13 +51,7 @@ def test_a_word_that_decides_is_learned_and_held_out_pairs_are_put_in_order(
     assert figures["label_entropy"] < figures["log_loss"] < math.log(2)
     lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
     assert len(lines) == 40
-    again = load_sequence_classifier(trained(tmp_path / "stage"))
-    from cai.chat import Chat
-    from cai.training import tokenised_pairs
-
-    chat = Chat.load(trained(tmp_path / "stage"))
-    pairs, _ = tokenised_pairs([row for row in rows if row["tags"]], chat, 256)
-    scores = score(again, pairs, chat.pad_id, stage_context(tmp_path / "again", {}, tiny("llama")))
+    scores = scores_of(trained(tmp_path / "stage"), [row for row in rows if row["tags"]])
     for line, (chosen, rejected) in zip(lines, scores, strict=True):
         assert (line["chosen_score"], line["rejected_score"]) == pytest.approx((chosen, rejected), abs=1e-5)
 
@@ -91,14 +73,9 @@ def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Callable[..., Model]) -> No
     rows = [preference(number) for number in range(60)]
     train = {"num_train_epochs": 5, "learning_rate": 1e-2}
     figures = run_stage("reward", tmp_path / "stage", rows, tiny("qwen2"), train=train, lora={"rank": 8})["reward"]
-    from cai.chat import Chat
-    from cai.training import tokenised_pairs
-
     lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
-    model, chat = load_sequence_classifier(trained(tmp_path / "stage")), Chat.load(trained(tmp_path / "stage"))
     by_id = {row["id"]: row for row in rows}
-    pairs, _ = tokenised_pairs([by_id[line["id"]] for line in lines], chat, 256)
-    scores = score(model, pairs, chat.pad_id, stage_context(tmp_path / "again", {}, tiny("qwen2")))
+    scores = scores_of(trained(tmp_path / "stage"), [by_id[line["id"]] for line in lines])
     assert [line["chosen_score"] for line in lines] == pytest.approx([chosen for chosen, _ in scores], abs=1e-3)
     assert figures["held_out"] == len(lines) == 6
 
