@@ -1,5 +1,6 @@
 """Reinforcement learning from rewards: where rewards come from, how the policy is sampled, what learns from it.
 
-Read in this order: `rewards` and `functions` (what a response is worth), `sampler` (the policy as an engine), `rollouts` (responses and
-all that is known of them), `actor_critic` (the model), `ppo_trainer` (the method), `watch` (when to stop).
+Read in this order: `functions` and `rewards` (what a response is worth), `sampler` (the policy as an engine),
+`rollouts` (responses and all that is known of them), `actor_critic` (the model), `ppo_trainer` (the method), `watch`
+(when to stop).
 """

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from cai.checkpoint import Model, load_causal_lm
+from cai.checkpoint import Model, load_causal_lm, whole
 from cai.engines import Completion, Failure, Request
 from cai.engines.local import LocalEngine
 from cai.profile import Profile
@@ -31,7 +31,8 @@ class PolicySampler:
     """Draws responses from the latest weights that `update` was given."""
 
     def __init__(self, start: Model, profile: Profile) -> None:
-        self.copy = load_causal_lm(start, profile.dtype, profile.device).requires_grad_(False)
+        with whole():
+            self.copy = load_causal_lm(start, profile.dtype, profile.device).requires_grad_(False)
         self.engine = LocalEngine(start, profile, self.copy)
 
     @torch.no_grad()

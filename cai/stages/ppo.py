@@ -9,8 +9,9 @@ Left out: a policy on an engine other than `local` while it learns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +19,14 @@ from cai.engines import Sampling
 from cai.errors import BadInput, StageFailed
 from cai.rl.watch import Limits
 from cai.stages import Context, ReinforcementConfig, Rows, is_held_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cai.chat import Chat
+    from cai.checkpoint import Model
+    from cai.records import Prompt
+    from cai.rl.rewards import Rewards
 
 
 class Config(ReinforcementConfig):
@@ -47,26 +56,24 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on prompts that are not held out. Raises StageFailed where none fits, or limits are passed."""
     from cai import checkpoint, training
     from cai.chat import Chat
-    from cai.rl.actor_critic import ActorCritic, add_scoring
+    from cai.rl.actor_critic import ActorCritic
     from cai.rl.ppo_trainer import PPOTrainer
     from cai.rl.rewards import Rewards
     from cai.rl.sampler import PolicySampler
 
     start = context.model(config.model)
     chat = Chat.load(start)
-    prompts, left_out = _fitting(config, context, chat)
-    with training.quiet(context), Rewards(config.rewards, context, start) as rewards:
+    with training.quiet(context), Rewards(config.rewards, context, chat) as rewards:
+        prompts, left_out = _fitting(config, context, chat, rewards)
         args = training.arguments(config, context, num_train_epochs=config.rollouts, include_num_input_tokens_seen="no")
         policy = training.loaded(checkpoint.load_causal_lm, start, context)
-        reference: Any = None
+        reference: PreTrainedModel | str | None = None
         if config.lora is not None:
             from peft import get_peft_model
 
             policy = get_peft_model(policy, training.adapter(config.lora, "CAUSAL_LM"))
         if config.reference == "start":
-            reference = "adapter off" if config.lora is not None else _frozen(start, context)
-            if config.lora is None:
-                add_scoring(reference, config.temperature)
+            reference = "adapter off" if config.lora is not None else _frozen(start, context, config.temperature)
         critic = None
         if config.critic is not None:
             critic = training.loaded(checkpoint.load_sequence_classifier, context.model(config.critic), context)
@@ -88,7 +95,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         training.save(trainer, context, chat, config.model, {"kind": config.kind}, part="policy")
     rollouts = [entry for entry in training.read_metrics(context.folder) if "reward" in entry]
     shown = {name: {"first": rollouts[0][name], "last": rollouts[-1][name]} for name in SHOWN}
-    counts = {"prompts": len(prompts), "left_out": left_out, "rollouts": len(rollouts)}
+    counts = {"prompts": len(prompts), "left_out": +left_out, "rollouts": len(rollouts)}
     return {"training": {config.id: {**figures, **counts, **shown}}}
 
 
@@ -96,13 +103,13 @@ SHOWN = ("reward", "kl", "length", "unfinished", "value/explained_variance")
 """What the stage reports of its first and last rollout."""
 
 
-def _fitting(config: Config, context: Context, chat: Any) -> tuple[list[Any], dict[str, int]]:
+def _fitting(config: Config, context: Context, chat: Chat, rewards: Rewards) -> tuple[list[Prompt], Counter[str]]:
     """The prompts that responses are drawn to, and how many were left out for which reason."""
     from cai import training
 
     limit = training.longest(chat, config.max_length)
-    left_out = {"held_out": 0, "too_long": 0, "refused_by_template": 0}
-    fitting = []
+    left_out: Counter[str] = Counter()
+    fitting: list[Prompt] = []
     for prompt in context.prompts(config.prompts):
         if is_held_out(prompt):
             left_out["held_out"] += 1
@@ -114,16 +121,21 @@ def _fitting(config: Config, context: Context, chat: Any) -> tuple[list[Any], di
             continue
         if n_tokens + config.max_new_tokens > limit:
             left_out["too_long"] += 1
+        elif rewards.reason_against(prompt):
+            left_out["without_reward"] += 1
         else:
             fitting.append(prompt)
-    left_out = {reason: n for reason, n in left_out.items() if n}
     if not fitting:
-        raise StageFailed(f"stage {config.id!r}: no prompt to respond to; left out: {left_out or 'nothing'}")
+        raise StageFailed(f"stage {config.id!r}: no prompt to respond to; left out: {training.reasons(left_out)}")
     return fitting, left_out
 
 
-def _frozen(start: Any, context: Context) -> Any:
-    """The starting policy as it is now and stays."""
+def _frozen(start: Model, context: Context, temperature: float) -> PreTrainedModel:
+    """The starting policy as it is now and stays. In float32, like the policy: their KL is 0 at the start."""
     from cai import checkpoint
+    from cai.rl.actor_critic import add_scoring
 
-    return checkpoint.load_causal_lm(start, device=context.profile.device).requires_grad_(False)
+    with checkpoint.whole():
+        model = checkpoint.load_causal_lm(start, device=context.profile.device).requires_grad_(False)
+    add_scoring(model, temperature)
+    return model
