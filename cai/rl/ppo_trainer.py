@@ -274,6 +274,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         return slots
 
     @property
+    def steps_a_rollout(self) -> int:
+        """Optimizer steps that learn from one rollout."""
+        return len(self.train_dataset) // self._step_size
+
+    @property
     def _step_size(self) -> int:
         """Episodes in an optimizer step, over all ranks."""
         args = self.args
@@ -400,7 +405,7 @@ class _RollOut(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.roll_out(round(state.epoch or 0))
+        self.trainer.roll_out(state.global_step // self.trainer.steps_a_rollout)
 
 
 def _permutation(n: int, seed: int) -> list[int]:
