@@ -19,13 +19,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+if TYPE_CHECKING:  # the other interpreter has no cai
+    from cai.rl.rollouts import Episode
 
 FILE = Path(__file__).with_name("data") / "trl-ppo.safetensors"
 PAD, BOS, END = 0, 1, 2
@@ -101,6 +104,26 @@ def stored(case: str) -> Rollouts:
         facts = json.loads(file.metadata()["facts"])[case]
         names = [name for name in file.keys() if name.startswith(f"{case}.")]  # noqa: SIM118 - it is no dictionary
         return Rollouts(**facts, **{name.partition(".")[2]: file.get_tensor(name) for name in names})
+
+
+def episodes(case: str) -> list[Episode]:
+    """The stored responses as the stage `ppo` has them after a rollout, without advantages."""
+    from cai.rl.rollouts import Episode
+
+    theirs = stored(case)
+    ended = (theirs.token_ids[:, QUERY:] == END).any(dim=1).tolist()
+    found = []
+    for row, (ids, length) in enumerate(zip(theirs.token_ids, theirs.mask.sum(dim=1).tolist(), strict=True)):
+        prompt = ids[:QUERY]
+        episode = Episode(
+            prompt_id=str(row), prompt_ids=prompt[prompt != PAD].tolist(),
+            token_ids=ids[QUERY : QUERY + length].tolist(), text="", finished=ended[row], sampled_log_probs=[],
+            score=theirs.scores[row].item(),
+        )  # fmt: skip
+        for name in ("log_probs", "ref_log_probs", "values"):
+            setattr(episode, name, getattr(theirs, name)[row, :length].clone())
+        found.append(episode)
+    return found
 
 
 def model(role: str) -> Any:
