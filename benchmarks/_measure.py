@@ -97,11 +97,21 @@ def clock_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Cloc
 
 def peak_rss() -> int | None:
     """Bytes of memory that this process held at most; None where the system does not tell."""
+    return _of_process("VmHWM")
+
+
+def rss() -> int | None:
+    """Bytes of memory that this process holds now; None where the system does not tell."""
+    return _of_process("VmRSS")
+
+
+def _of_process(name: str) -> int | None:
+    """A size that Linux tells of this process, in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -139,11 +149,23 @@ def _cpu() -> str:
 
 
 def result(
-    bench: str, ours: float, plain: float, unit: str, sizes: Mapping[str, Any], packages: Iterable[str], **more: Any
+    bench: str,
+    ours: float | None,
+    plain: float | None,
+    unit: str,
+    sizes: Mapping[str, Any],
+    packages: Iterable[str],
+    **more: Any,
 ) -> dict[str, Any]:
-    """The object that a benchmark prints last. `ratio` is how many times better ours is: less of seconds, more else."""
-    better = plain / ours if unit == "seconds" else ours / plain
+    """The object that a benchmark prints last. `ratio` is how many times better ours is: less of seconds, more else.
+
+    None is a side that was not measured.
+    """
+    ratio = None
+    if ours is not None and plain is not None:
+        ratio = round(plain / ours if unit == "seconds" else ours / plain, 2)
     return {
-        "bench": bench, "ours": round(ours, 3), "plain": round(plain, 3), "unit": unit, "ratio": round(better, 2),
+        "bench": bench, "ours": None if ours is None else round(ours, 3),
+        "plain": None if plain is None else round(plain, 3), "unit": unit, "ratio": ratio,
         **more, "sizes": dict(sizes), "versions": versions(packages), "hardware": hardware(),
     }  # fmt: skip

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import _models
+import _ppo_models
 import choose
 import generate
 import numpy as np
 import plain
+import ppo
 import pytest
+import torch
 import yaml
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from cai.constitution import load_constitution
 from cai.engines.local import LocalEngine
@@ -24,7 +28,7 @@ from cai.micro.conversations import prompts
 from cai.templates import load_templates
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SLOW = {"feedback", "quickstart", "plain"}
+SLOW = {"feedback", "quickstart", "plain", "ppo"}
 """Those that train models even with `--quick`."""
 QUICK = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SLOW)
 MORE = {"choose": ["--model", "random-tiny"], "generate": ["--model", "random-tiny"]}
@@ -119,3 +123,45 @@ def test_plain_follows_the_recipe_and_asks_the_principles_of_the_constitution() 
     assert weights == {each.id: each.weight for each in document.principles}
     limits = {name: each["limit"] for name, each in yaml.safe_load(plain.RECIPE.read_text())["prompts"].items()}
     assert {name: len(each) for name, each in recipe.prompts.items()} == limits
+
+
+def test_the_reward_that_a_policy_learns_from_is_how_many_more_good_tokens_than_bad_it_draws(tmp_path: Path) -> None:
+    shape = _ppo_models.config(width=64, layers=2, vocabulary=4096)
+    _ppo_models.reward_model(shape, tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    ids = torch.randint(_ppo_models.SPECIAL, 4096, (8, 20), generator=torch.Generator().manual_seed(1))
+    expected = _ppo_models.SPREAD * _ppo_models.kinds(shape)[ids].mean(dim=1)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(model(ids).logits.squeeze(-1).detach(), expected, atol=0.02, rtol=0.02)
+
+
+def test_the_policy_that_learns_is_of_fifty_million_parameters_and_ends_its_responses(tmp_path: Path) -> None:
+    sizes = ppo.Sizes()
+    with torch.device("meta"):
+        large = LlamaForCausalLM(_ppo_models.config(sizes.width, sizes.layers, sizes.vocabulary))
+    assert sum(weight.numel() for weight in large.parameters()) >= 50_000_000
+    _ppo_models.policy(_ppo_models.config(width=64, layers=2, vocabulary=4096), tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        next_ = model(torch.randint(_ppo_models.SPECIAL, 4096, (8, 20))).logits.softmax(-1).mean(dim=(0, 1))
+    assert 0.5 < next_[_ppo_models.END] / _ppo_models.ENDS < 2
+    assert next_[_ppo_models.PAD] < 1e-6
+    assert next_.topk(100).values.sum() > 0.3, "tokens are as unequal as words are"
+
+
+def test_sides_are_compared_by_their_best_speed_their_least_memory_and_their_last_rewards() -> None:
+    def run(seconds: float, peak: float, reward: float) -> dict[str, Any]:
+        return {"seconds": [9.0, seconds, seconds], "peak": peak, "rewards": [0.0, 1.0, reward], "kl": [0.0, 1.0, 2.0]}
+
+    sizes = ppo.Sizes(batch=6, updates=3)
+    found = ppo.summary([run(2.0, 3e6, 4.0), run(3.0, 2e6, 5.0)], sizes)
+    assert found["episodes_per_s"] == 3.0
+    assert found["peak_mb"] == 2.0
+    assert found["final_rewards"] == [4.0, 5.0]
+    assert found["final_kl"] == [2.0, 2.0]
+    difference = ppo.difference([4.0, 5.0, 6.0], [1.0, 2.0, 3.0])
+    assert difference is not None
+    assert difference["mean"] == 3.0
+    # 3 ± t(0.975, 4 degrees of freedom) sqrt(1/3 + 1/3)
+    np.testing.assert_allclose(difference["interval"], [3 - 2.776445 * 0.816497, 3 + 2.776445 * 0.816497], rtol=1e-5)
+    assert ppo.difference([1.0], [2.0]) is None
