@@ -49,7 +49,7 @@ from cai.micro.conversations import prompts
 HERE = Path(__file__).parent
 SCRIPTS = {"ours": HERE / "_ppo_ours.py", "plain": HERE / "_trl_ppo_peer.py"}
 METHOD = {
-    "learning_rate": 3e-5, "temperature": 1.0, "kl": 0.05, "kl_estimator": "k1", "gamma": 1.0, "lam": 0.95, "clip": 0.2,
+    "learning_rate": 1e-5, "temperature": 1.0, "kl": 0.05, "kl_estimator": "k1", "gamma": 1.0, "lam": 0.95, "clip": 0.2,
     "clip_value": 0.2, "value_weight": 0.1,
 }  # fmt: skip
 PROMPT = 32
