@@ -1,0 +1,137 @@
+"""The stage `ppo`'s own trainer on what `ppo.py` gives it, without a recipe around it.
+
+    python benchmarks/_ppo_ours.py SPEC.json SEED      as `ppo.py` calls it
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import _measure
+
+Spec = dict[str, Any]
+MICRO_BATCH = 8
+"""Responses in one forward pass that is learned from."""
+
+
+def run(spec: Spec, seed: int) -> dict[str, Any]:
+    """Trains by `cai.rl.ppo_trainer` and returns its figures."""
+    from transformers import TrainerCallback, set_seed
+
+    from cai.checkpoint import load_causal_lm, resolve
+    from cai.cpu_training import float32_attention
+    from cai.engines import Failure, Sampling
+    from cai.profile import Profile
+    from cai.records import stable_id
+    from cai.reward_model import RewardModel
+    from cai.rl.actor_critic import ActorCritic, add_scoring
+    from cai.rl.ppo_config import PPOConfig
+    from cai.rl.ppo_trainer import PPOTrainer
+    from cai.rl.rewards import Response
+    from cai.rl.sampler import PolicySampler
+    from cai.rl.watch import Limits
+
+    before = _measure.rss()
+    clock = _measure.Clock(spec["cpu_seconds"])
+    profile = Profile(device="cpu")
+    start = resolve(spec["policy"], folder=Path())
+    model = RewardModel.load(resolve(spec["reward"], folder=Path()), profile)
+
+    class Rewards:
+        """The reward model on the ids that were drawn."""
+
+        def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
+            return [{"model": score} for score in model.scores([each.prompt_ids + each.token_ids for each in responses])]
+
+        def total(self, scores: Mapping[str, float]) -> float:
+            return scores["model"]
+
+    class Times(TrainerCallback):  # type: ignore[misc]
+        """When each update ended."""
+
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            self.ends.append(clock.now())
+
+        def on_epoch_end(self, *_: object, **__: object) -> None:
+            self.ends.append(clock.now())
+
+    times = Times()
+    set_seed(seed)
+    reference = load_causal_lm(start).requires_grad_(False)
+    add_scoring(reference, spec["temperature"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PPOTrainer(
+            ActorCritic(load_causal_lm(start).requires_grad_(True), temperature=spec["temperature"]),
+            arguments(PPOConfig, spec, seed, folder),
+            prompts=[
+                {"id": stable_id(each["ids"]), "messages": each["messages"], "tags": [], "source": "benchmark"}
+                for each in spec["prompts"]
+            ],
+            sampler=PolicySampler(start, profile),
+            rewards=Rewards(),
+            reference=reference,
+            rollout_size=spec["batch"],
+            sampling=Sampling(spec["new_tokens"], spec["temperature"]),
+            pad_id=model.chat.pad_id,
+            folder=Path(folder),
+            limits=Limits(kl=1e9, length=1e9, unfinished=1.0, repetition=1.0),
+        )
+        trainer.add_callback(times)
+        with float32_attention(trainer.args.device):
+            trainer.train()
+    logged = [each for each in trainer.state.log_history if "reward" in each]
+    peak = _measure.peak_rss()
+    return {
+        "seconds": [end - begin for begin, end in zip(times.ends, times.ends[1:], strict=False)],
+        "rewards": [each["reward"] for each in logged],
+        "kl": [each["kl"] for each in logged],
+        "peak": None if peak is None or before is None else peak - before,
+        "versions": _measure.versions(("torch", "transformers", "trl", "accelerate")),
+    }
+
+
+def arguments(config: Any, spec: Spec, seed: int, folder: str) -> Any:
+    """The trainer's settings of what `ppo.py` says."""
+    step = spec["batch"] // spec["minibatches"]
+    micro = min(MICRO_BATCH, step)
+    return config(
+        output_dir=folder,
+        seed=seed,
+        num_train_epochs=spec["updates"],
+        num_ppo_epochs=spec["epochs"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=step // micro,
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        kl_coef=spec["kl"],
+        kl_estimator=spec["kl_estimator"],
+        cliprange=spec["clip"],
+        cliprange_value=spec["clip_value"],
+        vf_coef=spec["value_weight"],
+        gamma=spec["gamma"],
+        lam=spec["lam"],
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=True,
+    )
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(json.dumps(run(spec, int(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    main()
