@@ -64,6 +64,16 @@ class Revision(Sample):
     rounds: list[Round]
 
 
+class ScoredSample(Sample):
+    """The best of several responses to one prompt. `of` is how many had a reward, `mean_reward` their mean."""
+
+    reward: float
+    rewards: dict[str, float]
+    """Each source's score, unweighted."""
+    mean_reward: float
+    of: int
+
+
 class Candidate(TypedDict):
     """One side of a pair."""
 

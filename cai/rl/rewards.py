@@ -37,9 +37,6 @@ from cai.reward_model import RewardModel
 from cai.rl.functions import RewardFunction, call_function, load_function
 from cai.stages import Context, Reward
 
-RETRIES = 1
-"""Times that a rating which failed is asked for again."""
-
 
 @dataclass(frozen=True)
 class Response:
@@ -58,7 +55,7 @@ class Response:
 class Source(Protocol):
     """One source of reward."""
 
-    def scores(self, responses: Sequence[Response]) -> list[float | Failure]: ...
+    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]: ...
 
     def reason_against(self, prompt: Prompt) -> str | None: ...
 
@@ -82,9 +79,11 @@ class Rewards:
         self._stack.close()
         self._sources = {}
 
-    def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
-        """The score of each response by every source's name; a failure, by the prompt's id, where one source failed."""
-        by_source = {name: source.scores(responses) for name, source in self._sources.items()}
+    def scores(self, responses: Sequence[Response], retries: int = 1) -> list[dict[str, float] | Failure]:
+        """The score of each response by every source's name; a failure, by the prompt's id, where one source failed.
+
+        A rating that failed is asked for `retries` times more."""
+        by_source = {name: source.scores(responses, retries) for name, source in self._sources.items()}
         found: list[dict[str, float] | Failure] = []
         for number, response in enumerate(responses):
             scores: dict[str, float] = {}
@@ -135,7 +134,7 @@ class _Model:
     def reason_against(self, prompt: Prompt) -> str | None:
         return None
 
-    def scores(self, responses: Sequence[Response]) -> list[float | Failure]:
+    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]:
         read = [self._ids(response) for response in responses]
         fitting = [ids for ids in read if not isinstance(ids, Failure)]
         scores = iter(self.model.scores(fitting))
@@ -184,14 +183,14 @@ class _Judge:
     def reason_against(self, prompt: Prompt) -> str | None:
         return None if self.applicable(prompt) else "no principle applies to the prompt"
 
-    def scores(self, responses: Sequence[Response]) -> list[float | Failure]:
+    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]:
         cases = {
             f"{number}/{principle.id}": Rated(response.prompt["messages"], response.text, principle)
             for number, response in enumerate(responses)
             for principle in self.applicable(response.prompt)
         }
         templates = self.context.templates(self.reward.judge)
-        ratings = rate(self.engine, templates, cases, self.reward.scale, MIN_MASS, RETRIES)
+        ratings = rate(self.engine, templates, cases, self.reward.scale, MIN_MASS, retries)
         return [self._mean(number, response, ratings) for number, response in enumerate(responses)]
 
     def _mean(self, number: int, response: Response, ratings: Mapping[str, Rating | Failure]) -> float | Failure:
@@ -222,7 +221,7 @@ class _Function:
     def reason_against(self, prompt: Prompt) -> str | None:
         return None
 
-    def scores(self, responses: Sequence[Response]) -> list[float | Failure]:
+    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]:
         if not responses:
             return []
         prompts = [list(each.prompt["messages"]) for each in responses]

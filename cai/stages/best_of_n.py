@@ -1,0 +1,140 @@
+"""Keeps the best of several responses to each prompt, by the same rewards that reinforcement learning takes.
+
+Best-of-n (Stiennon et al. 2020, arXiv 2009.01325): n responses are sampled, and the one with the highest reward stays.
+`sft` on what stays makes a policy of it. It is the simplest way to raise a reward, and the yardstick for the others:
+how far it goes from the sampling policy is known without measuring, KL <= log n - (n - 1) / n nats a response (an
+upper bound, long taken for the value itself: Beirami et al. 2024, arXiv 2401.01879).
+
+What the model was cut off in, and what has nothing to read, would teach to stop in mid-sentence or to say nothing; both
+are counted and never chosen. A response that nobody could score is listed among the failures and not chosen either; a
+prompt fails when none of its responses has a reward. Of equal rewards the earlier response stays.
+
+Left out: choosing by votes between pairs, several responses to a prompt, temperatures between best and average.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from cai.engines import Failure
+from cai.errors import StageFailed
+from cai.feedback.votes import empty
+from cai.journal import RECORDS
+from cai.records import Sample, ScoredSample, read_rows, stable_id
+from cai.stages import Context, FeedbackConfig, Names, RewardedConfig, Rows
+
+if TYPE_CHECKING:
+    from cai.rl.rewards import Rewards
+
+
+class Config(RewardedConfig, FeedbackConfig):
+    gives: ClassVar[Rows] = "texts"
+    takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+
+    kind: Literal["best-of-n"] = "best-of-n"
+    from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are chosen from.")
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Writes one ScoredSample for each prompt: the response with the highest reward."""
+    from cai.rl.rewards import Rewards
+
+    responses: list[Sample] = context.rows(config.from_)
+    by_prompt, left_out = candidates(responses)
+    with Rewards(config.rewards, context) as rewards:
+        items = [
+            {"id": stable_id(context.stage_id, prompt_id), "rows": rows}
+            for prompt_id, rows in by_prompt.items()
+            if not rewards.reason_against(_prompt(rows[0]))
+        ]
+        if not items:
+            raise StageFailed(
+                f"stage {config.id!r}: found no prompt whose responses can be scored among {len(responses)} responses; "
+                f"{left_out['cut_off']} are cut off and {left_out['empty']} empty"
+            )
+        for batch in context.journal.batches(items, size=config.journal_batch, unit="prompts"):
+            rows, failures = choose(batch.items, rewards, config.attempts(batch))
+            context.journal.append(batch, rows, failures)
+    _, failed = context.journal.finish()
+    chosen: list[ScoredSample] = read_rows(context.folder / RECORDS)
+    if not chosen:
+        raise StageFailed(f"none of {len(items)} prompts has a response with a reward; {failed[0].reason}")
+    counts = {
+        "prompts": len(items),
+        "without_principle": len(by_prompt) - len(items),
+        "responses": sum(len(item["rows"]) for item in items),
+        "left_out": left_out,
+        "failed": len(failed),
+        "failed_prompts": len(items) - len(chosen),
+    }
+    return {"best_of_n": {context.stage_id: counts | measured(chosen)}}
+
+
+def candidates(responses: Sequence[Sample]) -> tuple[dict[str, list[Sample]], dict[str, int]]:
+    """The responses to each prompt that may be chosen, and counts of the others by what they are: cut_off, empty."""
+    by_prompt: dict[str, list[Sample]] = {}
+    left_out: Counter[str] = Counter()
+    for row in responses:
+        if empty(row["response"]):
+            left_out["empty"] += 1
+        elif row["finish_reason"] == "length":
+            left_out["cut_off"] += 1
+        else:
+            by_prompt.setdefault(row["prompt_id"], []).append(row)
+    return by_prompt, {reason: left_out[reason] for reason in ("cut_off", "empty")}
+
+
+def choose(
+    items: Sequence[Mapping[str, Any]], rewards: Rewards, retries: int
+) -> tuple[list[ScoredSample], list[Failure]]:
+    """The best response of each prompt, and what failed: responses without a reward, prompts without any."""
+    from cai.rl.rewards import Response
+
+    rows = [row for item in items for row in item["rows"]]
+    given = iter(rewards.scores([Response(_prompt(row), row["response"]) for row in rows], retries))
+    chosen: list[ScoredSample] = []
+    failures: list[Failure] = []
+    for item in items:
+        scored: list[tuple[float, dict[str, float], Sample]] = []
+        failed: list[Failure] = []
+        for row in item["rows"]:
+            scores = next(given)
+            if isinstance(scores, Failure):
+                failed.append(Failure(row["id"], f"prompt {row['prompt_id']}: {scores.reason}"))
+            else:
+                scored.append((rewards.total(scores), scores, row))
+        if not scored:
+            failures.append(Failure(item["id"], f"no response has a reward; first: {failed[0].reason}"))
+            continue
+        failures += failed
+        reward, scores, row = max(scored, key=lambda each: each[0])
+        mean = fmean(each for each, _, _ in scored)
+        chosen.append({**row, "reward": reward, "rewards": scores, "mean_reward": mean, "of": len(scored)})  # type: ignore[typeddict-item]
+    return chosen, failures
+
+
+def measured(chosen: Sequence[ScoredSample]) -> dict[str, Any]:
+    """What choosing was worth: mean reward of the best and of all, and the bound on the divergence, nats a response."""
+    return {
+        "chosen": len(chosen),
+        "mean_of": fmean(row["of"] for row in chosen),
+        "best_reward": fmean(row["reward"] for row in chosen),
+        "mean_reward": fmean(row["mean_reward"] for row in chosen),
+        "kl_bound": fmean(kl_bound(row["of"]) for row in chosen),
+    }
+
+
+def kl_bound(n: int) -> float:
+    """The most that the best of n can diverge from the policy that wrote them, in nats a response."""
+    return math.log(n) - (n - 1) / n
+
+
+def _prompt(row: Sample) -> Any:
+    """The prompt that a response answers."""
+    return {"id": row["prompt_id"], "messages": row["prompt"], "tags": row["tags"], "source": ""}
