@@ -12,6 +12,7 @@ Left out: DPO's other losses. What a soft label means for them is not settled, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,8 @@ class LengthSortedSteps(Sampler[int]):
             yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
 
 
-class _Quiet:
-    """What the three trainers share. Stands before TRL's class in the order of inheritance."""
+class Quiet:
+    """What all trainers share. Stands before TRL's class in the order of inheritance."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args  # type: ignore[attr-defined]
@@ -70,7 +71,7 @@ class _Quiet:
         """`cai.checkpoint` writes the card."""
 
 
-class _Pairs(_Quiet):
+class _Pairs(Quiet):
     """A loss is the mean over a step's pairs, however the micro-batches and ranks split them, the last step's too.
 
     TRL averages the micro-batches' means, which weighs the pairs of a small last one more.
@@ -91,12 +92,12 @@ class _Pairs(_Quiet):
         return per_pair.sum() / pairs * self.accelerator.num_processes  # type: ignore[attr-defined, no-any-return]
 
 
-class SupervisedTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
+class SupervisedTrainer(Quiet, SFTTrainer):  # type: ignore[misc]
     """Rows: `input_ids`, and `labels` with -100 for what is not learned. The loss is TRL's mean over learned tokens."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        add_lm_head(_language_model(self, self.model), entropy=True)
+        add_lm_head(language_model(self, self.model), entropy=True)
 
 
 @dataclass
@@ -144,7 +145,7 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         self.sft_weight = sft_weight
         for model in (self.model, self.ref_model):
             if model is not None:
-                add_lm_head(_language_model(self, model))
+                add_lm_head(language_model(self, model))
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset  # TRL would render and tokenise even rows that are tokenised
@@ -196,7 +197,8 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         """Diagnostics of one batch, over all ranks.
 
-        A falling `log_prob/chosen` and a `length/…` that pulls apart are how DPO goes wrong while its loss looks well.
+        A falling `log_prob/chosen` is how DPO goes wrong while its loss looks well; and so is a policy that prefers the
+        longer response in more pairs (`longer/reward`, of those of unequal length) than the labels do (`longer/label`).
         """
         chosen_length, rejected_length = lengths.chunk(2)
         values = {
@@ -208,6 +210,8 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
             "reward/accuracy": (chosen_ratios > rejected_ratios).float(),
             "length/chosen": chosen_length,
             "length/rejected": rejected_length,
+            "longer/reward": _of_the_longer(chosen_ratios > rejected_ratios, chosen_length, rejected_length),
+            "longer/label": _of_the_longer(torch.ones_like(chosen).bool(), chosen_length, rejected_length),
             **parts,
         }
         # One value a pair: TRL's mean over what is appended is then a mean over the step's pairs. (`gather_for_metrics`
@@ -215,10 +219,17 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()], dim=1))
         mode = "train" if self.model.training else "eval"
         for name, column in zip(values, gathered.T.tolist(), strict=True):
-            self._metrics[mode][name].extend(column)
+            if known := [value for value in column if not math.isnan(value)]:
+                self._metrics[mode][name].extend(known)
 
 
-def _language_model(trainer: Trainer, model: Any) -> PreTrainedModel:
+def _of_the_longer(prefers_chosen: Tensor, chosen_length: Tensor, rejected_length: Tensor) -> Tensor:
+    """(pairs,): 1 where the longer response is preferred, 0 where the shorter one is, NaN where none is longer."""
+    longer = (prefers_chosen == (chosen_length > rejected_length)).float()
+    return longer.masked_fill(chosen_length == rejected_length, math.nan)
+
+
+def language_model(trainer: Trainer, model: Any) -> PreTrainedModel:
     """The model below DeepSpeed's engine and its adapter: where TRL, too, puts its head."""
     model = trainer.accelerator.unwrap_model(model)
     return model.get_base_model() if is_peft_model(model) else model  # type: ignore[no-any-return]

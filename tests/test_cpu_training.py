@@ -45,18 +45,19 @@ def batch() -> dict[str, Any]:
         ("granite", {"logits_scaling": 0.25}),
     ],
 )
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_head_gives_trls_figures_and_gradients_also_where_a_model_scales_or_caps_its_logits(
-    family: str, config: dict[str, Any]
+    family: str, config: dict[str, Any], temperature: float
 ) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     from cai.cpu_training import add_lm_head
 
     model = model_of(family, **config)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy", "is_top1"))
     weights = torch.randn(3, 11, generator=torch.Generator().manual_seed(2))
     results = []
-    for add in (lambda model: None, lambda model: add_lm_head(model, entropy=True)):
+    for add in (lambda model: None, lambda model: add_lm_head(model, entropy=True, temperature=temperature)):
         add(model)
         model.zero_grad()
         outputs = model(**batch())

@@ -169,3 +169,71 @@ def test_nothing_is_told_to_anybody(tmp_path: Path, tiny: Callable[..., Model], 
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("telemetry was sent"))
     soft_trainer("dpo", tmp_path, tiny("llama"), [preference(1)])
+
+
+def test_rloo_still_asks_for_responses_rewards_and_probabilities_where_it_did() -> None:
+    from transformers import Trainer
+    from trl.models.utils import prepare_deepspeed
+    from trl.trainer.utils import add_fused_lm_head
+
+    rloo = trl.RLOOTrainer
+    assert parameters(rloo._generate) == ["self", "prompts"]
+    assert parameters(rloo._calculate_rewards) == ["self", "inputs", "prompts", "completions", "completion_ids_list"]
+    assert parameters(rloo._prepare_inputs) == ["self", "generation_batch"]
+    assert parameters(rloo._get_per_token_logps_and_entropies)[:7] == [
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+    ]  # fmt: skip
+    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(Trainer._load_rng_state) == ["self", "checkpoint"]
+    assert parameters(prepare_deepspeed) == ["model", "accelerator"]
+    assert parameters(add_fused_lm_head)[:2] == ["model", "temperature"]
+    source = inspect.getsource(rloo)
+    for piece in (
+        "# If beta is 0.0, the reference model is not needed\n            self.ref_model = None",
+        "prompt_ids_list, completion_ids_list, completions = self._generate(prompts)",
+        "rewards_per_func = self._calculate_rewards(inputs, prompts, completions, completion_ids_list)",
+        "unscorable_mask = torch.isnan(rewards_per_func).all(dim=1)",
+        "repeat_count=self.num_iterations * self.args.steps_per_generation",
+        "sampler_fn=self._get_train_sampler",
+        "self._buffered_inputs[self._step % self.args.steps_per_generation]",
+        "self._step += 1",
+        'self._metrics[mode]["frac_reward_zero_std"]',
+        'self._metrics[mode]["clip_ratio/region_mean"]',
+        'self._metrics[mode][f"rewards/{reward_func_name}/mean"]',
+        "loss = per_sequence_loss.mean()",
+    ):
+        assert piece in source, piece
+    assert rloo.loss_is_scaled_for_ga is False
+
+
+def test_prompts_of_a_step_come_together_and_their_order_depends_on_seed_and_epoch_alone() -> None:
+    from cai.rl.prompts import PromptSteps
+
+    sampler = PromptSteps(prompts=7, at_once=3, each=2, passes=2, seed=5)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 24
+    assert order[:6] == order[6:12]
+    assert order[12:18] == order[18:]
+    assert [order[at] for at in (0, 2, 4)] == [order[at] for at in (1, 3, 5)]
+    assert len(set(order)) == 6
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_rollouts_in_parts_hold_the_same_rows_with_less_padding() -> None:
+    from cai.rl.rloo_trainer import in_parts
+
+    lengths = [(3, 1), (1, 4), (2, 2), (1, 1)]
+    rollouts = {
+        "prompt_ids": torch.tensor([[0] * (3 - p) + [10 * n + 1] * p for n, (p, _) in enumerate(lengths)]),
+        "prompt_mask": torch.tensor([[0] * (3 - p) + [1] * p for p, _ in lengths]),
+        "completion_ids": torch.tensor([[10 * n + 2] * r + [0] * (4 - r) for n, (_, r) in enumerate(lengths)]),
+        "completion_mask": torch.tensor([[1] * r + [0] * (4 - r) for _, r in lengths]),
+        "advantages": torch.arange(4.0),
+    }
+    parts = in_parts(rollouts, 2)
+    assert [part["advantages"].tolist() for part in parts] == [[1.0, 0.0], [2.0, 3.0]]
+    assert parts[1]["prompt_ids"].tolist() == [[21, 21], [0, 31]]
+    assert parts[1]["completion_mask"].tolist() == [[1, 1], [1, 0]]
+    assert sum(int(part["completion_mask"].sum()) for part in parts) == 8

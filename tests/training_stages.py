@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,28 @@ def run_stage(
     settings = {"id": "stage", "kind": kind, "from": list(stages), "batch_size": 8, **config}
     context = stage_context(folder, stages, model, profile=profile, progress=progress)
     return run_function(kind)(config_class(kind).model_validate(settings), context)
+
+
+def reinforce(
+    kind: str, folder: Path, prompts: Sequence[Any], model: Model, rewards: Sequence[Any], *, profile: Profile = CPU,
+    progress: Any = None, named: Mapping[str, Model] | None = None, **config: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of a stage that trains on its own responses to `prompts`; functions lie in `folder`'s parent.
+
+    `named` are the models that rewards name."""
+    context = stage_context(folder, {}, model, profile=profile, progress=progress)
+    context = replace(
+        context, prompt_sets={"asked": list(prompts)}, home=folder.parent, models={**context.models, **(named or {})}
+    )
+    settings = {"id": "stage", "kind": kind, "prompts": "asked", "rewards": list(rewards), "batch_size": 8,
+                "max_new_tokens": 8, **config}  # fmt: skip
+    return run_function(kind)(config_class(kind).model_validate(settings), context)
+
+
+def asked(number: int, *tags: str) -> dict[str, Any]:
+    """A Prompt."""
+    messages = ask(f"What is {WORDS[number % len(WORDS)]} {number}?")
+    return {"id": stable_id("prompt", messages), "messages": messages, "tags": list(tags), "source": "test"}
 
 
 def trained(folder: Path) -> Model:

@@ -38,6 +38,8 @@ STAGES = {
     "reward": "cai.stages.reward",
     "ppo": "cai.stages.ppo",
     "dpo": "cai.stages.dpo",
+    "rloo": "cai.stages.rloo",
+    "best-of-n": "cai.stages.best_of_n",
     "compare": "cai.stages.compare",
 }
 """Kind of stage to the module that defines it."""

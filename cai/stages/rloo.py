@@ -1,0 +1,130 @@
+"""Reinforcement learning without a critic: the policy learns from how each response compares with its siblings.
+
+RLOO (Ahmadian et al. 2024, arXiv 2402.14740), with TRL's trainer (`cai.rl.rloo_trainer`). Every step takes
+`batch_size` / `n` prompts and draws `n` responses to each. A response is worth its rewards (`cai.rl.rewards`), less
+`beta` times its divergence from the reference, which is the stage's starting policy: a frozen copy where all weights
+are trained, the model with its adapter off where `lora:` is. Responses are always drawn on this machine, whatever
+engine the profile names for models that only write.
+
+Logged at each step: reward by source and its spread, the share of prompts whose responses are all worth the same, KL
+from the reference a response, entropy, lengths, the share cut off, the share of responses whose probability was clipped,
+and how many had no reward.
+
+Left out: several optimizer steps from one batch of responses other than by passing over all of it again
+(`train: {num_iterations}`), and advantages by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cai.errors import StageFailed
+from cai.stages import Context, ReinforcementConfig
+
+PANELS = {
+    "KL from the reference, nats a response": {"kl": "KL"},
+    "entropy, nats a token": {"entropy": "entropy"},
+    "tokens of a response": {"length": "mean", "length/max": "longest"},
+    "share of responses": {"unfinished": "cut off", "clip_fraction": "clipped"},
+}
+"""What the stage's picture shows, beside each source's reward."""
+
+
+class Config(ReinforcementConfig):
+    train_class: ClassVar[str] = "trl.trainer.rloo_config:RLOOConfig"
+    owned: ClassVar[tuple[str, ...]] = (
+        "num_generations", "num_generations_eval", "max_completion_length", "generation_batch_size",
+        "steps_per_generation", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
+        "chat_template_kwargs", "cache_implementation", "pad_to_multiple_of", "shuffle_dataset", "reward_weights",
+        "disable_dropout", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "log_completions",
+        "log_multimodal", "num_completions_to_print", "log_unique_prompts", "use_vllm", "vllm_mode", "vllm_model_impl",
+        "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
+        "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
+        "vllm_max_model_length", "vllm_tensor_parallel_size", "use_transformers_continuous_batching",
+        "transformers_continuous_batching_config", "use_transformers_paged",
+    )  # fmt: skip
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "num_train_epochs": 1,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "beta": 0.05,
+    }
+
+    kind: Literal["rloo"] = "rloo"
+    n: int = Field(4, ge=2, description="Responses to each prompt of a step.")
+
+    @model_validator(mode="after")
+    def _whole_prompts(self) -> Self:
+        if self.batch_size % self.n:
+            raise ValueError(f"found batch_size {self.batch_size} with n {self.n}, expected a multiple of n")
+        return self
+
+
+def run(config: Config, context: Context) -> dict[str, Any]:
+    """Trains the policy on prompts that are not held out. Raises StageFailed where one step has too few."""
+    from cai import checkpoint, training
+    from cai.chat import Chat
+    from cai.report.curves import curves
+    from cai.rl.prompts import usable_prompts
+    from cai.rl.rewards import Rewards
+    from cai.rl.rloo_trainer import LeaveOneOutTrainer
+    from cai.rl.sampler import PolicySampler
+
+    start = context.model(config.model)
+    chat = Chat.load(start)
+    with Rewards(config.rewards, context, chat) as rewards:
+        asked = context.prompts(config.prompts)
+        prompts, left_out = usable_prompts(asked, config, chat, rewards)
+        if len(prompts) < config.batch_size // config.n:
+            raise StageFailed(
+                f"stage {config.id!r}: found {len(prompts)} prompts to respond to, expected the "
+                f"{config.batch_size // config.n} of one step; left out: {training.reasons(left_out)}"
+            )
+        with training.quiet(context):
+            args = training.arguments(
+                config,
+                context,
+                num_generations=config.n,
+                max_completion_length=config.max_new_tokens,
+                temperature=config.temperature,
+                reward_weights=[each.weight for each in config.rewards],
+                disable_dropout=True,
+            )
+            frozen = config.lora is None and args.beta != 0
+            trainer = LeaveOneOutTrainer(
+                model=training.loaded(checkpoint.load_causal_lm, start, context),
+                reference=training.loaded(checkpoint.load_causal_lm, start, context) if frozen else None,
+                sampler=PolicySampler(start, context.profile),
+                rewards=rewards,
+                prompts={prompt["id"]: prompt for prompt in prompts},
+                end_ids=sorted(chat.end_ids),
+                args=args,
+                train_dataset=training.dataset([{"prompt": prompt["id"]} for prompt in prompts]),
+                processing_class=chat.tokenizer,
+                peft_config=training.adapter(config.lora, "CAUSAL_LM"),
+            )
+            figures = training.train(trainer, context)
+            facts = {"kind": config.kind, "prompts": len(prompts)}
+            training.save(trainer, context, chat, config.model, facts)
+    logged = training.read_metrics(context.folder)
+    if trainer.is_world_process_zero():
+        curves(context.folder, {"reward": {f"reward/{name}": name for name in rewards.names}, **PANELS})
+    figures |= {
+        name: {"first": logged[0].get(name), "last": logged[-1].get(name)}
+        for name in ("reward", *(f"reward/{name}" for name in rewards.names), "kl", "entropy", "length")
+    }
+    failed = sum(int(entry.get("failed", 0)) for entry in logged)
+    return {
+        "training": {
+            config.id: {
+                **figures,
+                "prompts": len(asked),
+                "examples": len(prompts),
+                "left_out": +left_out,
+                "failed_responses": failed,
+            }
+        }
+    }
