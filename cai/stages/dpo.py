@@ -4,16 +4,22 @@ Rafailov et al. 2023 (arXiv 2305.18290), with the label of a pair as a probabili
 that label (`cai.losses`). The reference is the stage's starting policy, always: a frozen copy where all weights are
 trained, the model with its adapter off where `lora:` is. Dropout is off.
 
-Logged at each step beside the loss: log-probabilities and lengths of chosen and rejected responses. A chosen response
-that gets less likely, or lengths that pull apart, show what the loss does not. Against the first there is `sft_weight`
-(Pang et al. 2024, arXiv 2404.19733); with it, what it adds is logged as `loss/sft`, beside `loss/dpo`.
+Logged at each step beside the loss: log-probabilities and lengths of chosen and rejected responses. Two things show
+what the loss does not: chosen responses that get less likely, and a policy that prefers the longer response in more
+pairs than the labels do. Both are figures, on held-out pairs where there are any, drawn in the stage's folder, and said
+in a sentence where they are large. Against the first there is `sft_weight` (Pang et al. 2024, arXiv 2404.19733); with
+it, what it adds is logged as `loss/sft`, beside `loss/dpo`.
+
+`train: {precompute_ref_log_probs: true}` computes the reference's log-probabilities once, before training: the same
+numbers without a frozen copy in memory.
 
 Left out: DPO's other losses (`train: {loss_type}`), whose meaning under a soft label is not settled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -51,6 +57,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on pairs that are not held out. Raises StageFailed where none is left."""
     from cai import checkpoint, training
     from cai.chat import Chat
+    from cai.report.curves import curves
     from cai.trainers import LabelledDPOCollator, SoftDPOTrainer
 
     start = context.model(config.model)
@@ -80,13 +87,63 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         figures = training.train(trainer, context)
         if held_out:
             measured = trainer.evaluate()
-            figures["held_out"] = {"pairs": len(held_out), **{name: measured[f"eval_{name}"] for name in SHOWN}}
+            figures["held_out"] = {"pairs": len(held_out), **{name: measured.get(f"eval_{name}") for name in SHOWN}}
         training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(pairs)})
+    if trainer.is_world_process_zero():
+        curves(context.folder, PANELS)
+    figures["drift"] = drift(figures.get("held_out") or _late(training.read_metrics(context.folder)))
+    if said := list(warnings(figures["drift"])):
+        context.progress.note("; ".join(said))
     return {"training": {config.id: {**figures, "pairs": len(rows), "examples": len(pairs), "left_out": +left_out}}}
 
 
-SHOWN = ("loss", "reward/accuracy", "reward/margin", "log_ratio/chosen", "log_ratio/rejected")
+SHOWN = (
+    "loss", "reward/accuracy", "reward/margin", "log_ratio/chosen", "log_ratio/rejected", "length/chosen",
+    "longer/reward", "longer/label",
+)  # fmt: skip
 """What the stage reports of the pairs that it did not learn from."""
+PANELS = {
+    "loss, nats": {"loss": "loss"},
+    "accuracy on the step's pairs": {"reward/accuracy": "accuracy"},
+    "log-probability, less the reference's, nats": {"log_ratio/chosen": "chosen", "log_ratio/rejected": "rejected"},
+    "share that prefers the longer response": {"longer/reward": "policy", "longer/label": "labels"},
+}
+"""What the stage's picture shows."""
+FALLS = 0.1
+"""Nats a token from which on chosen responses have become less likely: each of their tokens by a tenth, on average."""
+LENGTHENS = 0.1
+"""Share of pairs by which the policy prefers the longer response more than the labels do."""
+
+
+def drift(measured: Mapping[str, Any]) -> dict[str, float | None]:
+    """How much likelier chosen responses became, nats a token, and how much more the policy likes length than labels.
+
+    The second is None where no pair has responses of unequal length.
+    """
+    policy, labels = measured.get("longer/reward"), measured.get("longer/label")
+    return {
+        "chosen_log_ratio": measured["log_ratio/chosen"] / measured["length/chosen"],
+        "longer": None if policy is None or labels is None else policy - labels,
+    }
+
+
+def warnings(found: Mapping[str, float | None]) -> Iterator[str]:
+    """What of it a user should know about, in words."""
+    ratio, longer = found["chosen_log_ratio"], found["longer"]
+    if ratio is not None and ratio < -FALLS:
+        yield (
+            f"chosen responses became less likely, by {-ratio:.2f} nats a token: a higher `beta`, fewer steps or "
+            f"`sft_weight` hold against that"
+        )
+    if longer is not None and longer > LENGTHENS:
+        yield f"the policy prefers the longer response in {longer:.0%} more of the pairs than their labels do"
+
+
+def _late(logged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the last quarter of the steps."""
+    late = [entry for entry in logged if "log_ratio/chosen" in entry]
+    late = late[-max(1, len(late) // 4) :]
+    return {name: fmean(known) for name in SHOWN if (known := [entry[name] for entry in late if name in entry])}
 
 
 def _ids(pair: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import models
 import pytest
-from training_stages import CPU, preference, run_stage, trained
+from training_stages import CPU, Steps, preference, run_stage, trained
 
 from cai.checkpoint import Model, load_causal_lm
 from cai.errors import StageFailed
@@ -105,6 +105,53 @@ def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, 
         run_stage("dpo", folder, mixed(12), tiny("qwen2"), train=train)
         measured.append([entry["loss"] for entry in metrics(folder)])
     assert measured[0] == pytest.approx(measured[1], abs=1e-4)
+
+
+def test_with_them_there_is_no_frozen_copy(
+    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai.trainers import SoftDPOTrainer
+
+    references: list[Any] = []
+    plain = SoftDPOTrainer.compute_loss
+
+    def spy(self: Any, *args: Any, **more: Any) -> Any:
+        references.append(self.ref_model)
+        return plain(self, *args, **more)
+
+    monkeypatch.setattr(SoftDPOTrainer, "compute_loss", spy)
+    for precompute in (True, False):
+        train = {"precompute_ref_log_probs": precompute}
+        run_stage("dpo", tmp_path / str(precompute), mixed(8), tiny("llama"), train=train)
+    assert [reference is None for reference in references] == [True, True, False, False]
+
+
+def test_what_the_loss_does_not_show_is_measured_said_and_drawn(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    """Longer responses are preferred in training, shorter ones on held-out prompts: the policy goes by length."""
+    learned = [preference(number, "yes " * 12, "yes") for number in range(24)]
+    held_out = [preference(number, "yes", "yes " * 12, tags=["held_out"]) for number in range(30, 38)]
+    steps, train = Steps(), {"learning_rate": 3e-3, "num_train_epochs": 3}
+    figures = run_stage("dpo", tmp_path / "stage", [*learned, *held_out], tiny("llama"), train=train, progress=steps)
+    found = figures["training"]["stage"]
+    assert found["held_out"]["longer/label"] == 0.0
+    assert found["drift"]["longer"] == found["held_out"]["longer/reward"] > 0.9
+    assert found["drift"]["chosen_log_ratio"] == pytest.approx(
+        found["held_out"]["log_ratio/chosen"] / found["held_out"]["length/chosen"]
+    )
+    assert any("prefers the longer response in 100% more of the pairs" in note for note in steps.notes)
+    assert (tmp_path / "stage" / "curves.svg").is_file()
+    alike = [preference(number, "yes yes no", "yes yes yes") for number in range(8)]
+    figures = run_stage("dpo", tmp_path / "alike", alike, tiny("llama"))["training"]["stage"]
+    assert figures["drift"]["longer"] is None
+
+
+def test_a_warning_says_what_fell_and_what_grew() -> None:
+    from cai.stages.dpo import warnings
+
+    assert list(warnings({"chosen_log_ratio": -0.05, "longer": 0.05})) == []
+    fell, grew = warnings({"chosen_log_ratio": -0.25, "longer": 0.2})
+    assert "less likely, by 0.25 nats a token" in fell
+    assert "in 20% more of the pairs" in grew
 
 
 def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Callable[..., Model]) -> None:
