@@ -2,5 +2,5 @@
 
 Read in this order: `functions` and `rewards` (what a response is worth), `sampler` (the policy as an engine),
 `rollouts` (responses and all that is known of them), `actor_critic` (the model), `ppo_trainer` (the method), `watch`
-(when to stop).
+(when to stop); or, without a critic, `prompts` and `rloo_trainer`.
 """

@@ -56,8 +56,8 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
     """Rows: `prompt`, the id of one of `prompts`. The reference is `reference`, or the policy without its adapter."""
 
     def __init__(
-        self, *, prompts: Mapping[str, Prompt], rewards: Rewards, sampler: PolicySampler, reference: PreTrainedModel | None,
-        end_ids: Sequence[int], args: Any, **more: Any,
+        self, *, prompts: Mapping[str, Prompt], rewards: Rewards, sampler: PolicySampler,
+        reference: PreTrainedModel | None, end_ids: Sequence[int], args: Any, **more: Any,
     ) -> None:  # fmt: skip
         self.prompts, self.rewards, self.sampler = prompts, rewards, sampler
         beta = args.beta

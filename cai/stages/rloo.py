@@ -7,8 +7,8 @@ are trained, the model with its adapter off where `lora:` is. Responses are alwa
 engine the profile names for models that only write.
 
 Logged at each step: reward by source and its spread, the share of prompts whose responses are all worth the same, KL
-from the reference a response, entropy, lengths, the share cut off, the share of responses whose probability was clipped,
-and how many had no reward.
+from the reference (nats a response), entropy, lengths, the share cut off, the share of responses whose probability was
+clipped, and how many had no reward.
 
 Left out: several optimizer steps from one batch of responses other than by passing over all of it again
 (`train: {num_iterations}`), and advantages by token.

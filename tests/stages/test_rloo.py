@@ -69,8 +69,8 @@ def test_ids_are_learned_from_as_they_were_drawn_by_the_policy_as_it_is(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With float32 the copy's log-probabilities are the trainer's own, at every step and with an adapter."""
-    from cai.rl.sampler import PolicySampler
     from cai.rl.rloo_trainer import LeaveOneOutTrainer
+    from cai.rl.sampler import PolicySampler
 
     drawn: list[dict[tuple[int, ...], float]] = []
     plain = PolicySampler.draw
