@@ -1,8 +1,8 @@
 """A stage in a process of its own, or in several.
 
 The parent stays without torch, so that every byte of a device's memory is free again when a stage ends. It hands over a
-small file, shows the progress that comes back through another, passes signals on, and repeats the error of the process
-that failed first; the others are stopped then.
+small file, shows the progress that comes back through another, passes signals on (`cai.stopping`), and repeats the
+error of the process that failed first; the others are stopped then, also where they wait for it.
 
 Training stages run in as many processes as the profile says, which accelerate starts and connects. Feedback stages run
 in as many, started here: they need nothing of each other but the stage's folder (`cai.journal`), and accelerate's
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cai.errors import BadInput, CaiError, GateFailed, StageFailed
+from cai import stopping
+from cai.errors import BadInput, CaiError, GateFailed, StageFailed, Terminated
 from cai.files import read_json, write_json
 from cai.journal import Journal, ShareDone
 from cai.profile import Profile
@@ -35,6 +37,11 @@ FOLDER = "process"
 """In the stage's folder: what parent and children tell each other, and their log."""
 GRACE = 30.0
 """Seconds that children have after SIGTERM."""
+
+_ROOT_CAUSE = re.compile(
+    r"Root Cause \(first observed failure\):.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+)", re.S
+)
+"""Where accelerate's launcher says which of its processes ended first, and how."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,10 @@ class Spec:
 
 
 def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -> dict[str, Any]:
-    """Runs the stage and returns what rank 0 returned. Raises the failing process's error."""
+    """Runs the stage and returns what rank 0 returned.
+
+    Raises the failing process's error, and Terminated where the stage stopped at a checkpoint as it was asked to.
+    """
     folder = Path(spec.folder) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
@@ -67,13 +77,14 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env
                 )
                 children.append(child)
-            codes = _follow(children, folder / "progress.jsonl", line)
+            codes = _follow(children, folder, line)
         finally:
             _stop(children)
     if any(codes):
         raise _first_error(folder, spec.stage, codes)
     figures = read_json(folder / "figures.json")
     if not isinstance(figures, dict):
+        stopping.check()
         raise StageFailed(f"stage {spec.stage!r} ended without a result; see {folder / 'log.txt'}")
     return figures
 
@@ -90,8 +101,9 @@ def _commands(profile: Profile, config: StageConfig, spec: str) -> list[tuple[li
     return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
 
 
-def _follow(children: list[subprocess.Popen[bytes]], path: Path, line: StageLine) -> list[int | None]:
+def _follow(children: list[subprocess.Popen[bytes]], folder: Path, line: StageLine) -> list[int | None]:
     """Shows progress until all children have ended, or one has failed: their exit codes, None for one that goes on."""
+    path = folder / "progress.jsonl"
     offset = 0
     while True:
         codes = [child.poll() for child in children]
@@ -103,9 +115,15 @@ def _follow(children: list[subprocess.Popen[bytes]], path: Path, line: StageLine
                         break
                     offset += len(event)
                     relay(json.loads(event), line)
-        if any(codes) or None not in codes:
+        if any(codes) or None not in codes or _failed_long_ago(folder):
             return codes
         time.sleep(0.1)
+
+
+def _failed_long_ago(folder: Path) -> bool:
+    """Whether a process has told its error and whoever started it still has not ended: it, or another, hangs."""
+    told = [path.stat().st_mtime for path in folder.glob("error-*.json")]
+    return bool(told) and time.time() - min(told) > GRACE / 2
 
 
 def _stop(children: list[subprocess.Popen[bytes]]) -> None:
@@ -136,7 +154,10 @@ def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
         kinds = {kind.exit_code: kind for kind in (BadInput, GateFailed)}
         return kinds.get(first["exit_code"], StageFailed)(first["message"])
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    who = f"stage {stage!r}" + (f", process {rank}," if len(codes) > 1 else "")
+    ranks = len(codes)
+    if found := _ROOT_CAUSE.search((folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
+        rank, code, ranks = int(found["rank"]), int(found["code"]), 2
+    who = f"stage {stage!r}" + (f", process {rank}," if ranks > 1 else "")
     ended = f"signal {-code}" if code < 0 else f"exit code {code}"
     return StageFailed(f"{who} ended with {ended}; see {folder / 'log.txt'}")
 
@@ -149,7 +170,7 @@ def main(path: str) -> int:
     threading.Thread(target=_end_with, args=(spec.parent,), daemon=True).start()
     try:
         figures = _run(spec, folder, rank, ranks)
-    except ShareDone:
+    except (ShareDone, Terminated):  # 0: of any other code a launcher would end the processes that still write
         return 0
     except Exception as error:
         traceback.print_exc()

@@ -175,7 +175,7 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
         per_pair = losses.direct_preference(chosen_ratios, rejected_ratios, inputs["p_chosen"], self.beta)
         lengths = mask.sum(dim=1).float()
-        parts = {}
+        parts: dict[str, Tensor] = {}
         if self.sft_weight:
             chosen_length, rejected_length = lengths.chunk(2)
             supervised = losses.negative_log_likelihood(
@@ -186,6 +186,8 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         if self.aux_loss_enabled:  # a mixture of experts' own loss for balance, one number a micro-batch
             per_pair = per_pair + self.router_aux_loss_coef * outputs.aux_loss
         loss = self._mean(per_pair, num_items_in_batch)
+        if not self.model.training:
+            parts["loss"] = per_pair.detach()  # else a mean over batches, whose last is filled up on several processes
         self._record(chosen, rejected, chosen_ratios, rejected_ratios, lengths, parts)
         return (loss, outputs) if return_outputs else loss
 
@@ -210,10 +212,12 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
             "length/rejected": rejected_length,
             **parts,
         }
-        # One value a pair: TRL's mean over what is appended is then a mean over the step's pairs. (`gather_for_metrics`
-        # would drop some of them in the last step of an epoch, whose micro-batches are fetched in advance.)
-        gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()], dim=1))
+        # One value a pair: TRL's mean over what is appended is then a mean over the step's pairs, or all that are
+        # measured. (In training `gather_for_metrics`, which drops what a last batch was filled up with, would drop
+        # some in the last step of an epoch, whose micro-batches are fetched in advance.)
         mode = "train" if self.model.training else "eval"
+        gather = self.accelerator.gather if self.model.training else self.accelerator.gather_for_metrics
+        gathered = gather(torch.stack([value.float() for value in values.values()], dim=1))
         for name, column in zip(values, gathered.T.tolist(), strict=True):
             self._metrics[mode][name].extend(column)
 
