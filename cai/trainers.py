@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
@@ -55,13 +55,25 @@ class LengthSortedSteps(Sampler[int]):
             yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
 
 
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler which epoch it is. accelerate does not reach it on several processes that resume within one."""
+
+    def __init__(self, sampler: LengthSortedSteps) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))
+
+
 class _Quiet:
     """What the three trainers share. Stands before TRL's class in the order of inheritance."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args  # type: ignore[attr-defined]
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthSortedSteps(self.train_dataset[LENGTH], step, args.data_seed)  # type: ignore[attr-defined]
+        sampler = LengthSortedSteps(self.train_dataset[LENGTH], step, args.data_seed)  # type: ignore[attr-defined]
+        self.add_callback(_Epochs(sampler))  # type: ignore[attr-defined]
+        return sampler
 
     def _send_telemetry(self) -> None:
         """TRL tells its makers which trainer runs on which model; this package tells nobody."""

@@ -128,7 +128,14 @@ def arguments(config: TrainingConfig, context: Context, **more: Any) -> Training
         "logging_nan_inf_filter": False,  # it would log the mean of earlier losses in place of a NaN
         "include_num_input_tokens_seen": "non_padding",
     }
-    return getattr(importlib.import_module(module), name)(**{**config.train, **where, **own, **more})  # type: ignore[no-any-return]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the accelerate file's, which would count for more than `bf16`
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if where["bf16"] else "no"
+    args: TrainingArguments = getattr(importlib.import_module(module), name)(**{**config.train, **where, **own, **more})
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        # Without it ZeRO-3 trains to the end and then has no whole model to save, whatever the accelerate file says.
+        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return args
 
 
 def loaded(load: Callable[..., PreTrainedModel], start: Model, context: Context) -> PreTrainedModel:

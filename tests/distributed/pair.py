@@ -1,8 +1,8 @@
-"""Two real ranks that live as long as a test session and train whatever they are told to, with and without DeepSpeed.
+"""Two real ranks that live as long as their tests and train whatever they are told to, with and without DeepSpeed.
 
-Starting them costs more than most of what they do: torch, TRL and DeepSpeed are imported once, the process group is made
-once. A job is a training stage under one of the accelerate files in configs/accelerate; what accelerate's own launcher
-would put into the environment for that file is asked of the launcher (`launcher_environment`) and put there for the job.
+Starting them costs more than most of what they do: torch, TRL and DeepSpeed are imported once, the process group is
+made once. A job is a training stage under one of the accelerate files in configs/accelerate; what accelerate's own
+launcher would put into the environment for that file is asked of the launcher (`launcher_environment`).
 
 As a script it is one of the two: jobs come in on stdin, answers go out on stdout, a JSON object a line.
 """
@@ -90,9 +90,9 @@ def main() -> None:
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    import torch.distributed
     import traceback
 
+    import torch.distributed
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from cai.errors import CaiError
@@ -113,17 +113,26 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    kind: str, folder: str, model: str, config: dict[str, Any], die_at: int | None = None, processes: int = 2
+    kind: str, folder: str, model: str, config: dict[str, Any], stop_at: int | None = None, dtype: str = "float32"
 ) -> dict[str, Any]:
+    """The stage's figures. `stop_at` is a step in which somebody asks it to stop."""
     import training_stages
 
+    from cai import stopping
     from cai.checkpoint import resolve
     from cai.profile import Profile
 
     home = Path(folder)
-    profile = Profile(device="cpu", dtype="float32", micro_batch=4, processes=processes, accelerate=home)
-    start, steps = resolve(model, folder=home.parent), training_stages.Steps(die_at)
-    return training_stages.run_on(kind, home, ["rows"], start, profile=profile, progress=steps, **config)
+
+    class Steps(training_stages.Steps):
+        def advance(self, items: int = 1, tokens: int = 0) -> None:
+            super().advance(items, tokens)
+            if self.done == stop_at:
+                (home / stopping.STOP).touch()
+
+    profile = Profile.model_validate({"device": "cpu", "dtype": dtype, "micro_batch": 4, "processes": 2})
+    start = resolve(model, folder=home.parent)
+    return training_stages.run_on(kind, home, ["rows"], start, profile=profile, progress=Steps(), **config)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from training_stages import preference, run_stage, sample, write_inputs
 
 from cai import stopping
-from cai.checkpoint import Model, load_causal_lm, load_sequence_classifier
-from cai.training import newest_checkpoint
+from cai.chat import Chat
+from cai.checkpoint import Model, load_sequence_classifier
+from cai.errors import StageFailed
+from cai.training import newest_checkpoint, tokenised_pairs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
@@ -46,7 +48,7 @@ def rows_for(kind: str) -> list[dict[str, Any]]:
 
 
 def settings(**more: Any) -> dict[str, Any]:
-    return {"train": {"max_steps": STEPS, "learning_rate": 1e-3, "save_steps": 4}, **more}
+    return {"train": {"max_steps": STEPS, "learning_rate": 1e-3, "save_strategy": "no"}, **more}
 
 
 def train(pair: Pair, profile: str, kind: str, folder: Path, model: Model, **more: Any) -> list[dict[str, Any]]:
@@ -98,3 +100,99 @@ def close(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, list):
         return len(mine) == len(theirs) and all(map(close, mine, theirs))
     return bool(mine == pytest.approx(theirs, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind", "more"),
+    [("cpu-2-ranks-zero2", "sft", {}), ("cpu-2-ranks-zero3", "reward", {}), ("cpu-2-ranks-zero3", "dpo", ADAPTER)],
+)
+def test_stopped_after_a_step_the_same_number_of_ranks_goes_on_with_the_same_losses(
+    profile: str, kind: str, more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    config = settings(**more)
+    train(pair, profile, kind, tmp_path / "undisturbed", tiny("llama"), config=config)
+    folder = tmp_path / "stopped"
+    for answer in train(pair, profile, kind, folder, tiny("llama"), config=config, stop_at=5):
+        assert answer["error"] == "Terminated"
+    resume = newest_checkpoint(folder)
+    assert resume is not None
+    assert resume.name == "checkpoint-5"
+    assert len(metrics(folder)) == 5
+    (folder / stopping.STOP).unlink()
+    for answer in train(pair, profile, kind, folder, tiny("llama"), config=config):
+        assert answer.keys() == {"figures"}, answer
+    for mine, theirs in zip(metrics(folder), metrics(tmp_path / "undisturbed"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+    for name, each in tensors(folder).items():
+        torch.testing.assert_close(each, tensors(tmp_path / "undisturbed")[name])
+
+
+def test_another_number_of_ranks_goes_on_or_is_refused_in_one_sentence(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    start = tiny("llama")
+    run_stage("sft", tmp_path / "undisturbed", rows_for("sft"), start, **settings())
+    for profile in ("cpu-2-ranks", "cpu-2-ranks-zero3"):
+        train(pair, profile, "sft", tmp_path / profile, start, config=settings(), stop_at=5)
+        (tmp_path / profile / stopping.STOP).unlink()
+    refused = (
+        "stage 'stage' stands at checkpoint-5, which was written by 2 processes under DeepSpeed ZeRO-3 and cannot be "
+        "gone on from by {}: use a profile with as many as before, or start the stage again with `--from stage`"
+    )
+    with pytest.raises(StageFailed) as alone:
+        run_stage("sft", tmp_path / "cpu-2-ranks-zero3", rows_for("sft"), start, **settings())
+    assert str(alone.value) == refused.format("1 process without DeepSpeed")
+    for answer in train(pair, "cpu-2-ranks-zero2", "sft", tmp_path / "cpu-2-ranks-zero3", start, config=settings()):
+        assert answer == {"error": "StageFailed", "message": refused.format("2 processes under DeepSpeed ZeRO-2")}
+    run_stage("sft", tmp_path / "cpu-2-ranks", rows_for("sft"), start, **settings())
+    one, other = metrics(tmp_path / "undisturbed"), metrics(tmp_path / "cpu-2-ranks")
+    assert [entry["loss"] for entry in other] == pytest.approx([entry["loss"] for entry in one], abs=1e-4)
+
+
+def test_what_zero_3_leaves_is_a_whole_model_that_computes_what_the_ranks_computed(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    start = tiny("qwen2")  # its embeddings need not grow
+    for answer in train(pair, "cpu-2-ranks-zero3", "sft", tmp_path / "policy", start):
+        assert answer.keys() == {"figures"}, answer
+    before = dict(load_file(Path(start.path) / "model.safetensors"))
+    left = tensors(tmp_path / "policy")
+    assert {name: (each.shape, each.dtype) for name, each in left.items()} == {
+        name: (each.shape, each.dtype) for name, each in before.items()
+    }
+    assert any(not torch.equal(each, before[name]) for name, each in left.items())
+
+    for answer in train(pair, "cpu-2-ranks-zero3", "reward", tmp_path / "reward", tiny("llama")):
+        assert answer.keys() == {"figures"}, answer
+    held_out = rows_for("reward")[24:]
+    pairs, _ = tokenised_pairs(held_out, Chat.load(tiny("llama")), 256)
+    model = load_sequence_classifier(training_stages.trained(tmp_path / "reward"))
+    for line, row in zip((tmp_path / "reward" / "evaluation.jsonl").read_text().splitlines(), pairs, strict=True):
+        for side, ids in (("chosen", row.chosen_ids), ("rejected", row.rejected_ids)):
+            with torch.no_grad():
+                score = float(model(input_ids=torch.tensor([row.prompt_ids + ids])).logits)
+            assert json.loads(line)[f"{side}_score"] == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_under_zero_3_a_stage_starts_from_an_adapter(
+    kind: str, pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    config = {"train": {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no"}}
+    run_stage(kind, tmp_path / "one", rows_for(kind), tiny("lora"), **config)
+    for answer in train(pair, "cpu-2-ranks-zero3", kind, tmp_path / "two", tiny("lora"), config=config):
+        assert answer.keys() == {"figures"}, answer
+    for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert mine.get("loss") == pytest.approx(theirs.get("loss"), abs=1e-4)
+
+
+def test_the_profile_says_the_precision_whatever_the_accelerate_file_says(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    run_stage("dpo", tmp_path / "one", rows_for("dpo"), tiny("llama"), **settings())
+    # The file says `mixed_precision: 'no'`.
+    for answer in train(pair, "cpu-2-ranks-zero3", "dpo", tmp_path / "two", tiny("llama"), dtype="bfloat16"):
+        assert answer.keys() == {"figures"}, answer
+    assert {each.dtype for each in tensors(tmp_path / "two").values()} == {torch.bfloat16}
+    for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert mine.get("loss") == pytest.approx(theirs.get("loss"), rel=0.05)
