@@ -1,4 +1,4 @@
-"""Training in real processes that is ended from outside, or by one of its own: what `cai run` says and leaves."""
+"""Training in processes that `cai run` starts: on two nodes, ended from outside, or ended by one that dies."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from cai.pipeline import Options, run_recipe
 from cai.profile import load_profile
 from cai.progress import PlainDisplay
 from cai.recipe import load_recipe
+from cai.shipped import shipped
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.xdist_group("two ranks")
@@ -63,7 +64,7 @@ def command(recipe: Path, profile: str, **environment: str) -> subprocess.Popen[
     return subprocess.Popen(
         [str(Path(sys.executable).with_name("cai")), "run", str(recipe), "--runs", str(recipe.parent), "--on", profile],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(recipe.parent / "site"), **environment},
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        cwd=recipe.parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     )  # fmt: skip
 
 
@@ -152,3 +153,32 @@ def test_a_rank_that_dies_ends_the_others_and_its_error_is_reported(disturbance:
     assert child.returncode == 3, said
     assert said.splitlines()[-1].startswith(words), said
     assert not processes(recipe)
+
+
+TWO_NODES = """
+device: cpu
+dtype: float32
+nodes: 2
+processes: 2
+threads: 1
+address: 127.0.0.1
+accelerate: {configs}/accelerate/cpu-2-ranks-zero2.yaml
+launcher: [bash, {configs}/multi-node/on-each.sh, hosts.txt]
+"""
+
+
+def test_two_nodes_learn_what_one_process_does(recipe: Path) -> None:
+    home = recipe.parent
+    (home / "nodes.yaml").write_text(TWO_NODES.format(configs=shipped("configs")))
+    (home / "hosts.txt").write_text("first\nsecond\n")
+    ssh = home / "site" / "ssh"
+    ssh.write_text('#!/bin/bash\n[ "$4" = second ] && exec bash -c "$5"\n')  # ssh -tt -o BatchMode=yes HOST COMMAND
+    ssh.chmod(0o755)
+    child = command(recipe, str(home / "nodes.yaml"), PATH=f"{ssh.parent}:{os.environ['PATH']}")
+    said = child.communicate(timeout=120)[1]
+    assert child.returncode == 0, said
+    alone = load_profile("cpu").model_copy(update={"dtype": "float32"})
+    run_recipe(load_recipe(recipe), alone, home / "undisturbed", Options(), PlainDisplay())
+    assert len(metrics(recipe)) == 40
+    for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
