@@ -19,7 +19,10 @@ from cai.progress import PlainDisplay
 from cai.recipe import load_recipe
 from cai.shipped import shipped
 
-pytestmark = pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
+pytestmark = [
+    pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet"),
+    pytest.mark.xdist_group("whole path"),
+]
 
 RECIPE = """
 name: small

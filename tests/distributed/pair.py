@@ -17,11 +17,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+PATIENCE = 600.0
+"""Seconds for one job, a minute or more of which may go into compiling an operation of DeepSpeed's."""
 ACCELERATE = HERE.parent.parent / "configs" / "accelerate"
 
 
@@ -55,9 +58,16 @@ class Pair:
             assert rank.stdin is not None
             rank.stdin.write(json.dumps(job) + "\n")
             rank.stdin.flush()
+        patience = threading.Timer(PATIENCE, self._kill)
+        patience.start()
         answers = [rank.stdout.readline() for rank in self.ranks if rank.stdout is not None]
-        assert all(answers), f"a rank died: {self.log.read_text()[-4000:]}"
+        patience.cancel()
+        assert all(answers), f"a rank died, or waited in vain for the other: {self.log.read_text()[-4000:]}"
         return [json.loads(answer) for answer in answers]
+
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
 
     def stop(self) -> None:
         for rank in self.ranks:
