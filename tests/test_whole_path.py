@@ -19,10 +19,7 @@ from cai.progress import PlainDisplay
 from cai.recipe import load_recipe
 from cai.shipped import shipped
 
-pytestmark = [
-    pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet"),
-    pytest.mark.xdist_group("whole path"),
-]
+pytestmark = pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
 
 RECIPE = """
 name: small

@@ -23,7 +23,6 @@ from cai.recipe import load_recipe
 from cai.shipped import shipped
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.xdist_group("two ranks")
 
 ZERO = "cpu-2-ranks-zero2"
 RECIPE = """
