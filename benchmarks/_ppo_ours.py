@@ -1,6 +1,6 @@
 """The stage `ppo`'s own trainer on what `ppo.py` gives it, without a recipe around it.
 
-    python benchmarks/_ppo_ours.py SPEC.json SEED      as `ppo.py` calls it
+python benchmarks/_ppo_ours.py SPEC.json SEED      as `ppo.py` calls it
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
     from cai.checkpoint import load_causal_lm, resolve
     from cai.cpu_training import float32_attention
     from cai.engines import Failure, Sampling
-    from cai.profile import Profile
+    from cai.profile import load_profile
     from cai.records import stable_id
     from cai.reward_model import RewardModel
     from cai.rl.actor_critic import ActorCritic, add_scoring
@@ -38,7 +38,7 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
 
     before = _measure.rss()
     clock = _measure.Clock(spec["cpu_seconds"])
-    profile = Profile(device="cpu")
+    profile = load_profile("cpu")
     start = resolve(spec["policy"], folder=Path())
     model = RewardModel.load(resolve(spec["reward"], folder=Path()), profile)
 
@@ -46,7 +46,8 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
         """The reward model on the ids that were drawn."""
 
         def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
-            return [{"model": score} for score in model.scores([each.prompt_ids + each.token_ids for each in responses])]
+            ids = [each.prompt_ids + each.token_ids for each in responses]
+            return [{"model": score} for score in model.scores(ids)]
 
         def total(self, scores: Mapping[str, float]) -> float:
             return scores["model"]

@@ -21,6 +21,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -442,17 +443,25 @@ def _free_token(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None
 
 def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grows the embeddings where a pad token was added, and tells the model its pad token."""
-    embedding = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings  # the weight itself may lie parted over processes (ZeRO-3)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8, mean_resizing=False)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:  # the mean: drawn rows would differ from load to load
-                weight: torch.Tensor = layer.weight.data
-                weight[rows:] = weight[:rows].mean(dim=0)
+                with _gathered(layer.weight):
+                    layer.weight.data[rows:] = layer.weight.data[:rows].mean(dim=0)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _gathered(weight: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes a weight that ZeRO-3 has parted whole within the block, and parts it again."""
+    if not hasattr(weight, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)  # type: ignore[no-any-return]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,40 +1,56 @@
 """A stage in a process of its own, or in several.
 
 The parent stays without torch, so that every byte of a device's memory is free again when a stage ends. It hands over a
-small file, shows the progress that comes back through another, passes signals on, and repeats the error of the process
-that failed first; the others are stopped then.
+small file, shows the progress that comes back through another, passes signals on (`cai.stopping`), and repeats the
+error of the process that failed first; the others are stopped then, also where they wait for it.
 
-Training stages run in as many processes as the profile says, which accelerate starts and connects. Feedback stages run
-in as many, started here: they need nothing of each other but the stage's folder (`cai.journal`), and accelerate's
-launcher would add seconds to each stage. All others run in one. Left out: starting processes on other machines.
+Training stages run in as many processes as the profile says, which accelerate starts and connects. On several machines
+the profile's `launcher` starts accelerate on each, and what parent and children tell each other goes through the
+stage's folder, which all machines must see under the same path. Feedback stages run in as many as one machine has,
+started here: they need nothing of each other but the stage's folder (`cai.journal`), and accelerate's launcher would
+add seconds to each stage. All others run in one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cai.errors import BadInput, CaiError, GateFailed, StageFailed
+from cai import stopping
+from cai.errors import BadInput, CaiError, GateFailed, StageFailed, Terminated
 from cai.files import read_json, write_json
 from cai.journal import Journal, ShareDone
 from cai.profile import Profile
 from cai.progress import FileLine, StageLine, relay
 from cai.stages import FeedbackConfig, StageConfig, TrainingConfig
 
+NODE = "--node"
 FOLDER = "process"
 """In the stage's folder: what parent and children tell each other, and their log."""
 GRACE = 30.0
 """Seconds that children have after SIGTERM."""
+ALIVE = "alive"
+"""File that the parent writes every few seconds, for children on machines from which it cannot be seen."""
+SILENCE = 120.0
+"""Seconds without a new word in it after which such a child ends."""
+
+_ROOT_CAUSE = re.compile(
+    r"Root Cause \(first observed failure\):.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+)", re.S
+)
+"""Where accelerate's launcher says which of its processes ended first, and how."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +65,22 @@ class Spec:
     profile: dict[str, Any]
     report_to: list[str]
     parent: int
+    host: str = field(default_factory=socket.gethostname)
+    port: int = 0
+    """Where the first process listens for those on other machines."""
 
 
 def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -> dict[str, Any]:
-    """Runs the stage and returns what rank 0 returned. Raises the failing process's error."""
+    """Runs the stage and returns what rank 0 returned.
+
+    Raises the failing process's error, and Terminated where the stage stopped at a checkpoint as it was asked to.
+    """
     folder = Path(spec.folder) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
+    if profile.nodes > 1:
+        spec = replace(spec, port=_free_port())
     write_json(folder / "spec.json", asdict(spec))
     children: list[subprocess.Popen[bytes]] = []
     with (folder / "log.txt").open("wb") as log:
@@ -67,33 +91,51 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env
                 )
                 children.append(child)
-            codes = _follow(children, folder / "progress.jsonl", line)
+            codes = _follow(children, folder, line)
         finally:
             _stop(children)
     if any(codes):
         raise _first_error(folder, spec.stage, codes)
     figures = read_json(folder / "figures.json")
     if not isinstance(figures, dict):
+        stopping.check()
         raise StageFailed(f"stage {spec.stage!r} ended without a result; see {folder / 'log.txt'}")
     return figures
 
 
 def _commands(profile: Profile, config: StageConfig, spec: str) -> list[tuple[list[str], dict[str, str]]]:
     """What to start, each with what is added to its environment."""
+    if isinstance(config, TrainingConfig) and profile.nodes > 1:
+        return [([*profile.launcher, sys.executable, "-m", "cai.launch", NODE, spec], {})]
     if isinstance(config, TrainingConfig) and profile.accelerate is not None:
-        where = ["--config_file", str(profile.accelerate), "--num_processes", str(profile.processes)]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *where, "--module"]
-        return [([*launcher, "cai.launch", spec], {})]
+        return [(_accelerate(profile, spec), {})]
     # A server, or vLLM over all GPUs, is asked by one process.
-    ranks = profile.processes if isinstance(config, FeedbackConfig) and profile.engine == "local" else 1
+    ranks = profile.processes_here if isinstance(config, FeedbackConfig) and profile.engine == "local" else 1
     command = [sys.executable, "-m", "cai.launch", spec]
     return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
 
 
-def _follow(children: list[subprocess.Popen[bytes]], path: Path, line: StageLine) -> list[int | None]:
+def _accelerate(profile: Profile, spec: str, *where: str) -> list[str]:
+    """accelerate's launcher for this machine's processes."""
+    shape = ["--config_file", str(profile.accelerate), "--num_processes", str(profile.processes), *where]
+    return [sys.executable, "-m", "accelerate.commands.launch", *shape, "--module", "cai.launch", spec]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
+
+
+def _follow(children: list[subprocess.Popen[bytes]], folder: Path, line: StageLine) -> list[int | None]:
     """Shows progress until all children have ended, or one has failed: their exit codes, None for one that goes on."""
+    path = folder / "progress.jsonl"
     offset = 0
+    told = -math.inf
     while True:
+        if time.monotonic() - told > SILENCE / 12:
+            told = time.monotonic()
+            (folder / ALIVE).write_text(str(told))
         codes = [child.poll() for child in children]
         if path.exists():
             with path.open("rb") as file:
@@ -103,9 +145,15 @@ def _follow(children: list[subprocess.Popen[bytes]], path: Path, line: StageLine
                         break
                     offset += len(event)
                     relay(json.loads(event), line)
-        if any(codes) or None not in codes:
+        if any(codes) or None not in codes or _failed_long_ago(folder):
             return codes
         time.sleep(0.1)
+
+
+def _failed_long_ago(folder: Path) -> bool:
+    """Whether a process has told its error and whoever started it still has not ended: it, or another, hangs."""
+    told = [path.stat().st_mtime for path in folder.glob("error-*.json")]
+    return bool(told) and time.time() - min(told) > GRACE / 2
 
 
 def _stop(children: list[subprocess.Popen[bytes]]) -> None:
@@ -136,7 +184,10 @@ def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
         kinds = {kind.exit_code: kind for kind in (BadInput, GateFailed)}
         return kinds.get(first["exit_code"], StageFailed)(first["message"])
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
-    who = f"stage {stage!r}" + (f", process {rank}," if len(codes) > 1 else "")
+    ranks = len(codes)
+    if found := _ROOT_CAUSE.search((folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
+        rank, code, ranks = int(found["rank"]), int(found["code"]), 2
+    who = f"stage {stage!r}" + (f", process {rank}," if ranks > 1 else "")
     ended = f"signal {-code}" if code < 0 else f"exit code {code}"
     return StageFailed(f"{who} ended with {ended}; see {folder / 'log.txt'}")
 
@@ -146,10 +197,11 @@ def main(path: str) -> int:
     spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
     folder = Path(path).parent
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    threading.Thread(target=_end_with, args=(spec.parent,), daemon=True).start()
+    watch = (spec.parent,) if spec.host == socket.gethostname() else (folder / ALIVE,)
+    threading.Thread(target=_end_with, args=watch, daemon=True).start()
     try:
         figures = _run(spec, folder, rank, ranks)
-    except ShareDone:
+    except (ShareDone, Terminated):  # 0: of any other code a launcher would end the processes that still write
         return 0
     except Exception as error:
         traceback.print_exc()
@@ -185,17 +237,40 @@ def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     )
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process when `cai run` is gone: nobody would take its result."""
+def _end_with(parent: int | Path) -> None:
+    """Ends this process when `cai run` is gone, a process here or one that writes a file: nobody takes its result."""
+    heard, last = time.monotonic(), ""
     while True:
-        try:
-            os.kill(parent, 0)
-        except ProcessLookupError:
-            os._exit(StageFailed.exit_code)
-        except PermissionError:
-            return
+        if isinstance(parent, int):
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(StageFailed.exit_code)
+            except PermissionError:
+                return
+        else:
+            with contextlib.suppress(OSError):  # a shared file system may be away for a while
+                if (word := parent.read_text()) != last:
+                    heard, last = time.monotonic(), word
+            if time.monotonic() - heard > SILENCE:
+                os._exit(StageFailed.exit_code)
         time.sleep(1)
 
 
+def start_node(path: str) -> None:
+    """Becomes accelerate's launcher of the processes on this one of several machines."""
+    spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
+    profile = Profile.model_validate(spec.profile)
+    node = os.environ.get("CAI_NODE") or os.environ.get("SLURM_NODEID")
+    if node is None:
+        raise StageFailed("found neither CAI_NODE nor SLURM_NODEID, expected the profile's `launcher` to set one")
+    where = ["--num_machines", str(profile.nodes), "--machine_rank", node,
+             "--main_process_ip", profile.address or spec.host, "--main_process_port", str(spec.port)]  # fmt: skip
+    command = _accelerate(profile, path, *where)
+    os.execv(command[0], command)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == NODE:
+        start_node(sys.argv[2])
     sys.exit(main(sys.argv[1]))

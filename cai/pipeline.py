@@ -14,17 +14,16 @@ import importlib.metadata
 import os
 import platform
 import random
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cai import runs
-from cai.errors import BadInput, CaiError, StageFailed, Terminated, nearest
+from cai import runs, stopping
+from cai.errors import BadInput, CaiError, StageFailed, nearest
 from cai.files import read_json, remove, write_json
 from cai.journal import Journal, reopen
 from cai.launch import Spec, launch
@@ -79,7 +78,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
     configs = _selected(recipe, options, profile)
     again = _redone(recipe, options)
     prepare(profile)
-    with runs.locked(run), _terminable(), display:
+    with runs.locked(run), stopping.terminable(), display:
         planner = Planner(recipe, run, profile.offline)
         planner.check_prompts()
         for note in planner.notes:
@@ -118,6 +117,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
             if step.done is None or config is configs[-1]:
                 summary = _summary(recipe, run, _current(planner, done))
                 write_json(run / runs.SUMMARY, summary)
+            stopping.check()
         _say_reused(display, reused)
     return summary
 
@@ -188,21 +188,23 @@ def _run(
     line = display.begin(step.id)
     journal = Journal(folder, line)
     began = time.monotonic()
+    trains = isinstance(step.config, TrainingConfig)
     try:
-        if profile.inline:
-            figures = _work(planner, step, profile, done, report_to, line, journal)
-        else:
-            spec = Spec(
-                str(planner.recipe.path),
-                list(planner.recipe.overrides),
-                str(planner.run),
-                step.id,
-                str(folder),
-                profile.model_dump(mode="json"),
-                list(report_to),
-                os.getpid(),
-            )
-            figures = launch(spec, profile, line, step.config)
+        with stopping.after_step(folder) if trains else contextlib.nullcontext():
+            if profile.inline:
+                figures = _work(planner, step, profile, done, report_to, line, journal)
+            else:
+                spec = Spec(
+                    str(planner.recipe.path),
+                    list(planner.recipe.overrides),
+                    str(planner.run),
+                    step.id,
+                    str(folder),
+                    profile.model_dump(mode="json"),
+                    list(report_to),
+                    os.getpid(),
+                )
+                figures = launch(spec, profile, line, step.config)
     except CaiError as error:
         raise _named(error, step.id) from error
     failures = runs.n_failures(folder)
@@ -341,24 +343,6 @@ def _reset_randomness(seed: int, training: bool) -> None:
         import torch
 
         torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block like Ctrl-C does."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever started it handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @functools.cache

@@ -108,6 +108,19 @@ class Profile(BaseModel):
     accelerate: Path | None = Field(
         None, description="accelerate config file for several processes, relative to the profile; absent = none."
     )
+    nodes: int = Field(
+        1,
+        ge=1,
+        description="Machines that share the processes of a training stage evenly; all others run on the first.",
+    )
+    launcher: tuple[str, ...] = Field(
+        (),
+        description="Command that runs the command after it once on each node, with the node's number from 0 in "
+        "CAI_NODE or SLURM_NODEID. Words that name files are relative to the profile.",
+    )
+    address: str | None = Field(
+        None, description="What other nodes call the first, where `cai run` is started; absent = its host name."
+    )
     micro_batch: int = Field(8, ge=1, description="Examples in one forward pass of one process in training.")
     engine: Literal["local", "vllm", "server"] = Field(
         "local", description="What models answer with; those called `served:NAME` are always asked at the server."
@@ -120,6 +133,11 @@ class Profile(BaseModel):
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; absent = as many as cores.")
+
+    @property
+    def processes_here(self) -> int:
+        """Processes on one node."""
+        return self.processes // self.nodes
 
     @property
     def inline(self) -> bool:
@@ -175,7 +193,13 @@ def load_profile(name: str | None = None) -> Profile:
             ("processes",),
             f"found {profile.processes}, expected 1 or an `accelerate:` file that says how to start them",
         )
-    return profile
+    if profile.processes % profile.nodes:
+        raise fail(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
+    if (profile.nodes > 1) != bool(profile.launcher):
+        at = ("nodes",) if profile.nodes > 1 else ("launcher",)
+        raise fail(document, at, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither")
+    words = [str(file.resolve()) if (file := path.parent / word).is_file() else word for word in profile.launcher]
+    return profile.model_copy(update={"launcher": tuple(words)})
 
 
 def find(name: str, folder: str, what: str) -> Path:

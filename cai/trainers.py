@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
@@ -56,13 +56,25 @@ class LengthSortedSteps(Sampler[int]):
             yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
 
 
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler which epoch it is. accelerate does not reach it on several processes that resume within one."""
+
+    def __init__(self, sampler: LengthSortedSteps) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))
+
+
 class Quiet:
     """What all trainers share. Stands before TRL's class in the order of inheritance."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args  # type: ignore[attr-defined]
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthSortedSteps(self.train_dataset[LENGTH], step, args.data_seed)  # type: ignore[attr-defined]
+        sampler = LengthSortedSteps(self.train_dataset[LENGTH], step, args.data_seed)  # type: ignore[attr-defined]
+        self.add_callback(_Epochs(sampler))  # type: ignore[attr-defined]
+        return sampler
 
     def _send_telemetry(self) -> None:
         """TRL tells its makers which trainer runs on which model; this package tells nobody."""
@@ -176,7 +188,7 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         chosen_ratios, rejected_ratios = chosen - ref_chosen, rejected - ref_rejected
         per_pair = losses.direct_preference(chosen_ratios, rejected_ratios, inputs["p_chosen"], self.beta)
         lengths = mask.sum(dim=1).float()
-        parts = {}
+        parts: dict[str, Tensor] = {}
         if self.sft_weight:
             chosen_length, rejected_length = lengths.chunk(2)
             supervised = losses.negative_log_likelihood(
@@ -187,6 +199,8 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
         if self.aux_loss_enabled:  # a mixture of experts' own loss for balance, one number a micro-batch
             per_pair = per_pair + self.router_aux_loss_coef * outputs.aux_loss
         loss = self._mean(per_pair, num_items_in_batch)
+        if not self.model.training:
+            parts["loss"] = per_pair.detach()  # else a mean over batches, whose last is filled up on several processes
         self._record(chosen, rejected, chosen_ratios, rejected_ratios, lengths, parts)
         return (loss, outputs) if return_outputs else loss
 
@@ -214,10 +228,12 @@ class SoftDPOTrainer(_Pairs, DPOTrainer):  # type: ignore[misc]
             "longer/label": _of_the_longer(torch.ones_like(chosen).bool(), chosen_length, rejected_length),
             **parts,
         }
-        # One value a pair: TRL's mean over what is appended is then a mean over the step's pairs. (`gather_for_metrics`
-        # would drop some of them in the last step of an epoch, whose micro-batches are fetched in advance.)
-        gathered = self.accelerator.gather(torch.stack([value.float() for value in values.values()], dim=1))
+        # One value a pair: TRL's mean over what is appended is then a mean over the step's pairs, or all that are
+        # measured. (In training `gather_for_metrics`, which drops what a last batch was filled up with, would drop
+        # some in the last step of an epoch, whose micro-batches are fetched in advance.)
         mode = "train" if self.model.training else "eval"
+        gather = self.accelerator.gather if self.model.training else self.accelerator.gather_for_metrics
+        gathered = gather(torch.stack([value.float() for value in values.values()], dim=1))
         for name, column in zip(values, gathered.T.tolist(), strict=True):
             if known := [value for value in column if not math.isnan(value)]:
                 self._metrics[mode][name].extend(known)

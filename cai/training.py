@@ -2,10 +2,14 @@
 
 A trainer's checkpoints lie in the stage's folder until its model does. Killed anywhere, a stage goes on from its newest
 complete checkpoint, or from its start where there is none, and on one CPU process ends with the same weights, byte for
-byte, and the same `metrics.jsonl` as an undisturbed run.
+byte, and the same `metrics.jsonl` as an undisturbed run. Asked to stop (`cai.stopping`), it writes a checkpoint after
+the step that it is in.
 
-Training keeps weights in float32 and computes in the profile's precision (autocast). Left out: loading weights in half
-precision, quantised bases.
+Training keeps weights in float32 and computes in the profile's precision (autocast); under DeepSpeed weights are in the
+profile's precision and the optimizer's copies in float32. Under ZeRO-3 a model is parted over the processes while it is
+read, so that none of them holds all of it; one that starts from an adapter is whole in each until the adapter is
+merged. Left out: loading weights in half precision, quantised bases, going on from DeepSpeed's checkpoints with another
+number of processes.
 """
 
 from __future__ import annotations
@@ -28,14 +32,15 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from cai import checkpoint
+from cai import checkpoint, stopping
 from cai.cpu_training import float32_attention
-from cai.errors import BadInput, StageFailed
-from cai.files import remove
+from cai.errors import BadInput, StageFailed, Terminated
+from cai.files import read_json, remove, write_json
 from cai.records import Preference, canonical_json, stable_seed
 from cai.stages import Context, LoRA, TrainingConfig
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
     from cai.chat import Chat
@@ -44,7 +49,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 COMPLETE = "COMPLETE"
-"""Written into a checkpoint's folder when all its other files are there."""
+"""Written into a checkpoint's folder when all its other files are there: which processes wrote them."""
 _NOT_METRICS = ("_runtime", "_per_second", "num_tokens")
 """Ends of logged names that differ from run to run, or that a resumed run counts anew."""
 
@@ -123,13 +128,25 @@ def arguments(config: TrainingConfig, context: Context, **more: Any) -> Training
         "logging_nan_inf_filter": False,  # it would log the mean of earlier losses in place of a NaN
         "include_num_input_tokens_seen": "non_padding",
     }
-    return getattr(importlib.import_module(module), name)(**{**config.train, **where, **own, **more})  # type: ignore[no-any-return]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the accelerate file's, which would count for more than `bf16`
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if where["bf16"] else "no"
+    args: TrainingArguments = getattr(importlib.import_module(module), name)(**{**config.train, **where, **own, **more})
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        # Without it ZeRO-3 trains to the end and then has no whole model to save, whatever the accelerate file says.
+        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return args
 
 
 def loaded(load: Callable[..., PreTrainedModel], start: Model, context: Context) -> PreTrainedModel:
-    """The starting model in float32, all of it trainable. A new head or adapter is drawn from the stage's seed."""
+    """The starting model in float32, all of it trainable. A new head or adapter is drawn from the stage's seed.
+
+    To be called after `arguments`, from which transformers knows whether ZeRO-3 parts the model.
+    """
     set_seed(seed_of(context))
-    return load(start, device=context.profile.device).requires_grad_(True)  # a merged adapter leaves its base frozen
+    with contextlib.nullcontext() if checkpoint.base_of(start) is None else checkpoint.whole():
+        model = load(start, device=context.profile.device)
+    return model.requires_grad_(True)  # a merged adapter leaves its base frozen
 
 
 def seed_of(context: Context) -> int:
@@ -156,18 +173,23 @@ def adapter(lora: LoRA | None, task: str, trained_whole: Sequence[str] = ()) -> 
 def train(trainer: Trainer, context: Context) -> dict[str, Any]:
     """Trains, from the newest complete checkpoint if there is one. Returns the first and the last logged step's loss.
 
-    Raises StageFailed where the loss stops being a number.
+    Raises StageFailed where the loss stops being a number or the checkpoint is not one that these processes can go on
+    from, Terminated where the stage is asked to stop before its end.
     """
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Recorder(context))
+    recorder = Recorder(context, trainer.accelerator)
+    trainer.add_callback(recorder)
     resume = newest_checkpoint(context.folder)
     if resume is not None:
+        _check_processes(resume, written_by(trainer.accelerator), context)
         context.progress.note(f"resuming from {resume.name}")
     elif trainer.is_world_process_zero():
         remove(context.folder / CHECKPOINTS)
     with float32_attention(trainer.args.device):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
+    if recorder.stopped:
+        raise Terminated
     logged = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
     return {"steps": trainer.state.global_step, "loss": {"first": logged[0], "last": logged[-1]}}
 
@@ -199,10 +221,12 @@ def save(
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes `metrics.jsonl`, drives the progress display and marks checkpoints as complete."""
+    """Writes `metrics.jsonl`, drives the progress display, marks checkpoints as complete and stops where asked to."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, accelerator: Accelerator) -> None:
         self.context = context
+        self.accelerator = accelerator
+        self.stopped = False
         self.path = context.folder / METRICS
         self.tokens = 0
 
@@ -220,7 +244,18 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.tokens = seen
         if state.global_step >= state.max_steps:
             control.should_log = True  # a run shorter than `logging_steps` has a loss too
+        elif self._asked_to_stop():
+            self.stopped = control.should_save = control.should_training_stop = True
         self._no_last_checkpoint(state, control)
+
+    def _asked_to_stop(self) -> bool:
+        """The first process looks and tells the others, so that all stop after the same step."""
+        found = self.accelerator.is_main_process and stopping.requested(self.context.folder)
+        if self.accelerator.num_processes == 1:
+            return found
+        told = torch.tensor(found, dtype=torch.int32, device=self.accelerator.device)
+        torch.distributed.broadcast(told, src=0)
+        return bool(told)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._no_last_checkpoint(state, control)
@@ -245,8 +280,36 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
                 file.write(canonical_json({"step": state.global_step, **entry}) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.accelerator.wait_for_everyone()  # each process has then written its part
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            write_json(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, written_by(self.accelerator)
+            )
+            if self.stopped:
+                self.context.progress.note(f"stopped at step {state.global_step}; a checkpoint has what was learned")
+
+
+def written_by(accelerator: Accelerator) -> dict[str, Any]:
+    """Who writes a checkpoint: how many processes, and which stage of ZeRO parts the optimizer's state over them."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return {"processes": accelerator.num_processes, "zero": 0 if plugin is None else plugin.zero_stage}
+
+
+def _check_processes(resume: Path, now: Mapping[str, Any], context: Context) -> None:
+    """Refuses a checkpoint that is parted otherwise than these processes would part it."""
+    before = read_json(resume / COMPLETE)
+    if before == now or (before["zero"] == now["zero"] == 0):
+        return
+
+    def words(by: Mapping[str, Any]) -> str:
+        how = f"under DeepSpeed ZeRO-{by['zero']}" if by["zero"] else "without DeepSpeed"
+        return f"{by['processes']} process{'es' * (by['processes'] != 1)} {how}"
+
+    raise StageFailed(
+        f"stage {context.stage_id!r} stands at {resume.name}, which was written by {words(before)} and cannot be gone "
+        f"on from by {words(now)}: use a profile with as many as before, or start the stage again with "
+        f"`--from {context.stage_id}`"
+    )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -243,6 +243,8 @@ def test_accelerate_files_are_ones_that_accelerate_takes(path):
         ("processes: 2", "an `accelerate:` file"),
         ("accelerate: none.yaml", "p.yaml:1:13: accelerate: no such file"),
         ("device: tpu", "p.yaml:1:9: device: "),
+        ("launcher: [srun]", "p.yaml:1:11: launcher: expected `nodes:` above 1 and a `launcher:` that reaches them"),
+        ("nodes: 2", "p.yaml:1:8: nodes: found 2, which cannot share 1 processes"),
     ],
 )
 def test_a_broken_profile_is_one_sentence(recipe, text, words):

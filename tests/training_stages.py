@@ -49,14 +49,24 @@ def stage_context(
     folder: Path, rows: Mapping[str, Sequence[Any]], model: Model, *, profile: Profile = CPU, progress: Any = None
 ) -> Context:
     """What the stage `folder.name` is given. `rows` are those of each stage that it reads."""
-    inputs = {name: folder.parent / f"{folder.name}-{name}" for name in rows}
-    for name, path in inputs.items():
+    write_inputs(folder, rows)
+    return _context(folder, list(rows), model, profile, progress)
+
+
+def write_inputs(folder: Path, rows: Mapping[str, Sequence[Any]]) -> None:
+    """Puts the rows of each stage that the stage `folder.name` reads where it looks for them."""
+    for name, each in rows.items():
+        path = folder.parent / f"{folder.name}-{name}"
         path.mkdir(parents=True, exist_ok=True)
-        (path / "records.jsonl").write_text("".join(row_lines(rows[name])), encoding="utf-8")
+        (path / "records.jsonl").write_text("".join(row_lines(each)), encoding="utf-8")
     folder.mkdir(exist_ok=True)
+
+
+def _context(folder: Path, stages: Sequence[str], model: Model, profile: Profile, progress: Any) -> Context:
     return Context(
         stage_id="stage", folder=folder, seed=0, profile=profile, progress=progress or Steps(), journal=Journal(folder),
-        constitution=None, inputs=inputs, prompt_sets={}, models={"": model},
+        constitution=None, inputs={name: folder.parent / f"{folder.name}-{name}" for name in stages}, prompt_sets={},
+        models={"": model},
     )  # fmt: skip
 
 
@@ -66,8 +76,17 @@ def run_stage(
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of a training stage that runs in `folder`."""
     stages = rows if isinstance(rows, Mapping) else {"rows": rows}
-    settings = {"id": "stage", "kind": kind, "from": list(stages), "batch_size": 8, **config}
-    context = stage_context(folder, stages, model, profile=profile, progress=progress)
+    write_inputs(folder, stages)
+    return run_on(kind, folder, list(stages), model, profile=profile, progress=progress, **config)
+
+
+def run_on(
+    kind: str, folder: Path, stages: Sequence[str], model: Model, *,
+    profile: Profile = CPU, progress: Any = None, **config: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The same on rows that `write_inputs` has written."""
+    settings = {"id": "stage", "kind": kind, "from": stages, "batch_size": 8, **config}
+    context = _context(folder, stages, model, profile, progress)
     return run_function(kind)(config_class(kind).model_validate(settings), context)
 
 

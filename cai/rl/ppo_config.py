@@ -34,18 +34,3 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Taken from the score of a response that was cut off."}
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive = ("num_ppo_epochs", "kl_horizon", "cliprange", "cliprange_value", "value_lr_multiple")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
-        for name in ("kl_coef", "vf_coef", "missing_eos_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise ValueError(f"kl_target is {self.kl_target}, expected nats above 0")

@@ -9,28 +9,24 @@ Left out: a policy on an engine other than `local` while it learns.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cai.engines import Sampling
-from cai.errors import BadInput, StageFailed
+from cai.errors import StageFailed
 from cai.rl.watch import Limits
-from cai.stages import Context, ReinforcementConfig, Rows, is_held_out
+from cai.stages import Context, ReinforcementConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cai.chat import Chat
     from cai.checkpoint import Model
-    from cai.records import Prompt
-    from cai.rl.rewards import Rewards
 
 
 class Config(ReinforcementConfig):
-    gives: ClassVar[Rows] = "policy"
     names_models: ClassVar[tuple[str, ...]] = (*ReinforcementConfig.names_models, "critic")
     train_class: ClassVar[str] = "cai.rl.ppo_config:PPOConfig"
     owned: ClassVar[tuple[str, ...]] = ("num_train_epochs", "max_steps")
@@ -51,20 +47,37 @@ class Config(ReinforcementConfig):
     )
     limits: Limits = Field(Limits.model_validate({}), description="How far the policy may go before the stage stops.")
 
+    @model_validator(mode="after")
+    def _whole_steps(self) -> Self:
+        if self.rollout_size % self.batch_size:
+            raise ValueError(
+                f"found rollout_size {self.rollout_size} with batch_size {self.batch_size}, expected a multiple of it"
+            )
+        for name, (least, most) in RANGES.items():
+            value = self.train.get(name)
+            if isinstance(value, int | float) and not least <= value <= most:
+                most_in_words = "or more" if most == math.inf else f"to {most:g}"
+                raise ValueError(f"found `{name}: {value}` under `train`, expected {least:g} {most_in_words}")
+        return self
+
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on prompts that are not held out. Raises StageFailed where none fits, or limits are passed."""
     from cai import checkpoint, training
     from cai.chat import Chat
+    from cai.report.curves import curves
     from cai.rl.actor_critic import ActorCritic
     from cai.rl.ppo_trainer import PPOTrainer
+    from cai.rl.prompts import usable_prompts
     from cai.rl.rewards import Rewards
     from cai.rl.sampler import PolicySampler
 
     start = context.model(config.model)
     chat = Chat.load(start)
     with training.quiet(context), Rewards(config.rewards, context, chat) as rewards:
-        prompts, left_out = _fitting(config, context, chat, rewards)
+        prompts, left_out = usable_prompts(context.prompts(config.prompts), config, chat, rewards)
+        if not prompts:
+            raise StageFailed(f"stage {config.id!r}: no prompt to respond to; left out: {training.reasons(left_out)}")
         args = training.arguments(config, context, num_train_epochs=config.rollouts, include_num_input_tokens_seen="no")
         policy = training.loaded(checkpoint.load_causal_lm, start, context)
         reference: PreTrainedModel | str | None = None
@@ -93,41 +106,33 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         )
         figures = training.train(trainer, context)
         training.save(trainer, context, chat, config.model, {"kind": config.kind}, part="policy")
+    if trainer.is_world_process_zero():
+        curves(context.folder, {"reward": {f"reward/{name}": name for name in rewards.names}, **PANELS})
     rollouts = [entry for entry in training.read_metrics(context.folder) if "reward" in entry]
     shown = {name: {"first": rollouts[0][name], "last": rollouts[-1][name]} for name in SHOWN}
     counts = {"prompts": len(prompts), "left_out": +left_out, "rollouts": len(rollouts)}
     return {"training": {config.id: {**figures, **counts, **shown}}}
 
 
+RANGES = {
+    "num_ppo_epochs": (1, math.inf), "kl_coef": (0, math.inf), "kl_target": (1e-6, math.inf),
+    "kl_horizon": (1, math.inf), "gamma": (0, 1), "lam": (0, 1), "cliprange": (1e-6, math.inf),
+    "cliprange_value": (1e-6, math.inf), "vf_coef": (0, math.inf), "value_lr_multiple": (1e-6, math.inf),
+    "missing_eos_penalty": (0, math.inf),
+}  # fmt: skip
+"""What PPO's own numbers may be."""
+PANELS = {
+    "KL from the reference, nats a response": {"kl": "KL"},
+    "entropy, nats a token": {"policy/entropy": "entropy"},
+    "tokens of a response": {"length": "mean"},
+    "share of responses": {"unfinished": "cut off", "repetition": "runs that repeat"},
+    "share of tokens": {"policy/clip_fraction": "policy clipped", "value/clip_fraction": "value clipped"},
+    "value function": {"value/explained_variance": "explained variance"},
+}
+"""What the stage's picture shows, beside each source's reward."""
+
 SHOWN = ("reward", "kl", "length", "unfinished", "value/explained_variance")
 """What the stage reports of its first and last rollout."""
-
-
-def _fitting(config: Config, context: Context, chat: Chat, rewards: Rewards) -> tuple[list[Prompt], Counter[str]]:
-    """The prompts that responses are drawn to, and how many were left out for which reason."""
-    from cai import training
-
-    limit = training.longest(chat, config.max_length)
-    left_out: Counter[str] = Counter()
-    fitting: list[Prompt] = []
-    for prompt in context.prompts(config.prompts):
-        if is_held_out(prompt):
-            left_out["held_out"] += 1
-            continue
-        try:
-            n_tokens = len(chat.prompt_ids(prompt["messages"]))
-        except BadInput:  # a conversation that the model's template does not take
-            left_out["refused_by_template"] += 1
-            continue
-        if n_tokens + config.max_new_tokens > limit:
-            left_out["too_long"] += 1
-        elif rewards.reason_against(prompt):
-            left_out["without_reward"] += 1
-        else:
-            fitting.append(prompt)
-    if not fitting:
-        raise StageFailed(f"stage {config.id!r}: no prompt to respond to; left out: {training.reasons(left_out)}")
-    return fitting, left_out
 
 
 def _frozen(start: Model, context: Context, temperature: float) -> PreTrainedModel:

@@ -64,9 +64,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise StageFailed(f"stage {config.id!r}: no response to learn from; left out: {training.reasons(left_out)}")
 
     with training.quiet(context):
+        args = training.arguments(config, context, max_length=None)
         trainer = SupervisedTrainer(
             model=training.loaded(checkpoint.load_causal_lm, start, context),
-            args=training.arguments(config, context, max_length=None),
+            args=args,
             train_dataset=training.dataset(examples),
             processing_class=chat.tokenizer,
             peft_config=training.adapter(config.lora, "CAUSAL_LM"),

@@ -1,0 +1,25 @@
+#!/bin/bash
+# Runs a command once on each host of a file, one name a line, the first being this machine; on the others by ssh, in the
+# same folder. Ends all of them as soon as one fails. The `launcher:` of a profile where there is no Slurm.
+# Use:    on-each.sh HOSTS COMMAND...
+# Tried:  not yet between machines; on one, with a stand-in for ssh (tests/distributed)
+mapfile -t hosts < <(grep -v '^ *$' "$1")
+shift
+command=$(printf '%q ' "$@")
+passed=$(compgen -e | grep -E '^(HF|NCCL|CUDA|TORCH|OMP|PYTHON|DS)_?' | while read -r name; do printf '%s=%q ' "$name" "${!name}"; done)
+
+pids=()
+trap 'kill "${pids[@]}" 2> /dev/null' EXIT
+trap 'exit 143' TERM
+for node in "${!hosts[@]}"; do
+    if [ "$node" -eq 0 ]; then
+        CAI_NODE=0 "$@" &
+    else # a terminal, so that what runs there ends when ssh does
+        ssh -tt -o BatchMode=yes "${hosts[$node]}" "cd $(printf '%q' "$PWD") && exec env $passed CAI_NODE=$node $command" \
+            < /dev/null &
+    fi
+    pids+=($!)
+done
+for _ in "${pids[@]}"; do
+    wait -n || exit
+done

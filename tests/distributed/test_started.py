@@ -1,0 +1,183 @@
+"""Training in processes that `cai run` starts: on two nodes, ended from outside, or ended by one that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cai import runs
+from cai.checkpoint import Model
+from cai.pipeline import Options, run_recipe
+from cai.profile import load_profile
+from cai.progress import PlainDisplay
+from cai.recipe import load_recipe
+from cai.shipped import shipped
+
+pytest.importorskip("deepspeed")
+
+ZERO = "cpu-2-ranks-zero2"
+RECIPE = """
+name: ended
+model: {model}
+stages:
+  - {{id: preferences, kind: prefer, pairs: {{source: pairs.jsonl}}}}
+  - {{id: policy, kind: dpo, from: preferences, batch_size: 8,
+     train: {{max_steps: 40, learning_rate: 1.0e-3, save_steps: 100}}}}
+"""
+DISTURBANCE = """
+import os
+if os.environ.get("DISTURBED_RANK") == os.environ.get("RANK", "none"):
+    import time
+    from cai.training import Recorder
+    on_step_end = Recorder.on_step_end
+    def disturbed(self, args, state, control, **more):
+        if state.global_step == 2:
+            exec(os.environ["DISTURBANCE"])
+        return on_step_end(self, args, state, control, **more)
+    Recorder.on_step_end = disturbed
+"""
+"""A module that Python imports at its start: executes what the environment says at the second step of one rank."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny: Callable[..., Model]) -> Path:
+    talks = [f"\n\nHuman: What is {number}?\n\nAssistant: It is {number * 7} " for number in range(24)]
+    pairs = [{side: f"{talk}{side}." for side in ("chosen", "rejected")} for talk in talks]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny("llama").path))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DISTURBANCE)
+    return tmp_path / "recipe.yaml"
+
+
+def command(recipe: Path, profile: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(Path(sys.executable).with_name("cai")), "run", str(recipe), "--runs", str(recipe.parent), "--on", profile],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(recipe.parent / "site"), **environment},
+        cwd=recipe.parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def metrics(recipe: Path, folder: str = "ended") -> list[dict[str, Any]]:
+    """What is logged so far; a line that is not whole yet does not count."""
+    files = list(recipe.parent.glob(f"{folder}/policy-*/metrics.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
+
+
+def until(true: Callable[[], object], child: subprocess.Popen[str]) -> None:
+    """Waits for something to become true while the child runs."""
+    while not true():
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.02)
+
+
+def processes(recipe: Path) -> list[str]:
+    """Command lines of processes that work on the recipe's run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except OSError:  # it has ended
+            continue
+        found += [" ".join(words)] * any(word.startswith(str(recipe.parent)) for word in words)
+    return found
+
+
+@pytest.mark.parametrize("profile", ["cpu", ZERO])
+def test_sigterm_ends_training_at_a_checkpoint_and_the_next_run_goes_on_as_if_there_had_been_none(
+    profile: str, recipe: Path
+) -> None:
+    child = command(recipe, profile)
+    until(lambda: len(metrics(recipe)) >= 2, child)
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=120)[1]
+    assert child.returncode == 143, said
+    assert said.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
+    [folder] = recipe.parent.glob("ended/policy-*")
+    [checkpoint] = folder.glob("checkpoints/checkpoint-*/COMPLETE")
+    step = int(checkpoint.parent.name.rpartition("-")[2])
+    assert f"policy: stopped at step {step}; a checkpoint has what was learned" in said
+    assert 2 <= step == len(metrics(recipe)) < 40
+    assert not (folder / "stop").exists()
+    assert not processes(recipe)
+    again = command(recipe, profile)
+    said = again.communicate(timeout=120)[1]
+    assert again.returncode == 0, said
+    assert f"resuming from checkpoint-{step}" in said
+    alone = load_profile("cpu").model_copy(update={"dtype": "auto" if profile == "cpu" else "float32"})
+    run_recipe(load_recipe(recipe), alone, recipe.parent / "undisturbed", Options(), PlainDisplay())
+    assert len(metrics(recipe)) == 40
+    for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    if profile == "cpu":
+        one, other = (runs.latest(recipe.parent / name)["policy"] for name in ("ended", "undisturbed"))
+        assert (one / "DONE").read_bytes() == (other / "DONE").read_bytes()
+        assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+def test_another_sigterm_ends_it_at_once(recipe: Path) -> None:
+    hangs = recipe.parent / "hangs"
+    waiting = f"open({str(hangs)!r}, 'w'); time.sleep(1000)"
+    child = command(recipe, "cpu-2-ranks", DISTURBED_RANK="0", DISTURBANCE=waiting)
+    until(hangs.exists, child)
+    child.send_signal(signal.SIGTERM)
+    until(lambda: list(recipe.parent.glob("ended/policy-*/stop")), child)
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 143, said
+    assert not list(recipe.parent.glob("ended/policy-*/checkpoints/checkpoint-*"))
+    assert not processes(recipe)
+
+
+@pytest.mark.parametrize(
+    ("disturbance", "words"),
+    [
+        ("os.kill(os.getpid(), 9)", "stage 'policy', process 1, ended with signal 9; see "),
+        ("raise ValueError('the disk is full')", "stage 'policy', process 1: ValueError: the disk is full; see "),
+    ],
+)
+def test_a_rank_that_dies_ends_the_others_and_its_error_is_reported(disturbance: str, words: str, recipe: Path) -> None:
+    child = command(recipe, ZERO, DISTURBED_RANK="1", DISTURBANCE=disturbance)
+    until(lambda: metrics(recipe), child)
+    said = child.communicate(timeout=60)[1]  # seconds, of which it needs few
+    assert child.returncode == 3, said
+    assert said.splitlines()[-1].startswith(words), said
+    assert not processes(recipe)
+
+
+TWO_NODES = """
+device: cpu
+dtype: float32
+nodes: 2
+processes: 2
+threads: 1
+address: 127.0.0.1
+accelerate: {configs}/accelerate/cpu-2-ranks-zero2.yaml
+launcher: [bash, {configs}/multi-node/on-each.sh, hosts.txt]
+"""
+
+
+def test_two_nodes_learn_what_one_process_does(recipe: Path) -> None:
+    home = recipe.parent
+    (home / "nodes.yaml").write_text(TWO_NODES.format(configs=shipped("configs")))
+    (home / "hosts.txt").write_text("first\nsecond\n")
+    ssh = home / "site" / "ssh"
+    ssh.write_text('#!/bin/bash\n[ "$4" = second ] && exec bash -c "$5"\n')  # ssh -tt -o BatchMode=yes HOST COMMAND
+    ssh.chmod(0o755)
+    child = command(recipe, str(home / "nodes.yaml"), PATH=f"{ssh.parent}:{os.environ['PATH']}")
+    said = child.communicate(timeout=120)[1]
+    assert child.returncode == 0, said
+    alone = load_profile("cpu").model_copy(update={"dtype": "float32"})
+    run_recipe(load_recipe(recipe), alone, home / "undisturbed", Options(), PlainDisplay())
+    assert len(metrics(recipe)) == 40
+    for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)

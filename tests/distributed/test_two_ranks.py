@@ -1,0 +1,195 @@
+"""Training on two real ranks, with DeepSpeed and without, computes what one process does; what it leaves is whole.
+
+One pair of ranks (`pair.py`) serves the whole file: `make test` keeps the tests of a file on one worker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training_stages
+from pair import Pair
+from safetensors.torch import load_file
+from training_stages import preference, run_stage, sample, write_inputs
+
+from cai import stopping
+from cai.chat import Chat
+from cai.checkpoint import Model, load_sequence_classifier
+from cai.errors import StageFailed
+from cai.training import newest_checkpoint, tokenised_pairs
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("deepspeed")
+
+LAUNCHED = ("cpu-2-ranks", "cpu-2-ranks-zero2", "cpu-2-ranks-zero3")
+"""Accelerate files of two ranks: none, the optimizer's state and gradients, or the parameters too are parted."""
+STEPS = 10
+ADAPTER = {"lora": {"rank": 4}}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair") / "log.txt")
+    yield pair
+    pair.stop()
+
+
+def rows_for(kind: str) -> list[dict[str, Any]]:
+    """24 rows to learn from, three whole steps; nine pairs are held out."""
+    if kind == "sft":
+        return [sample(number) for number in range(24)]
+    held_out = [preference(number, p=0.8, tags=["held_out"]) for number in range(30, 39)]
+    return [preference(number, p=0.6 + 0.4 * (number % 3) / 2) for number in range(24)] + held_out
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return {"train": {"max_steps": STEPS, "learning_rate": 1e-3, "save_strategy": "no"}, **more}
+
+
+def train(pair: Pair, profile: str, kind: str, folder: Path, model: Model, **more: Any) -> list[dict[str, Any]]:
+    write_inputs(folder, {"rows": rows_for(kind)})
+    return pair.run(profile, kind=kind, folder=str(folder), model=model.path, **{"config": settings(), **more})
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    [file] = (folder / "model").glob("*.safetensors")
+    return dict(load_file(file))
+
+
+@pytest.mark.parametrize("more", [{}, ADAPTER], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_two_ranks_learn_what_one_with_twice_the_accumulation_does_under_every_stage_of_zero(
+    kind: str, more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    start = tiny("llama")
+    figures = run_stage(kind, tmp_path / "one", rows_for(kind), start, **settings(**more))
+    one = metrics(tmp_path / "one")
+    assert len([entry for entry in one if "loss" in entry]) == STEPS
+    weights = tensors(tmp_path / "one")
+    for profile in LAUNCHED:
+        folder = tmp_path / profile
+        first, second = train(pair, profile, kind, folder, start, config=settings(**more))
+        assert second.keys() == {"figures"}, second
+        for mine, theirs in zip(metrics(folder), one, strict=True):
+            assert mine.keys() == theirs.keys()
+            # What else TRL logs is a mean over micro-batches, and these are others.
+            for name in {"loss", "eval_loss", "learning_rate"} & mine.keys():
+                assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, name)
+            for name in {"grad_norm", "eval_reward/margin", "log_prob/chosen"} & mine.keys():
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-3), (profile, name)
+        assert close(first["figures"], figures), profile
+        left = tensors(folder)
+        assert {name: each.shape for name, each in left.items()} == {n: each.shape for n, each in weights.items()}
+        for name, each in left.items():
+            torch.testing.assert_close(each, weights[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
+
+
+def close(mine: Any, theirs: Any) -> bool:
+    """Whether two trees of figures are equal, numbers up to rounding."""
+    if isinstance(mine, dict):
+        return mine.keys() == theirs.keys() and all(close(mine[key], theirs[key]) for key in mine)
+    if isinstance(mine, list):
+        return len(mine) == len(theirs) and all(map(close, mine, theirs))
+    return bool(mine == pytest.approx(theirs, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind", "more"),
+    [("cpu-2-ranks-zero2", "sft", {}), ("cpu-2-ranks-zero3", "dpo", ADAPTER)],
+)
+def test_stopped_after_a_step_the_same_number_of_ranks_goes_on_with_the_same_losses(
+    profile: str, kind: str, more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    config = settings(**more)
+    train(pair, profile, kind, tmp_path / "undisturbed", tiny("llama"), config=config)
+    folder = tmp_path / "stopped"
+    for answer in train(pair, profile, kind, folder, tiny("llama"), config=config, stop_at=5):
+        assert answer["error"] == "Terminated"
+    resume = newest_checkpoint(folder)
+    assert resume is not None
+    assert resume.name == "checkpoint-5"
+    assert len(metrics(folder)) == 5
+    (folder / stopping.STOP).unlink()
+    for answer in train(pair, profile, kind, folder, tiny("llama"), config=config):
+        assert answer.keys() == {"figures"}, answer
+    for mine, theirs in zip(metrics(folder), metrics(tmp_path / "undisturbed"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+    for name, each in tensors(folder).items():
+        torch.testing.assert_close(each, tensors(tmp_path / "undisturbed")[name])
+
+
+def test_another_number_of_ranks_goes_on_or_is_refused_in_one_sentence(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    start = tiny("llama")
+    run_stage("sft", tmp_path / "undisturbed", rows_for("sft"), start, **settings())
+    for profile in ("cpu-2-ranks", "cpu-2-ranks-zero3"):
+        train(pair, profile, "sft", tmp_path / profile, start, config=settings(), stop_at=5)
+        (tmp_path / profile / stopping.STOP).unlink()
+    refused = (
+        "stage 'stage' stands at checkpoint-5, which was written by 2 processes under DeepSpeed ZeRO-3 and cannot be "
+        "gone on from by {}: use a profile with as many as before, or start the stage again with `--from stage`"
+    )
+    with pytest.raises(StageFailed) as alone:
+        run_stage("sft", tmp_path / "cpu-2-ranks-zero3", rows_for("sft"), start, **settings())
+    assert str(alone.value) == refused.format("1 process without DeepSpeed")
+    for answer in train(pair, "cpu-2-ranks-zero2", "sft", tmp_path / "cpu-2-ranks-zero3", start, config=settings()):
+        assert answer == {"error": "StageFailed", "message": refused.format("2 processes under DeepSpeed ZeRO-2")}
+    run_stage("sft", tmp_path / "cpu-2-ranks", rows_for("sft"), start, **settings())
+    one, other = metrics(tmp_path / "undisturbed"), metrics(tmp_path / "cpu-2-ranks")
+    assert [entry["loss"] for entry in other] == pytest.approx([entry["loss"] for entry in one], abs=1e-4)
+
+
+def test_what_zero_3_leaves_is_a_whole_model_that_computes_what_the_ranks_computed(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    start = tiny("qwen2")  # its embeddings need not grow
+    for answer in train(pair, "cpu-2-ranks-zero3", "sft", tmp_path / "policy", start):
+        assert answer.keys() == {"figures"}, answer
+    before = dict(load_file(Path(start.path) / "model.safetensors"))
+    left = tensors(tmp_path / "policy")
+    assert {name: (each.shape, each.dtype) for name, each in left.items()} == {
+        name: (each.shape, each.dtype) for name, each in before.items()
+    }
+    assert any(not torch.equal(each, before[name]) for name, each in left.items())
+
+    for answer in train(pair, "cpu-2-ranks-zero3", "reward", tmp_path / "reward", tiny("llama")):
+        assert answer.keys() == {"figures"}, answer
+    held_out = rows_for("reward")[24:]
+    pairs, _ = tokenised_pairs(held_out, Chat.load(tiny("llama")), 256)
+    model = load_sequence_classifier(training_stages.trained(tmp_path / "reward"))
+    for line, row in zip((tmp_path / "reward" / "evaluation.jsonl").read_text().splitlines(), pairs, strict=True):
+        for side, ids in (("chosen", row.chosen_ids), ("rejected", row.rejected_ids)):
+            with torch.no_grad():
+                score = float(model(input_ids=torch.tensor([row.prompt_ids + ids])).logits)
+            assert json.loads(line)[f"{side}_score"] == pytest.approx(score, abs=1e-4)
+
+
+def test_under_zero_3_a_stage_starts_from_an_adapter(pair: Pair, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    kind = "reward"  # which reads the body of a language model under the adapter, too
+    config = {"train": {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no"}}
+    run_stage(kind, tmp_path / "one", rows_for(kind), tiny("lora"), **config)
+    for answer in train(pair, "cpu-2-ranks-zero3", kind, tmp_path / "two", tiny("lora"), config=config):
+        assert answer.keys() == {"figures"}, answer
+    one, two = ([entry["loss"] for entry in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_the_profile_says_the_precision_whatever_the_accelerate_file_says(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    run_stage("dpo", tmp_path / "one", rows_for("dpo"), tiny("llama"), **settings())
+    # The file says `mixed_precision: 'no'`.
+    for answer in train(pair, "cpu-2-ranks-zero3", "dpo", tmp_path / "two", tiny("llama"), dtype="bfloat16"):
+        assert answer.keys() == {"figures"}, answer
+    assert {each.dtype for each in tensors(tmp_path / "two").values()} == {torch.bfloat16}
+    one, two = ([entry["loss"] for entry in metrics(tmp_path / name) if "loss" in entry] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=0.05)
