@@ -28,7 +28,7 @@ from cai.micro.conversations import prompts
 from cai.templates import load_templates
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SLOW = {"feedback", "quickstart", "plain", "ppo"}
+SLOW = {"feedback", "quickstart", "plain", "ppo", "overoptimisation"}
 """Those that train models even with `--quick`."""
 QUICK = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SLOW)
 MORE = {"choose": ["--model", "random-tiny"], "generate": ["--model", "random-tiny"]}
