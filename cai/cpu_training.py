@@ -11,6 +11,7 @@ take their attention from transformers' table. Both train as they do without thi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,16 @@ def _float32_attention(
     return output.to(value.dtype), weights
 
 
+def give_back_freed_memory() -> None:
+    """Makes the C library return blocks of 4 MiB and more to the system when they are freed.
+
+    glibc raises that bound to 32 MiB by itself and keeps what lies below. Batches of ever other lengths then leave gaps
+    that none of the next fits into: a fifth of a PPO run's memory on a model of 50 million parameters.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
+
+
 def add_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperature: float = 1.0) -> None:
     """Makes `model(…, labels=labels, fused_lm_head=True)` score learned tokens alone, if the model is on a CPU.
 
@@ -82,7 +93,8 @@ def add_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperature: f
             outputs = without(*args, **{**options, "use_cache": False})
         finally:
             hook.remove()
-        log_probs = (outputs.logits.float() / temperature).log_softmax(dim=-1)  # (learned tokens, vocabulary)
+        logits = outputs.logits.float()  # (learned tokens, vocabulary)
+        log_probs = (logits if temperature == 1.0 else logits / temperature).log_softmax(dim=-1)
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -93,7 +105,7 @@ def add_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperature: f
         )
         if entropy:
             with torch.no_grad():
-                result.entropy = spread(torch.special.entr(log_probs.exp()).sum(dim=1))
+                result.entropy = spread(-log_probs.exp().mul_(log_probs).sum(dim=1))
                 result.is_top1 = spread(log_probs.argmax(dim=1) == targets)
         return result
 

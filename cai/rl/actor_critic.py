@@ -40,10 +40,10 @@ class Scored(NamedTuple):
     values: Tensor
 
 
-def add_scoring(model: PreTrainedModel, temperature: float) -> None:
-    """Makes `model(…, labels=labels, fused_lm_head=True)` give log-probabilities and entropy, logits / temperature."""
-    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
-    add_lm_head(model, entropy=True, temperature=temperature)
+def add_scoring(model: PreTrainedModel, temperature: float, *, entropy: bool = False) -> None:
+    """Makes `model(…, labels=labels, fused_lm_head=True)` give log-probabilities at `temperature`, and entropy."""
+    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", *(["entropy"] if entropy else [])))
+    add_lm_head(model, entropy=entropy, temperature=temperature)
 
 
 class ActorCritic(nn.Module):
@@ -55,7 +55,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.critic = critic
-        add_scoring(self.language_model, temperature)
+        add_scoring(self.language_model, temperature, entropy=True)
         width = self.language_model.config.get_text_config().hidden_size
         self.value_head = nn.Linear(width, 1) if critic is None else None
         if self.value_head is not None:

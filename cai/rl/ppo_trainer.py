@@ -167,7 +167,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                 episode.scores, episode.score = dict(result), self.rewards.total(result)
         # Batches of a fixed number of rows, as many on each rank: under ZeRO-3 every forward pass is a common one.
         order = sorted((episode for _, episode, _ in drawn), key=lambda each: -each.length)
-        size = 4 * self.args.per_device_train_batch_size
+        size = self.args.per_device_train_batch_size
         self.model_wrapped.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for start in range(0, len(order), size):
