@@ -143,6 +143,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             if isinstance(result, Failure):
                 raise StageFailed(f"a response could not be drawn: {result.reason}")
             found[result.id] = result
+        self.sampler.release()
         drawn = []
         for place, prompt in share:
             each = found[str(place)]

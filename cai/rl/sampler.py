@@ -2,7 +2,7 @@
 
 The copy is whole on every rank, in the precision in which the device decodes fastest, with an adapter merged into it.
 So a rank's decoding never waits for another's: under ZeRO-3 the weights are gathered once a rollout, one module at a
-time, and not once a token. What it costs is the memory of one more copy in that precision.
+time, and not once a token. What it costs is the memory of one more copy in that precision, while it draws.
 
 Left out: engines outside of this process, whose weights would have to be sent to them.
 """
@@ -34,11 +34,20 @@ class PolicySampler:
         with whole():
             self.copy = load_causal_lm(start, profile.dtype, profile.device).requires_grad_(False)
         self.engine = LocalEngine(start, profile, self.copy)
+        self._shapes = {name: each.shape for name, each in self.copy.named_parameters()}
+
+    def release(self) -> None:
+        """Gives the copy's memory to whoever learns; the next `update` takes it again."""
+        for each in self.copy.parameters():
+            each.data = each.data.new_empty(0)
 
     @torch.no_grad()
     def update(self, policy: PreTrainedModel, gather: Gather) -> None:
         """Takes the policy's weights, an adapter's product added. To be called on every rank."""
         targets = dict(self.copy.named_parameters())
+        for name, target in targets.items():
+            if target.shape != self._shapes[name]:
+                target.data = target.data.new_empty(self._shapes[name])
         adapted = {}
         if is_peft_model(policy):
             policy = policy.get_base_model()

@@ -142,7 +142,23 @@ def _train(
 
     profile = Profile.model_validate({"device": "cpu", "dtype": dtype, "micro_batch": 4, "processes": 2})
     start = resolve(model, folder=home.parent)
+    if kind in {"ppo", "rloo"}:
+        return reinforced(kind, home, start, profile, Steps(), config)
     return training_stages.run_on(kind, home, ["rows"], start, profile=profile, progress=Steps(), **config)
+
+
+def reinforced(
+    kind: str, home: Path, start: Any, profile: Any, progress: Any, config: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures of a stage that learns from its own responses, rewarded for being short."""
+    import training_stages
+
+    (home.parent / "rewards.py").write_text(
+        "def brevity(prompts, said):\n    return [-len(each) / 20 for each in said]\n"
+    )
+    prompts = [training_stages.asked(number) for number in range(12)]
+    rewards = [{"function": "rewards.py:brevity"}]
+    return training_stages.reinforce(kind, home, prompts, start, rewards, profile=profile, progress=progress, **config)
 
 
 @contextlib.contextmanager

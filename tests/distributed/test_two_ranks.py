@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import training_stages
-from pair import Pair
+from pair import Pair, reinforced
 from safetensors.torch import load_file
-from training_stages import preference, run_stage, sample, write_inputs
+from training_stages import CPU, Steps, preference, run_stage, sample, write_inputs
 
 from cai import stopping
 from cai.chat import Chat
@@ -90,6 +90,49 @@ def test_two_ranks_learn_what_one_with_twice_the_accumulation_does_under_every_s
         assert {name: each.shape for name, each in left.items()} == {n: each.shape for n, each in weights.items()}
         for name, each in left.items():
             torch.testing.assert_close(each, weights[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
+
+
+@pytest.mark.parametrize("more", [{}, ADAPTER, {"critic": "", "lora": None}], ids=["full", "lora", "critic"])
+def test_ppo_on_two_ranks_draws_and_learns_what_it_does_on_one(
+    more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    config = {"rollouts": 3, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}, **more}
+    start = tiny("llama")
+    (tmp_path / "one").mkdir()
+    reinforced("ppo", tmp_path / "one", start, CPU, Steps(), config)
+    one, weights = metrics(tmp_path / "one"), tensors(tmp_path / "one")
+    assert len(one) == 12
+    for profile in LAUNCHED if "critic" not in more else LAUNCHED[-1:]:
+        folder = tmp_path / profile
+        folder.mkdir()
+        for answer in pair.run(profile, kind="ppo", folder=str(folder), model=start.path, config=config):
+            assert answer.keys() == {"figures"}, answer
+        for mine, theirs in zip(metrics(folder), one, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine.keys() - {"grad_norm"}:  # the policy's ratio among them
+                assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, mine["step"], name)
+        assert (folder / "samples.jsonl").read_text().count("\n") == 24
+        left = tensors(folder)
+        assert {name: each.shape for name, each in left.items()} == {n: each.shape for n, each in weights.items()}
+        for name, each in left.items():
+            torch.testing.assert_close(each, weights[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
+
+
+def test_ppo_stopped_in_the_middle_of_a_rollout_goes_on_under_zero_3(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    config = {"rollouts": 2, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}}
+    job = {"kind": "ppo", "model": tiny("llama").path, "config": config}
+    for name, more in (("undisturbed", {}), ("stopped", {"stop_at": 3}), ("stopped", {})):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / stopping.STOP).unlink(missing_ok=True)
+        answers = pair.run("cpu-2-ranks-zero3", folder=str(folder), **job, **more)
+        assert [answer.get("error") for answer in answers] == ["Terminated" if more else None] * 2, answers
+    mine, theirs = metrics(tmp_path / "stopped"), metrics(tmp_path / "undisturbed")
+    assert len(mine) == 8
+    for one, other in zip(mine, theirs, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
 
 
 def close(mine: Any, theirs: Any) -> bool:

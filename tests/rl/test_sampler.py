@@ -56,6 +56,8 @@ def test_it_draws_what_the_updated_policy_finds_likely(tiny: Callable[..., Model
     with torch.no_grad():
         policy.get_output_embeddings().weight[33] += 3 * policy.model.norm.weight
         policy.get_output_embeddings().weight.mul_(5)
+    sampler.release()
+    assert not sum(each.numel() for each in sampler.copy.parameters())
     sampler.update(policy, lambda parameters: contextlib.nullcontext())
     after = [each.token_ids for each in sampler.draw(requests) if isinstance(each, Completion)]
     assert len(before) == len(after) == 4
