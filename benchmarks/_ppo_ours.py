@@ -66,7 +66,7 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
 
     times = Times()
     set_seed(seed)
-    reference = load_causal_lm(start).requires_grad_(False)
+    reference = load_causal_lm(start, profile.dtype).requires_grad_(False)
     add_scoring(reference, spec["temperature"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(

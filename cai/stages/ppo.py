@@ -136,11 +136,11 @@ SHOWN = ("reward", "kl", "length", "unfinished", "value/explained_variance")
 
 
 def _frozen(start: Model, context: Context, temperature: float) -> PreTrainedModel:
-    """The starting policy as it is now and stays. In float32, like the policy: their KL is 0 at the start."""
+    """The starting policy as it is now and stays, in the profile's precision."""
     from cai import checkpoint
     from cai.rl.actor_critic import add_scoring
 
     with checkpoint.whole():
-        model = checkpoint.load_causal_lm(start, device=context.profile.device).requires_grad_(False)
+        model = checkpoint.load_causal_lm(start, context.profile.dtype, context.profile.device).requires_grad_(False)
     add_scoring(model, temperature)
     return model
