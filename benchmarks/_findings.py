@@ -32,6 +32,8 @@ METRICS = {
     "well_formed": "well formed",
     "gold": "gold score",
 }
+OTHERS = "\n<!-- Below: by other benchmarks. -->\n"
+"""Begins what this script leaves as it is."""
 WAYS = ("one order", "probability", "log-odds")
 SLIGHT = 0.1
 """Nats below which a position bias is next to none: it takes 0.1 to move an even vote to 52.5 %."""
@@ -48,8 +50,9 @@ def write_page(found: Found, page: Path) -> None:
         draw(found, folder / f"{name}.svg")
     with replacing(folder / "results.json") as file:
         file.write(json.dumps(found, ensure_ascii=False).encode() + b"\n")
+    _, mark, others = (page.read_text(encoding="utf-8") if page.exists() else "").partition(OTHERS)
     with replacing(page) as file:
-        file.write("\n".join(lines(found, folder.name)).encode() + b"\n")
+        file.write("\n".join([*lines(found, folder.name), ""]).encode() + (mark + others).encode())
 
 
 def rounded(value: Any) -> Any:

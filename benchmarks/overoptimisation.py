@@ -24,6 +24,7 @@ from typing import Any
 
 import _measure
 import numpy as np
+from _findings import OTHERS
 
 from cai import pipeline, runs
 from cai.engines import Completion, Request, Sampling
@@ -148,6 +149,39 @@ def draw(found: Figures, path: Path) -> None:
         figure.savefig(path, facecolor="white", **options)
 
 
+def write(found: Figures, given: argparse.Namespace) -> None:
+    """Puts the section, and its picture beside the page, in place of what stood there before."""
+    folder = given.page.with_suffix("")
+    draw(found, folder / "overoptimisation.svg")
+    best, last = (max(found[way], key=lambda point: point["gold"]) for way in ("best_of_n", "ppo"))
+    far, end = found["best_of_n"][-1], found["ppo"][-1]
+    section = f"""
+## How far a reward model can be optimised
+
+    python benchmarks/overoptimisation.py --page {given.page}
+
+Made by `benchmarks/overoptimisation.py` with seed {
+        found["seed"]
+    }, one run: the reward model of `cai run cai-ppo` is the
+proxy, the oracle is gold. Both are in standard deviations of SL-CAI's own responses, from their mean. Best of n: {
+        given.prompts
+    } prompts, {given.responses} responses each, every n estimated over all subsets. PPO: {given.rollouts}
+rollouts, nothing paid for the KL, a constant learning rate of 1e-4: a policy that is meant to go too far. A point of
+PPO has a standard error of about {found["standard_error"]:.2f}.
+
+| | KL, nats a response | proxy | gold |
+| --- | --- | --- | --- |
+| best of n where gold is highest, n = {best["n"]} | {best["kl"]:.2f} | {best["proxy"]:+.2f} | {best["gold"]:+.2f} |
+| best of {far["n"]} | {far["kl"]:.2f} | {far["proxy"]:+.2f} | {far["gold"]:+.2f} |
+| PPO where gold is highest | {last["kl"]:.2f} | {last["proxy"]:+.2f} | {last["gold"]:+.2f} |
+| PPO at its end | {end["kl"]:.2f} | {end["proxy"]:+.2f} | {end["gold"]:+.2f} |
+
+![Proxy and gold reward over KL](findings/overoptimisation.svg)
+"""
+    page, _, _ = given.page.read_text(encoding="utf-8").partition(OTHERS)
+    given.page.write_text(page + OTHERS + section, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few prompts, two rollouts: does it work at all")
@@ -155,14 +189,14 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, help="of PPO; 24, 2 if quick")
     parser.add_argument("--prompts", type=int, help="for best-of-n; 128, 8 if quick")
     parser.add_argument("--responses", type=int, help="to each of them; 64, 4 if quick")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="where to draw both curves, .svg or .png")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="page of findings that gets the section about it")
     given = parser.parse_args()
     for name, full, quick in (("rollouts", 24, 2), ("prompts", 128, 8), ("responses", 64, 4)):
         setattr(given, name, getattr(given, name) or (quick if given.quick else full))
     with tempfile.TemporaryDirectory() as name:
         found = measured(given, given.runs or Path(name))
-    if given.picture is not None:
-        draw(found, given.picture)
+    if given.page is not None:
+        write(found, given)
     for way in ("best_of_n", "ppo"):
         for point in found[way]:
             print(f"{way:9} KL {point['kl']:5.2f}  proxy {point['proxy']:+.2f}  gold {point['gold']:+.2f}")
