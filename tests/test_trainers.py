@@ -206,6 +206,28 @@ def test_rloo_still_asks_for_responses_rewards_and_probabilities_where_it_did() 
     assert rloo.loss_is_scaled_for_ga is False
 
 
+def test_ppo_still_finds_in_transformers_and_trl_what_it_hangs_on() -> None:
+    from accelerate import Accelerator
+    from transformers import Trainer
+    from trl.distributed import DistributedBackend
+    from trl.trainer.utils import add_fused_lm_head
+
+    assert parameters(Trainer._save) == ["self", "output_dir", "state_dict"]
+    assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    assert parameters(Trainer.create_optimizer) == ["self", "model"]
+    assert parameters(add_fused_lm_head)[:2] == ["model", "temperature"]
+    assert "outputs" in parameters(add_fused_lm_head)
+    assert parameters(DistributedBackend.gather_params) == ["self", "params"]
+    assert parameters(Accelerator.reduce)[:3] == ["self", "tensor", "reduction"]
+    # A rollout comes before the first step of its epoch; tokens are counted before the step is taken.
+    epochs, steps = inspect.getsource(Trainer._inner_training_loop), inspect.getsource(Trainer._run_epoch)
+    assert epochs.index("on_epoch_begin") < epochs.index("self._run_epoch(")
+    assert steps.index("self.get_batch_samples(") < steps.index("self.training_step(")
+    state = inspect.getsource(Trainer._init_training_state)
+    assert "epochs_trained = int(self.state.global_step // num_update_steps_per_epoch)" in state
+
+
 def test_prompts_of_a_step_come_together_and_their_order_depends_on_seed_and_epoch_alone() -> None:
     from cai.rl.prompts import PromptSteps
 

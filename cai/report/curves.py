@@ -33,10 +33,10 @@ def curves(folder: Path, panels: Panels, name: str = "curves.svg") -> Path | Non
     height = math.ceil(len(shown) / columns)
     with matplotlib.rc_context({"svg.hashsalt": "cai", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(4.6 * columns, 2.5 * height), layout="constrained")
-        grid = figure.subplots(height, columns, squeeze=False).flat
+        grid = list(figure.subplots(height, columns, squeeze=False).flat)
         for axes, (title, some) in zip(grid, shown.items(), strict=False):
             _draw(axes, title, some)
-        for axes in list(grid)[len(shown) :]:
+        for axes in grid[len(shown) :]:
             axes.set_visible(False)
         figure.supxlabel("step", fontsize=9, color=SOFT)
         options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 160}

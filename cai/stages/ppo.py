@@ -127,7 +127,7 @@ PANELS = {
     "tokens of a response": {"length": "mean"},
     "share of responses": {"unfinished": "cut off", "repetition": "runs that repeat"},
     "share of tokens": {"policy/clip_fraction": "policy clipped", "value/clip_fraction": "value clipped"},
-    "value function": {"value/explained_variance": "explained variance"},
+    "variance of returns that values explain": {"value/explained_variance": "share"},
 }
 """What the stage's picture shows, beside each source's reward."""
 
