@@ -7,7 +7,8 @@ Gao et al. 2023 (arXiv 2210.10760) on the embedded model, whose oracle is the go
 judge's preferences trained is optimised by best-of-n from SL-CAI, and by PPO with nothing paid for the KL. Best-of-n
 for every n is estimated from one pool of responses a prompt, over all subsets of n, without bias; its KL is taken as
 log n − (n − 1)/n, which is what it is at most. PPO's points are its rollouts: responses of the policy as it was before
-it learned from them. Rewards are in standard deviations of SL-CAI's responses, from their mean.
+it learned from them. A response that the oracle cannot read has the score of the worst act. Rewards are in standard
+deviations of SL-CAI's responses, from their mean.
 
 The last line is one JSON object; `ours` is the gold reward where PPO ends, `plain` that of the best n.
 """
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _gold
 import _measure
 import numpy as np
 from _findings import OTHERS
@@ -29,7 +31,6 @@ from _findings import OTHERS
 from cai import pipeline, runs
 from cai.engines import Completion, Request, Sampling
 from cai.engines.local import LocalEngine
-from cai.micro.oracle import gold_score
 from cai.plan import Planner
 from cai.profile import load_profile
 from cai.progress import PlainDisplay
@@ -40,7 +41,7 @@ HERE = Path(__file__).parent
 OVERRIDES = (
     f"stages.policy.rewards=[{{model: reward}}, {{function: {HERE / '_gold.py'}:gold, weight: 0}}]",
     "stages.policy.train.kl_coef=0.0",
-    "stages.policy.train.learning_rate=1.0e-4",
+    "stages.policy.train.learning_rate=4.0e-5",
     "stages.policy.train.lr_scheduler_type=constant",
     "stages.policy.limits={kl: 1000, length: 100, unfinished: 1.0, repetition: 1.0}",
 )
@@ -82,7 +83,7 @@ def pool(recipe: Recipe, run: Path, n_prompts: int, n: int) -> tuple[np.ndarray,
         drawn = {each.id: each for each in engine.generate(requests) if isinstance(each, Completion)}
     model = RewardModel.load(planner.model("reward", done), profile)
     proxy = np.array(model.scores([drawn[each.id].prompt_ids + drawn[each.id].token_ids for each in requests]))
-    gold = np.array([gold_score(each.messages, drawn[each.id].text) for each in requests], dtype=float)
+    gold = np.array(_gold.gold([list(each.messages) for each in requests], [drawn[each.id].text for each in requests]))
     return proxy.reshape(-1, n), gold.reshape(-1, n)
 
 
@@ -155,19 +156,18 @@ def write(found: Figures, given: argparse.Namespace) -> None:
     draw(found, folder / "overoptimisation.svg")
     best, last = (max(found[way], key=lambda point: point["gold"]) for way in ("best_of_n", "ppo"))
     far, end = found["best_of_n"][-1], found["ppo"][-1]
+    sizes = f"{given.prompts} prompts, {given.responses} responses each, every n estimated over all subsets"
     section = f"""
 ## How far a reward model can be optimised
 
     python benchmarks/overoptimisation.py --page {given.page}
 
-Made by `benchmarks/overoptimisation.py` with seed {
-        found["seed"]
-    }, one run: the reward model of `cai run cai-ppo` is the
-proxy, the oracle is gold. Both are in standard deviations of SL-CAI's own responses, from their mean. Best of n: {
-        given.prompts
-    } prompts, {given.responses} responses each, every n estimated over all subsets. PPO: {given.rollouts}
-rollouts, nothing paid for the KL, a constant learning rate of 1e-4: a policy that is meant to go too far. A point of
-PPO has a standard error of about {found["standard_error"]:.2f}.
+One run, seed {found["seed"]}. The reward model of `cai run cai-ppo` is the proxy, the oracle is gold; a response that
+it cannot read scores as the worst act. Both are in standard deviations of SL-CAI's own responses, from their mean.
+
+- Best of n: {sizes}.
+- PPO: {given.rollouts} rollouts, nothing paid for the KL, a constant learning rate: a policy that is meant to go too
+  far. A point has a standard error of about {found["standard_error"]:.2f}.
 
 | | KL, nats a response | proxy | gold |
 | --- | --- | --- | --- |
@@ -186,12 +186,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few prompts, two rollouts: does it work at all")
     parser.add_argument("--runs", type=Path, help="folder that the run of cai-ppo lies in; absent = a new one")
-    parser.add_argument("--rollouts", type=int, help="of PPO; 24, 2 if quick")
+    parser.add_argument("--rollouts", type=int, help="of PPO; 16, 2 if quick")
     parser.add_argument("--prompts", type=int, help="for best-of-n; 128, 8 if quick")
     parser.add_argument("--responses", type=int, help="to each of them; 64, 4 if quick")
     parser.add_argument("--page", type=Path, metavar="FILE", help="page of findings that gets the section about it")
     given = parser.parse_args()
-    for name, full, quick in (("rollouts", 24, 2), ("prompts", 128, 8), ("responses", 64, 4)):
+    for name, full, quick in (("rollouts", 16, 2), ("prompts", 128, 8), ("responses", 64, 4)):
         setattr(given, name, getattr(given, name) or (quick if given.quick else full))
     with tempfile.TemporaryDirectory() as name:
         found = measured(given, given.runs or Path(name))
