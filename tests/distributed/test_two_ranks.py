@@ -118,6 +118,25 @@ def test_ppo_on_two_ranks_draws_and_learns_what_it_does_on_one(
             torch.testing.assert_close(each, weights[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
 
 
+def test_rloo_on_two_ranks_draws_and_learns_what_it_does_on_one(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    config = {"n": 2, "train": {"learning_rate": 1e-3, "save_strategy": "no", "num_train_epochs": 2}}
+    start = tiny("llama")
+    (tmp_path / "one").mkdir()
+    reinforced("rloo", tmp_path / "one", start, CPU, Steps(), config)
+    one = metrics(tmp_path / "one")
+    assert len(one) == 6
+    for profile in LAUNCHED:
+        folder = tmp_path / profile
+        folder.mkdir()
+        for answer in pair.run(profile, kind="rloo", folder=str(folder), model=start.path, config=config):
+            assert answer.keys() == {"figures"}, answer
+        for mine, theirs in zip(metrics(folder), one, strict=True):
+            for name in ("loss", "reward", "kl", "length"):
+                assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, mine["step"], name)
+
+
 def test_ppo_stopped_in_the_middle_of_a_rollout_goes_on_under_zero_3(
     pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
