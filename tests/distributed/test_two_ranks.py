@@ -18,7 +18,7 @@ from training_stages import CPU, Steps, preference, run_stage, sample, write_inp
 
 from cai import stopping
 from cai.chat import Chat
-from cai.checkpoint import Model, load_sequence_classifier
+from cai.checkpoint import Model, load_causal_lm, load_sequence_classifier
 from cai.errors import StageFailed
 from cai.training import newest_checkpoint, tokenised_pairs
 
@@ -137,21 +137,28 @@ def test_rloo_on_two_ranks_draws_and_learns_what_it_does_on_one(
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, mine["step"], name)
 
 
+@pytest.mark.parametrize("more", [{}, ADAPTER], ids=["full", "lora"])
 def test_ppo_stopped_in_the_middle_of_a_rollout_goes_on_under_zero_3(
-    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
-    config = {"rollouts": 2, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}}
+    train = {"learning_rate": 1e-3, "save_strategy": "no", "kl_target": 0.01}
+    config = {"rollouts": 2, "rollout_size": 16, "train": train, **more}
     job = {"kind": "ppo", "model": tiny("llama").path, "config": config}
-    for name, more in (("undisturbed", {}), ("stopped", {"stop_at": 3}), ("stopped", {})):
+    for name, stop in (("undisturbed", {}), ("stopped", {"stop_at": 3}), ("stopped", {})):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / stopping.STOP).unlink(missing_ok=True)
-        answers = pair.run("cpu-2-ranks-zero3", folder=str(folder), **job, **more)
-        assert [answer.get("error") for answer in answers] == ["Terminated" if more else None] * 2, answers
+        answers = pair.run("cpu-2-ranks-zero3", folder=str(folder), **job, **stop)
+        assert [answer.get("error") for answer in answers] == ["Terminated" if stop else None] * 2, answers
     mine, theirs = metrics(tmp_path / "stopped"), metrics(tmp_path / "undisturbed")
     assert len(mine) == 8
     for one, other in zip(mine, theirs, strict=True):
         assert one == pytest.approx(other, abs=1e-6)
+    samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("stopped", "undisturbed")]
+    assert samples[0] == samples[1]
+    left, wanted = (load_causal_lm(training_stages.trained(tmp_path / name)) for name in ("stopped", "undisturbed"))
+    for (name, one), other in zip(left.named_parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
 
 
 def close(mine: Any, theirs: Any) -> bool:
