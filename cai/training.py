@@ -180,6 +180,7 @@ def train(trainer: Trainer, context: Context) -> dict[str, Any]:
     recorder = Recorder(context, trainer.accelerator)
     trainer.add_callback(recorder)
     resume = newest_checkpoint(context.folder)
+    trainer.accelerator.wait_for_everyone()  # all have looked before one of them removes what is half-written
     if resume is not None:
         _check_processes(resume, written_by(trainer.accelerator), context)
         context.progress.note(f"resuming from {resume.name}")

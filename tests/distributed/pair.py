@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PATIENCE = 600.0
+PATIENCE = 300.0
 """Seconds for one job, a minute or more of which may go into compiling an operation of DeepSpeed's."""
 ACCELERATE = HERE.parent.parent / "configs" / "accelerate"
 
