@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -112,6 +113,18 @@ def _of_process(name: str) -> int | None:
     except OSError:
         return None
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
+
+
+def training_figures(ends: Sequence[float], rewards: Sequence[float], kl: Sequence[float], before: int | None) -> Any:
+    """What a run of `ppo.py` prints: seconds of each update between `ends`, its figures, and memory above `before`."""
+    peak = peak_rss()
+    return {
+        "seconds": [end - begin for begin, end in itertools.pairwise(ends)],
+        "rewards": list(rewards),
+        "kl": list(kl),
+        "peak": None if peak is None or before is None else peak - before,
+        "versions": versions(("torch", "transformers", "trl", "accelerate")),
+    }
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

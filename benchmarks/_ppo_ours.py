@@ -90,14 +90,8 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
         with float32_attention(trainer.args.device):
             trainer.train()
     logged = [each for each in trainer.state.log_history if "reward" in each]
-    peak = _measure.peak_rss()
-    return {
-        "seconds": [end - begin for begin, end in zip(times.ends, times.ends[1:], strict=False)],
-        "rewards": [each["reward"] for each in logged],
-        "kl": [each["kl"] for each in logged],
-        "peak": None if peak is None or before is None else peak - before,
-        "versions": _measure.versions(("torch", "transformers", "trl", "accelerate")),
-    }
+    rewards, kl = ([each[name] for each in logged] for name in ("reward", "kl"))
+    return _measure.training_figures(times.ends, rewards, kl, before)  # type: ignore[no-any-return]
 
 
 def arguments(config: Any, spec: Spec, seed: int, folder: str) -> Any:

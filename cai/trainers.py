@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -28,6 +28,9 @@ from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollat
 
 from cai import losses
 from cai.cpu_training import add_lm_head
+
+if TYPE_CHECKING:
+    from cai.rl.prompts import PromptSteps
 
 LENGTH = "length"
 """Column with the tokens of a row, for sorting."""
@@ -56,10 +59,10 @@ class LengthSortedSteps(Sampler[int]):
             yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
 
 
-class _Epochs(TrainerCallback):  # type: ignore[misc]
+class Epochs(TrainerCallback):  # type: ignore[misc]
     """Tells the sampler which epoch it is. accelerate does not reach it on several processes that resume within one."""
 
-    def __init__(self, sampler: LengthSortedSteps) -> None:
+    def __init__(self, sampler: LengthSortedSteps | PromptSteps) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -73,7 +76,7 @@ class Quiet:
         args = self.args  # type: ignore[attr-defined]
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         sampler = LengthSortedSteps(self.train_dataset[LENGTH], step, args.data_seed)  # type: ignore[attr-defined]
-        self.add_callback(_Epochs(sampler))  # type: ignore[attr-defined]
+        self.add_callback(Epochs(sampler))  # type: ignore[attr-defined]
         return sampler
 
     def _send_telemetry(self) -> None:

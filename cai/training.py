@@ -35,8 +35,8 @@ from transformers.trainer_callback import PrinterCallback
 from cai import checkpoint, stopping
 from cai.cpu_training import float32_attention, give_back_freed_memory
 from cai.errors import BadInput, StageFailed, Terminated
-from cai.files import read_json, remove, write_json
-from cai.records import Preference, canonical_json, stable_seed
+from cai.files import read_json, remove, replacing, write_json
+from cai.records import Preference, canonical_json, row_lines, stable_seed
 from cai.stages import Context, LoRA, TrainingConfig
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def arguments(config: TrainingConfig, context: Context, **more: Any) -> Training
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the accelerate file's, which would count for more than `bf16`
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if where["bf16"] else "no"
     args: TrainingArguments = getattr(importlib.import_module(module), name)(**{**config.train, **where, **own, **more})
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # a process has one GPU; over all that it sees, Trainer would spread a batch with DataParallel
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         # Without it ZeRO-3 trains to the end and then has no whole model to save, whatever the accelerate file says.
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -236,8 +238,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tokens = state.num_input_tokens_seen
         if state.is_world_process_zero:
-            known = [entry for entry in read_metrics(self.context.folder) if entry["step"] <= state.global_step]
-            self.path.write_text("".join(canonical_json(entry) + "\n" for entry in known), encoding="utf-8")
+            keep_rows(self.path, lambda entry: entry["step"] <= state.global_step)
             self.context.progress.start(total=state.max_steps, unit="steps", done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -322,8 +323,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """One object a logging step. A line that a kill cut short is dropped."""
-    path = folder / METRICS
+    """One object a logging step."""
+    return _whole_rows(folder / METRICS)
+
+
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Takes those lines out of a file that a resumed run writes again. Without the file, an empty one is made."""
+    rows = [row for row in _whole_rows(path) if keep(row)]
+    with replacing(path) as file:
+        file.write("".join(row_lines(rows)).encode())
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file, one a line, but for a line that a kill cut short."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 

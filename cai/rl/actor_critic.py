@@ -62,6 +62,9 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(self.language_model.device)
+            weight = next(self.language_model.parameters())
+            if hasattr(weight, "ds_id"):  # parted by ZeRO-3, which lays all weights into one buffer
+                self.value_head.to(weight.dtype)
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the ratio to the rollout's policy starts at 1
@@ -110,7 +113,7 @@ class ActorCritic(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
             head = self.critic.score
-        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 has three digits; values need more
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 has three digits; a float32 head keeps more
             values = head(hidden[:, :-1].to(next(head.parameters()).dtype)).squeeze(-1).float()
         return Scored(output.log_probs, output.entropy, values)
 

@@ -15,6 +15,7 @@ Left out: actions other than tokens, rollouts that run ahead of the learner, sev
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,13 +31,14 @@ from trl.distributed import DistributedBackend
 from cai import losses
 from cai.engines import Completion, Failure, Request, Sampling
 from cai.errors import StageFailed
-from cai.records import Prompt, read_rows, row_lines, stable_seed
+from cai.records import Prompt, row_lines, stable_seed
 from cai.rl.actor_critic import ActorCritic
 from cai.rl.ppo_config import PPOConfig
 from cai.rl.rewards import Response
 from cai.rl.rollouts import Episode, Rollout, Sequences, sequences
 from cai.rl.sampler import PolicySampler
 from cai.rl.watch import Limits, reason_to_stop, repetition
+from cai.training import keep_rows, newest_checkpoint
 
 SAMPLES = "samples.jsonl"
 """Some responses of each rollout, with their scores."""
@@ -119,9 +121,10 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             self.first = self.first or figures
             self._log_rollout(figures)
             if reason := reason_to_stop(self.limits, self.first, figures):
+                kept = newest_checkpoint(self.folder)
                 raise StageFailed(
-                    f"stopped before rollout {number + 1} was learned from: {reason}; the last checkpoint of "
-                    f"{self.args.output_dir} is from before"
+                    f"stopped before rollout {number + 1} was learned from: {reason}; "
+                    + (f"{kept} is from before" if kept else "there is no checkpoint yet (`save_steps` under `train:`)")
                 )
         self._order = self._slots_of(self.rollout)
 
@@ -392,10 +395,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             self.kl_coef = numbers.pop("kl_coef")
             self.first = numbers
         if self.is_world_process_zero():
-            path = self.folder / SAMPLES
             last = -1 if self.rollout is None else self.rollout.number
-            known = [row for row in read_rows(path) if row["rollout"] <= last] if path.exists() else []
-            path.write_text("".join(row_lines(known)), encoding="utf-8")
+            keep_rows(self.folder / SAMPLES, lambda row: row["rollout"] <= last)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
 
 
@@ -409,7 +410,8 @@ class _RollOut(TrainerCallback):  # type: ignore[misc]
         self.trainer.roll_out(state.global_step // self.trainer.steps_a_rollout)
 
 
-def _permutation(n: int, seed: int) -> list[int]:
-    """A shuffle of 0 … n − 1 that depends on `seed` alone."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return torch.randperm(n, generator=generator).tolist()  # type: ignore[no-any-return]
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int) -> tuple[int, ...]:
+    """A shuffle of 0 … n − 1 that depends on `seed` alone. Asked for once a prompt, so the latest ones are kept."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randperm(n, generator=generator).tolist())

@@ -145,7 +145,8 @@ class _Model:
         chat, id = self.model.chat, response.prompt["id"]
         drawn = response.token_ids
         if drawn and self.reads_ids and (not response.finished or drawn[-1] in chat.end_ids):
-            ids = response.prompt_ids + drawn
+            # Whatever ended it, pad among them: reward models have learned to score at the end of a turn.
+            ids = response.prompt_ids + ([*drawn[:-1], chat.end_of_turn] if response.finished else drawn)
         else:
             try:
                 prompt, said = chat.example(response.prompt["messages"], response.text)

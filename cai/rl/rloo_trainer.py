@@ -33,7 +33,7 @@ from cai.records import Prompt, stable_seed
 from cai.rl.prompts import PromptSteps
 from cai.rl.rewards import Response, Rewards
 from cai.rl.sampler import PolicySampler
-from cai.trainers import Quiet, language_model
+from cai.trainers import Epochs, Quiet, language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +79,9 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
         args = self.args
         at_once = args.generation_batch_size // self.num_generations
         passes = self.num_iterations * args.steps_per_generation
-        return PromptSteps(len(self.train_dataset), at_once, self.num_generations, passes, args.data_seed)
+        sampler = PromptSteps(len(self.train_dataset), at_once, self.num_generations, passes, args.data_seed)
+        self.add_callback(Epochs(sampler))
+        return sampler
 
     def _generate(self, prompts: list[str]) -> tuple[list[list[int]], list[list[int]], list[Response]]:
         """(prompt ids, drawn ids, responses) of this rank's part of the step, by prompts' ids."""

@@ -146,8 +146,9 @@ class Rollout:
     def save(self, folder: Path, more: Mapping[str, float]) -> None:
         """Writes the buffer, and numbers to go on with, into a checkpoint's folder."""
         tensors = {name: torch.cat([getattr(each, name) for each in self.episodes]) for name in _FLOATS}
-        facts = [{name: getattr(each, name) for name in _FACTS} for each in self.episodes]
-        metadata = {"number": str(self.number), "episodes": json.dumps(facts), "more": json.dumps(dict(more))}
+        facts = json.dumps([{name: getattr(each, name) for name in _FACTS} for each in self.episodes])
+        tensors["episodes"] = torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)  # a header ends at 100 MB
+        metadata = {"number": str(self.number), "more": json.dumps(dict(more))}
         save_file(tensors, folder / FILE, metadata=metadata)
 
     @classmethod
@@ -156,7 +157,8 @@ class Rollout:
         with safe_open(folder / FILE, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in _FLOATS}
-        episodes = [Episode(**facts) for facts in json.loads(metadata["episodes"])]
+            facts = json.loads(file.get_tensor("episodes").numpy().tobytes())
+        episodes = [Episode(**each) for each in facts]
         counts = [len(each.token_ids) for each in episodes]
         for name, tensor in tensors.items():
             for each, values in zip(episodes, torch.split(tensor, counts), strict=True):

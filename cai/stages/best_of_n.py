@@ -131,7 +131,10 @@ def measured(chosen: Sequence[ScoredSample]) -> dict[str, Any]:
 
 
 def kl_bound(n: int) -> float:
-    """The most that the best of n can diverge from the policy that wrote them, in nats a response."""
+    """The most that the best of n can diverge from what they were drawn from, in nats a response.
+
+    Responses that were left out beforehand are no part of n: leaving them out is a divergence of its own.
+    """
     return math.log(n) - (n - 1) / n
 
 

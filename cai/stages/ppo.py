@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from cai.engines import Sampling
-from cai.errors import StageFailed
+from cai.errors import BadInput, StageFailed
 from cai.rl.watch import Limits
 from cai.stages import Context, ReinforcementConfig
 
@@ -52,6 +52,14 @@ class Config(ReinforcementConfig):
         if self.rollout_size % self.batch_size:
             raise ValueError(
                 f"found rollout_size {self.rollout_size} with batch_size {self.batch_size}, expected a multiple of it"
+            )
+        if (
+            self.train.get("kl_target") is not None
+            and self.train.get("kl_horizon", self.rollout_size) < self.rollout_size
+        ):
+            raise ValueError(
+                f"found `kl_horizon: {self.train['kl_horizon']}` under `train`, expected rollout_size "
+                f"{self.rollout_size} or more: the coefficient would overshoot"
             )
         for name, (least, most) in RANGES.items():
             value = self.train.get(name)
@@ -89,6 +97,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             reference = "adapter off" if config.lora is not None else _frozen(start, context, config.temperature)
         critic = None
         if config.critic is not None:
+            if not chat.same_ids(Chat.load(context.model(config.critic))):
+                raise BadInput(
+                    f"stage {config.id!r}: the critic {config.critic!r} reads other token ids than the policy, "
+                    f"expected a model with the same tokenizer and chat template"
+                )
             critic = training.loaded(checkpoint.load_sequence_classifier, context.model(config.critic), context)
         trainer = PPOTrainer(
             ActorCritic(policy, critic, config.temperature),

@@ -39,12 +39,12 @@ class Config(ReinforcementConfig):
         "num_generations", "num_generations_eval", "max_completion_length", "generation_batch_size",
         "steps_per_generation", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
         "chat_template_kwargs", "cache_implementation", "pad_to_multiple_of", "shuffle_dataset", "reward_weights",
-        "disable_dropout", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "log_completions",
-        "log_multimodal", "num_completions_to_print", "log_unique_prompts", "use_vllm", "vllm_mode", "vllm_model_impl",
-        "vllm_enable_sleep_mode", "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host",
-        "vllm_server_port", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
-        "vllm_max_model_length", "vllm_tensor_parallel_size", "use_transformers_continuous_batching",
-        "transformers_continuous_batching_config", "use_transformers_paged",
+        "disable_dropout", "mask_truncated_completions", "sync_ref_model", "ref_model_mixup_alpha",
+        "ref_model_sync_steps", "log_completions", "log_multimodal", "num_completions_to_print", "log_unique_prompts",
+        "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
+        "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port",
+        "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
+        "use_transformers_continuous_batching", "transformers_continuous_batching_config", "use_transformers_paged",
     )  # fmt: skip
     defaults: ClassVar[Mapping[str, Any]] = {
         "num_train_epochs": 1,

@@ -6,7 +6,8 @@
 mapfile -t hosts < <(grep -v '^ *$' "$1")
 shift
 command=$(printf '%q ' "$@")
-passed=$(compgen -e | grep -E '^(HF|NCCL|CUDA|TORCH|OMP|PYTHON|DS)_?' | while read -r name; do printf '%s=%q ' "$name" "${!name}"; done)
+# A command line is seen by everybody on both machines: no name that may hold a secret goes there.
+passed=$(compgen -e | grep -E '^((HF|NCCL|CUDA|TORCH|OMP|DS)_|PYTHON)' | grep -vE 'TOKEN|KEY|SECRET|PASS' | while read -r name; do printf '%s=%q ' "$name" "${!name}"; done)
 
 pids=()
 trap 'kill "${pids[@]}" 2> /dev/null' EXIT

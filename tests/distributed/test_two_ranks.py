@@ -118,6 +118,17 @@ def test_ppo_on_two_ranks_draws_and_learns_what_it_does_on_one(
             torch.testing.assert_close(each, weights[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
 
 
+def test_ppo_runs_in_bfloat16_under_zero_3(pair: Pair, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    config = {"rollouts": 1, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}}
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    job = {"kind": "ppo", "model": tiny("llama").path, "config": config, "dtype": "bfloat16"}
+    for answer in pair.run("cpu-2-ranks-zero3", folder=str(folder), **job):
+        assert answer.keys() == {"figures"}, answer
+    assert {each.dtype for each in tensors(folder).values()} == {torch.bfloat16}
+    assert len(metrics(folder)) == 4
+
+
 def test_rloo_on_two_ranks_draws_and_learns_what_it_does_on_one(
     pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
@@ -135,6 +146,14 @@ def test_rloo_on_two_ranks_draws_and_learns_what_it_does_on_one(
         for mine, theirs in zip(metrics(folder), one, strict=True):
             for name in ("loss", "reward", "kl", "length"):
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, mine["step"], name)
+    folder = tmp_path / "stopped"  # in the second epoch, whose prompts come in an order of their own
+    folder.mkdir()
+    for stop in ({"stop_at": 4}, {}):
+        (folder / stopping.STOP).unlink(missing_ok=True)
+        answers = pair.run("cpu-2-ranks", kind="rloo", folder=str(folder), model=start.path, config=config, **stop)
+        assert [answer.get("error") for answer in answers] == ["Terminated" if stop else None] * 2, answers
+    for mine, theirs in zip(metrics(folder), metrics(tmp_path / "cpu-2-ranks"), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
 
 
 @pytest.mark.parametrize("more", [{}, ADAPTER], ids=["full", "lora"])

@@ -76,6 +76,24 @@ def test_a_reward_model_reads_the_ids_as_they_were_drawn(
     assert [each["judge"] for each in scores] == pytest.approx(expected)  # type: ignore[index, call-overload]
 
 
+def test_a_response_that_another_end_token_ended_is_scored_at_the_end_of_its_turn(
+    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
+    policy = Chat.load(tiny("llama"))
+    assert policy.pad_id != policy.end_of_turn
+    read = read_by(RewardModel.load(judge, CPU), monkeypatch)
+    whole = drawn(policy, "the sea is wide")
+    padded = replace(whole, token_ids=[*whole.token_ids[:-1], policy.pad_id])
+    with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
+        # Some models' generation configs count the pad token among those that end a response.
+        model = rewards._sources["judge"].model  # type: ignore[attr-defined]
+        model.chat.end_ids = frozenset([policy.end_of_turn, policy.pad_id])
+        scores = rewards.scores([whole, padded])
+    assert read[0] == read[1] == whole.prompt_ids + whole.token_ids
+    assert scores[0] == scores[1]
+
+
 def test_a_reward_model_with_another_tokenizer_reads_the_text_as_its_own_template_puts_it(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from training_stages import CPU, Killed, Steps, preference, run_stage, stage_context, trained
 
 from cai.checkpoint import Model, load_causal_lm, load_tokenizer
-from cai.errors import StageFailed
+from cai.errors import BadInput, StageFailed
 from cai.profile import Profile
 from cai.stages import Context, config_class, run_function
 
@@ -163,6 +163,28 @@ def test_limits_stop_the_stage_with_its_last_good_checkpoint_on_disk(
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(kept[0].parent)
+
+
+def test_a_kill_in_the_middle_of_a_line_of_samples_costs_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    ppo(tmp_path / "undisturbed", tiny("llama"))
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        ppo(folder, tiny("llama"), context=context_of(folder, tiny("llama"), progress=Steps(5)))
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write('{"finished":false,"kl":0.1')
+    ppo(folder, tiny("llama"), context=context_of(folder, tiny("llama")))
+    assert outputs(folder) == outputs(tmp_path / "undisturbed")
+
+
+def test_a_critic_that_reads_other_ids_is_refused(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    context = context_of(tmp_path / "stage", tiny("llama"), models={"": tiny("llama"), "other": tiny("qwen2")})
+    with pytest.raises(BadInput, match="the critic 'other' reads other token ids than the policy"):
+        ppo(tmp_path / "stage", tiny("llama"), context=context, critic="other")
+
+
+def test_a_horizon_shorter_than_a_rollout_is_refused() -> None:
+    with pytest.raises(ValueError, match="found `kl_horizon: 8` under `train`, expected rollout_size 16 or more"):
+        ppo(Path(), None, train={"kl_target": 1.0, "kl_horizon": 8})  # type: ignore[arg-type]
 
 
 def test_rewards_that_all_fail_stop_the_stage(tmp_path: Path, tiny: Callable[..., Model]) -> None:
