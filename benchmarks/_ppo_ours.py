@@ -24,7 +24,7 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
     from transformers import TrainerCallback, set_seed
 
     from cai.checkpoint import load_causal_lm, resolve
-    from cai.cpu_training import float32_attention, give_back_freed_memory
+    from cai.cpu_training import float32_attention
     from cai.engines import Failure, Sampling
     from cai.profile import load_profile
     from cai.records import stable_id
@@ -86,7 +86,6 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
             limits=Limits(kl=1e9, length=1e9, unfinished=1.0, repetition=1.0),
         )
         trainer.add_callback(times)
-        give_back_freed_memory()
         with float32_attention(trainer.args.device):
             trainer.train()
     logged = [each for each in trainer.state.log_history if "reward" in each]

@@ -52,12 +52,17 @@ def plan_json(steps: Sequence[Step]) -> list[dict[str, object]]:
 
 
 def figure_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Rates of the labels and of the reward model."""
+    """Rates of the labels and of the reward model, and how far policies went from their references."""
     rows = [
         [f"{part} {figure}".replace("_", " "), rate_text(value)]
         for part in ("labels", "reward")
         for figure, value in summary.get(part, {}).items()
         if is_rate(value)
+    ]
+    rows += [
+        [f"{stage} KL", f"{figures['kl']['last']:.2f} nats a response from where it started"]
+        for stage, figures in summary.get("training", {}).items()
+        if (figures.get("kl") or {}).get("last") is not None
     ]
     return table(["", ""], rows)[1:] if rows else []
 

@@ -33,7 +33,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from cai import checkpoint, stopping
-from cai.cpu_training import float32_attention, give_back_freed_memory
+from cai.cpu_training import float32_attention
 from cai.errors import BadInput, StageFailed, Terminated
 from cai.files import read_json, remove, replacing, write_json
 from cai.records import Preference, canonical_json, row_lines, stable_seed
@@ -188,8 +188,6 @@ def train(trainer: Trainer, context: Context) -> dict[str, Any]:
         context.progress.note(f"resuming from {resume.name}")
     elif trainer.is_world_process_zero():
         remove(context.folder / CHECKPOINTS)
-    if trainer.args.device.type == "cpu":
-        give_back_freed_memory()
     with float32_attention(trainer.args.device):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line

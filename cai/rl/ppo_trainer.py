@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl.distributed import DistributedBackend
 
 from cai import losses
+from cai.cpu_training import give_back_freed_memory
 from cai.engines import Completion, Failure, Request, Sampling
 from cai.errors import StageFailed
 from cai.records import Prompt, row_lines, stable_seed
@@ -390,6 +391,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:
         """Trains; from a checkpoint, with the rollout that it was in the middle of."""
+        if self.args.device.type == "cpu":
+            give_back_freed_memory()
         if resume_from_checkpoint:
             self.rollout, numbers = Rollout.load(Path(resume_from_checkpoint))
             self.kl_coef = numbers.pop("kl_coef")

@@ -15,6 +15,7 @@ from cai.checkpoint import Model, load_causal_lm, load_tokenizer
 from cai.errors import BadInput, StageFailed
 from cai.profile import Profile
 from cai.stages import Context, config_class, run_function
+from cai.tables import figure_lines
 
 torch = pytest.importorskip("torch")
 
@@ -80,7 +81,9 @@ def test_killed_anywhere_it_ends_with_the_bytes_of_an_undisturbed_run(
 
 def test_it_learns_what_is_rewarded_and_leaves_a_model(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     settings = {"rollouts": 12, "rollout_size": 64, "batch_size": 32, "train": {"learning_rate": 1e-2, "kl_coef": 0.0}}
-    figures = ppo(tmp_path / "stage", tiny("llama"), **settings)["training"]["stage"]
+    summary = ppo(tmp_path / "stage", tiny("llama"), **settings)
+    figures = summary["training"]["stage"]
+    assert figure_lines(summary) == [f"stage KL  {figures['kl']['last']:.2f} nats a response from where it started"]
     assert figures["steps"] == 48
     assert figures["reward"]["last"] > figures["reward"]["first"] + 0.15
     assert figures["kl"]["first"] == pytest.approx(0, abs=1e-5)
