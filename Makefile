@@ -13,7 +13,7 @@ SERVERS := .venv-servers
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
-	$(BIN)/cai run quickstart
+	$(BIN)/cai run quickstart --on cpu-2-cores
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -8,7 +8,8 @@ Ours are the stages as a run has them, journal and figures included. Plain is gi
 both orders. SL-CAI and the policy are trained once, by ours, and not counted; plain answers with the same checkpoints.
 Texts are drawn anew, so the two write somewhat different numbers of tokens.
 
-All runs in one process on the CPU, imports not counted, loading of models counted in both. Batch sizes of plain are the
+Ours runs in two processes of one thread each (`--on cpu`: in one), plain in one with all cores. All is on the CPU,
+imports not counted, loading of models counted in both. Batch sizes of plain are the
 fastest of several on a part. Each stage runs once: what it is made of is repeated in `choose.py` and `generate.py`. The
 last line is one JSON object; times are in seconds.
 """
@@ -27,14 +28,14 @@ from typing import Any
 import _measure
 import plain
 import torch
-from quickstart import PACKAGES, recipe_file
+from quickstart import PACKAGES, add_options, recipe_file
 
 from cai import runs
 from cai.checkpoint import MICRO, resolve
 from cai.engines import Question, Request, Sampling, open_engine
 from cai.journal import RECORDS
 from cai.pipeline import Options, run_recipe
-from cai.profile import load_profile
+from cai.profile import Profile, load_profile
 from cai.progress import PlainDisplay
 from cai.recipe import load_recipe
 from cai.records import Message, read_rows
@@ -122,9 +123,9 @@ class Plain:
         return plain.judge(self.lm("base"), self.pairs("comparison"), self.recipe.principles, batch=self.judge)
 
 
-def ours(path: Path, folder: Path, clock: _measure.Clock) -> dict[str, float]:
+def ours(path: Path, folder: Path, profile: Profile, clock: _measure.Clock) -> dict[str, float]:
     """Runs the recipe; seconds of each stage."""
-    recipe, profile = load_recipe(path), load_profile("cpu")
+    recipe = load_recipe(path)
     seconds = {}
     for stage in recipe.stages:
         run = functools.partial(run_recipe, recipe, profile, folder, Options(until=stage), PlainDisplay())
@@ -132,8 +133,8 @@ def ours(path: Path, folder: Path, clock: _measure.Clock) -> dict[str, float]:
     return seconds
 
 
-def warm(folder: Path) -> None:
-    """What only a first run in a process pays: imports, and the first texts and choices of an engine."""
+def warm(folder: Path, profile: Profile) -> None:
+    """What only a first run pays: imports, here and where processes are forked, and an engine's first answers."""
     import matplotlib.pyplot  # noqa: F401
     import scipy.stats  # noqa: F401
     import trl  # noqa: F401
@@ -145,6 +146,10 @@ def warm(folder: Path) -> None:
         messages: list[Message] = [{"role": "user", "content": "Hello."}]
         list(engine.generate([Request("first", messages, seed=0, sampling=Sampling(4))]))
         list(engine.choose([Question("first", messages)]))
+    few = folder / "few"
+    few.mkdir()
+    recipe = load_recipe(recipe_file(few, quick=True))
+    run_recipe(recipe, profile, few / "run", Options(until="responses"), PlainDisplay())
 
 
 def questions(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -155,6 +160,7 @@ def questions(rows: Sequence[Mapping[str, Any]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _measure.add_options(parser)
+    add_options(parser)
     given = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     clock = _measure.clock_of(parser, given)
@@ -162,8 +168,9 @@ def main() -> None:
         folder = Path(name)
         path = recipe_file(folder, given.quick, without={"reward"})
         plain.quiet()
-        warm(folder)
-        our_seconds = ours(path, folder / "run", clock)
+        profile = load_profile(given.on)
+        warm(folder, profile)
+        our_seconds = ours(path, folder / "run", profile, clock)
         torch.manual_seed(0)
         other = Plain(plain.read(path), folder / "run")
         other.tune(clock)
@@ -186,7 +193,7 @@ def main() -> None:
         print(f"{stage:12} {each['ours']:8.1f} s, plain {each['plain']:8.1f} s: {each['ratio']:.2f} times")
     result = _measure.result(
         "feedback", sum(our_seconds[stage] for stage in STAGES), sum(plain_seconds.values()), "seconds", sizes,
-        PACKAGES, clock=clock.name, stages=stages, batch={"write": other.write, "judge": other.judge},
+        PACKAGES, clock=clock.name, profile=given.on, stages=stages, batch={"write": other.write, "judge": other.judge},
     )  # fmt: skip
     print(f"{'all':12} {result['ours']:8.1f} s, plain {result['plain']:8.1f} s: {result['ratio']:.2f} times")
     print(json.dumps(result))

@@ -3,7 +3,7 @@
     python benchmarks/quickstart.py            recipes/quickstart.yaml
     python benchmarks/quickstart.py --quick    the same with 16 prompts of each set
 
-Ours is `cai run` in a fresh folder, plain is `plain.py` with the same prompts, number of samples, questions and epochs.
+Ours is `cai run --on cpu-2-cores` in a fresh folder (`--on cpu`: all stages in one process), plain is `plain.py` with the same prompts, number of samples, questions and epochs.
 Each is a process of its own on the CPU, imports included, once, one after the other. What ours does beyond is in its
 seconds: journal, digests, figures with intervals, the page. The last line is one JSON object; times are in seconds.
 """
@@ -26,6 +26,7 @@ import yaml
 from cai.files import read_json
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+PROFILE = "cpu-2-cores"
 PROMPTS = 16
 """Of each set, with --quick."""
 ON_THE_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -45,9 +46,10 @@ def recipe_file(folder: Path, quick: bool, without: Collection[str] = ()) -> Pat
     return path
 
 
-def ours(recipe: Path, folder: Path) -> dict[str, float]:
+def ours(recipe: Path, folder: Path, profile: str) -> dict[str, float]:
     """Seconds of each stage."""
     command = [sys.executable, "-c", "from cai.cli import main; main()", "run", str(recipe), "--runs", str(folder)]
+    command += ["--on", profile]
     subprocess.run(command, stdout=sys.stderr, env=ON_THE_CPU, check=True)
     run = folder / "quickstart"
     latest = read_json(run / "latest.json") or {}
@@ -62,15 +64,21 @@ def plain(recipe: Path) -> dict[str, float]:
     return found["seconds"]  # type: ignore[no-any-return]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What this benchmark and that of its feedback stages have beside the common options."""
+    parser.add_argument("--on", metavar="PROFILE", default=PROFILE, help=f"of our side; {PROFILE}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _measure.add_options(parser)
+    add_options(parser)
     given = parser.parse_args()
     clock = _measure.clock_of(parser, given)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = recipe_file(folder, given.quick)
-        our_run = clock.timed(lambda: ours(recipe, folder / "runs"))
+        our_run = clock.timed(lambda: ours(recipe, folder / "runs", given.on))
         plain_run = clock.timed(lambda: plain(recipe))
     wall_seconds = {
         stage: {"ours": our_run.returned[stage], "plain": plain_run.returned[stage]} for stage in plain_run.returned
@@ -87,6 +95,7 @@ def main() -> None:
         sizes,
         PACKAGES,
         clock=clock.name,
+        profile=given.on,
         stages_wall_seconds=wall_seconds,
     )
     print(json.dumps(result))

@@ -9,6 +9,9 @@ the profile's `launcher` starts accelerate on each, and what parent and children
 stage's folder, which all machines must see under the same path. Feedback stages run in as many as one machine has,
 started here: they need nothing of each other but the stage's folder (`cai.journal`), and accelerate's launcher would
 add seconds to each stage. All others run in one.
+
+Where a profile for a CPU has `feedback_processes`, every stage's processes are forked from one that has imported the
+libraries and done nothing else, so that no stage waits for imports.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -27,7 +31,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cai import stopping
 from cai.errors import BadInput, CaiError, GateFailed, StageFailed, Terminated
@@ -46,6 +50,9 @@ ALIVE = "alive"
 """File that the parent writes every few seconds, for children on machines from which it cannot be seen."""
 SILENCE = 120.0
 """Seconds without a new word in it after which such a child ends."""
+
+LIBRARIES = ("cai.training", "cai.trainers", "cai.engines.decoding", "cai.engines.scoring")
+"""What forked processes have imported before they begin: whatever is slow to import."""
 
 _ROOT_CAUSE = re.compile(
     r"Root Cause \(first observed failure\):.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+)", re.S
@@ -81,15 +88,22 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
         old.unlink()
     if profile.nodes > 1:
         spec = replace(spec, port=_free_port())
+    ranks = _ranks(profile, config)
+    if profile.forks and ranks > 1:
+        threads = profile.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+        spec = replace(spec, profile=spec.profile | {"threads": threads})
     write_json(folder / "spec.json", asdict(spec))
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[Child] = []
     with (folder / "log.txt").open("wb") as log:
         try:
-            for command, environment in _commands(profile, config, str(folder / "spec.json")):
+            for command, environment in _commands(profile, config, str(folder / "spec.json"), ranks):
                 env = os.environ | environment
-                child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env
-                )
+                if profile.forks:
+                    child: Child = Fork(command[-1], env, folder / "log.txt")
+                else:
+                    child = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env
+                    )
                 children.append(child)
             codes = _follow(children, folder, line)
         finally:
@@ -103,15 +117,66 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
     return figures
 
 
-def _commands(profile: Profile, config: StageConfig, spec: str) -> list[tuple[list[str], dict[str, str]]]:
+class Child(Protocol):
+    """What is asked of a process that was started, in the words of `subprocess`."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit code, the negative number of the signal that ended it, or None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Returns its exit code when it has ended. Raises TimeoutExpired after so many seconds."""
+
+
+class Fork:
+    """A child that begins with `LIBRARIES` imported. Their process is started for the first one and ends with us."""
+
+    def __init__(self, spec: str, environment: dict[str, str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*LIBRARIES])
+        self._process = context.Process(target=_forked, args=(spec, environment, log))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self._process.exitcode) is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+        return code
+
+
+def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
+    """A forked child: from here on as if `python -m cai.launch SPEC` had been started."""
+    os.setsid()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.exit(main(spec))
+
+
+def _ranks(profile: Profile, config: StageConfig) -> int:
+    """In how many processes a stage runs here that accelerate does not start."""
+    if not isinstance(config, FeedbackConfig) or profile.engine != "local":
+        return 1  # a server, or vLLM over all GPUs, is asked by one process
+    return max(profile.processes_here, profile.feedback_processes)
+
+
+def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
     """What to start, each with what is added to its environment."""
     if isinstance(config, TrainingConfig) and profile.nodes > 1:
         return [([*profile.launcher, sys.executable, "-m", "cai.launch", NODE, spec], {})]
     if isinstance(config, TrainingConfig) and profile.accelerate is not None:
         return [(_accelerate(profile, spec), {})]
-    # A server, or vLLM over all GPUs, is asked by one process.
-    ranks = profile.processes_here if isinstance(config, FeedbackConfig) and profile.engine == "local" else 1
     command = [sys.executable, "-m", "cai.launch", spec]
+    if ranks == 1:
+        return [(command, {})]  # accelerate takes whoever has a LOCAL_RANK for one of several processes
     return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
 
 
@@ -127,7 +192,7 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _follow(children: list[subprocess.Popen[bytes]], folder: Path, line: StageLine) -> list[int | None]:
+def _follow(children: list[Child], folder: Path, line: StageLine) -> list[int | None]:
     """Shows progress until all children have ended, or one has failed: their exit codes, None for one that goes on."""
     path = folder / "progress.jsonl"
     offset = 0
@@ -156,7 +221,7 @@ def _failed_long_ago(folder: Path) -> bool:
     return bool(told) and time.time() - min(told) > GRACE / 2
 
 
-def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+def _stop(children: list[Child]) -> None:
     """Ends those that still run, all at once."""
     running = [child for child in children if child.poll() is None]
     for child in running:
@@ -170,10 +235,11 @@ def _stop(children: list[subprocess.Popen[bytes]]) -> None:
             child.wait()
 
 
-def _signal(child: subprocess.Popen[bytes], number: int) -> None:
+def _signal(child: Child, number: int) -> None:
     """Sends a signal to a child and to all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, number)
+    for send in (os.killpg, os.kill):  # a fork that has only begun leads no group yet
+        with contextlib.suppress(ProcessLookupError):
+            send(child.pid, number)
 
 
 def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:

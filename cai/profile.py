@@ -108,6 +108,11 @@ class Profile(BaseModel):
     accelerate: Path | None = Field(
         None, description="accelerate config file for several processes, relative to the profile; absent = none."
     )
+    feedback_processes: int = Field(
+        1,
+        ge=1,
+        description="Processes of a feedback stage on a CPU, which share its cores; each holds the model.",
+    )
     nodes: int = Field(
         1,
         ge=1,
@@ -142,7 +147,12 @@ class Profile(BaseModel):
     @property
     def inline(self) -> bool:
         """Whether stages run in the process of `cai run`: one process on a CPU, where starting another costs most."""
-        return self.processes == 1 and self.accelerate is None and not self.uses_gpu
+        return self.processes == 1 and self.accelerate is None and not self.uses_gpu and not self.forks
+
+    @property
+    def forks(self) -> bool:
+        """Whether the processes of stages are forked from one that has imported the libraries."""
+        return self.feedback_processes > 1
 
     def where(self, model: str) -> str:
         """Where a model of the recipe answers, in words."""
@@ -193,6 +203,8 @@ def load_profile(name: str | None = None) -> Profile:
             ("processes",),
             f"found {profile.processes}, expected 1 or an `accelerate:` file that says how to start them",
         )
+    if profile.forks and (profile.processes > 1 or profile.accelerate is not None or profile.device != "cpu"):
+        raise fail(document, ("feedback_processes",), "expected `device: cpu`, without `processes:` and `accelerate:`")
     if profile.processes % profile.nodes:
         raise fail(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
     if (profile.nodes > 1) != bool(profile.launcher):

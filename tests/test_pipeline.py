@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import toy
 
-from cai import pipeline, runs
+from cai import launch, pipeline, runs
 from cai.errors import BadInput, StageFailed
 from cai.files import remove, replacing
 from cai.pipeline import Options, plan_recipe, run_recipe
@@ -432,9 +434,13 @@ def test_the_error_of_a_process_is_reported_as_its_own(recipe, own_process, monk
         run(recipe, profile=own_process)
 
 
-@pytest.fixture
-def two_ranks(own_process) -> Profile:
-    return Profile(name="two", device="cpu", processes=2)
+@pytest.fixture(params=["processes", "feedback_processes"])
+def two_ranks(request, own_process, monkeypatch) -> Iterator[Profile]:
+    """Two processes that are started, or forked from one that knows the toy stages and has no need of libraries."""
+    monkeypatch.setattr(launch, "LIBRARIES", ())
+    forkserver._forkserver._stop()  # whatever was started before this environment was
+    yield Profile(name="two", device="cpu", **{request.param: 2})
+    forkserver._forkserver._stop()
 
 
 def test_two_processes_give_the_records_of_one_and_each_item_once(recipe, two_ranks, tmp_path, monkeypatch):
@@ -468,7 +474,9 @@ def test_a_killed_process_is_named_and_however_many_go_on_from_there(
     run(
         recipe,
         "stages.texts.journal_batch=1",
-        profile=two_ranks.model_copy(update={"processes": afterwards}),
+        profile=two_ranks.model_copy(
+            update={name: afterwards for name in ("processes", "feedback_processes") if getattr(two_ranks, name) == 2}
+        ),
         until="texts",
     )
     computed = [int(line.split()[0].removeprefix("texts:")) for line in (tmp_path / "log").read_text().splitlines()]
@@ -485,37 +493,39 @@ def test_the_error_of_any_process_ends_the_others_and_is_reported_as_its_own(rec
     assert len(journal.read_bytes().splitlines()) == 1, "process 1 went on with its first batch"
 
 
-def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(recipe, two_ranks):
+def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(recipe, own_process):
     text = recipe.read_text()
     recipe.write_text(text[: text.index("  - {id: tuned")] + "  - {id: tuned, kind: sft, from: texts}\n")
     with pytest.raises(
         StageFailed, match=r"^stage 'tuned' found itself in 1 of the 2 processes that profile 'two' wants"
     ):
-        run(recipe, profile=two_ranks)
+        run(recipe, profile=Profile(name="two", device="cpu", processes=2))
 
 
-def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process, tmp_path):
+@pytest.mark.parametrize("profile", ["cpu-2-ranks", "cpu-2-cores"])
+def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process, tmp_path, profile):
     python_path = f"{tmp_path / 'site'}:{TESTS}"
-    child = command(recipe, "--on", "cpu-2-ranks", "--until", "texts", TOY_WAIT="texts", PYTHONPATH=python_path)
+    child = command(recipe, "--on", profile, "--until", "texts", TOY_WAIT="texts", PYTHONPATH=python_path)
     until(lambda: list(recipe.parent.glob("toy/texts-*/waiting")))
     [waiting] = recipe.parent.glob("toy/texts-*/waiting")
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=120)
     assert child.returncode == 143
     assert not Path(f"/proc/{waiting.read_text()}").exists()
-    again = command(recipe, "--on", "cpu-2-ranks", "--until", "texts", PYTHONPATH=python_path)
+    again = command(recipe, "--on", profile, "--until", "texts", PYTHONPATH=python_path)
     assert "texts: 12 texts" in again.communicate(timeout=120)[1]
     assert len(read_rows(runs.latest(recipe.parent / "toy")["texts"] / "records.jsonl")) == 12
 
 
-def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_process, tmp_path):
+@pytest.mark.parametrize("where", ["device: cuda", "device: cpu\nfeedback_processes: 2"])
+def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_process, tmp_path, where):
     profile = tmp_path / "own.yaml"
-    profile.write_text("device: cuda\n")
+    profile.write_text(where)
     child = command(recipe, "--on", str(profile), TOY_WAIT="texts", PYTHONPATH=f"{tmp_path / 'site'}:{TESTS}")
     until(lambda: list(recipe.parent.glob("toy/texts-*/waiting")))
     [waiting] = recipe.parent.glob("toy/texts-*/waiting")
     child.kill()
-    child.communicate()
+    child.wait()  # not until its pipes close: the process that forks has them too
     until(
         lambda: (
             not Path(f"/proc/{waiting.read_text()}/cmdline").exists()

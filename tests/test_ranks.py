@@ -1,4 +1,4 @@
-"""Stages of the method on several ranks leave what one leaves, byte for byte, where each has as many CPU threads."""
+"""Stages in several processes leave what one process does, byte for byte, where each has as many CPU threads."""
 
 from __future__ import annotations
 
@@ -29,27 +29,32 @@ prompts:
 stages:
   - {id: responses, kind: sample, prompts: [red_team], n: 2, max_new_tokens: 24, journal_batch: 3}
   - {id: votes, kind: judge, from: responses, cut_off: keep, journal_batch: 2}
+  - {id: tuned, kind: sft, from: responses, batch_size: 4, train: {max_steps: 2}}
 """
 
 
 @pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
-def test_two_ranks_sample_and_judge_byte_for_byte_like_one(tmp_path, monkeypatch):
+def test_two_ranks_and_forks_leave_byte_for_byte_what_one_process_does(tmp_path, monkeypatch):
     shutil.copy(shipped("constitutions") / "micro.yaml", tmp_path)
     (tmp_path / "start").symlink_to(MICRO)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
-    for ranks in (1, 2):
-        profile = Profile(device="cpu", threads=1, processes=ranks)
-        run_recipe(recipe, profile, tmp_path / f"{ranks}", Options(), PlainDisplay())
+    ways = {"one": ({}, None), "ranks": ({"processes": 2}, "votes"), "forks": ({"feedback_processes": 2}, None)}
+    for way, (processes, until) in ways.items():
+        profile = Profile(device="cpu", threads=1, **processes)
+        run_recipe(recipe, profile, tmp_path / way, Options(until=until), PlainDisplay())
     torch.set_num_threads(threads)
-    one, two = (runs.latest(tmp_path / f"{ranks}") for ranks in (1, 2))
-    for stage in ("responses", "votes"):
-        assert two[stage].name == one[stage].name
-        for file in ("records.jsonl", "failures.jsonl", "plan.json", "DONE"):
-            assert (two[stage] / file).read_bytes() == (one[stage] / file).read_bytes(), f"{stage}/{file}"
+    one, ranks, forks = (runs.latest(tmp_path / way) for way in ways)
+    for other in (ranks, forks):
+        for stage in ("responses", "votes"):
+            assert other[stage].name == one[stage].name
+            for file in ("records.jsonl", "failures.jsonl", "plan.json", "DONE"):
+                assert (other[stage] / file).read_bytes() == (one[stage] / file).read_bytes(), f"{stage}/{file}"
     assert len((one["responses"] / "records.jsonl").read_bytes().splitlines()) == 14
+    weights = "model/model.safetensors"
+    assert (forks["tuned"] / weights).read_bytes() == (one["tuned"] / weights).read_bytes()
 
 
 @pytest.mark.parametrize("size", [4, 5, 64])
