@@ -3,9 +3,10 @@
     python benchmarks/quickstart.py            recipes/quickstart.yaml
     python benchmarks/quickstart.py --quick    the same with 16 prompts of each set
 
-Ours is `cai run --on cpu-2-cores` in a fresh folder (`--on cpu`: all stages in one process), plain is `plain.py` with the same prompts, number of samples, questions and epochs.
-Each is a process of its own on the CPU, imports included, once, one after the other. What ours does beyond is in its
-seconds: journal, digests, figures with intervals, the page. The last line is one JSON object; times are in seconds.
+Ours is `cai run --on cpu-2-cores` in a fresh folder (`--on cpu`: all stages in one process), plain is `plain.py` with
+the same prompts, number of samples, questions and epochs, in one process with all cores. Both on the CPU, imports
+included, once, one after the other. What ours does beyond is in its seconds: journal, digests, intervals, the page.
+The last line is one JSON object; times are in seconds.
 """
 
 from __future__ import annotations
