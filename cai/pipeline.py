@@ -32,7 +32,7 @@ from cai.profile import Profile
 from cai.progress import Display, StageLine
 from cai.recipe import Recipe, inputs_of, models_of, needs, prompt_sets_of
 from cai.records import stable_seed
-from cai.stages import Context, StageConfig, TrainingConfig, run_function
+from cai.stages import Context, ReinforcementConfig, StageConfig, TrainingConfig, run_function
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
 
@@ -147,7 +147,7 @@ def run_stage_in_child(
 
 
 def _selected(recipe: Recipe, options: Options, profile: Profile) -> list[StageConfig]:
-    """The stages up to the last one wanted. Raises BadInput where the profile cannot split a batch of one."""
+    """The stages up to the last one wanted. Raises BadInput where the profile cannot train one."""
     ids = list(recipe.stages)
     for option, name in (("--until", options.until), ("--from", options.redo_from)):
         if name is not None and name not in ids:
@@ -157,6 +157,8 @@ def _selected(recipe: Recipe, options: Options, profile: Profile) -> list[StageC
     for config in configs:
         if isinstance(config, TrainingConfig):
             profile.accumulation(config.batch_size)
+        if isinstance(config, ReinforcementConfig):
+            profile.check_rollouts(config.id)
     return configs
 
 

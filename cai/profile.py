@@ -165,6 +165,15 @@ class Profile(BaseModel):
         """Whether stages run on a GPU. Looked up without torch, so that the parent process stays small."""
         return self.device == "cuda" or (self.device == "auto" and _gpu_present())
 
+    def check_rollouts(self, stage: str) -> None:
+        """Raises BadInput where a policy that learns would be drawn from by a vLLM on more GPUs than one."""
+        for key in ("tensor_parallel", "data_parallel"):
+            if self.engine == "vllm" and (found := getattr(self.vllm, key)) > 1:
+                raise BadInput(
+                    f"profile {self.name!r}: found `vllm: {{{key}: {found}}}`, but stage {stage!r} draws its responses "
+                    f"with one vLLM beside each training process, on its GPU: expected 1, or another profile for it"
+                )
+
     def accumulation(self, batch_size: int) -> tuple[int, int]:
         """(micro-batch, accumulation steps) with `batch_size` = processes x micro-batch x steps.
 

@@ -47,6 +47,11 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 Line = dict[str, Any]
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM makes room for."""
+_NOT_PASSED_ON = (
+    "PYTHONPATH", "PYTHONHOME",
+    "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_",
+)  # fmt: skip
+"""Begin names of what leads to our packages, or would make vLLM one of the processes that train together."""
 _GRACE = 20.0
 """Seconds in which a process that was told to end has ended."""
 
@@ -166,6 +171,25 @@ class VllmEngine:
             owed |= dict(zip(ids, share, strict=True))
             worker.send([{"id": one, **lines[n]} for one, n in zip(ids, share, strict=True)])
         self._asked += len(lines)
+        yield from self._results_of(owed)
+
+    def reload(self) -> None:
+        """Takes the model's weights from its folder again, where others were written; the first time, starts with them.
+
+        What the old ones have computed is forgotten. Raises StageFailed where vLLM fails.
+        """
+        if "_workers" not in self.__dict__:
+            _ = self._workers
+            return
+        owed = {f"{self._asked + n}": n for n in range(len(self._workers))}
+        self._asked += len(owed)
+        for id, worker in zip(owed, self._workers, strict=True):
+            worker.send([{"id": id, "reload": True}])
+        for _ in self._results_of(owed):
+            pass
+
+    def _results_of(self, owed: dict[str, int]) -> Iterator[tuple[int, Line]]:
+        """(number, answer) of everything that is owed, by id, as it comes."""
         while owed:
             worker, answer = self._results.get()
             if answer is None or "error" in answer:
@@ -328,9 +352,10 @@ def _refusal(answer: Line) -> str:
 def _environments(profile: Profile) -> list[dict[str, str]]:
     """Each worker's: nothing that leads to our packages or to the network, and GPUs of its own.
 
-    Raises BadInput where there are too few of those.
+    Of several processes that train, each has a worker on the GPU that it trains on (not yet tried). Raises BadInput
+    where there are too few GPUs.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
     common = kept | {
         "PYTHONSAFEPATH": "1",  # the worker's own folder has a `vllm.py`: this file
         "HF_HUB_OFFLINE": "1",
@@ -342,11 +367,13 @@ def _environments(profile: Profile) -> list[dict[str, str]]:
     options = profile.vllm
     if not profile.uses_gpu:  # a second process for scheduling takes a third of a small machine's time
         return [common | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}] * options.data_parallel
-    if options.data_parallel == 1:
+    here, ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if options.data_parallel == ranks == 1:
         return [common]
     size, wanted = options.tensor_parallel, options.tensor_parallel * options.data_parallel
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = named.split(",") if named else [f"{n}" for n in range(wanted)]
+    devices = named.split(",") if named else [f"{n}" for n in range(here + wanted)]
+    devices = devices[here:]
     if len(devices) < wanted:
         raise BadInput(f"the profile wants {wanted} GPUs for vLLM, but CUDA_VISIBLE_DEVICES names {named}")
     return [common | {"CUDA_VISIBLE_DEVICES": ",".join(devices[n : n + size])} for n in range(0, wanted, size)]

@@ -4,6 +4,8 @@ The parent, `cai.engines.vllm`, starts it with the interpreter of vLLM's environ
 torch and transformers than ours: nothing but the standard library and vLLM is imported here. The first line holds the
 arguments of vLLM's engine and an adapter; the answer to it says that it is loaded, and on what. Every other line is one
 request: an id, token ids, and the fields of vLLM's `SamplingParams`. It is answered when it is finished, in any order.
+Or it is an id and `reload`: the weights in the model's folder are others now; answered when requests before it are
+finished and what comes after it is computed with the new ones alone.
 
 What vLLM itself prints goes to stderr. When stdin ends, the parent is done or dead, and the whole process group goes.
 """
@@ -70,6 +72,12 @@ def _serve(lines: queue.SimpleQueue[Line], outgoing: IO[str]) -> None:
     while True:
         while not lines.empty() or not engine.has_unfinished_requests():
             asked = lines.get()
+            if "reload" in asked:
+                while engine.has_unfinished_requests():
+                    _step(engine, outgoing)
+                _reload(engine)
+                _write(outgoing, {"id": asked["id"], "reloaded": True})
+                continue
             sampling = asked["sampling"]
             bias = {int(token): value for token, value in sampling.pop("logit_bias", {}).items()}
             try:
@@ -79,18 +87,46 @@ def _serve(lines: queue.SimpleQueue[Line], outgoing: IO[str]) -> None:
                 engine.add_request(asked["id"], {"prompt_token_ids": asked["prompt"]}, params, lora_request=adapter)
             except (ValueError, VLLMError) as error:
                 _write(outgoing, {"id": asked["id"], "refused": " ".join(str(error).split())})
-        for result in engine.step():
-            output = result.outputs[0]
-            flat = output.logprobs  # None where it was aborted
-            _write(
-                outgoing,
-                {
-                    "id": result.request_id,
-                    "token_ids": list(output.token_ids),
-                    "finish_reason": output.finish_reason,
-                    "log_probs": [] if flat is None else list(zip(flat.token_ids, flat.logprobs, strict=True)),
-                },
-            )
+        _step(engine, outgoing)
+
+
+def _step(engine: Any, outgoing: IO[str]) -> None:
+    """Computes one more token of each request, and answers those that are finished."""
+    for result in engine.step():
+        output = result.outputs[0]
+        flat = output.logprobs  # None where it was aborted
+        _write(
+            outgoing,
+            {
+                "id": result.request_id,
+                "token_ids": list(output.token_ids),
+                "finish_reason": output.finish_reason,
+                "log_probs": [] if flat is None else list(zip(flat.token_ids, flat.logprobs, strict=True)),
+            },
+        )
+
+
+def _reload(engine: Any) -> None:
+    """Reads the weights again, into the same tensors, and forgets what the old ones computed."""
+    engine.collective_rpc("reload_weights")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        engine.apply_model(_pack_head)
+    if not engine.reset_prefix_cache():
+        raise RuntimeError("the prefix cache could not be emptied after new weights were read")
+
+
+def _pack_head(model: Any) -> None:
+    """On CPUs a layer multiplies by a packed copy of its weight, and that of a head tied to embeddings is not renewed.
+
+    It has no weights of its own in the file, so that vLLM passes over it. Tensors themselves are renewed everywhere.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from cai.rl.actor_critic import ActorCritic
 from cai.rl.ppo_config import PPOConfig
 from cai.rl.rewards import Response
 from cai.rl.rollouts import Episode, Rollout, Sequences, sequences
-from cai.rl.sampler import PolicySampler
+from cai.rl.sampler import Sampler
 from cai.rl.watch import Limits, reason_to_stop, repetition
 from cai.training import keep_rows, newest_checkpoint
 
@@ -84,7 +84,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         args: PPOConfig,
         *,
         prompts: Sequence[Prompt],
-        sampler: PolicySampler,
+        sampler: Sampler,
         rewards: Scores,
         reference: PreTrainedModel | str | None,
         rollout_size: int,

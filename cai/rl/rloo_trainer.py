@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Sampler
 from trl import RLOOTrainer
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
@@ -32,7 +31,7 @@ from cai.errors import StageFailed
 from cai.records import Prompt, stable_seed
 from cai.rl.prompts import PromptSteps
 from cai.rl.rewards import Response, Rewards
-from cai.rl.sampler import PolicySampler
+from cai.rl.sampler import Sampler
 from cai.trainers import Epochs, Quiet, language_model
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
     """Rows: `prompt`, the id of one of `prompts`. The reference is `reference`, or the policy without its adapter."""
 
     def __init__(
-        self, *, prompts: Mapping[str, Prompt], rewards: Rewards, sampler: PolicySampler,
+        self, *, prompts: Mapping[str, Prompt], rewards: Rewards, sampler: Sampler,
         reference: PreTrainedModel | None, end_ids: Sequence[int], args: Any, **more: Any,
     ) -> None:  # fmt: skip
         self.prompts, self.rewards, self.sampler = prompts, rewards, sampler
@@ -75,7 +74,7 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
             else:
                 self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> PromptSteps:
         args = self.args
         at_once = args.generation_batch_size // self.num_generations
         passes = self.num_iterations * args.steps_per_generation

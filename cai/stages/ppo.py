@@ -2,9 +2,8 @@
 
 Bai et al. 2022 (arXiv 2212.08073, section 4) with the rewards of a model that preferences trained; Lee et al. 2023
 (arXiv 2309.00267) with those of the judge itself. The method is in `cai.rl.ppo_trainer`. The reference is the stage's
-starting policy: a frozen copy where all weights are trained, the model with its adapter off where `lora:` is.
-
-Left out: a policy on an engine other than `local` while it learns.
+starting policy: a frozen copy where all weights are trained, the model with its adapter off where `lora:` is. Responses
+are drawn with vLLM where the profile says `engine: vllm`, else in this process (`cai.rl.sampler`).
 """
 
 from __future__ import annotations
@@ -78,11 +77,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cai.rl.ppo_trainer import PPOTrainer
     from cai.rl.prompts import usable_prompts
     from cai.rl.rewards import Rewards
-    from cai.rl.sampler import PolicySampler
+    from cai.rl.sampler import open_sampler
 
     start = context.model(config.model)
     chat = Chat.load(start)
-    with training.quiet(context), Rewards(config.rewards, context, chat) as rewards:
+    with (
+        training.quiet(context),
+        Rewards(config.rewards, context, chat) as rewards,
+        open_sampler(start, context.profile, context.folder) as sampler,
+    ):
         prompts, left_out = usable_prompts(context.prompts(config.prompts), config, chat, rewards)
         if not prompts:
             raise StageFailed(f"stage {config.id!r}: no prompt to respond to; left out: {training.reasons(left_out)}")
@@ -107,7 +110,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             ActorCritic(policy, critic, config.temperature),
             args,
             prompts=prompts,
-            sampler=PolicySampler(start, context.profile),
+            sampler=sampler,
             rewards=rewards,
             reference=reference,
             rollout_size=config.rollout_size,

@@ -3,8 +3,8 @@
 RLOO (Ahmadian et al. 2024, arXiv 2402.14740), with TRL's trainer (`cai.rl.rloo_trainer`). Every step takes
 `batch_size` / `n` prompts and draws `n` responses to each. A response is worth its rewards (`cai.rl.rewards`), less
 `beta` times its divergence from the reference, which is the stage's starting policy: a frozen copy where all weights
-are trained, the model with its adapter off where `lora:` is. Responses are always drawn on this machine, whatever
-engine the profile names for models that only write.
+are trained, the model with its adapter off where `lora:` is. Responses are drawn with vLLM where the profile says
+`engine: vllm`, else in this process (`cai.rl.sampler`).
 
 Logged at each step: reward by source and its spread, the share of prompts whose responses are all worth the same, KL
 from the reference (nats a response), entropy, lengths, the share cut off, the share of responses whose probability was
@@ -71,7 +71,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cai.rl.prompts import usable_prompts
     from cai.rl.rewards import Rewards
     from cai.rl.rloo_trainer import LeaveOneOutTrainer
-    from cai.rl.sampler import PolicySampler
+    from cai.rl.sampler import open_sampler
 
     start = context.model(config.model)
     chat = Chat.load(start)
@@ -83,7 +83,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"stage {config.id!r}: found {len(prompts)} prompts to respond to, expected the "
                 f"{config.batch_size // config.n} of one step; left out: {training.reasons(left_out)}"
             )
-        with training.quiet(context):
+        with training.quiet(context), open_sampler(start, context.profile, context.folder) as sampler:
             args = training.arguments(
                 config,
                 context,
@@ -97,7 +97,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             trainer = LeaveOneOutTrainer(
                 model=training.loaded(checkpoint.load_causal_lm, start, context),
                 reference=training.loaded(checkpoint.load_causal_lm, start, context) if frozen else None,
-                sampler=PolicySampler(start, context.profile),
+                sampler=sampler,
                 rewards=rewards,
                 prompts={prompt["id"]: prompt for prompt in prompts},
                 end_ids=sorted(chat.end_ids),
