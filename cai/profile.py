@@ -76,8 +76,12 @@ class Vllm(BaseModel):
     python: Path | None = Field(
         None, description="Interpreter of an environment with vLLM, relative to the profile; absent = this one."
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that one copy of the model is split over.")
-    data_parallel: int = Field(1, ge=1, description="Copies of the model, each with its share of the requests.")
+    tensor_parallel: int = Field(
+        1, ge=1, description="GPUs that one copy of the model is split over; 1 for `ppo`, `rloo`."
+    )
+    data_parallel: int = Field(
+        1, ge=1, description="Copies of the model, each with its share of requests; 1 for `ppo`, `rloo`."
+    )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
     cpu_cache_gib: int = Field(4, ge=1, description="GiB for keys and values where vLLM runs on a CPU.")
     max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; absent = the model's.")

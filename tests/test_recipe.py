@@ -256,6 +256,19 @@ def test_a_broken_profile_is_one_sentence(recipe, text, words):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+@pytest.mark.parametrize("key", ["tensor_parallel", "data_parallel"])
+def test_a_policy_in_a_vllm_on_several_gpus_is_refused_before_anything_runs(recipe, kind, key):
+    Path("p.yaml").write_text(f"engine: vllm\nvllm: {{{key}: 2}}\n")
+    learns = f"  - {{id: learned, kind: {kind}, prompts: [red_team], rewards: [{{judge: model}}], batch_size: 8}}\n"
+    recipe.write_text(recipe.read_text().rstrip("\n") + "\n" + learns)
+    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "p.yaml"])
+    assert result.exit_code == 2
+    assert f"profile 'p': found `vllm: {{{key}: 2}}`, but stage 'learned' draws" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not Path("runs").exists()
+
+
 def test_a_batch_that_processes_cannot_share_is_refused_before_anything_runs(recipe):
     odd = ["--set", "stages.sl-cai.batch_size=31"]
     result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "cpu-2-ranks", *odd])

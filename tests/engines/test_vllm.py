@@ -196,6 +196,22 @@ def test_each_worker_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         devices()
 
 
+@pytest.mark.parametrize(("named", "device"), [(None, "2"), ("4,5,6", "6")])
+def test_a_process_of_several_that_train_has_its_worker_on_its_own_gpu_and_out_of_their_group(
+    named: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1",
+              "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_DEEPSPEED": "true"}  # fmt: skip
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    (environment,) = vllm._environments(Profile.model_validate({"device": "cuda", "engine": "vllm"}))
+    assert environment["CUDA_VISIBLE_DEVICES"] == device
+    assert not theirs.keys() & environment.keys()
+
+
 def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
     opened: Callable[..., VllmEngine], tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -1,0 +1,164 @@
+"""A policy that learns and is drawn from with vLLM: what vLLM says is what the policy is now."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from training_stages import Steps, reinforce, trained
+from transformers import PreTrainedModel
+
+from cai.chat import Chat
+from cai.checkpoint import Model, load_causal_lm
+from cai.engines import Completion, Request, Sampling
+from cai.engines.vllm import VllmEngine
+from cai.errors import StageFailed
+from cai.profile import Profile
+from cai.rl.rollouts import Rollout
+from cai.rl.sampler import PolicySampler, Sampler, VllmSampler
+
+LONG = "The box is red and the ball is blue. " * 40
+"""More than a block of vLLM's prefix cache, which on a CPU is 128 tokens."""
+LENGTH = "def brevity(prompts, responses):\n    return [-len(each) / 20 for each in responses]\n"
+
+
+@pytest.fixture(scope="module")
+def profile(python: Path) -> Profile:
+    extra = {"enforce_eager": True, "max_num_seqs": 32}
+    settings = {"python": python, "cpu_cache_gib": 1, "extra": extra}
+    return Profile.model_validate({"device": "cpu", "dtype": "float32", "engine": "vllm", "vllm": settings})
+
+
+def nothing(parameters: object) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def drawn(sampler: Sampler, sampling: Sampling, texts: list[str]) -> dict[str, Completion]:
+    requests = [Request(f"{n}", [{"role": "user", "content": text}], n, sampling) for n, text in enumerate(texts)]
+    found = list(sampler.draw(requests))
+    assert all(isinstance(each, Completion) for each in found), found
+    return {each.id: each for each in found if isinstance(each, Completion)}
+
+
+def changed(lm: PreTrainedModel, adapter: bool, seed: int) -> PreTrainedModel:
+    """The policy after what stands for an update: all its weights, or its adapter's, are others."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in lm.named_parameters():
+            if not adapter:
+                weight.add_(0.03 * weight.std() * torch.randn_like(weight))
+            elif "lora_B" in name:
+                weight.normal_(std=0.03)
+    return lm
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_after_an_update_vllm_says_what_the_policy_says_and_nothing_from_before(
+    adapter: bool, model: Model, profile: Profile, tmp_path: Path
+) -> None:
+    greedy = Sampling(24, 0)
+    texts = [f"What are {n} apples?" for n in range(8)] + [f"{LONG} What are {n} apples?" for n in range(4)]
+    assert min(len(Chat.load(model).prompt_ids([{"role": "user", "content": text}])) for text in texts[8:]) > 150
+    policy: Any = load_causal_lm(model)
+    if adapter:
+        policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear"))
+    local = PolicySampler(model, profile)
+    before: list[list[int]] = []
+    with VllmSampler(model, profile, tmp_path) as sampler:
+        for update in range(3):
+            policy = policy if update == 0 else changed(policy, adapter, update)
+            for each in (local, sampler):
+                each.update(policy, nothing)
+            wanted, found = drawn(local, greedy, texts), drawn(sampler, greedy, texts)
+            ids = [found[f"{n}"].token_ids for n in range(len(texts))]
+            assert ids == [wanted[f"{n}"].token_ids for n in range(len(texts))]
+            for n in range(len(texts)):
+                assert found[f"{n}"].log_probs == pytest.approx(wanted[f"{n}"].log_probs, abs=1e-3)
+            assert ids != before
+            before = ids
+
+
+@pytest.fixture
+def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
+    """All that a ppo stage learns from."""
+    from cai.rl.ppo_trainer import PPOTrainer
+
+    found: list[Rollout] = []
+    plain = PPOTrainer._learnable
+    monkeypatch.setattr(
+        PPOTrainer, "_learnable", lambda self, rollout: (found.append(rollout), plain(self, rollout))[1]
+    )
+    return found
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[VllmEngine]:
+    """The engine of each update."""
+    found: list[VllmEngine] = []
+    plain = VllmEngine.reload
+    monkeypatch.setattr(VllmEngine, "reload", lambda self: (found.append(self), plain(self))[1])
+    return found
+
+
+def prompts(n: int) -> list[Any]:
+    asked = [{"role": "user", "content": f"What are {number} apples?"} for number in range(n)]
+    return [{"id": f"p{k}", "messages": [each], "tags": [], "source": "test"} for k, each in enumerate(asked)]
+
+
+def train(kind: str, folder: Path, model: Model, profile: Profile, **more: Any) -> dict[str, Any]:
+    (folder.parent / "rewards.py").write_text(LENGTH)
+    rewards = [{"function": "rewards.py:brevity"}]
+    figures = reinforce(kind, folder, prompts(12), model, rewards, profile=profile, max_new_tokens=16, **more)
+    training: dict[str, Any] = figures["training"]["stage"]
+    return training
+
+
+@pytest.mark.parametrize("more", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
+def test_ppo_learns_from_what_vllm_draws_and_both_agree_on_how_likely_it_was(
+    more: dict[str, Any], model: Model, profile: Profile, tmp_path: Path, rollouts: list[Rollout]
+) -> None:
+    settings = {"learning_rate": 3e-3, "warmup_steps": 0}
+    figures = train("ppo", tmp_path / "stage", model, profile, rollouts=2, rollout_size=16, train=settings, **more)
+    assert figures["rollouts"] == len(rollouts) == 2
+    load_causal_lm(trained(tmp_path / "stage"))
+    moved = [each.log_probs - each.ref_log_probs for each in rollouts[1].episodes]
+    assert torch.cat(moved).abs().max() > 0.01  # the second rollout's policy is not the first's
+    for rollout in rollouts:
+        for each in rollout.episodes:
+            ratio = (each.log_probs - torch.tensor(each.sampled_log_probs)).exp()
+            assert float((ratio - 1).abs().max()) < 5e-3
+
+
+def test_rloo_draws_with_vllm(model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]) -> None:
+    figures = train("rloo", tmp_path / "stage", model, profile, n=4, train={"num_train_epochs": 1})
+    assert figures["steps"] == len(engines) == 6
+    assert len(set(map(id, engines))) == 1
+    load_causal_lm(trained(tmp_path / "stage"))
+
+
+def test_the_death_of_vllm_ends_the_stage_and_the_next_run_goes_on(
+    model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]
+) -> None:
+    class Kills(Steps):
+        def advance(self, items: int = 1, tokens: int = 0) -> None:
+            super().advance(items, tokens)
+            if self.done == 3:
+                os.kill(engines[-1]._workers[0]._process.pid, signal.SIGKILL)
+
+    settings = {"rollouts": 2, "rollout_size": 16, "train": {"save_steps": 3, "num_ppo_epochs": 2}}
+    with pytest.raises(
+        StageFailed, match=r"vLLM ended with signal 9 in the middle of its work.*; see .*\.log"
+    ) as error:
+        train("ppo", tmp_path / "stage", model, profile, progress=Kills(), **settings)
+    Path(str(error.value).rpartition("see ")[2]).unlink()
+    steps = Steps()
+    figures = train("ppo", tmp_path / "stage", model, profile, progress=steps, **settings)
+    assert steps.notes == ["resuming from checkpoint-3"]
+    assert figures["steps"] == 8
+    assert len({id(each) for each in engines}) == 2
