@@ -352,8 +352,8 @@ def _refusal(answer: Line) -> str:
 def _environments(profile: Profile) -> list[dict[str, str]]:
     """Each worker's: nothing that leads to our packages or to the network, and GPUs of its own.
 
-    Of several processes that train, each has a worker on the GPU that it trains on (not yet tried). Raises BadInput
-    where there are too few GPUs.
+    Of several processes that train, each has a worker on the GPU that it trains on (tried on CPUs alone). Raises
+    BadInput where there are too few GPUs.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
     common = kept | {

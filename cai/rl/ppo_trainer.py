@@ -7,7 +7,8 @@ and whitened over the whole rollout, and policy and value function are clipped.
 One epoch of the Trainer is one rollout: its data are slots, (passes x episodes) of them, and which episode stands in a
 slot is drawn from seed, rollout and pass. So checkpoints, resuming, schedules, logging, DeepSpeed and callbacks are the
 Trainer's own, and a run that is killed anywhere goes on, on one CPU process, with the numbers of an undisturbed one,
-where vLLM draws up to how that rounds. A step's loss is the mean over its learned tokens, however micro-batches and ranks split them.
+where vLLM draws up to how that rounds. A step's loss is the mean over its learned tokens, however micro-batches and
+ranks split them.
 
 Left out: actions other than tokens, rollouts that run ahead of the learner, several responses a prompt in one rollout
 (`rloo` is for that).

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,33 @@ def test_ppo_learns_from_what_vllm_draws_and_both_agree_on_how_likely_it_was(
         for each in rollout.episodes:
             ratio = (each.log_probs - torch.tensor(each.sampled_log_probs)).exp()
             assert float((ratio - 1).abs().max()) < 5e-3
+
+
+def test_two_ranks_that_share_a_policys_parameters_have_a_vllm_each(
+    model: Model, profile: Profile, tmp_path: Path
+) -> None:
+    accelerate = Path(__file__).parents[2] / "configs" / "accelerate" / "cpu-2-ranks-zero3.yaml"
+    there = {
+        "processes": 2,
+        "accelerate": str(accelerate),
+        **profile.model_dump(mode="json", include={"engine", "vllm"}),
+    }
+    (tmp_path / "two.yaml").write_text(json.dumps({"device": "cpu", "dtype": "float32", **there}))
+    (tmp_path / "rewards.py").write_text(LENGTH)
+    stage = {"id": "policy", "kind": "ppo", "prompts": "asked", "rewards": [{"function": "rewards.py:brevity"}],
+             "rollouts": 2, "rollout_size": 16, "batch_size": 8, "max_new_tokens": 16,
+             "train": {"learning_rate": 1e-3, "warmup_steps": 0}}  # fmt: skip
+    recipe = {"name": "two", "model": model.path, "stages": [stage],
+              "prompts": {"asked": {"source": "micro", "split": "train", "limit": 16}}}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "cai.cli", "run", "recipe.yaml", "--on", "two.yaml"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    (metrics,) = tmp_path.glob("runs/two/policy-*/metrics.jsonl")
+    rolled = [row for row in map(json.loads, metrics.read_text().splitlines()) if "sampler_gap" in row]
+    assert [row["sampler_gap"] < 1e-3 for row in rolled] == [True, True]
+    assert rolled[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert rolled[1]["kl"] > 0.01
 
 
 def test_rloo_draws_with_vllm(model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]) -> None:
