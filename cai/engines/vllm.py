@@ -57,11 +57,15 @@ _GRACE = 20.0
 
 
 class VllmEngine:
-    """One model, in as many processes as the profile's `vllm: {data_parallel: …}` says."""
+    """One model, in as many processes as the profile's `vllm: {data_parallel: …}` says.
 
-    def __init__(self, model: Model, profile: Profile) -> None:
+    `empty` starts vLLM with weights that mean nothing, until `reload` reads those in the model's folder.
+    """
+
+    def __init__(self, model: Model, profile: Profile, *, empty: bool = False) -> None:
         self.model = model
         self.profile = profile
+        self.empty = empty
         self._resources = contextlib.ExitStack()
         self._asked = 0
 
@@ -174,13 +178,10 @@ class VllmEngine:
         yield from self._results_of(owed)
 
     def reload(self) -> None:
-        """Takes the model's weights from its folder again, where others were written; the first time, starts with them.
+        """Reads the weights in the model's folder anew; what others have computed is forgotten.
 
-        What the old ones have computed is forgotten. Raises StageFailed where vLLM fails.
+        Raises StageFailed where vLLM fails.
         """
-        if "_workers" not in self.__dict__:
-            _ = self._workers
-            return
         owed = {f"{self._asked + n}": n for n in range(len(self._workers))}
         self._asked += len(owed)
         for id, worker in zip(owed, self._workers, strict=True):
@@ -228,7 +229,7 @@ class VllmEngine:
         arguments: Line = {
             "model": str(folder),
             "dtype": dtype if self.profile.dtype == "auto" else self.profile.dtype,
-            "load_format": "safetensors",
+            "load_format": "dummy" if self.empty else "safetensors",
             "trust_remote_code": False,
             "generation_config": "vllm",  # sampling is what the request says
             "enable_prefix_caching": True,

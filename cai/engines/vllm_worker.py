@@ -108,6 +108,7 @@ def _step(engine: Any, outgoing: IO[str]) -> None:
 
 def _reload(engine: Any) -> None:
     """Reads the weights again, into the same tensors, and forgets what the old ones computed."""
+    engine.collective_rpc("update_config", args=({"load_config": {"load_format": "safetensors"}},))
     engine.collective_rpc("reload_weights")
     from vllm.platforms import current_platform
 

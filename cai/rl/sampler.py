@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cai.checkpoint import Model, load_causal_lm, load_tokenizer, pick_device, pick_dtype, whole
-from cai.engines import Completion, Failure, Request
+from cai.engines import Completion, Failure, Request, Sampling
 from cai.engines.local import LocalEngine
 from cai.engines.vllm import VllmEngine
 from cai.errors import StageFailed
@@ -42,6 +42,8 @@ from cai.records import stable_id
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Makes parameters whole while it is open, where they are spread over processes."""
 _SHARED_MEMORY = Path("/dev/shm")
+_AGREE = 0.2
+"""Mean difference in nats of a token's log-probabilities that rounding may make."""
 
 
 class Sampler(Protocol):
@@ -139,8 +141,11 @@ class VllmSampler:
         _wait_for_all()
         if self._engine is None:
             folder = next(place for place in self._places if place.is_dir())
-            self._engine = VllmEngine(replace(self.start, path=str(folder)), self.profile)
-        self._engine.reload()
+            self._engine = VllmEngine(replace(self.start, path=str(folder)), self.profile, empty=True)
+            self._engine.reload()
+            self._check(self._engine, policy)
+        else:
+            self._engine.reload()
         _wait_for_all()
         if self._writes:
             for path in Path(self._engine.model.path).glob("*.safetensors"):
@@ -149,6 +154,27 @@ class VllmSampler:
     def draw(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
         assert self._engine is not None, "`update` comes first"
         return self._engine.generate(requests)
+
+    def _check(self, engine: VllmEngine, policy: PreTrainedModel) -> None:
+        """Raises StageFailed where vLLM computes with other weights than the policy's.
+
+        It started without them, so that those which it does not renew show in every number. Once they are the policy's,
+        what an update changes would not be seen.
+        """
+        request = Request("probe", [{"role": "user", "content": "What is it?"}], 0, Sampling(16, 0))
+        (said,) = engine.generate([request])
+        if isinstance(said, Failure):
+            raise StageFailed(f"a response could not be drawn: {said.reason}")
+        ids = torch.tensor([[*said.prompt_ids, *said.token_ids]], device=policy.device)
+        logits = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        behind = logits[len(said.prompt_ids) - 1 : -1].float().log_softmax(dim=-1)
+        ours = behind.gather(-1, ids[0, len(said.prompt_ids) :, None])[:, 0].cpu()
+        if (gap := float((ours - torch.tensor(said.log_probs)).abs().mean())) > _AGREE:
+            raise StageFailed(
+                f"vLLM did not take over the weights of the policy, a {policy.config.model_type} model: its "
+                f"log-probabilities are {gap:.2g} nats from the policy's, expected {_AGREE:g} or less; draw with "
+                f"`engine: local`"
+            )
 
     def _write(self, policy: PreTrainedModel, state: dict[str, Tensor]) -> None:
         """Writes a whole model's folder with these weights; the first time it also chooses the place."""

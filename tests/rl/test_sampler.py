@@ -102,6 +102,7 @@ def test_vllm_finds_the_policy_in_a_folder_that_is_empty_of_weights_when_it_has_
         found.append(load_causal_lm(written)(input_ids=ids, attention_mask=mask).logits)
 
     monkeypatch.setattr(vllm.VllmEngine, "reload", read)
+    monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
     monkeypatch.setattr(sampler_module, "_SHARED_MEMORY", tmp_path)
     with torch.no_grad(), VllmSampler(start, CPU, tmp_path / "stage") as sampler:
         place = sampler._places[0]
@@ -132,21 +133,36 @@ def test_weights_that_find_no_room_end_the_stage_in_one_sentence(
             sampler.update(policy, nothing)
 
 
-def test_vllm_starts_once_and_then_reads_weights_again(
-    tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Profile:
+    """Has a worker that is not vLLM, and knows nothing of the weights."""
     monkeypatch.setattr(vllm, "WORKER", Path(__file__).parents[1] / "engines" / "stand_in_worker.py")
-    profile = CPU.model_copy(update={"vllm": CPU.vllm.model_copy(update={"python": Path(sys.executable)})})
+    return CPU.model_copy(update={"vllm": CPU.vllm.model_copy(update={"python": Path(sys.executable)})})
+
+
+def test_a_vllm_that_computes_with_other_weights_than_the_policys_ends_the_stage(
+    tiny: Callable[..., Model], tmp_path: Path, stand_in: Profile
+) -> None:
+    with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
+        words = r"vLLM did not take over the weights of the policy, a llama model: .* nats .*, expected 0.2 or less"
+        with pytest.raises(StageFailed, match=words):
+            sampler.update(load_causal_lm(tiny("llama")), nothing)
+
+
+def test_vllm_starts_once_and_reads_weights_at_each_update(
+    tiny: Callable[..., Model], tmp_path: Path, stand_in: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
     policy = load_causal_lm(tiny("llama"))
     requests = [Request(str(n), [{"role": "user", "content": "Hi"}], n, Sampling(4, 1.0)) for n in range(4)]
     workers = []
-    with VllmSampler(tiny("llama"), profile, tmp_path) as sampler:
+    with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
         for update in range(3):
             sampler.update(policy, nothing)
             assert sampler._engine is not None
             workers += sampler._engine._workers
             said = [each for each in sampler.draw(requests) if isinstance(each, Completion)]
-            assert {log_prob for each in said for log_prob in each.log_probs} == {math.log(0.25) - update}
+            assert {log_prob for each in said for log_prob in each.log_probs} == {math.log(0.25) - 1 - update}
         assert len(workers) == 3
         assert len(set(map(id, workers))) == 1
         workers[0]._process.kill()
