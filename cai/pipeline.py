@@ -28,7 +28,7 @@ from cai.files import read_json, remove, write_json
 from cai.journal import Journal, reopen
 from cai.launch import Spec, launch
 from cai.plan import Planner, Step
-from cai.profile import Profile
+from cai.profile import SERVED, Profile
 from cai.progress import Display, StageLine
 from cai.recipe import Recipe, inputs_of, models_of, needs, prompt_sets_of
 from cai.records import stable_seed
@@ -147,7 +147,7 @@ def run_stage_in_child(
 
 
 def _selected(recipe: Recipe, options: Options, profile: Profile) -> list[StageConfig]:
-    """The stages up to the last one wanted. Raises BadInput where the profile cannot train one."""
+    """The stages up to the last one wanted. Raises BadInput where the profile cannot run one of them."""
     ids = list(recipe.stages)
     for option, name in (("--until", options.until), ("--from", options.redo_from)):
         if name is not None and name not in ids:
@@ -159,7 +159,19 @@ def _selected(recipe: Recipe, options: Options, profile: Profile) -> list[StageC
             profile.accumulation(config.batch_size)
         if isinstance(config, ReinforcementConfig):
             profile.check_rollouts(config.id)
+            _check_judges(config, profile)
     return configs
+
+
+def _check_judges(config: ReinforcementConfig, profile: Profile) -> None:
+    """Refuses a judge as a reward that each of several processes would start a vLLM of its own for."""
+    judges = [each.judge for each in config.rewards if each.judge and not each.judge.startswith(SERVED)]
+    if judges and profile.engine == "vllm" and profile.processes > 1:
+        raise BadInput(
+            f"stage {config.id!r}: each of the {profile.processes} processes of profile {profile.name!r} would start "
+            f"vLLM for the judge {judges[0]!r} among its rewards, on the GPUs that learn; use a profile with another "
+            f"engine, or a judge `{SERVED}NAME`"
+        )
 
 
 def _redone(recipe: Recipe, options: Options) -> dict[str, str]:

@@ -200,3 +200,16 @@ def test_a_dry_run_refuses_a_batch_that_processes_cannot_share(recipe):
     result = CliRunner().invoke(main, ["run", "recipe.yaml", *odd])
     assert result.exit_code == 2
     assert "batch_size 31 cannot be split over the 2 processes" in result.stderr
+
+
+def test_a_judge_as_a_reward_that_every_process_would_start_vllm_for_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["run", "rlaif-direct", "--on", "8gpu-vllm-tp", "--dry-run"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert (
+        "stage 'policy': each of the 8 processes of profile '8gpu-vllm-tp' would start vLLM for the judge"
+        in result.stderr
+    )
+    served = [*arguments, "--set", "stages.policy.rewards.0.judge=served:judge"]
+    assert "would start vLLM" not in CliRunner().invoke(main, served).stderr
