@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -156,13 +157,18 @@ def seed_of(context: Context) -> int:
     return stable_seed(context.seed, context.stage_id) % 2**31
 
 
-def adapter(lora: LoRA | None, task: str, trained_whole: Sequence[str] = ()) -> Any:
-    """peft's config for a stage's `lora:`; None where all weights are trained."""
+def adapter(lora: LoRA | None, task: str, model: PreTrainedModel, trained_whole: Sequence[str] = ()) -> Any:
+    """peft's config for a stage's `lora:` on `model`; None where all weights are trained.
+
+    Raises BadInput where it would reach the language-model head: log-probabilities are taken from the head's own
+    weight, and what an adapter adds to that, or to embeddings tied to it, would be neither used nor trained.
+    """
     if lora is None:
         return None
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-    return LoraConfig(
+    config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -170,6 +176,30 @@ def adapter(lora: LoRA | None, task: str, trained_whole: Sequence[str] = ()) -> 
         modules_to_save=list(trained_whole) or None,
         task_type=task,
     )
+    head = model.get_output_embeddings()
+    if head is not None and lora.target_modules != "all-linear":  # which leaves it out
+        for name, module in model.named_modules():
+            if getattr(module, "weight", None) is head.weight and check_target_module_exists(config, name):
+                raise BadInput(
+                    f"`lora: {{target_modules: …}}` names {name!r}, the language-model head or tied to it, which takes "
+                    f"no adapter; expected modules between embeddings and head, or `all-linear`"
+                )
+    return config
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switches off what a model and its adapter drop at random while they train.
+
+    Reinforcement learning compares log-probabilities with those at the rollout: the same weights have to give the same
+    ones. Besides torch's modules there are probabilities that a module keeps for a function, attention's most often:
+    numbers with `drop` in their name. The model's config, which is saved with it, stays as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def train(trainer: Trainer, context: Context) -> dict[str, Any]:
@@ -248,7 +278,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             control.should_log = True  # a run shorter than `logging_steps` has a loss too
         elif self._asked_to_stop():
             self.stopped = control.should_save = control.should_training_stop = True
-        self._no_last_checkpoint(state, control)
+        self._before_checkpoint(state, control)
 
     def _asked_to_stop(self) -> bool:
         """The first process looks and tells the others, so that all stop after the same step."""
@@ -260,12 +290,15 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         return bool(told)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._no_last_checkpoint(state, control)
+        self._before_checkpoint(state, control)
 
-    def _no_last_checkpoint(self, state: Any, control: Any) -> None:
-        """The model is saved next, and Trainer takes one step too many when it resumes after the last one."""
+    def _before_checkpoint(self, state: Any, control: Any) -> None:
+        """No checkpoint after the last step: the model is saved next, and Trainer, resuming, takes one step too many.
+        And none with sums that are yet to be logged: Trainer forgets them."""
         if state.global_step >= state.max_steps:
             control.should_save = False
+        elif control.should_save:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         entry = {key: value for key, value in (logs or {}).items() if not key.endswith(_NOT_METRICS)}

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from cai.cpu_training import add_lm_head
+from cai.training import without_dropout
 
 VALUE_FILE = "value.safetensors"
 """In a checkpoint's folder: what of the value function is not the policy's."""
@@ -32,7 +33,8 @@ POLICY = "policy."
 class Scored(NamedTuple):
     """What the module says of sequences, each (batch, seq − 1): column t is about the token at t + 1.
 
-    `log_probs` and `entropy` in nats, zero where the label is -100; `values` are of the state before that token.
+    `log_probs` and `entropy` in nats, zero where the label is -100; `values` are of the state before that token,
+    empty where none were asked for.
     """
 
     log_probs: Tensor
@@ -65,9 +67,7 @@ class ActorCritic(nn.Module):
             weight = next(self.language_model.parameters())
             if hasattr(weight, "ds_id"):  # parted by ZeRO-3, which lays all weights into one buffer
                 self.value_head.to(weight.dtype)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # the ratio to the rollout's policy starts at 1
+        without_dropout(self)
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -94,8 +94,11 @@ class ActorCritic(nn.Module):
         if is_peft_model(self.policy):
             self.policy.enable_input_require_grads()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Scored:
-        """input_ids, attention_mask, labels: (batch, seq), padded on the right; -100 where no token was drawn."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, valued: bool = True) -> Scored:
+        """input_ids, attention_mask, labels: (batch, seq), padded on the right; -100 where no token was drawn.
+
+        Without `valued` no value function is asked.
+        """
         seen: list[Tensor] = []
         body = self.language_model.base_model
         hook = body.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
@@ -105,6 +108,8 @@ class ActorCritic(nn.Module):
             )
         finally:
             hook.remove()
+        if not valued:
+            return Scored(output.log_probs, output.entropy, output.log_probs.new_empty(0))
         if self.critic is None:
             assert self.value_head is not None
             hidden, head = seen[0], self.value_head

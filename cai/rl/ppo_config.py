@@ -13,6 +13,10 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     """Schulman et al. 2017 (arXiv 1707.06347) with the details of Ouyang et al. 2022 (arXiv 2203.02155).
 
     `num_train_epochs` counts rollouts: one pass of the trainer over its data is `num_ppo_epochs` passes over one.
+
+    `cliprange_value` is meant for rewards that differ by about 1. Where they differ by more, values need many rollouts
+    to reach them: raise it in proportion, or switch it off (null), if `value/clip_fraction` stays high. Nothing drops
+    out at random, whatever the model's config or `lora:` says: the ratio to the rollout's policy starts at 1.
     """
 
     num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over each rollout."})
@@ -26,7 +30,9 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
     cliprange: float = field(default=0.2, metadata={"help": "How far a token's ratio may move."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move."})
+    cliprange_value: float | None = field(
+        default=0.2, metadata={"help": "How far a value may move in one rollout, in units of reward; None = any way."}
+    )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     value_lr_multiple: float = field(
         default=10.0, metadata={"help": "Learning rate of a value head over the policy's: it starts at zero."}

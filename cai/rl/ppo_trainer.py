@@ -17,6 +17,7 @@ Left out: actions other than tokens, rollouts that run ahead of the learner, sev
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,19 +34,14 @@ from cai import losses
 from cai.cpu_training import give_back_freed_memory
 from cai.engines import Completion, Failure, Request, Sampling
 from cai.errors import StageFailed
-from cai.records import Prompt, row_lines, stable_seed
+from cai.records import Prompt, stable_seed
 from cai.rl.actor_critic import ActorCritic
 from cai.rl.ppo_config import PPOConfig
 from cai.rl.rewards import Response
 from cai.rl.rollouts import Episode, Rollout, Sequences, sequences
 from cai.rl.sampler import Sampler
-from cai.rl.watch import Limits, reason_to_stop, repetition
+from cai.rl.watch import SAMPLES, Limits, check, repetition, write_samples
 from cai.training import keep_rows, newest_checkpoint
-
-SAMPLES = "samples.jsonl"
-"""Some responses of each rollout, with their scores."""
-SHOWN = 8
-"""Responses of a rollout that are written there."""
 
 
 class Scores(Protocol):
@@ -122,12 +118,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             figures = self._learnable(self.rollout)
             self.first = self.first or figures
             self._log_rollout(figures)
-            if reason := reason_to_stop(self.limits, self.first, figures):
-                kept = newest_checkpoint(self.folder)
-                raise StageFailed(
-                    f"stopped before rollout {number + 1} was learned from: {reason}; "
-                    + (f"{kept} is from before" if kept else "there is no checkpoint yet (`save_steps` under `train:`)")
-                )
+            check(self.limits, self.first, figures, number, newest_checkpoint(self.folder))
         self._order = self._slots_of(self.rollout)
 
     def _drawn(self, number: int) -> list[tuple[int, Episode, Prompt]]:
@@ -194,7 +185,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         if isinstance(self.reference, str):
             policy = self.accelerator.unwrap_model(self.model).policy
             with policy.disable_adapter():
-                return self.model_wrapped(batch.input_ids, batch.attention_mask, batch.labels).log_probs  # type: ignore[no-any-return]
+                return self.model_wrapped(  # type: ignore[no-any-return]
+                    batch.input_ids, batch.attention_mask, batch.labels, valued=False
+                ).log_probs
         assert self.reference is not None
         with self.accelerator.autocast():
             return self.reference(  # type: ignore[no-any-return]
@@ -227,18 +220,20 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         )
         kl = float(rollout.kl(args.kl_estimator))
         reward = fmean(each.score for each in learned if each.score is not None)
+        unfinished = fmean(not each.finished for each in learned)
         names = dict.fromkeys(name for each in learned for name in each.scores)
+        explained = rollout.explained_variance()
         gaps = [(torch.tensor(each.sampled_log_probs) - each.log_probs).abs().mean() for each in learned]
         figures = {
             "reward": reward,
             **{f"reward/{name}": fmean(each.scores[name] for each in learned) for name in names},
-            "objective": reward - self.kl_coef * kl,
+            "objective": reward - self.kl_coef * kl - args.missing_eos_penalty * unfinished,
             "kl": kl,
             "kl/coefficient": self.kl_coef,
             "length": fmean(len(each.token_ids) for each in learned),
-            "unfinished": fmean(not each.finished for each in learned),
+            "unfinished": unfinished,
             "repetition": fmean(repetition(each.token_ids) for each in learned),
-            "value/explained_variance": rollout.explained_variance(),
+            **({} if explained is None else {"value/explained_variance": explained}),
             "failed": float(len(rollout.episodes) - len(learned)),
             "sampler_gap": float(torch.stack(gaps).mean()),
         }
@@ -262,10 +257,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                     "scores": each.scores,
                     "kl": float((each.log_probs - each.ref_log_probs).sum()),
                 }
-                for each in self.rollout.episodes[:SHOWN]
+                for each in self.rollout.episodes
             ]
-            with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
-                file.writelines(row_lines(rows))
+            write_samples(self.folder, rows)
 
     # What happens once a step.
 
@@ -316,7 +310,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         learned = torch.tensor([each.score is not None for each in episodes], device=args.device)
         mask = batch.mask & learned[:, None]
         policy = losses.clipped_policy(now.log_probs, old_log_probs, advantages, args.cliprange)
-        value = losses.clipped_value(now.values, old_values, returns, args.cliprange_value)
+        value_clip = math.inf if args.cliprange_value is None else args.cliprange_value
+        value = losses.clipped_value(now.values, old_values, returns, value_clip)
         per_token = (policy + args.vf_coef * value).masked_fill(~mask, 0.0)
         with torch.no_grad():
             moved = (now.log_probs - old_log_probs).exp() - 1
@@ -327,11 +322,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                     "policy/approx_kl": losses.kl_estimate(old_log_probs, now.log_probs, "k3"),
                     "policy/entropy": now.entropy,
                     "value/loss": value,
-                    "value/clip_fraction": ((now.values - old_values).abs() > args.cliprange_value).float(),
+                    "value/clip_fraction": ((now.values - old_values).abs() > value_clip).float(),
                 },
                 mask,
             )
-            self.state.num_input_tokens_seen += sum(each.length for each in episodes)
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(batch.attention_mask.sum(), "sum"))
         # Gradients are averaged over the ranks; the tokens are all of them.
         return per_token.sum() / num_items_in_batch * self.accelerator.num_processes
 

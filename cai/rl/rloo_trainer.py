@@ -7,7 +7,8 @@ the whole response as one action and clips its probability's ratio.
 What is different here: a copy of the policy draws (`cai.rl.sampler`) and its token ids are learned from as they
 are; rewards are `cai.rl.rewards`, and a response that has none takes no part in its prompt's baseline; the reference is
 the one that the stage gives, or the policy without its adapter; rows of similar length are read together, without the
-padding that the longest of all would cost; every response's randomness is its own. What is still to be learned from
+padding that the longest of all would cost; every response's randomness is its own; and `cai.rl.watch` looks at each
+rollout, held against the first step that was logged. What is still to be learned from
 the last rollouts lies in the checkpoint, so that a resumed run goes on with them. TRL's private names used here are
 held by tests/test_trainers.py.
 """
@@ -32,7 +33,9 @@ from cai.records import Prompt, stable_seed
 from cai.rl.prompts import PromptSteps
 from cai.rl.rewards import Response, Rewards
 from cai.rl.sampler import Sampler
+from cai.rl.watch import SAMPLES, Limits, check, repetition, write_samples
 from cai.trainers import Epochs, Quiet, language_model
+from cai.training import keep_rows, newest_checkpoint, without_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +51,9 @@ NAMES = {
     "frac_reward_zero_std": "reward/equal",
 }
 """TRL's names of what is logged to this package's; others stay, or are not logged."""
-KEPT = ("reward", "kl", "entropy", "failed", "aux_loss")
+KEPT = ("reward", "kl", "entropy", "repetition", "failed", "aux_loss")
+WATCHED = ("reward", "kl", "length", "unfinished", "repetition")
+"""What `cai.rl.watch` looks at."""
 
 
 class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
@@ -56,15 +61,17 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
 
     def __init__(
         self, *, prompts: Mapping[str, Prompt], rewards: Rewards, sampler: Sampler,
-        reference: PreTrainedModel | None, end_ids: Sequence[int], args: Any, **more: Any,
+        reference: PreTrainedModel | None, end_ids: Sequence[int], folder: Path, limits: Limits, args: Any, **more: Any,
     ) -> None:  # fmt: skip
         self.prompts, self.rewards, self.sampler = prompts, rewards, sampler
+        self.folder, self.limits = folder, limits
         beta = args.beta
         args.beta = 0.0  # else TRL loads a reference by the model's name, which says nothing about merged adapters
         functions = [_named(name) for name in rewards.names]
         super().__init__(reward_funcs=functions, args=args, **more)
         args.beta = self.beta = beta
         self.eos_token_ids = sorted(end_ids)
+        without_dropout(self.model)
         add_lm_head(language_model(self, self.model), entropy=True, temperature=self.temperature)
         if beta and reference is not None:
             add_fused_lm_head(reference, temperature=self.temperature)
@@ -108,20 +115,25 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
             if isinstance(completion, Failure):
                 raise StageFailed(f"a response could not be drawn: {completion.reason}")
             drawn.append(completion)
+        self.sampler.release()
         return drawn
 
     def _count(self, responses: Sequence[Response]) -> None:
-        """Tokens seen, and lengths, over all ranks."""
+        """Tokens seen, lengths and what repeats itself, over all ranks."""
         counts = torch.tensor(
-            [[len(each.prompt_ids), len(each.token_ids), not each.finished] for each in responses],
+            [
+                [len(each.prompt_ids), len(each.token_ids), not each.finished, repetition(each.token_ids)]
+                for each in responses
+            ],
             device=self.accelerator.device,
         )
-        prompt, response, unfinished = self.accelerator.gather(counts).T.float()
+        prompt, response, unfinished, repeated = self.accelerator.gather(counts).T
         self.state.num_input_tokens_seen += int(prompt.sum() + response.sum())
         metrics = self._metrics["train"]
         metrics["completions/mean_length"].append(float(response.mean()))
         metrics["completions/max_length"].append(float(response.max()))
         metrics["completions/clipped_ratio"].append(float(unfinished.mean()))
+        metrics["repetition"].append(float(repeated.mean()))
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Sequence[Response], completion_ids_list: Any
@@ -130,6 +142,19 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
         scores = self.rewards.scores(completions)
         nothing = dict.fromkeys(self.rewards.names, float("nan"))
         rows = [nothing if isinstance(each, Failure) else each for each in scores]
+        if self.is_world_process_zero():
+            shown = [
+                {
+                    "rollout": self._rollout,
+                    "prompt_id": each.prompt["id"],
+                    "response": each.text,
+                    "finished": each.finished,
+                    "score": None if isinstance(given, Failure) else self.rewards.total(given),
+                    "scores": {} if isinstance(given, Failure) else given,
+                }
+                for each, given in zip(completions, scores, strict=True)
+            ]
+            write_samples(self.folder, shown)
         table = torch.tensor([[row[name] for name in self.rewards.names] for row in rows])
         gathered: Tensor = self.accelerator.gather(table.to(self.accelerator.device))
         self._metrics["train"]["failed"].append(float(gathered.isnan().all(dim=1).sum()))
@@ -165,10 +190,25 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
         passes = self.args.steps_per_generation * self.num_iterations
         if self._step % passes == 0 or self._buffered_inputs is None:
             rollouts = self._generate_and_score_completions(generation_batch)
+            self._look()
             self._buffered_inputs: list[dict[str, Tensor]] | None = in_parts(rollouts, self.args.steps_per_generation)
         assert self._buffered_inputs is not None
         part: dict[str, Tensor] = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return part
+
+    @property
+    def _rollout(self) -> int:
+        """The number of the one that this step learns from, from 0."""
+        return int(self.state.global_step // self.num_iterations)
+
+    def _look(self) -> None:
+        """Raises StageFailed where the figures of the responses drawn last forbid to learn from them."""
+        metrics = self._metrics["train"]
+        logged = {name: NAMES.get(name, name) for name in metrics}
+        now = {logged[name]: metrics[name][-1] for name in metrics if logged[name] in WATCHED}
+        now["kl"] = now["kl"] * now["length"] if self.beta else 0.0
+        history = self.state.log_history
+        check(self.limits, history[0] if history else now, now, self._rollout, newest_checkpoint(self.folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -183,9 +223,18 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once training stands where the checkpoint was written."""
         super()._load_rng_state(checkpoint)
+        if self.is_world_process_zero():
+            keep_rows(self.folder / SAMPLES, lambda row: row["rollout"] * self.num_iterations < self.state.global_step)
         if checkpoint is None:
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        before, now = len(list(Path(checkpoint).glob(ROLLOUTS.format("*")))), self.accelerator.num_processes
+        if before not in {0, now}:
+            raise StageFailed(
+                f"{Path(checkpoint).name} lies between two passes over responses that {before} processes share, and "
+                f"cannot be gone on from by {now}: use a profile with as many as before, or start the stage again with "
+                f"`--from`"
+            )
         if (path := self._rollouts(checkpoint)).is_file():
             parts: list[dict[str, Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
             for name, tensor in load_file(path, device=str(self.accelerator.device)).items():

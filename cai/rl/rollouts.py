@@ -137,11 +137,12 @@ class Rollout:
             if each.score is None:
                 each.advantages = each.returns = torch.zeros(len(each.token_ids))
 
-    def explained_variance(self) -> float:
-        """Share of the returns' variance that the values at the rollout explain, at most 1."""
+    def explained_variance(self) -> float | None:
+        """Share of the returns' variance that the values at the rollout explain, None where they are equal."""
         returns = torch.cat([each.returns for each in self.learned])
         errors = returns - torch.cat([each.values for each in self.learned])
-        return float(1 - errors.var() / returns.var().clamp(min=1e-12))
+        variance = float(returns.var(correction=0))
+        return 1 - float(errors.var(correction=0)) / variance if variance > 1e-12 else None
 
     def save(self, folder: Path, more: Mapping[str, float]) -> None:
         """Writes the buffer, and numbers to go on with, into a checkpoint's folder."""

@@ -2,15 +2,25 @@
 
 A proxy that is optimised too far is known by its reward going up while responses grow, repeat themselves or do not end
 (Gao et al. 2023, arXiv 2210.10760, for what happens; the signs are those that a person looks for). Each rollout is held
-against the first one, before anything is learned from it.
+against the first one, before anything is learned from it, and some of its responses are written down for that person.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from cai.errors import StageFailed
+from cai.records import row_lines
+
+SAMPLES = "samples.jsonl"
+"""Some responses of each rollout, with their scores."""
+SHOWN = 8
+"""Responses of a rollout that are written there."""
 
 
 class Limits(BaseModel):
@@ -54,3 +64,19 @@ def reason_to_stop(limits: Limits, first: Mapping[str, float], now: Mapping[str,
         f"the reward rose from {first['reward']:.2f} to {now['reward']:.2f} while {'; '.join(signs)}: "
         "signs that the reward is exploited (`limits:` says how far they may go)"
     )
+
+
+def check(
+    limits: Limits, first: Mapping[str, float], now: Mapping[str, float], number: int, checkpoint: Path | None
+) -> None:
+    """Raises StageFailed where rollout `number`, from 0, must not be learned from. `checkpoint` is the last one."""
+    if reason := reason_to_stop(limits, first, now):
+        none = "there is no checkpoint yet (`save_steps` under `train:`)"
+        kept = f"{checkpoint} is from before" if checkpoint else none
+        raise StageFailed(f"stopped before rollout {number + 1} was learned from: {reason}; {kept}")
+
+
+def write_samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the first of a rollout's rows to those of earlier ones."""
+    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+        file.writelines(row_lines(rows[:SHOWN]))

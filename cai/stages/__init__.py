@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 from cai.engines import Sampling
 from cai.records import HELD_OUT, Prompt, read_rows, stable_seed
+from cai.rl.watch import Limits
 
 if TYPE_CHECKING:
     from cai.checkpoint import Model
@@ -266,7 +267,9 @@ class ReinforcementConfig(RewardedConfig, TrainingConfig):
     """A stage that trains a policy on its own responses to prompts, by what they are worth.
 
     Prompts that are held out are never responded to. Tokens are drawn from the whole distribution at `temperature`:
-    with top-p or top-k the log-probabilities learned from would be those of another distribution.
+    with top-p or top-k the log-probabilities learned from would be those of another distribution. Nothing drops out at
+    random while the policy learns, a dropout under `lora:` neither: its log-probabilities are held against those at the
+    draw.
     """
 
     gives: ClassVar[Rows] = "policy"
@@ -275,6 +278,7 @@ class ReinforcementConfig(RewardedConfig, TrainingConfig):
     batch_size: int = Field(64, ge=1, description="Responses a step over all devices; the profile splits it.")
     max_new_tokens: int = Field(256, ge=1, description="Tokens at which a response is cut off.")
     temperature: float = Field(1.0, gt=0, description="At which responses are drawn and their probabilities taken.")
+    limits: Limits = Field(Limits.model_validate({}), description="How far the policy may go before the stage stops.")
 
 
 class Progress(Protocol):

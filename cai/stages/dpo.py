@@ -72,16 +72,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     with training.quiet(context):
         args = training.arguments(config, context, max_length=None)
+        model = training.loaded(checkpoint.load_causal_lm, start, context)
         frozen = config.lora is None and not args.precompute_ref_log_probs
         trainer = SoftDPOTrainer(
-            model=training.loaded(checkpoint.load_causal_lm, start, context),
+            model=model,
             ref_model=training.loaded(checkpoint.load_causal_lm, start, context) if frozen else None,
             args=args,
             data_collator=LabelledDPOCollator(pad_token_id=chat.pad_id),
             train_dataset=training.dataset([_ids(pair) for pair in pairs]),
             eval_dataset=training.dataset([_ids(pair) for pair in held_out]) if held_out else None,
             processing_class=chat.tokenizer,
-            peft_config=training.adapter(config.lora, "CAUSAL_LM"),
+            peft_config=training.adapter(config.lora, "CAUSAL_LM", model),
             sft_weight=config.sft_weight,
         )
         figures = training.train(trainer, context)

@@ -16,7 +16,6 @@ from pydantic import Field, model_validator
 
 from cai.engines import Sampling
 from cai.errors import BadInput, StageFailed
-from cai.rl.watch import Limits
 from cai.stages import Context, ReinforcementConfig
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ class Config(ReinforcementConfig):
     critic: str | None = Field(
         None, description="Model or reward stage that a value model starts from; absent = a head on the policy."
     )
-    limits: Limits = Field(Limits.model_validate({}), description="How far the policy may go before the stage stops.")
 
     @model_validator(mode="after")
     def _whole_steps(self) -> Self:
@@ -95,7 +93,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if config.lora is not None:
             from peft import get_peft_model
 
-            policy = get_peft_model(policy, training.adapter(config.lora, "CAUSAL_LM"))
+            policy = get_peft_model(policy, training.adapter(config.lora, "CAUSAL_LM", policy))
         if config.reference == "start":
             reference = "adapter off" if config.lora is not None else _frozen(start, context, config.temperature)
         critic = None
@@ -125,7 +123,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         curves(context.folder, {"reward": {f"reward/{name}": name for name in rewards.names}, **PANELS})
     rollouts = [entry for entry in training.read_metrics(context.folder) if "reward" in entry]
-    shown = {name: {"first": rollouts[0][name], "last": rollouts[-1][name]} for name in SHOWN}
+    shown = {name: {"first": rollouts[0].get(name), "last": rollouts[-1].get(name)} for name in SHOWN}
     counts = {"prompts": len(prompts), "left_out": +left_out, "rollouts": len(rollouts)}
     return {"training": {config.id: {**figures, **counts, **shown}}}
 

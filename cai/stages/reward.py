@@ -65,13 +65,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     with training.quiet(context):
         args = training.arguments(config, context, max_length=None)
+        model = training.loaded(checkpoint.load_sequence_classifier, start, context)
         trainer = SoftRewardTrainer(
-            model=training.loaded(checkpoint.load_sequence_classifier, start, context),
+            model=model,
             args=args,
             data_collator=LabelledRewardCollator(pad_token_id=chat.pad_id),
             train_dataset=training.dataset([_ids(pair) for pair in learned]),
             processing_class=chat.tokenizer,
-            peft_config=training.adapter(config.lora, "SEQ_CLS", trained_whole=("score",)),
+            peft_config=training.adapter(config.lora, "SEQ_CLS", model, trained_whole=("score",)),
         )
         figures = training.train(trainer, context)
         read = [pair.prompt_ids + ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]

@@ -7,8 +7,9 @@ are trained, the model with its adapter off where `lora:` is. Responses are draw
 `engine: vllm`, else in this process (`cai.rl.sampler`).
 
 Logged at each step: reward by source and its spread, the share of prompts whose responses are all worth the same, KL
-from the reference (nats a response), entropy, lengths, the share cut off, the share of responses whose probability was
-clipped, and how many had no reward.
+from the reference (nats a response), entropy, lengths, the share cut off and of what repeats itself, the share of
+responses whose probability was clipped, and how many had no reward. As with PPO the stage stops before it learns from
+responses that went past its `limits`, and `samples.jsonl` has some of each step's.
 
 Left out: several optimizer steps from one batch of responses other than by passing over all of it again
 (`train: {num_iterations}`), and advantages by token.
@@ -28,7 +29,7 @@ PANELS = {
     "KL from the reference, nats a response": {"kl": "KL"},
     "entropy, nats a token": {"entropy": "entropy"},
     "tokens of a response": {"length": "mean", "length/max": "longest"},
-    "share of responses": {"unfinished": "cut off", "clip_fraction": "clipped"},
+    "share of responses": {"unfinished": "cut off", "repetition": "runs that repeat", "clip_fraction": "clipped"},
 }
 """What the stage's picture shows, beside each source's reward."""
 
@@ -91,20 +92,22 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
                 reward_weights=[each.weight for each in config.rewards],
-                disable_dropout=True,
             )
+            model = training.loaded(checkpoint.load_causal_lm, start, context)
             frozen = config.lora is None and args.beta != 0
             trainer = LeaveOneOutTrainer(
-                model=training.loaded(checkpoint.load_causal_lm, start, context),
+                model=model,
                 reference=training.loaded(checkpoint.load_causal_lm, start, context) if frozen else None,
                 sampler=sampler,
                 rewards=rewards,
                 prompts={prompt["id"]: prompt for prompt in prompts},
                 end_ids=sorted(chat.end_ids),
+                folder=context.folder,
+                limits=config.limits,
                 args=args,
                 train_dataset=training.dataset([{"prompt": prompt["id"]} for prompt in prompts]),
                 processing_class=chat.tokenizer,
-                peft_config=training.adapter(config.lora, "CAUSAL_LM"),
+                peft_config=training.adapter(config.lora, "CAUSAL_LM", model),
             )
             figures = training.train(trainer, context)
             facts = {"kind": config.kind, "prompts": len(prompts)}

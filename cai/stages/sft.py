@@ -65,12 +65,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     with training.quiet(context):
         args = training.arguments(config, context, max_length=None)
+        model = training.loaded(checkpoint.load_causal_lm, start, context)
         trainer = SupervisedTrainer(
-            model=training.loaded(checkpoint.load_causal_lm, start, context),
+            model=model,
             args=args,
             train_dataset=training.dataset(examples),
             processing_class=chat.tokenizer,
-            peft_config=training.adapter(config.lora, "CAUSAL_LM"),
+            peft_config=training.adapter(config.lora, "CAUSAL_LM", model),
         )
         figures = training.train(trainer, context)
         training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(examples)})

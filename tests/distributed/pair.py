@@ -150,7 +150,7 @@ def _train(
 def reinforced(
     kind: str, home: Path, start: Any, profile: Any, progress: Any, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """The figures of a stage that learns from its own responses, rewarded for being short."""
+    """The figures of a stage that learns from its own responses, rewarded for being short; `tokens` by its progress."""
     import training_stages
 
     (home.parent / "rewards.py").write_text(
@@ -158,7 +158,10 @@ def reinforced(
     )
     prompts = [training_stages.asked(number) for number in range(12)]
     rewards = [{"function": "rewards.py:brevity"}]
-    return training_stages.reinforce(kind, home, prompts, start, rewards, profile=profile, progress=progress, **config)
+    figures = training_stages.reinforce(
+        kind, home, prompts, start, rewards, profile=profile, progress=progress, **config
+    )
+    return {**figures, "tokens": progress.tokens}
 
 
 @contextlib.contextmanager

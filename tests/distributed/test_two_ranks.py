@@ -99,14 +99,15 @@ def test_ppo_on_two_ranks_draws_and_learns_what_it_does_on_one(
     config = {"rollouts": 3, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}, **more}
     start = tiny("llama")
     (tmp_path / "one").mkdir()
-    reinforced("ppo", tmp_path / "one", start, CPU, Steps(), config)
+    tokens = reinforced("ppo", tmp_path / "one", start, CPU, Steps(), config)["tokens"]
     one, weights = metrics(tmp_path / "one"), tensors(tmp_path / "one")
     assert len(one) == 12
     for profile in LAUNCHED if "critic" not in more else LAUNCHED[-1:]:
         folder = tmp_path / profile
         folder.mkdir()
-        for answer in pair.run(profile, kind="ppo", folder=str(folder), model=start.path, config=config):
-            assert answer.keys() == {"figures"}, answer
+        answers = pair.run(profile, kind="ppo", folder=str(folder), model=start.path, config=config)
+        assert all(answer.keys() == {"figures"} for answer in answers), answers
+        assert answers[0]["figures"]["tokens"] == tokens  # of both ranks
         for mine, theirs in zip(metrics(folder), one, strict=True):
             assert mine.keys() == theirs.keys()
             for name in mine.keys() - {"grad_norm"}:  # the policy's ratio among them
@@ -154,6 +155,22 @@ def test_rloo_on_two_ranks_draws_and_learns_what_it_does_on_one(
         assert [answer.get("error") for answer in answers] == ["Terminated" if stop else None] * 2, answers
     for mine, theirs in zip(metrics(folder), metrics(tmp_path / "cpu-2-ranks"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-6)
+
+
+def test_rloo_stopped_between_passes_over_responses_is_refused_on_another_number_of_ranks(
+    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    config = {"n": 2, "train": {"learning_rate": 1e-3, "save_strategy": "no", "num_iterations": 2}}
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    pair.run("cpu-2-ranks", kind="rloo", folder=str(folder), model=tiny("llama").path, config=config, stop_at=3)
+    (folder / stopping.STOP).unlink()
+    with pytest.raises(StageFailed) as alone:
+        reinforced("rloo", folder, tiny("llama"), CPU, Steps(), config)
+    assert str(alone.value) == (
+        "checkpoint-3 lies between two passes over responses that 2 processes share, and cannot be gone on from by 1: "
+        "use a profile with as many as before, or start the stage again with `--from`"
+    )
 
 
 @pytest.mark.parametrize("more", [{}, ADAPTER], ids=["full", "lora"])

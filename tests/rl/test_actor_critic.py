@@ -27,8 +27,9 @@ def batch(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, mask, labels
 
 
-def with_lora(policy: object) -> object:
-    adapted = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+def with_lora(policy: object, dropout: float = 0.0) -> object:
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM")
+    adapted = get_peft_model(policy, config)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -54,6 +55,35 @@ def test_log_probabilities_and_entropy_are_those_of_the_whole_softmax(
     assert torch.allclose(said.entropy, torch.special.entr(wanted.exp()).sum(dim=-1) * drawn, atol=1e-4)
     assert not said.values.any()  # the head begins at zero
     assert said.values.shape == (3, 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_nothing_drops_out_while_it_trains(family: str, tiny: Callable[..., Model]) -> None:
+    policy, critic = load_causal_lm(tiny(family)), load_sequence_classifier(tiny(family))
+    for module in (*policy.modules(), *critic.modules()):
+        if hasattr(module, "attention_dropout"):  # a probability that attention takes as an argument
+            module.attention_dropout = 0.5
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    policy = with_lora(policy.requires_grad_(True), dropout=0.5)
+    plain = policy(batch()[0]).logits
+    assert not torch.equal(policy.train()(batch()[0]).logits, plain)  # it would
+    model = ActorCritic(policy, critic).train()
+    one, other = model(*batch()), model(*batch())
+    assert torch.equal(one.log_probs, other.log_probs)
+    assert torch.equal(one.values, other.values)
+    assert torch.equal(one.log_probs, model.eval()(*batch()).log_probs)
+
+
+def test_what_is_not_valued_asks_no_value_function(tiny: Callable[..., Model]) -> None:
+    model = ActorCritic(load_causal_lm(tiny("llama")), load_sequence_classifier(tiny("llama")))
+    asked: list[object] = []
+    for module in (model.critic, model.critic.base_model):
+        module.register_forward_hook(lambda *each: asked.append(each))
+    said = model(*batch(), valued=False)
+    assert asked == []
+    assert torch.equal(said.log_probs, model(*batch()).log_probs)
+    assert len(asked) == 1
 
 
 def test_a_critic_values_each_token_and_shares_nothing_with_the_policy(tiny: Callable[..., Model]) -> None:

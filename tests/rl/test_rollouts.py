@@ -80,6 +80,13 @@ def test_the_explained_variance_is_one_for_values_that_are_right_and_nothing_for
     assert constant.explained_variance() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("episodes", [[episode(1)], [episode(3, value=0.2), episode(2, value=0.7)]])
+def test_where_all_returns_are_equal_there_is_no_variance_to_explain(episodes: list[Episode]) -> None:
+    rollout = estimated(episodes)
+    assert rollout.explained_variance() is None
+    assert all(each.advantages.isfinite().all() for each in rollout.episodes)
+
+
 def test_a_rollout_comes_back_from_disk_to_the_last_bit(tmp_path: Path) -> None:
     rollout = estimated([episode(3), episode(4, score=None), episode(1, finished=False)], kl_coefficient=0.3)
     rollout.episodes[1].text = "\u2603" * 40_000_000  # a safetensors header has no room for as much

@@ -58,7 +58,9 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
-@pytest.mark.parametrize("more", [{}, {"lora": {"rank": 4}}, {"critic": ""}, {"train": {"kl_target": 0.01}}])
+@pytest.mark.parametrize(
+    "more", [{}, {"lora": {"rank": 4}}, {"critic": ""}, {"train": {"kl_target": 0.01}}, {"train": {"logging_steps": 5}}]
+)
 def test_killed_anywhere_it_ends_with_the_bytes_of_an_undisturbed_run(
     more: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
@@ -183,6 +185,16 @@ def test_a_critic_that_reads_other_ids_is_refused(tmp_path: Path, tiny: Callable
     context = context_of(tmp_path / "stage", tiny("llama"), models={"": tiny("llama"), "other": tiny("qwen2")})
     with pytest.raises(BadInput, match="the critic 'other' reads other token ids than the policy"):
         ppo(tmp_path / "stage", tiny("llama"), context=context, critic="other")
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "lm_head"], r".*(lm_head|v_proj)"])
+def test_an_adapter_on_the_language_model_head_is_refused(
+    modules: Any, tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    with pytest.raises(
+        BadInput, match="names 'lm_head', the language-model head or tied to it, which takes no adapter"
+    ):
+        ppo(tmp_path / "stage", tiny("llama"), lora={"rank": 4, "target_modules": modules})
 
 
 def test_a_horizon_shorter_than_a_rollout_is_refused() -> None:

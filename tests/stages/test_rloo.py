@@ -103,6 +103,23 @@ def test_ids_are_learned_from_as_they_were_drawn_by_the_policy_as_it_is(
         assert [other[ids] for ids in one] == pytest.approx(list(one.values()), abs=2e-3)
 
 
+def test_while_it_learns_the_copy_that_draws_has_given_its_memory_back(
+    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai.rl.rloo_trainer import LeaveOneOutTrainer
+
+    held: list[int] = []
+    loss = LeaveOneOutTrainer.compute_loss
+
+    def spy(self: Any, *args: Any, **more: Any) -> Any:
+        held.append(sum(each.numel() for each in self.sampler.copy.parameters()))
+        return loss(self, *args, **more)
+
+    monkeypatch.setattr(LeaveOneOutTrainer, "compute_loss", spy)
+    reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), SHORT)
+    assert held == [0, 0, 0, 0]
+
+
 def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     measured = []
     for micro_batch in (2, 8):
@@ -190,9 +207,27 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
         figures = reinforce("rloo", folder, prompts, tiny("llama"), SHORT, progress=steps, **settings)
         assert steps.notes == ([] if resumes is None else [f"resuming from checkpoint-{resumes}"])
         weights = "adapter_model.safetensors" if more else "model.safetensors"
-        for name in (f"model/{weights}", "metrics.jsonl"):
+        for name in (f"model/{weights}", "metrics.jsonl", "samples.jsonl"):
             assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
         assert figures == undisturbed
+
+
+def test_limits_stop_it_before_it_learns_from_what_went_too_far(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    train = {"num_train_epochs": 4, "learning_rate": 3e-3, "save_steps": 1}
+    with pytest.raises(
+        StageFailed, match=r"stopped before rollout 2 .* nats a response, above .*checkpoint-1 is from be"
+    ):
+        reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), SHORT, train=train,
+                  limits={"kl": 1e-4})  # fmt: skip
+    assert len(metrics(tmp_path / "stage")) == 1
+
+
+def test_some_responses_of_each_step_are_written_down(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), SHORT, batch_size=16)
+    samples = [json.loads(line) for line in (tmp_path / "stage" / "samples.jsonl").read_text().splitlines()]
+    assert [each["rollout"] for each in samples] == [0] * 8
+    assert all(each["score"] == each["scores"]["short"] == -len(each["response"]) / 10 for each in samples)
+    assert "repetition" in metrics(tmp_path / "stage")[0]
 
 
 def test_settings_that_the_stage_decides_or_that_do_not_fit_are_refused() -> None:
