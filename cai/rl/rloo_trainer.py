@@ -220,11 +220,16 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
             }
             save_file(tensors, self._rollouts(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"))
 
+    def train(self, resume_from_checkpoint: str | None = None, **more: Any) -> Any:
+        """Trains. Samples that a killed run wrote after the checkpoint are written again."""
+        if self.is_world_process_zero():
+            done = int(resume_from_checkpoint.rpartition("-")[2]) if resume_from_checkpoint else 0
+            keep_rows(self.folder / SAMPLES, lambda row: row["rollout"] * self.num_iterations < done)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once training stands where the checkpoint was written."""
         super()._load_rng_state(checkpoint)
-        if self.is_world_process_zero():
-            keep_rows(self.folder / SAMPLES, lambda row: row["rollout"] * self.num_iterations < self.state.global_step)
         if checkpoint is None:
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
