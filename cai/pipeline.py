@@ -147,7 +147,7 @@ def run_stage_in_child(
 
 
 def _selected(recipe: Recipe, options: Options, profile: Profile) -> list[StageConfig]:
-    """The stages up to the last one wanted. Raises BadInput where the profile cannot run one of them."""
+    """The stages up to the last one wanted. Raises BadInput where the profile cannot train one."""
     ids = list(recipe.stages)
     for option, name in (("--until", options.until), ("--from", options.redo_from)):
         if name is not None and name not in ids:

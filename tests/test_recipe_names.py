@@ -18,6 +18,7 @@ from cai.errors import BadInput
 from cai.plan import Planner
 from cai.recipe import load_recipe, needs
 from cai.runs import Finished
+from cai.shipped import shipped
 from cai.stages import STAGES, ReinforcementConfig
 
 NAMES = [
@@ -204,12 +205,12 @@ def test_a_dry_run_refuses_a_batch_that_processes_cannot_share(recipe):
 
 def test_a_judge_as_a_reward_that_every_process_would_start_vllm_for_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["run", "rlaif-direct", "--on", "8gpu-vllm-tp", "--dry-run"]
+    for file in ("accelerate/8gpu-zero3.yaml", "8gpu-vllm-tp.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text((shipped("configs") / file).read_text().replace("parallel: 8", "parallel: 1"))
+    arguments = ["run", "rlaif-direct", "--on", "8gpu-vllm-tp.yaml", "--dry-run"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
-    assert (
-        "stage 'policy': each of the 8 processes of profile '8gpu-vllm-tp' would start vLLM for the judge"
-        in result.stderr
-    )
+    assert "stage 'policy': each of the 8 processes of profile '8gpu-vllm-tp' would start vLLM for" in result.stderr
     served = [*arguments, "--set", "stages.policy.rewards.0.judge=served:judge"]
-    assert "would start vLLM" not in CliRunner().invoke(main, served).stderr
+    assert CliRunner().invoke(main, served).exit_code == 0
