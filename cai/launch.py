@@ -90,7 +90,8 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
         spec = replace(spec, port=_free_port())
     ranks = _ranks(profile, config)
     if profile.forks and ranks > 1:
-        threads = profile.threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = profile.threads or max(1, cores // ranks)
         spec = replace(spec, profile=spec.profile | {"threads": threads})
     write_json(folder / "spec.json", asdict(spec))
     children: list[Child] = []
