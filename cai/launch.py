@@ -54,6 +54,9 @@ SILENCE = 120.0
 LIBRARIES = ("cai.training", "cai.trainers", "cai.engines.decoding", "cai.engines.scoring")
 """What forked processes have imported before they begin: whatever is slow to import."""
 
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""What says which of several processes one is: a stage's own are told here, whoever started `cai run`."""
+
 _ROOT_CAUSE = re.compile(
     r"Root Cause \(first observed failure\):.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+)", re.S
 )
@@ -98,7 +101,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
     with (folder / "log.txt").open("wb") as log:
         try:
             for command, environment in _commands(profile, config, str(folder / "spec.json"), ranks):
-                env = os.environ | environment
+                env = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK} | environment
                 if profile.forks:
                     child: Child = Fork(command[-1], env, folder / "log.txt")
                 else:
@@ -238,9 +241,11 @@ def _stop(children: list[Child]) -> None:
 
 def _signal(child: Child, number: int) -> None:
     """Sends a signal to a child and to all that it has started."""
-    for send in (os.killpg, os.kill):  # a fork that has only begun leads no group yet
-        with contextlib.suppress(ProcessLookupError):
-            send(child.pid, number)
+    try:
+        os.killpg(child.pid, number)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):  # a fork that has only begun leads no group yet
+            os.kill(child.pid, number)
 
 
 def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:

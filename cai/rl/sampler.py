@@ -169,7 +169,7 @@ class VllmSampler:
         logits = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
         behind = logits[len(said.prompt_ids) - 1 : -1].float().log_softmax(dim=-1)
         ours = behind.gather(-1, ids[0, len(said.prompt_ids) :, None])[:, 0].cpu()
-        if (gap := float((ours - torch.tensor(said.log_probs)).abs().mean())) > _AGREE:
+        if not (gap := float((ours - torch.tensor(said.log_probs)).abs().mean())) <= _AGREE:  # nor if it is no number
             raise StageFailed(
                 f"vLLM did not take over the weights of the policy, a {policy.config.model_type} model: its "
                 f"log-probabilities are {gap:.2g} nats from the policy's, expected {_AGREE:g} or less; draw with "
