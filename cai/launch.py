@@ -11,7 +11,7 @@ started here: they need nothing of each other but the stage's folder (`cai.journ
 add seconds to each stage. All others run in one.
 
 Where a profile for a CPU has `feedback_processes`, every stage's processes are forked from one that has imported the
-libraries and done nothing else, so that no stage waits for imports.
+libraries and done nothing else, so that no stage after the first waits for imports.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ ALIVE = "alive"
 SILENCE = 120.0
 """Seconds without a new word in it after which such a child ends."""
 
-LIBRARIES = ("cai.training", "cai.trainers", "cai.engines.decoding", "cai.engines.scoring")
-"""What forked processes have imported before they begin: whatever is slow to import."""
+LIBRARIES = ("cai.own_session", "cai.training", "cai.trainers", "cai.engines.decoding", "cai.engines.scoring")
+"""What forked processes have imported before they begin: whatever is slow to import, behind what keeps signals off."""
 
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 """What says which of several processes one is: a stage's own are told here, whoever started `cai run`."""

@@ -216,8 +216,10 @@ def load_profile(name: str | None = None) -> Profile:
             ("processes",),
             f"found {profile.processes}, expected 1 or an `accelerate:` file that says how to start them",
         )
-    if profile.forks and (profile.processes > 1 or profile.accelerate is not None or profile.device != "cpu"):
-        raise fail(document, ("feedback_processes",), "expected `device: cpu`, without `processes:` and `accelerate:`")
+    elsewhere = profile.device != "cpu" or profile.engine != "local"
+    if profile.forks and (elsewhere or profile.processes > 1 or profile.accelerate is not None):
+        expected = "expected `device: cpu` and `engine: local`, without `processes:` and `accelerate:`"
+        raise fail(document, ("feedback_processes",), expected)
     if profile.processes % profile.nodes:
         raise fail(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
     if (profile.nodes > 1) != bool(profile.launcher):

@@ -3,7 +3,8 @@
 A trainer's checkpoints lie in the stage's folder until its model does. Killed anywhere, a stage goes on from its newest
 complete checkpoint, or from its start where there is none, and on one CPU process ends with the same weights, byte for
 byte, and the same `metrics.jsonl` as an undisturbed run; where vLLM draws, but for its rounding in batches. Asked to
-stop (`cai.stopping`), it writes a checkpoint after the step that it is in.
+stop (`cai.stopping`), it writes a checkpoint after the step that it is in, and a line of metrics with it, which between
+two steps that are logged (`logging_steps`) is one more.
 
 Training keeps weights in float32 and computes in the profile's precision (autocast); under DeepSpeed weights are in the
 profile's precision and the optimizer's copies in float32. Under ZeRO-3 a model is parted over the processes while it is

@@ -19,7 +19,7 @@ import toy
 
 from cai import launch, pipeline, runs
 from cai.errors import BadInput, StageFailed
-from cai.files import remove, replacing
+from cai.files import read_json, remove, replacing
 from cai.pipeline import Options, plan_recipe, run_recipe
 from cai.plan import Planner
 from cai.profile import Profile, load_profile
@@ -453,6 +453,10 @@ def test_two_processes_give_the_records_of_one_and_each_item_once(recipe, two_ra
     assert records(recipe.parent / "runs") == records_of(recipe)
     assert launched["texts"] == {"texts": 12, "more": 6}
     assert not list((recipe.parent / "runs").glob("*/journal*"))
+    [spec] = (recipe.parent / "runs").glob("texts-*/process/spec.json")
+    cores = len(os.sched_getaffinity(0))
+    shared = two_ranks.feedback_processes == 2  # by two processes that were forked, no thread more than there are cores
+    assert read_json(spec)["profile"]["threads"] == (max(1, cores // 2) if shared else None)
 
 
 @pytest.mark.parametrize("afterwards", [1, 2, 3])

@@ -245,6 +245,7 @@ def test_accelerate_files_are_ones_that_accelerate_takes(path):
         ("device: tpu", "p.yaml:1:9: device: "),
         ("launcher: [srun]", "p.yaml:1:11: launcher: expected `nodes:` above 1 and a `launcher:` that reaches them"),
         ("feedback_processes: 2", "p.yaml:1:21: feedback_processes: expected `device: cpu`"),
+        ("device: cpu\nengine: vllm\nfeedback_processes: 2", "p.yaml:3:21: feedback_processes: expected `device: cpu`"),
         ("nodes: 2", "p.yaml:1:8: nodes: found 2, which cannot share 1 processes"),
     ],
 )

@@ -15,8 +15,9 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     `num_train_epochs` counts rollouts: one pass of the trainer over its data is `num_ppo_epochs` passes over one.
 
     `cliprange_value` is meant for rewards that differ by about 1. Where they differ by more, values need many rollouts
-    to reach them: raise it in proportion, or switch it off (null), if `value/clip_fraction` stays high. Nothing drops
-    out at random, whatever the model's config or `lora:` says: the ratio to the rollout's policy starts at 1.
+    to reach them: raise it in proportion, or switch it off (null), if `value/clip_fraction` stays high. What torch's
+    dropout modules, `lora:` and probabilities that a module keeps would drop at random stays, so that the ratio to the
+    rollout's policy starts at 1; a model that reads such a probability from its config at each pass keeps dropping.
     """
 
     num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over each rollout."})

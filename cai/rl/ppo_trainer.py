@@ -223,7 +223,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         unfinished = fmean(not each.finished for each in learned)
         names = dict.fromkeys(name for each in learned for name in each.scores)
         explained = rollout.explained_variance()
-        gaps = [(torch.tensor(each.sampled_log_probs) - each.log_probs).abs().mean() for each in learned]
+        gaps: list[Tensor] = []
+        if args.temperature == 1:  # what the engine says it drew with is never divided by another
+            gaps = [(torch.tensor(each.sampled_log_probs) - each.log_probs).abs().mean() for each in learned]
         figures = {
             "reward": reward,
             **{f"reward/{name}": fmean(each.scores[name] for each in learned) for name in names},
@@ -235,7 +237,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             "repetition": fmean(repetition(each.token_ids) for each in learned),
             **({} if explained is None else {"value/explained_variance": explained}),
             "failed": float(len(rollout.episodes) - len(learned)),
-            "sampler_gap": float(torch.stack(gaps).mean()),
+            **({"sampler_gap": float(torch.stack(gaps).mean())} if gaps else {}),
         }
         if args.kl_target is not None:
             error = min(max(kl / args.kl_target - 1, -0.2), 0.2)

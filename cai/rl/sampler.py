@@ -135,7 +135,8 @@ class VllmSampler:
         state = {}
         for name, weight in merged_weights(policy, gather):
             if self._writes:
-                state[name] = weight.detach().to("cpu", self._dtype, copy=True)
+                dtype = self._dtype if weight.is_floating_point() else weight.dtype
+                state[name] = weight.detach().to("cpu", dtype, copy=True)
         if self._writes:
             self._write(policy.get_base_model() if is_peft_model(policy) else policy, state)
         _wait_for_all()

@@ -63,7 +63,7 @@ def command(recipe: Path, profile: str, **environment: str) -> subprocess.Popen[
     return subprocess.Popen(
         [str(Path(sys.executable).with_name("cai")), "run", str(recipe), "--runs", str(recipe.parent), "--on", profile],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(recipe.parent / "site"), **environment},
-        cwd=recipe.parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        cwd=recipe.parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -92,13 +92,15 @@ def processes(recipe: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("profile", ["cpu", ZERO])
+@pytest.mark.parametrize(
+    ("profile", "send"), [("cpu", os.kill), (ZERO, os.kill), ("cpu-2-cores", os.kill), ("cpu-2-cores", os.killpg)]
+)
 def test_sigterm_ends_training_at_a_checkpoint_and_the_next_run_goes_on_as_if_there_had_been_none(
-    profile: str, recipe: Path
+    profile: str, send: Callable[[int, int], None], recipe: Path
 ) -> None:
     child = command(recipe, profile)
     until(lambda: len(metrics(recipe)) >= 2, child)
-    child.send_signal(signal.SIGTERM)
+    send(child.pid, signal.SIGTERM)
     said = child.communicate(timeout=120)[1]
     assert child.returncode == 143, said
     assert said.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
@@ -113,12 +115,12 @@ def test_sigterm_ends_training_at_a_checkpoint_and_the_next_run_goes_on_as_if_th
     said = again.communicate(timeout=120)[1]
     assert again.returncode == 0, said
     assert f"resuming from checkpoint-{step}" in said
-    alone = load_profile("cpu").model_copy(update={"dtype": "auto" if profile == "cpu" else "float32"})
+    alone = load_profile("cpu").model_copy(update={"dtype": "float32" if profile == ZERO else "auto"})
     run_recipe(load_recipe(recipe), alone, recipe.parent / "undisturbed", Options(), PlainDisplay())
     assert len(metrics(recipe)) == 40
     for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-    if profile == "cpu":
+    if profile != ZERO:
         one, other = (runs.latest(recipe.parent / name)["policy"] for name in ("ended", "undisturbed"))
         assert (one / "DONE").read_bytes() == (other / "DONE").read_bytes()
         assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
