@@ -40,6 +40,7 @@ from cai.errors import BadInput, StageFailed, Terminated
 from cai.files import read_json, remove, replacing, write_json
 from cai.records import Preference, canonical_json, row_lines, stable_seed
 from cai.stages import Context, LoRA, TrainingConfig
+from cai.token_trees import each_token_once
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -219,7 +220,8 @@ def train(trainer: Trainer, context: Context) -> dict[str, Any]:
         context.progress.note(f"resuming from {resume.name}")
     elif trainer.is_world_process_zero():
         remove(context.folder / CHECKPOINTS)
-    with float32_attention(trainer.args.device):
+    learners = [trainer.model, getattr(trainer, "ref_model", None)]
+    with float32_attention(trainer.args.device), each_token_once(each for each in learners if each is not None):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
     if recorder.stopped:

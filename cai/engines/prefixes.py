@@ -317,7 +317,7 @@ def forward(
     assert head is not None
     hook = head.register_forward_pre_hook(only_wanted)
     try:
-        with _attending(model, attend):
+        with attending(model, attend):
             logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     finally:
         hook.remove()
@@ -325,7 +325,7 @@ def forward(
 
 
 @contextlib.contextmanager
-def _attending(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
+def attending(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
     """Within, `attend` is the model's attention."""
     before, token = model.config._attn_implementation, _ATTEND.set(attend)
     model.config._attn_implementation = _NAME
@@ -359,16 +359,8 @@ AttentionInterface.register(_NAME, _attention)
 
 def can_share(model: PreTrainedModel) -> str | None:
     """Why this model has to read each row whole, or None: then `read` gives what a plain forward pass does."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds - {"full_attention"}:
-        return f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}"
-    if not kinds and (window := _window(config)):
-        return f"its attention reaches back {window} tokens, which what is shared would outgrow"
-    if (rope := _rope_type(config)) in {"dynamic", "longrope"}:
-        return f"its rotary positions ({rope}) depend on the longest row of a pass"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return "its forward pass takes no positions"
+    if reason := not_plainly_causal(model):
+        return reason
     shared, branches = [1 + (7 * n) % 50 for n in range(12)], [[9, 4, 7, 8], [2, 30, 11], [17, 6, 40, 21, 13]]
     trunks = [shared, shared[::-1][:7]]
     owners = [0, 0, 1]
@@ -391,6 +383,21 @@ def can_share(model: PreTrainedModel) -> str | None:
     # In float32 the two agree to rounding; in bfloat16 to far less than what a wrong prefix would change.
     if not differ <= max(1e-3, 0.2 * other):
         return f"attention to shared prefixes changes its logits by {differ:.2g}"
+    return None
+
+
+def not_plainly_causal(model: PreTrainedModel) -> str | None:
+    """What keeps tokens from being laid out in another way than as rows, as far as config and signature tell."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention"}:
+        return f"it has layers of the kind {', '.join(sorted(kinds - {'full_attention'}))}"
+    if not kinds and (window := _window(config)):
+        return f"its attention reaches back {window} tokens, which what is shared would outgrow"
+    if (rope := _rope_type(config)) in {"dynamic", "longrope"}:
+        return f"its rotary positions ({rope}) depend on the longest row of a pass"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward pass takes no positions"
     return None
 
 

@@ -224,7 +224,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         names = dict.fromkeys(name for each in learned for name in each.scores)
         explained = rollout.explained_variance()
         gaps: list[Tensor] = []
-        if args.temperature == 1:  # what the engine says it drew with is never divided by another
+        if self.sampling.temperature == 1:  # the engine gives those of the undivided logits
             gaps = [(torch.tensor(each.sampled_log_probs) - each.log_probs).abs().mean() for each in learned]
         figures = {
             "reward": reward,
