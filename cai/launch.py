@@ -10,8 +10,8 @@ stage's folder, which all machines must see under the same path. Feedback stages
 started here: they need nothing of each other but the stage's folder (`cai.journal`), and accelerate's launcher would
 add seconds to each stage. All others run in one.
 
-Where a profile for a CPU has `feedback_processes`, every stage's processes are forked from one that has imported the
-libraries and done nothing else, so that no stage after the first waits for imports.
+Where a profile for a CPU says `fork`, every stage's processes are forked from one that has imported the libraries and
+done nothing else, so that no stage after the first waits for imports; those that train find each other over loopback.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
     if profile.nodes > 1:
         spec = replace(spec, port=_free_port())
     ranks = _ranks(profile, config)
-    if profile.forks and ranks > 1:
+    if profile.fork:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = profile.threads or max(1, cores // ranks)
         spec = replace(spec, profile=spec.profile | {"threads": threads})
@@ -102,7 +102,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
         try:
             for command, environment in _commands(profile, config, str(folder / "spec.json"), ranks):
                 env = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK} | environment
-                if profile.forks:
+                if profile.fork:
                     child: Child = Fork(command[-1], env, folder / "log.txt")
                 else:
                     child = subprocess.Popen(
@@ -167,9 +167,11 @@ def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
 
 def _ranks(profile: Profile, config: StageConfig) -> int:
     """In how many processes a stage runs here that accelerate does not start."""
-    if not isinstance(config, FeedbackConfig) or profile.engine != "local":
+    if isinstance(config, TrainingConfig) and not profile.fork:
+        return 1
+    if isinstance(config, FeedbackConfig) and profile.engine != "local":
         return 1  # a server, or vLLM over all GPUs, is asked by one process
-    return max(profile.processes_here, profile.feedback_processes)
+    return profile.processes_here if isinstance(config, FeedbackConfig | TrainingConfig) else 1
 
 
 def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
@@ -181,7 +183,11 @@ def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> l
     command = [sys.executable, "-m", "cai.launch", spec]
     if ranks == 1:
         return [(command, {})]  # accelerate takes whoever has a LOCAL_RANK for one of several processes
-    return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
+    together = {"WORLD_SIZE": str(ranks)}
+    if isinstance(config, TrainingConfig):
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        together |= {**meeting, "LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+    return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), **together}) for rank in range(ranks)]
 
 
 def _accelerate(profile: Profile, spec: str, *where: str) -> list[str]:

@@ -112,10 +112,10 @@ class Profile(BaseModel):
     accelerate: Path | None = Field(
         None, description="accelerate config file for several processes, relative to the profile; absent = none."
     )
-    feedback_processes: int = Field(
-        1,
-        ge=1,
-        description="Processes of a feedback stage on a CPU, which share its cores; each holds the model.",
+    fork: bool = Field(
+        False,
+        description="Fork the processes of all stages from one that has imported the libraries, instead of starting "
+        "them: on one machine's CPU, whose cores they share; accelerate is not asked.",
     )
     nodes: int = Field(
         1,
@@ -151,12 +151,7 @@ class Profile(BaseModel):
     @property
     def inline(self) -> bool:
         """Whether stages run in the process of `cai run`: one process on a CPU, where starting another costs most."""
-        return self.processes == 1 and self.accelerate is None and not self.uses_gpu and not self.forks
-
-    @property
-    def forks(self) -> bool:
-        """Whether the processes of stages are forked from one that has imported the libraries."""
-        return self.feedback_processes > 1
+        return self.processes == 1 and self.accelerate is None and not self.uses_gpu and not self.fork
 
     def where(self, model: str) -> str:
         """Where a model of the recipe answers, in words."""
@@ -210,16 +205,17 @@ def load_profile(name: str | None = None) -> Profile:
         if not accelerate.is_file():
             raise fail(document, ("accelerate",), f"no such file: {accelerate}")
         profile = profile.model_copy(update={"accelerate": accelerate})
-    elif profile.processes > 1:
+    elif profile.processes > 1 and not profile.fork:
         raise fail(
             document,
             ("processes",),
-            f"found {profile.processes}, expected 1 or an `accelerate:` file that says how to start them",
+            f"found {profile.processes}, expected 1, an `accelerate:` file that says how to start them, or `fork`",
         )
-    elsewhere = profile.device != "cpu" or profile.engine != "local"
-    if profile.forks and (elsewhere or profile.processes > 1 or profile.accelerate is not None):
-        expected = "expected `device: cpu` and `engine: local`, without `processes:` and `accelerate:`"
-        raise fail(document, ("feedback_processes",), expected)
+    elsewhere = profile.device != "cpu" or profile.engine != "local" or profile.nodes > 1
+    if profile.fork and (elsewhere or profile.accelerate is not None):
+        raise fail(
+            document, ("fork",), "expected `device: cpu` and `engine: local`, without `nodes:` and `accelerate:`"
+        )
     if profile.processes % profile.nodes:
         raise fail(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
     if (profile.nodes > 1) != bool(profile.launcher):

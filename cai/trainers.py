@@ -41,10 +41,16 @@ class LengthSortedSteps(Sampler[int]):
 
     Yields every row once. Where processes do not share the last step evenly, accelerate fills it up with rows from the
     epoch's start: these are learned from twice in that epoch, on several processes only.
+
+    The processes take the step's micro-batches in turn. In every other turn these stand in the opposite order, so that
+    no process has the longest ones in all of them.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1, accumulation: int = 1
+    ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.turn, self.micro_batch = batch_size // accumulation, batch_size // accumulation // processes
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -56,7 +62,13 @@ class LengthSortedSteps(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         for start in range(0, len(order), self.batch_size):
-            yield from sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
+            step = sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
+            for number, first in enumerate(range(0, len(step), self.turn)):
+                turn = step[first : first + self.turn]
+                if number % 2 and len(turn) == self.turn:
+                    starts = range(self.turn - self.micro_batch, -1, -self.micro_batch)
+                    turn = [index for at in starts for index in turn[at : at + self.micro_batch]]
+                yield from turn
 
 
 class Epochs(TrainerCallback):  # type: ignore[misc]
@@ -74,8 +86,10 @@ class Quiet:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args  # type: ignore[attr-defined]
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        sampler = LengthSortedSteps(self.train_dataset[LENGTH], step, args.data_seed)  # type: ignore[attr-defined]
+        processes, accumulation = args.world_size, args.gradient_accumulation_steps
+        step = args.train_batch_size * accumulation * processes
+        lengths = self.train_dataset[LENGTH]  # type: ignore[attr-defined]
+        sampler = LengthSortedSteps(lengths, step, args.data_seed, processes, accumulation)
         self.add_callback(Epochs(sampler))  # type: ignore[attr-defined]
         return sampler
 

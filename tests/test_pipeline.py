@@ -434,12 +434,12 @@ def test_the_error_of_a_process_is_reported_as_its_own(recipe, own_process, monk
         run(recipe, profile=own_process)
 
 
-@pytest.fixture(params=["processes", "feedback_processes"])
+@pytest.fixture(params=[False, True])
 def two_ranks(request, own_process, monkeypatch) -> Iterator[Profile]:
     """Two processes that are started, or forked from one that knows the toy stages and has no need of libraries."""
     monkeypatch.setattr(launch, "LIBRARIES", ())
     forkserver._forkserver._stop()  # whatever was started before this environment was
-    yield Profile(name="two", device="cpu", **{request.param: 2})
+    yield Profile(name="two", device="cpu", processes=2, fork=request.param)
     forkserver._forkserver._stop()
 
 
@@ -455,8 +455,7 @@ def test_two_processes_give_the_records_of_one_and_each_item_once(recipe, two_ra
     assert not list((recipe.parent / "runs").glob("*/journal*"))
     [spec] = (recipe.parent / "runs").glob("texts-*/process/spec.json")
     cores = len(os.sched_getaffinity(0))
-    shared = two_ranks.feedback_processes == 2  # by two processes that were forked, no thread more than there are cores
-    assert read_json(spec)["profile"]["threads"] == (max(1, cores // 2) if shared else None)
+    assert read_json(spec)["profile"]["threads"] == (max(1, cores // 2) if two_ranks.fork else None)
 
 
 @pytest.mark.parametrize("afterwards", [1, 2, 3])
@@ -478,9 +477,7 @@ def test_a_killed_process_is_named_and_however_many_go_on_from_there(
     run(
         recipe,
         "stages.texts.journal_batch=1",
-        profile=two_ranks.model_copy(
-            update={name: afterwards for name in ("processes", "feedback_processes") if getattr(two_ranks, name) == 2}
-        ),
+        profile=two_ranks.model_copy(update={"processes": afterwards}),
         until="texts",
     )
     computed = [int(line.split()[0].removeprefix("texts:")) for line in (tmp_path / "log").read_text().splitlines()]
@@ -521,7 +518,7 @@ def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process,
     assert len(read_rows(runs.latest(recipe.parent / "toy")["texts"] / "records.jsonl")) == 12
 
 
-@pytest.mark.parametrize("where", ["device: cuda", "device: cpu\nfeedback_processes: 2"])
+@pytest.mark.parametrize("where", ["device: cuda", "device: cpu\nprocesses: 2\nfork: true"])
 def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_process, tmp_path, where):
     profile = tmp_path / "own.yaml"
     profile.write_text(where)

@@ -41,7 +41,7 @@ def test_two_ranks_and_forks_leave_byte_for_byte_what_one_process_does(tmp_path,
     recipe = load_recipe(tmp_path / "recipe.yaml")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
-    ways = {"one": ({}, None), "ranks": ({"processes": 2}, "votes"), "forks": ({"feedback_processes": 2}, None)}
+    ways = {"one": ({}, None), "ranks": ({"processes": 2}, "votes"), "forks": ({"processes": 2, "fork": True}, None)}
     for way, (processes, until) in ways.items():
         profile = Profile(device="cpu", threads=1, **processes)
         run_recipe(recipe, profile, tmp_path / way, Options(until=until), PlainDisplay())

@@ -244,8 +244,8 @@ def test_accelerate_files_are_ones_that_accelerate_takes(path):
         ("accelerate: none.yaml", "p.yaml:1:13: accelerate: no such file"),
         ("device: tpu", "p.yaml:1:9: device: "),
         ("launcher: [srun]", "p.yaml:1:11: launcher: expected `nodes:` above 1 and a `launcher:` that reaches them"),
-        ("feedback_processes: 2", "p.yaml:1:21: feedback_processes: expected `device: cpu`"),
-        ("device: cpu\nengine: vllm\nfeedback_processes: 2", "p.yaml:3:21: feedback_processes: expected `device: cpu`"),
+        ("fork: true", "p.yaml:1:7: fork: expected `device: cpu` and `engine: local`, without"),
+        ("device: cpu\nengine: vllm\nfork: true", "p.yaml:3:7: fork: expected `device: cpu` and `engine: local`"),
         ("nodes: 2", "p.yaml:1:8: nodes: found 2, which cannot share 1 processes"),
     ],
 )
