@@ -3,12 +3,13 @@
     python benchmarks/generate.py            128 prompts, 4 samples of each, up to 64 new tokens
     python benchmarks/generate.py --quick    8 prompts, up to 16 new tokens
     python benchmarks/generate.py --device cuda --model random-1b
+    python benchmarks/generate.py --processes 2    ours in two with a share of the cores each, as `fork: true` runs them
     python benchmarks/generate.py --peer ENVIRONMENT/bin/python    also vLLM, in an environment that has it
 
 Settings are equal: temperature 1, the whole distribution, the same tokens that end a turn; tokenising and decoding
 count in both. Each may use bfloat16 or float32, and plain several batch sizes, `num_return_sequences` as it should;
-the fastest of each counts. Counted are the tokens drawn up to the end of each text. Both run in one process, taking
-turns; the peer in its own.
+the fastest of each counts. Counted are the tokens drawn up to the end of each text. Plain and ours take turns; the peer
+is measured after them, in processes of its own.
 
 Speed is worth nothing if something else is written: greedy texts of both are compared in float32, id by id, and the
 first tokens of 10,000 samples of one prompt are held against the exact distribution by a chi-square test. The last line
@@ -18,12 +19,16 @@ is one JSON object; `ours` and `plain` are tokens a second.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,18 +64,61 @@ class Sizes(NamedTuple):
 
 
 def ours(
-    engine: LocalEngine, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling
+    engine: LocalEngine,
+    conversations: Sequence[Sequence[Message]],
+    n: int,
+    sampling: Sampling,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """`n` completions of each conversation, in order."""
+    """`n` completions of each conversation, in order. `numbers` are the conversations' own; absent = from 0."""
     requests = [
         Request(f"{number}/{sample}", messages, stable_seed(number, sample), sampling)
-        for number, messages in enumerate(conversations)
+        for number, messages in zip(numbers or range(len(conversations)), conversations, strict=True)
         for sample in range(n)
     ]
     found = {each.id: each for each in engine.generate(requests)}
     completions = [found[request.id] for request in requests]
     assert all(isinstance(each, Completion) for each in completions), "a prompt does not fit"
     return completions  # type: ignore[return-value]
+
+
+class Workers:
+    """Processes that hold the model and write a share of the responses each."""
+
+    def __init__(self, ends: Sequence[Connection]) -> None:
+        self.ends = ends
+
+    def ours(
+        self, dtype: str, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling
+    ) -> list[Completion]:
+        """`n` completions of each conversation, one process's after the other's."""
+        for rank, end in enumerate(self.ends):
+            numbers = range(rank, len(conversations), len(self.ends))
+            end.send((dtype, [conversations[number] for number in numbers], n, sampling, list(numbers)))
+        return [each for end in self.ends for each in end.recv()]
+
+
+@contextlib.contextmanager
+def workers(model: Model, device: str, processes: int) -> Iterator[Workers]:
+    """So many of them, as long as the block lasts, with a share of the cores each."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    pipes = [context.Pipe() for _ in range(processes)]
+    started = [context.Process(target=_worker, args=(end, model, device, threads), daemon=True) for _, end in pipes]
+    for process in started:
+        process.start()
+    yield Workers([end for end, _ in pipes])
+    for process in started:
+        process.terminate()
+        process.join()
+
+
+def _worker(end: Connection, model: Model, device: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    engines = {dtype: _models.engine_of(model, device, dtype) for dtype in DTYPES}
+    while True:
+        dtype, *asked = end.recv()
+        end.send(ours(engines[dtype], *asked))
 
 
 def plain(lm: Lm, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling, batch: int) -> list[Text]:
@@ -121,7 +169,13 @@ def peer(python: str) -> dict[str, Any]:
 
 
 def measured(
-    model: Model, device: str, sizes: Sizes, repeats: int, clock: _measure.Clock, vllm: str | None
+    model: Model,
+    device: str,
+    sizes: Sizes,
+    repeats: int,
+    clock: _measure.Clock,
+    vllm: str | None,
+    several: Workers | None,
 ) -> dict[str, Any]:
     """All figures, the last line's."""
     conversations = [prompt["messages"] for prompt in prompts("train", limit=sizes.prompts)]
@@ -129,12 +183,18 @@ def measured(
     engines = {dtype: _models.engine_of(model, device, dtype) for dtype in DTYPES}
     lms = {dtype: _models.plain_of(engine) for dtype, engine in engines.items()}
     torch.manual_seed(0)
+
+    def write_ours(dtype: str) -> list[Completion]:
+        if several is not None:
+            return several.ours(dtype, conversations, n, sampling)
+        return ours(engines[dtype], conversations, n, sampling)
+
     batches = [size for size in BATCHES[device] if size <= sizes.prompts * n] or [sizes.prompts * n]
-    dtype = clock.fastest(DTYPES, lambda each: ours(engines[each], conversations, n, sampling))
+    dtype = clock.fastest(DTYPES, write_ours)
     plain_dtype = clock.fastest(DTYPES, lambda each: plain(lms[each], conversations, n, sampling, BATCH))
     batch = clock.fastest(batches, lambda size: plain(lms[plain_dtype], conversations, n, sampling, size))
     ways = {
-        "ours": lambda: ours(engines[dtype], conversations, n, sampling),
+        "ours": lambda: write_ours(dtype),
         "plain": lambda: plain(lms[plain_dtype], conversations, n, sampling, batch),
     }
     runs = clock.best(ways, repeats)
@@ -146,7 +206,8 @@ def measured(
     other: dict[str, Any] = {"measured": False}
     if vllm:
         found = peer(vllm)
-        other = {"measured": True, **found, "ratio": round(speed["ours"] / found["tokens_per_second"], 2)}
+        ratios = {way: round(speed["ours"] / one["tokens_per_second"], 2) for way, one in found["ways"].items()}
+        other = {"measured": True, **found, "ratios": ratios}
     equal = equal_greedy(engines["float32"], conversations, sizes.max_new_tokens)
     return _measure.result(
         "generate", speed["ours"], speed["plain"], "tokens/s", sizes._asdict(), ("torch", "transformers"),
@@ -154,6 +215,7 @@ def measured(
         peer=other,
         greedy={"equal": equal, "of": len(conversations), "dtype": "float32"},
         first_token=first_tokens(engines["float32"], conversations[0]),
+        processes={"ours": 1 if several is None else len(several.ends), "plain": 1},
         clock=clock.name, repeats=repeats, dtype={"ours": dtype, "plain": plain_dtype}, batch={"plain": batch},
         model=model.name, device=device,
     )  # fmt: skip
@@ -163,21 +225,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, help="runs of each way, of which the quickest counts; 3, 1 with --quick")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with vLLM, to measure it too")
+    parser.add_argument("--processes", type=int, default=1, help="in which ours runs; plain has one. Default 1")
     _measure.add_options(parser)
     _models.add_options(parser)
     given = parser.parse_args()
     clock = _measure.clock_of(parser, given)
     if given.peer and not (PEER.is_file() and Path(given.peer).is_file()):
         parser.error(f"--peer: found not both of the interpreter {given.peer} and the script {PEER}")
+    if given.processes > 1 and (given.cpu_seconds or given.device != "cpu"):
+        parser.error(f"--processes: found {given.processes} with another device or clock than the CPU's and the wall's")
     sizes = Sizes(8, 2, 16) if given.quick else Sizes(128, 4, 64)
     repeats = given.repeats or (1 if given.quick else 3)
     with tempfile.TemporaryDirectory() as folder:
         model = _models.model_of(given.model, Path(folder))
-        found = measured(model, given.device, sizes, repeats, clock, given.peer)
+        with workers(model, given.device, given.processes) if given.processes > 1 else contextlib.nullcontext() as some:
+            found = measured(model, given.device, sizes, repeats, clock, given.peer, some)
     for name in ("ours", "plain"):
         print(f"{name:6} {found[name]:8,.0f} tokens/s, {found['tokens'][name]:,} tokens")
     if found["peer"]["measured"]:
-        print(f"vLLM   {found['peer']['tokens_per_second']:8,.0f} tokens/s, {found['peer']['ratio']:.2f} times")
+        for way, one in found["peer"]["ways"].items():
+            words = f"vLLM   {one['tokens_per_second']:8,.0f} tokens/s, {way.replace('_', ' ')}; ours is"
+            print(f"{words} {found['peer']['ratios'][way]:.2f} times as fast")
     else:
         print("vLLM was not measured: --peer does")
     print(f"{found['ratio']:.2f} times plain")

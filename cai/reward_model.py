@@ -15,6 +15,7 @@ import torch
 from cai.chat import Chat
 from cai.checkpoint import Model, base_of, fetch, head, load_sequence_classifier, pick_dtype, settings, whole
 from cai.errors import BadInput
+from cai.token_trees import each_token_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +58,11 @@ def scores(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad_id: int, pr
     found = torch.zeros(len(ids))
     dtype = pick_dtype(profile.dtype, model.device)
     model.eval()
-    with torch.inference_mode(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with (
+        each_token_once([model]),
+        torch.inference_mode(),
+        torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32),
+    ):
         while order:
             longest = len(ids[order[0]])
             size = max(1, profile.token_budget // longest)

@@ -1,4 +1,5 @@
-"""Stages in several processes leave what one process does, byte for byte, where each has as many CPU threads."""
+"""Feedback in several processes leaves what one does, byte for byte, where each has as many CPU threads; training the
+same up to rounding, and in as many processes the same bytes again."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from cai.profile import Profile
 from cai.progress import PlainDisplay
 from cai.recipe import load_recipe
 from cai.shipped import shipped
+from cai.training import read_metrics
 
 RECIPE = """
 name: ranks
@@ -34,27 +36,30 @@ stages:
 
 
 @pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
-def test_two_ranks_and_forks_leave_byte_for_byte_what_one_process_does(tmp_path, monkeypatch):
+def test_two_ranks_and_forks_leave_what_one_process_does(tmp_path, monkeypatch):
     shutil.copy(shipped("constitutions") / "micro.yaml", tmp_path)
     (tmp_path / "start").symlink_to(MICRO)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
-    ways = {"one": ({}, None), "ranks": ({"processes": 2}, "votes"), "forks": ({"processes": 2, "fork": True}, None)}
+    forked = {"processes": 2, "fork": True}
+    ways = {"one": ({}, None), "ranks": ({"processes": 2}, "votes"), "forks": (forked, None), "again": (forked, None)}
     for way, (processes, until) in ways.items():
         profile = Profile(device="cpu", threads=1, **processes)
         run_recipe(recipe, profile, tmp_path / way, Options(until=until), PlainDisplay())
     torch.set_num_threads(threads)
-    one, ranks, forks = (runs.latest(tmp_path / way) for way in ways)
+    one, ranks, forks, again = (runs.latest(tmp_path / way) for way in ways)
     for other in (ranks, forks):
         for stage in ("responses", "votes"):
             assert other[stage].name == one[stage].name
             for file in ("records.jsonl", "failures.jsonl", "plan.json", "DONE"):
                 assert (other[stage] / file).read_bytes() == (one[stage] / file).read_bytes(), f"{stage}/{file}"
     assert len((one["responses"] / "records.jsonl").read_bytes().splitlines()) == 14
-    weights = "model/model.safetensors"
-    assert (forks["tuned"] / weights).read_bytes() == (one["tuned"] / weights).read_bytes()
+    for file in ("model/model.safetensors", "metrics.jsonl"):
+        assert (forks["tuned"] / file).read_bytes() == (again["tuned"] / file).read_bytes()
+    losses = [[entry["loss"] for entry in read_metrics(way["tuned"])] for way in (forks, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.mark.parametrize("size", [4, 5, 64])

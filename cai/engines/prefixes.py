@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
@@ -71,19 +71,24 @@ class Prefixes:
             self.lengths[at],
         )
 
-    def followed_by(self, other: Prefixes) -> Prefixes:
-        """Both, one below the other."""
-        longest = max(self.mask.shape[1], other.mask.shape[1])
+    def followed_by(self, *others: Prefixes) -> Prefixes:
+        """All of them, one below the other."""
+        parts = (self, *others)
 
-        def below(first: torch.Tensor, second: torch.Tensor, dim: int) -> torch.Tensor:
-            widths = [[0, 0] * (-1 - dim) + [0, longest - each.shape[dim]] for each in (first, second)]
-            return torch.cat([pad(each, width) for each, width in zip((first, second), widths, strict=True)])
+        def below(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+            shape = list(tensors[0].shape)
+            shape[0], shape[dim] = sum(len(each) for each in tensors), max(each.shape[dim] for each in tensors)
+            out, first = tensors[0].new_zeros(shape), 0
+            for each in tensors:
+                out[first : first + len(each)].narrow(dim, 0, each.shape[dim]).copy_(each)
+                first += len(each)
+            return out
 
         return Prefixes(
-            [below(*each, dim=-1) for each in zip(self.keys, other.keys, strict=True)],
-            [below(*each, dim=-2) for each in zip(self.values, other.values, strict=True)],
-            below(self.mask, other.mask, dim=-1),
-            torch.cat([self.lengths, other.lengths]),
+            [below(layer, dim=-1) for layer in zip(*(part.keys for part in parts), strict=True)],
+            [below(layer, dim=-2) for layer in zip(*(part.values for part in parts), strict=True)],
+            below([part.mask for part in parts], dim=-1),
+            torch.cat([part.lengths for part in parts]),
         )
 
 

@@ -46,7 +46,7 @@ def _score(
     behind: Prefixes | None = None
     places: dict[int, int] = {}  # a node's place in the level above -> its place in `behind`
     for level in levels:
-        kept: Prefixes | None = None
+        kept: list[Prefixes] = []
         kept_places: dict[int, int] = {}
         for inner in (True, False):
             order = [n for n, node in enumerate(level.nodes) if bool(node.children) is inner]
@@ -64,8 +64,8 @@ def _score(
                     yield from zip([question for _, question in ends], found, strict=True)
                 if inner:
                     kept_places |= {n: len(kept_places) + i for i, n in enumerate(part)}
-                    kept = keep() if kept is None else kept.followed_by(keep())
-        behind, places = kept, kept_places
+                    kept.append(keep())
+        behind, places = kept[0].followed_by(*kept[1:]) if kept else None, kept_places
 
 
 def of_options(logits: torch.Tensor, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[Scores]:

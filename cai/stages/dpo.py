@@ -87,7 +87,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         )
         figures = training.train(trainer, context)
         if held_out:
-            measured = trainer.evaluate()
+            measured = training.evaluate(trainer)
             figures["held_out"] = {"pairs": len(held_out), **{name: measured.get(f"eval_{name}") for name in SHOWN}}
         training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(pairs)})
     if trainer.is_world_process_zero():

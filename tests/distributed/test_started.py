@@ -115,7 +115,7 @@ def test_sigterm_ends_training_at_a_checkpoint_and_the_next_run_goes_on_as_if_th
     said = again.communicate(timeout=120)[1]
     assert again.returncode == 0, said
     assert f"resuming from checkpoint-{step}" in said
-    alone = load_profile("cpu").model_copy(update={"dtype": "float32" if profile == ZERO else "auto"})
+    alone = load_profile("cpu").model_copy(update={"dtype": "float32"}) if profile == ZERO else load_profile(profile)
     run_recipe(load_recipe(recipe), alone, recipe.parent / "undisturbed", Options(), PlainDisplay())
     assert len(metrics(recipe)) == 40
     for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
