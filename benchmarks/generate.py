@@ -107,10 +107,14 @@ def workers(model: Model, device: str, processes: int) -> Iterator[Workers]:
     started = [context.Process(target=_worker, args=(end, model, device, threads), daemon=True) for _, end in pipes]
     for process in started:
         process.start()
-    yield Workers([end for end, _ in pipes])
-    for process in started:
-        process.terminate()
-        process.join()
+    for _, end in pipes:
+        end.close()  # the process has its own; one that dies is an end of file here
+    try:
+        yield Workers([end for end, _ in pipes])
+    finally:
+        for process in started:
+            process.terminate()
+            process.join()
 
 
 def _worker(end: Connection, model: Model, device: str, threads: int) -> None:

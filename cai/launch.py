@@ -11,7 +11,8 @@ started here: they need nothing of each other but the stage's folder (`cai.journ
 add seconds to each stage. All others run in one.
 
 Where a profile for a CPU says `fork`, every stage's processes are forked from one that has imported the libraries and
-done nothing else, so that no stage after the first waits for imports; those that train find each other over loopback.
+done nothing else, so that no stage after the first waits for imports. Those that train find each other by a file in the
+stage's folder and talk over loopback, without accelerate's launcher.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from cai.stages import FeedbackConfig, StageConfig, TrainingConfig
 NODE = "--node"
 FOLDER = "process"
 """In the stage's folder: what parent and children tell each other, and their log."""
+MEETING = "meeting"
+"""In that folder: the file by which forked processes that train together find each other."""
 GRACE = 30.0
 """Seconds that children have after SIGTERM."""
 ALIVE = "alive"
@@ -185,8 +188,9 @@ def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> l
         return [(command, {})]  # accelerate takes whoever has a LOCAL_RANK for one of several processes
     together = {"WORLD_SIZE": str(ranks)}
     if isinstance(config, TrainingConfig):
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        together |= {**meeting, "LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+        together |= {"LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+        if sys.platform == "linux":
+            together["GLOO_SOCKET_IFNAME"] = "lo"
     return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), **together}) for rank in range(ranks)]
 
 
@@ -308,11 +312,21 @@ def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
             f"stage {spec.stage!r} found itself in {ranks} of the {profile.processes} processes that profile "
             f"{profile.name!r} wants: {profile.accelerate} made accelerate start no more"
         )
+    if profile.fork and ranks > 1 and isinstance(recipe.stages[spec.stage], TrainingConfig):
+        _meet(folder / MEETING, rank, ranks)
     line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
     journal = Journal(Path(spec.folder), line, rank, ranks)
     return pipeline.run_stage_in_child(
         recipe, profile, Path(spec.run), spec.stage, journal, line, tuple(spec.report_to)
     )
+
+
+def _meet(place: Path, rank: int, ranks: int) -> None:
+    """Connects forked processes that train together; accelerate takes a group that is there for its own."""
+    from torch.distributed import FileStore, init_process_group  # type: ignore[attr-defined]
+
+    store = FileStore(str(place), ranks)  # no port that somebody else may take
+    init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
 def _end_with(parent: int | Path) -> None:

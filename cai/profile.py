@@ -1,9 +1,9 @@
 """Profiles: where and with how much a recipe runs, and nothing that changes what it computes.
 
 A profile names the device, the precision, the size of one forward batch, the engine that models answer with and, for
-several processes, a standard accelerate file. The recipe owns the global batch size; the micro-batch here and the
-number of processes split it, and gradient accumulation follows. A profile is not part of a stage's fingerprint: another
-engine computes the same and rounds otherwise.
+several processes, a standard accelerate file or, on a CPU, `fork`. The recipe owns the global batch size; the
+micro-batch here and the number of processes split it, and gradient accumulation follows. A profile is not part of a
+stage's fingerprint: another engine computes the same and rounds otherwise.
 """
 
 from __future__ import annotations
@@ -141,7 +141,11 @@ class Profile(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a process; absent = as many as cores.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of a process; absent = as many as cores, or under `fork` its share of them.",
+    )
 
     @property
     def processes_here(self) -> int:

@@ -239,8 +239,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
 @contextlib.contextmanager
 def _sooner(trainer: Trainer) -> Iterator[None]:
     """Within, its models compute in the ways that are faster on a CPU, if they are on one."""
-    models = [trainer.model, getattr(trainer, "ref_model", None)]
-    with float32_attention(trainer.args.device), each_token_once(each for each in models if each is not None):
+    models = [trainer.model, *(getattr(trainer, name, None) for name in ("ref_model", "reference"))]
+    with float32_attention(trainer.args.device), each_token_once(m for m in models if isinstance(m, nn.Module)):
         yield
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from training_stages import CPU, preference, run_stage, sample
+
+from cai.checkpoint import Model
+from cai.training import read_metrics
 
 torch = pytest.importorskip("torch")
 
@@ -21,7 +28,7 @@ def model_of(family: str, kind: str = "AutoModelForCausalLM", **config: Any) -> 
     import transformers
 
     torch.manual_seed(0)
-    return getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(family, **SIZE, **config))
+    return getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(family, **{**SIZE, **config}))
 
 
 def batch(rows: list[list[int]] = ROWS) -> dict[str, Any]:
@@ -78,6 +85,7 @@ def test_values_and_gradients_are_those_of_the_padded_batch(family: str, kind: s
         ("gpt2", {"resid_pdrop": 0.1}),
         ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}),
         ("bloom", {}),
+        ("electra", {"is_decoder": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     ],
 )
 def test_models_that_drop_at_random_or_attend_otherwise_read_rows(family: str, config: dict[str, Any]) -> None:
@@ -117,3 +125,66 @@ def test_models_inside_others_are_found_once(monkeypatch: pytest.MonkeyPatch) ->
     with token_trees.each_token_once([torch.nn.ModuleDict({"policy": model, "same": model}), model]):
         pass
     assert tried == [model.model]
+
+
+@pytest.mark.parametrize("size", [(64, 2), (256, 6)])
+def test_rounding_in_bfloat16_is_no_reason_to_read_rows(size: tuple[int, int]) -> None:
+    from cai.token_trees import each_token_once
+
+    shape = dict(zip(("hidden_size", "num_hidden_layers"), size, strict=True))
+    model = model_of("llama", **shape).to(torch.bfloat16).eval()
+    with each_token_once([model]), torch.no_grad():
+        seen = tokens_of(model)
+        model(**batch())
+    assert seen == [DISTINCT]
+
+
+@pytest.mark.parametrize("switch", ["gradient_checkpointing", "neftune"])
+def test_what_a_trainer_switches_on_later_reads_rows(switch: str) -> None:
+    from cai.token_trees import each_token_once
+
+    model = model_of("llama").train()
+    seen = tokens_of(model)
+    with each_token_once([model]):
+        if switch == "neftune":
+            model.get_input_embeddings().neftune_noise_alpha = 5.0
+        else:
+            model.gradient_checkpointing_enable()
+        seen.clear()
+        model(**batch()).logits.sum().backward()
+        assert set(seen) == {5 * 8}
+        model.eval()
+        model(**batch())
+    assert seen[-1] == DISTINCT
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stages_learn_the_same_from_trees_as_from_rows(
+    kind: str, checkpointing: bool, tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai import token_trees, training
+
+    held_out = [preference(number, p=0.8, tags=["held_out"]) for number in range(30, 36)]
+    rows = [sample(n) for n in range(12)] if kind == "sft" else [preference(n) for n in range(12)] + held_out
+    profile = CPU.model_copy(update={"gradient_checkpointing": checkpointing})
+    settings = {"profile": profile, "batch_size": 4, "train": {"max_steps": 3, "learning_rate": 1e-3}}
+    sizes: list[tuple[int, int]] = []
+    build = token_trees.Tree.__init__
+
+    def spy(tree: Any, ids: Any, mask: Any) -> None:
+        build(tree, ids, mask)
+        if ids.shape[1] > 6:  # no trial
+            sizes.append((tree.ids.numel(), int(mask.sum())))
+
+    monkeypatch.setattr(token_trees.Tree, "__init__", spy)
+    run_stage(kind, tmp_path / "trees", rows, tiny("llama"), **settings)
+    learned_from = sizes[:3]
+    monkeypatch.setattr(training, "each_token_once", lambda models: contextlib.nullcontext())
+    run_stage(kind, tmp_path / "rows", rows, tiny("llama"), **settings)
+    trees, plain = ([e for e in read_metrics(tmp_path / name) if "loss" in e] for name in ("trees", "rows"))
+    assert [each["loss"] for each in trees] == pytest.approx([each["loss"] for each in plain], abs=1e-5)
+    assert [each["grad_norm"] for each in trees] == pytest.approx([each["grad_norm"] for each in plain], rel=1e-3)
+    if not checkpointing:
+        assert len(learned_from) == 3
+        assert kind == "sft" or all(distinct < tokens for distinct, tokens in learned_from)

@@ -73,6 +73,8 @@ class Prefixes:
 
     def followed_by(self, *others: Prefixes) -> Prefixes:
         """All of them, one below the other."""
+        if not others:
+            return self
         parts = (self, *others)
 
         def below(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
