@@ -31,6 +31,7 @@ import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,8 +55,11 @@ ALIVE = "alive"
 SILENCE = 120.0
 """Seconds without a new word in it after which such a child ends."""
 
-LIBRARIES = ("cai.own_session", "cai.training", "cai.trainers", "cai.engines.decoding", "cai.engines.scoring")
-"""What forked processes have imported before they begin: whatever is slow to import, behind what keeps signals off."""
+LIBRARIES = (
+    "cai.own_session",  # before all others: it keeps signals off
+    "cai.training", "cai.trainers", "cai.engines.decoding", "cai.engines.scoring", "cai.pipeline", "deepspeed",
+)  # fmt: skip
+"""What forked processes have imported before they begin, if it is installed: whatever is slow to import."""
 
 _OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 """What says which of several processes one is: a stage's own are told here, whoever started `cai run`."""
@@ -140,9 +144,8 @@ class Fork:
     """A child that begins with `LIBRARIES` imported. Their process is started for the first one and ends with us."""
 
     def __init__(self, spec: str, environment: dict[str, str], log: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*LIBRARIES])
-        self._process = context.Process(target=_forked, args=(spec, environment, log))
+        begin_importing()
+        self._process = multiprocessing.get_context("forkserver").Process(target=_forked, args=(spec, environment, log))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -155,6 +158,12 @@ class Fork:
         if (code := self._process.exitcode) is None:
             raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
         return code
+
+
+def begin_importing() -> None:
+    """Starts the process that children are forked from, if it is not there yet; does not wait for its imports."""
+    forkserver.set_forkserver_preload([*LIBRARIES])
+    forkserver.ensure_running()
 
 
 def _forked(spec: str, environment: dict[str, str], log: Path) -> None:

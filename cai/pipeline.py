@@ -26,7 +26,7 @@ from cai import runs, stopping
 from cai.errors import BadInput, CaiError, StageFailed, nearest
 from cai.files import read_json, remove, write_json
 from cai.journal import Journal, reopen
-from cai.launch import Spec, launch
+from cai.launch import Spec, begin_importing, launch
 from cai.plan import Planner, Step
 from cai.profile import SERVED, Profile
 from cai.progress import Display, StageLine
@@ -78,6 +78,8 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
     configs = _selected(recipe, options, profile)
     again = _redone(recipe, options)
     prepare(profile)
+    if profile.fork and not (run / runs.SUMMARY).exists():  # where one is, nothing may have to run
+        begin_importing()
     with runs.locked(run), stopping.terminable(), display:
         planner = Planner(recipe, run, profile.offline)
         planner.check_prompts()
