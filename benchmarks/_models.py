@@ -56,9 +56,11 @@ def model_of(name: str, folder: Path) -> Model:
     return resolve(str(home), folder=folder)
 
 
-def engine_of(model: Model, device: str, dtype: str = "auto") -> LocalEngine:
-    """The local engine for a model, which it has loaded. `dtype` as in a profile."""
+def engine_of(model: Model, device: str, dtype: str = "auto", token_budget: int | None = None) -> LocalEngine:
+    """The local engine for a model, which it has loaded. `dtype` and `token_budget` as in a profile; None = its own."""
     profile = load_profile("cpu" if device == "cpu" else "1gpu").model_copy(update={"dtype": dtype})
+    if token_budget is not None:
+        profile = profile.model_copy(update={"token_budget": token_budget})
     engine = LocalEngine(model, profile)
     assert engine.lm is not None
     return engine

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -49,6 +50,8 @@ BATCHES = {"cpu": (16, 32, 64, 128, 256, 512), "cuda": (128, 256, 512)}
 """Rows that plain tries, in the precision that is faster with `BATCH`."""
 BATCH = 64
 DTYPES = ("bfloat16", "float32")
+BUDGETS = (16384, 65536)
+"""Tokens at once that ours tries, in the precision that is faster with the first."""
 DRAWS = 10_000
 PEER = Path(__file__).with_name("_vllm_peer.py")
 LEAST = 5.0
@@ -89,12 +92,12 @@ class Workers:
         self.ends = ends
 
     def ours(
-        self, dtype: str, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling
+        self, dtype: str, budget: int, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling
     ) -> list[Completion]:
         """`n` completions of each conversation, one process's after the other's."""
         for rank, end in enumerate(self.ends):
             numbers = range(rank, len(conversations), len(self.ends))
-            end.send((dtype, [conversations[number] for number in numbers], n, sampling, list(numbers)))
+            end.send(((dtype, budget), [conversations[number] for number in numbers], n, sampling, list(numbers)))
         return [each for end in self.ends for each in end.recv()]
 
 
@@ -119,10 +122,10 @@ def workers(model: Model, device: str, processes: int) -> Iterator[Workers]:
 
 def _worker(end: Connection, model: Model, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    engines = {dtype: _models.engine_of(model, device, dtype) for dtype in DTYPES}
+    engine = functools.cache(functools.partial(_models.engine_of, model, device))
     while True:
-        dtype, *asked = end.recv()
-        end.send(ours(engines[dtype], *asked))
+        settings, *asked = end.recv()
+        end.send(ours(engine(*settings), *asked))
 
 
 def plain(lm: Lm, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling, batch: int) -> list[Text]:
@@ -188,17 +191,21 @@ def measured(
     lms = {dtype: _models.plain_of(engine) for dtype, engine in engines.items()}
     torch.manual_seed(0)
 
-    def write_ours(dtype: str) -> list[Completion]:
+    engine = functools.cache(functools.partial(_models.engine_of, model, device))
+
+    def write_ours(dtype: str, budget: int = BUDGETS[0]) -> list[Completion]:
         if several is not None:
-            return several.ours(dtype, conversations, n, sampling)
-        return ours(engines[dtype], conversations, n, sampling)
+            return several.ours(dtype, budget, conversations, n, sampling)
+        return ours(engine(dtype, budget), conversations, n, sampling)
 
     batches = [size for size in BATCHES[device] if size <= sizes.prompts * n] or [sizes.prompts * n]
     dtype = clock.fastest(DTYPES, write_ours)
+    write_ours(dtype, BUDGETS[-1])  # loads
+    budget = clock.fastest(BUDGETS, lambda each: write_ours(dtype, each))
     plain_dtype = clock.fastest(DTYPES, lambda each: plain(lms[each], conversations, n, sampling, BATCH))
     batch = clock.fastest(batches, lambda size: plain(lms[plain_dtype], conversations, n, sampling, size))
     ways = {
-        "ours": lambda: write_ours(dtype),
+        "ours": lambda: write_ours(dtype, budget),
         "plain": lambda: plain(lms[plain_dtype], conversations, n, sampling, batch),
     }
     runs = clock.best(ways, repeats)
@@ -221,6 +228,7 @@ def measured(
         first_token=first_tokens(engines["float32"], conversations[0]),
         processes={"ours": 1 if several is None else len(several.ends), "plain": 1},
         clock=clock.name, repeats=repeats, dtype={"ours": dtype, "plain": plain_dtype}, batch={"plain": batch},
+        token_budget=budget,
         model=model.name, device=device,
     )  # fmt: skip
 
