@@ -50,8 +50,8 @@ BATCHES = {"cpu": (16, 32, 64, 128, 256, 512), "cuda": (128, 256, 512)}
 """Rows that plain tries, in the precision that is faster with `BATCH`."""
 BATCH = 64
 DTYPES = ("bfloat16", "float32")
-BUDGETS = (16384, 65536)
-"""Tokens at once that ours tries, in the precision that is faster with the first."""
+BUDGETS: dict[str, tuple[int | None, ...]] = {"cpu": (None, 65_536), "cuda": (None,)}
+"""Tokens at once that ours tries, in the precision that is faster with the first; None = the profile's."""
 DRAWS = 10_000
 PEER = Path(__file__).with_name("_vllm_peer.py")
 LEAST = 5.0
@@ -92,7 +92,7 @@ class Workers:
         self.ends = ends
 
     def ours(
-        self, dtype: str, budget: int, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling
+        self, dtype: str, budget: int | None, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling
     ) -> list[Completion]:
         """`n` completions of each conversation, one process's after the other's."""
         for rank, end in enumerate(self.ends):
@@ -187,21 +187,19 @@ def measured(
     """All figures, the last line's."""
     conversations = [prompt["messages"] for prompt in prompts("train", limit=sizes.prompts)]
     n, sampling = sizes.samples, Sampling(sizes.max_new_tokens)
-    engines = {dtype: _models.engine_of(model, device, dtype) for dtype in DTYPES}
-    lms = {dtype: _models.plain_of(engine) for dtype, engine in engines.items()}
+    engine = functools.cache(functools.partial(_models.engine_of, model, device))
+    lms = {dtype: _models.plain_of(engine(dtype, None)) for dtype in DTYPES}
     torch.manual_seed(0)
 
-    engine = functools.cache(functools.partial(_models.engine_of, model, device))
-
-    def write_ours(dtype: str, budget: int = BUDGETS[0]) -> list[Completion]:
+    def write_ours(dtype: str, budget: int | None = None) -> list[Completion]:
         if several is not None:
             return several.ours(dtype, budget, conversations, n, sampling)
         return ours(engine(dtype, budget), conversations, n, sampling)
 
     batches = [size for size in BATCHES[device] if size <= sizes.prompts * n] or [sizes.prompts * n]
     dtype = clock.fastest(DTYPES, write_ours)
-    write_ours(dtype, BUDGETS[-1])  # loads
-    budget = clock.fastest(BUDGETS, lambda each: write_ours(dtype, each))
+    write_ours(dtype, BUDGETS[device][-1])  # loads
+    budget = clock.fastest(BUDGETS[device], lambda each: write_ours(dtype, each))
     plain_dtype = clock.fastest(DTYPES, lambda each: plain(lms[each], conversations, n, sampling, BATCH))
     batch = clock.fastest(batches, lambda size: plain(lms[plain_dtype], conversations, n, sampling, size))
     ways = {
@@ -219,16 +217,16 @@ def measured(
         found = peer(vllm)
         ratios = {way: round(speed["ours"] / one["tokens_per_second"], 2) for way, one in found["ways"].items()}
         other = {"measured": True, **found, "ratios": ratios}
-    equal = equal_greedy(engines["float32"], conversations, sizes.max_new_tokens)
+    equal = equal_greedy(engine("float32", None), conversations, sizes.max_new_tokens)
     return _measure.result(
         "generate", speed["ours"], speed["plain"], "tokens/s", sizes._asdict(), ("torch", "transformers"),
         tokens=n_tokens,
         peer=other,
         greedy={"equal": equal, "of": len(conversations), "dtype": "float32"},
-        first_token=first_tokens(engines["float32"], conversations[0]),
+        first_token=first_tokens(engine("float32", None), conversations[0]),
         processes={"ours": 1 if several is None else len(several.ends), "plain": 1},
         clock=clock.name, repeats=repeats, dtype={"ours": dtype, "plain": plain_dtype}, batch={"plain": batch},
-        token_budget=budget,
+        token_budget=budget or engine(dtype, None).profile.token_budget,
         model=model.name, device=device,
     )  # fmt: skip
 

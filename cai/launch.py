@@ -179,11 +179,9 @@ def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
 
 def _ranks(profile: Profile, config: StageConfig) -> int:
     """In how many processes a stage runs here that accelerate does not start."""
-    if isinstance(config, TrainingConfig) and not profile.fork:
-        return 1
-    if isinstance(config, FeedbackConfig) and profile.engine != "local":
-        return 1  # a server, or vLLM over all GPUs, is asked by one process
-    return profile.processes_here if isinstance(config, FeedbackConfig | TrainingConfig) else 1
+    if isinstance(config, FeedbackConfig):  # a server, or vLLM over all GPUs, is asked by one process
+        return profile.processes_here if profile.engine == "local" else 1
+    return profile.processes if isinstance(config, TrainingConfig) and profile.fork else 1
 
 
 def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
@@ -316,12 +314,13 @@ def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
 
     profile = Profile.model_validate(spec.profile)
     recipe = load_recipe(spec.recipe, spec.overrides)
-    if isinstance(recipe.stages[spec.stage], TrainingConfig) and ranks != profile.processes:
+    trains = isinstance(recipe.stages[spec.stage], TrainingConfig)
+    if trains and ranks != profile.processes:
         raise StageFailed(
             f"stage {spec.stage!r} found itself in {ranks} of the {profile.processes} processes that profile "
             f"{profile.name!r} wants: {profile.accelerate} made accelerate start no more"
         )
-    if profile.fork and ranks > 1 and isinstance(recipe.stages[spec.stage], TrainingConfig):
+    if trains and profile.fork and ranks > 1:
         _meet(folder / MEETING, rank, ranks)
     line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
     journal = Journal(Path(spec.folder), line, rank, ranks)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from cai.engines.prefixes import attending, not_plainly_causal
+from cai.engines.prefixes import REFUSALS, attending, not_plainly_causal, rounding
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -80,14 +80,22 @@ def each_token_once(models: Iterable[nn.Module]) -> Iterator[None]:
     """Within, the bodies of these models read batches as trees, as far as they are on a CPU and agree to it."""
     found = {id(each): each for model in models for each in model.modules() if isinstance(each, PreTrainedModel)}
     bodies = [each for each in found.values() if each.base_model is each and _agrees(each)]
-    with contextlib.ExitStack() as restored:
+    with contextlib.ExitStack() as stack:
         for body in bodies:
-            own = vars(body).get("forward")  # absent, as a rule: the class has it
-            restored.callback(vars(body).__setitem__, "forward", own) if own else restored.callback(
-                delattr, body, "forward"
-            )
-            body.forward = functools.partial(_forward, body, body.forward)
+            stack.enter_context(_reading_trees(body))
         yield
+
+
+@contextlib.contextmanager
+def _reading_trees(body: PreTrainedModel) -> Iterator[None]:
+    before = vars(body).get("forward")  # absent, as a rule: the class has it
+    body.forward = functools.partial(_forward, body, body.forward)
+    try:
+        yield
+    finally:
+        del body.forward
+        if before is not None:
+            body.forward = before
 
 
 def _forward(
@@ -134,7 +142,7 @@ def _agrees(body: PreTrainedModel) -> bool:
         or any(hasattr(each, "ds_id") for each in body.parameters())  # parted by ZeRO-3
         or not_plainly_causal(body)
         or getattr(config, "output_router_logits", False)
-        or any(_drops(module) for module in body.modules())
+        or any(getattr(each, name) > 0 for each in body.modules() for name in dropouts(each))  # alike in all rows
     ):
         return False
     ids = torch.tensor([[4, 9, 6, 8, 7, 5], [4, 9, 6, 5, 0, 0], [9, 4, 4, 8, 7, 5]], device=body.device)
@@ -143,15 +151,20 @@ def _agrees(body: PreTrainedModel) -> bool:
         with torch.no_grad():
             plain = body(input_ids=ids, attention_mask=there, use_cache=False).last_hidden_state.float()
             tree = _forward(body, body.forward, ids, there, use_cache=False).last_hidden_state.float()
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError):
+    except REFUSALS:
         return False
     differ = (plain - tree)[there.bool()].abs().max()
     ahead = (plain[0, :3] - plain[1, :3]).abs().max()  # of what stands behind these tokens they know nothing
     other = (plain[0, 3:] - plain[2, 3:]).abs().max()
-    return bool(torch.maximum(differ, ahead) <= max(1e-3, 0.2 * float(other)))
+    return rounding(float(torch.maximum(differ, ahead)), float(other))
 
 
-def _drops(module: nn.Module) -> bool:
-    """Whether it drops at random: rows would share what is drawn for a token that they share."""
-    own = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
-    return any(isinstance(value, float) and value > 0 for name, value in own.items() if name == "p" or "drop" in name)
+def dropouts(module: nn.Module) -> list[str]:
+    """The attributes that say how much a module itself drops at random.
+
+    Besides those of torch's modules there are probabilities that a module keeps for a function, attention's most often:
+    numbers with `drop` in their name.
+    """
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return ["p"]
+    return [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

@@ -40,7 +40,7 @@ from cai.errors import BadInput, StageFailed, Terminated
 from cai.files import read_json, remove, replacing, write_json
 from cai.records import Preference, canonical_json, row_lines, stable_seed
 from cai.stages import Context, LoRA, TrainingConfig
-from cai.token_trees import each_token_once
+from cai.token_trees import dropouts, each_token_once
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -193,15 +193,11 @@ def without_dropout(model: nn.Module) -> None:
     """Switches off what a model and its adapter drop at random while they train.
 
     Reinforcement learning compares log-probabilities with those at the rollout: the same weights have to give the same
-    ones. Besides torch's modules there are probabilities that a module keeps for a function, attention's most often:
-    numbers with `drop` in their name. The model's config, which is saved with it, stays as it is.
+    ones. The model's config, which is saved with it, stays as it is.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for name in dropouts(module):
+            setattr(module, name, 0.0)
 
 
 def train(trainer: Trainer, context: Context) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def model_of(family: str, kind: str = "AutoModelForCausalLM", **config: Any) -> 
     return getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(family, **{**SIZE, **config}))
 
 
-def batch(rows: list[list[int]] = ROWS) -> dict[str, Any]:
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+def batch() -> dict[str, Any]:
+    longest = max(map(len, ROWS))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in ROWS])
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 

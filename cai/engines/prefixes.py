@@ -37,6 +37,8 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")
 """Options of attention functions that would change what is computed. `can_share` looks for windows itself."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 """What configs call the tokens that attention reaches back."""
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+"""What models raise in a trial of an attention that they do not take."""
 _SCORES = 1 << 26
 """Attention scores that are held at once, in elements, where these are more than those of one group."""
 _QUERIES = 1024
@@ -381,16 +383,23 @@ def can_share(model: PreTrainedModel) -> str | None:
                 for each in (owners, [1 - own for own in owners])
             )
         found, _ = read(model, branches, read(model, trunks)[1](), owners)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
+    except REFUSALS as error:
         return f"it does not take attention to shared prefixes: {str(error).splitlines()[0]}"
     differ, other = (
         max(float((one - two).float().abs().max()) for one, two in zip(found, each, strict=True))
         for each in (expected, swapped)
     )
-    # In float32 the two agree to rounding; in bfloat16 to far less than what a wrong prefix would change.
-    if not differ <= max(1e-3, 0.2 * other):
+    if not rounding(differ, other):
         return f"attention to shared prefixes changes its logits by {differ:.2g}"
     return None
+
+
+def rounding(differ: float, other: float) -> bool:
+    """Whether two ways of computing the same differ by rounding alone, where a wrong one would change it by `other`.
+
+    In float32 that is next to nothing; in bfloat16 far less than `other`.
+    """
+    return differ <= max(1e-3, 0.2 * other)
 
 
 def not_plainly_causal(model: PreTrainedModel) -> str | None:
