@@ -1,8 +1,9 @@
 """Two pieces of the libraries that are slow on a CPU, done another way: the same numbers up to rounding, sooner.
 
 The backward pass of torch's attention takes two to three times as long in bfloat16 as in float32 for sequences of up to
-some 200 tokens; beyond, both take the same. TRL's fused language-model head is made for GPUs: on a CPU it scores prompt
-and padding too, and multiplies in float32.
+some 200 tokens; beyond, both take the same. Where rows are not padded on the left, matrix products in bfloat16 take
+half the time of either (`causal_attention`). TRL's fused language-model head is made for GPUs: on a CPU it scores
+prompt and padding too, and multiplies in float32.
 
 Left out: vocabularies above `LARGEST_VOCABULARY`, whose logits need the tiles of TRL's head, and models that do not
 take their attention from transformers' table. Both train as they do without this module.
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import FusedCausalLMOutput
@@ -29,6 +32,9 @@ LARGEST_VOCABULARY = 32_768
 """Tokens: the width of a tile in TRL's head. Above, all logits of a micro-batch may be more than memory holds."""
 MOST_LOGITS = 2**25
 """Logits at once, 128 MiB in float32; a micro-batch with more of them goes through TRL's tiles."""
+MOST_SCORES = 2**24
+"""Attention scores that a layer keeps of a micro-batch, 32 MiB in bfloat16. Torch's attention, which keeps none, is for
+more of them."""
 
 
 @contextlib.contextmanager
@@ -55,6 +61,25 @@ def _float32_attention(
             module, query.float(), key.float(), value.float(), attention_mask, **options
         )
     return output.to(value.dtype), weights
+
+
+def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention on a CPU, in the way whose backward pass is the fastest there.
+
+    query: (batch, heads, seq, width); key and value may have fewer heads; returns what `query` is.
+    """
+    dtype, length = query.dtype, query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+    with torch.autocast("cpu", enabled=False):
+        if dtype == torch.float32 or query[..., 0].numel() * length > MOST_SCORES:
+            query, key, value = query.float(), key.float(), value.float()
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+            return out.to(dtype)
+        if grouped:
+            key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+        ahead = query.new_full((length, length), -math.inf).triu(1)
+        scores = torch.baddbmm(ahead, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
+        return (scores.softmax(dim=-1) @ value.flatten(0, 1)).view(query.shape)
 
 
 def give_back_freed_memory() -> None:

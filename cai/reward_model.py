@@ -14,6 +14,7 @@ import torch
 
 from cai.chat import Chat
 from cai.checkpoint import Model, base_of, fetch, head, load_sequence_classifier, pick_dtype, settings, whole
+from cai.engines.batching import batches, in_one_pass
 from cai.errors import BadInput
 from cai.token_trees import each_token_once
 
@@ -54,7 +55,8 @@ class RewardModel:
 
 def scores(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad_id: int, profile: Profile) -> list[float]:
     """The score of each sequence, in batches of similar length within the profile's token budget."""
-    order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    sizes = [len(ids[index]) for index in order]
     found = torch.zeros(len(ids))
     dtype = pick_dtype(profile.dtype, model.device)
     model.eval()
@@ -63,11 +65,9 @@ def scores(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad_id: int, pr
         torch.inference_mode(),
         torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32),
     ):
-        while order:
-            longest = len(ids[order[0]])
-            size = max(1, profile.token_budget // longest)
-            batch, order = order[:size], order[size:]
-            padded = torch.full((len(batch), longest), pad_id)
+        for first, last in batches(sizes, in_one_pass(profile.token_budget, model.device)):
+            batch = order[first:last]
+            padded = torch.full((len(batch), sizes[last - 1]), pad_id)
             mask = torch.zeros_like(padded)
             for row, index in enumerate(batch):
                 padded[row, : len(ids[index])] = torch.tensor(ids[index])

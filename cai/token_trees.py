@@ -5,8 +5,7 @@ rows of a batch are read as the tree that they are: two responses to a prompt ho
 go through the body of the model as one long row; attention lays them out as rows again; what leaves the body is laid
 out as its caller expects. Values and gradients are those of the padded batch, up to rounding.
 
-For CPUs, where a product takes as long as it has tokens; attention is computed in float32 there, whose backward pass is
-two to three times as fast as bfloat16's on short rows. Left out: models whose attention is not plainly causal or that
+For CPUs, where a product takes as long as it has tokens. Left out: models whose attention is not plainly causal or that
 drop out at random, rows padded on the left, gradient checkpointing, NEFTune. They train as they do without this module.
 """
 
@@ -20,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from cai.cpu_training import causal_attention
 from cai.engines.prefixes import REFUSALS, attending, not_plainly_causal, rounding
 
 if TYPE_CHECKING:
@@ -67,12 +66,9 @@ class Tree:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Causal attention within the rows; query, key, value and result are (1, heads, token, width)."""
-        dtype = value.dtype
-        query, key, value = (self.rows(each[0].transpose(0, 1).float()).transpose(1, 2) for each in (query, key, value))
-        grouped = query.shape[1] != key.shape[1]
-        with torch.autocast(query.device.type, enabled=False):
-            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-        return self.tokens(out.transpose(1, 2)).to(dtype).transpose(0, 1)[None]
+        dtype = value.dtype  # rotary positions may have made the others wider
+        rows = (self.rows(each[0].transpose(0, 1).to(dtype)).transpose(1, 2) for each in (query, key, value))
+        return self.tokens(causal_attention(scale, *rows).transpose(1, 2)).transpose(0, 1)[None]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ Left out: DPO's other losses. What a soft label means for them is not settled, a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,15 +43,15 @@ class LengthSortedSteps(Sampler[int]):
     Yields every row once. Where processes do not share the last step evenly, accelerate fills it up with rows from the
     epoch's start: these are learned from twice in that epoch, on several processes only.
 
-    The processes take the step's micro-batches in turn. In every other turn these stand in the opposite order, so that
-    no process has the longest ones in all of them.
+    The processes take the step's micro-batches in turn, and in each turn wait for each other, for what they log. So a
+    turn's examples are dealt to them there and back, and no process has the longest ones.
     """
 
     def __init__(
         self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1, accumulation: int = 1
     ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        self.turn, self.micro_batch = batch_size // accumulation, batch_size // accumulation // processes
+        self.processes, self.turn = processes, batch_size // accumulation
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -63,12 +64,17 @@ class LengthSortedSteps(Sampler[int]):
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         for start in range(0, len(order), self.batch_size):
             step = sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
-            for number, first in enumerate(range(0, len(step), self.turn)):
+            for first in range(0, len(step), self.turn):
                 turn = step[first : first + self.turn]
-                if number % 2 and len(turn) == self.turn:
-                    starts = range(self.turn - self.micro_batch, -1, -self.micro_batch)
-                    turn = [index for at in starts for index in turn[at : at + self.micro_batch]]
-                yield from turn
+                yield from turn if len(turn) < self.turn else self._deal(turn, first)
+
+    def _deal(self, turn: Sequence[int], before: int) -> Iterator[int]:
+        """The turn, one process's micro-batch after the other's; `before` examples of the step were dealt already."""
+        hands: list[list[int]] = [[] for _ in range(self.processes)]
+        for number, index in enumerate(turn, before):
+            place = number % (2 * self.processes)
+            hands[min(place, 2 * self.processes - 1 - place)].append(index)
+        return itertools.chain.from_iterable(hands)
 
 
 class Epochs(TrainerCallback):  # type: ignore[misc]

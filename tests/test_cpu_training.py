@@ -119,3 +119,32 @@ def test_attention_is_computed_in_float32_inside_the_block_only(monkeypatch: pyt
     assert all(True in call for call in seen[:2] + seen[4:])
     torch.testing.assert_close(before, after, atol=0, rtol=0)
     torch.testing.assert_close(inside, before, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("most", "dtype"), [(2**24, "float32"), (2**24, "bfloat16"), (8, "bfloat16")])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_causal_attention_is_attention_whichever_way_is_taken(
+    most: int, dtype: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cai import cpu_training
+    from cai.cpu_training import causal_attention
+
+    monkeypatch.setattr(cpu_training, "MOST_SCORES", most)
+    torch.manual_seed(0)
+    length = 12
+    shapes = [(3, heads, length, 8) for heads in (4, kv_heads, kv_heads)]
+    given = [torch.randn(shape).to(getattr(torch, dtype)).requires_grad_() for shape in shapes]
+    exact = [each.detach().double().requires_grad_() for each in given]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = causal_attention(0.5, *given)
+    assert found.dtype == given[0].dtype
+    query, key, value = exact[0], *(each.repeat_interleave(4 // kv_heads, dim=1) for each in exact[1:])
+    scores = (0.5 * query @ key.transpose(2, 3)).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    expected = scores.softmax(dim=-1) @ value
+    weights = torch.randn(found.shape)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 0.06, "rtol": 0.05}
+    torch.testing.assert_close(found.double(), expected, **close)
+    for ours, theirs in zip(given, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, **close)

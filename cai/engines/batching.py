@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_CACHED = 4096
+"""Tokens in one pass on a CPU: more of them leave its caches."""
+
+
+def in_one_pass(budget: int, device: torch.device) -> int:
+    """Tokens that are best read in one pass where `budget` of them may be held."""
+    return min(budget, _CACHED) if device.type == "cpu" else budget
 
 
 def batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of each batch of ascending `sizes` such that rows times the longest is at most `budget`."""
-    first = 0
+    """[first, last) of each batch of rows of these `sizes` such that rows times the longest is at most `budget`."""
+    first = longest = 0
     for index, size in enumerate(sizes):
-        if index > first and (index + 1 - first) * size > budget:
+        longest = max(longest, size)
+        if index > first and (index + 1 - first) * longest > budget:
             yield first, index
-            first = index
+            first, longest = index, size
     if first < len(sizes):
         yield first, len(sizes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cai.engines.batching import batches
+from cai.engines.batching import batches, in_one_pass
 from cai.engines.prefixes import Prefixes, read
 from cai.engines.tries import Level, levels_of, trees_of
 
@@ -22,13 +22,11 @@ Asked = tuple[list[int], list[int]]
 """(prompt ids, the id of each option)."""
 Scores = list[float]
 """Natural log-probability of each option."""
-_CACHED = 4096
-"""Tokens in one pass on a CPU: more of them leave its caches."""
 
 
 def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterator[tuple[int, Scores]]:
     """(index, the options' log-probabilities) of every question; what is held at once is about `budget` tokens."""
-    at_once = min(budget, _CACHED) if model.device.type == "cpu" else budget
+    at_once = in_one_pass(budget, model.device)
     trees = trees_of([prompt for prompt, _ in asked], budget)
     first, held = 0, 0
     for number, tree in enumerate(trees):
