@@ -78,13 +78,15 @@ def as_prompt(request: Request) -> Prompt:
     return {
         "id": stable_id("micro", request.text),
         "messages": converse(request, Random(stable_seed("setting", request.text))),
-        "tags": [
-            "red_team" if request.kind == "harmful" else "helpful",
-            request.kind,
-            f"topic:{topic_name(request.topic)}",
-        ],
+        "tags": tags_of(request),
         "source": "micro",
     }
+
+
+def tags_of(request: Request) -> list[str]:
+    """What recipes select prompts by."""
+    asks_for_harm = request.kind == "harmful"
+    return ["red_team" if asks_for_harm else "helpful", request.kind, f"topic:{topic_name(request.topic)}"]
 
 
 def prompts(split: str, tags: Sequence[str] = (), limit: int | None = None, seed: int = 0) -> list[Prompt]:
@@ -102,9 +104,9 @@ def prompts(split: str, tags: Sequence[str] = (), limit: int | None = None, seed
     while any(queues.values()) and (limit is None or len(rows) < limit):
         for kind in MIX:
             if queues[kind]:
-                row = as_prompt(queues[kind].pop())
-                if not tags or set(tags) & set(row["tags"]):
-                    rows.append(row)
+                request = queues[kind].pop()
+                if not tags or set(tags) & set(tags_of(request)):
+                    rows.append(as_prompt(request))
     return rows[:limit]
 
 
