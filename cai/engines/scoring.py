@@ -1,7 +1,8 @@
 """Log-probabilities of options as the next token, for many questions that begin alike.
 
-The questions are read as trees, level by level (`cai.engines.tries`), every row behind what it shares with others
-(`cai.engines.prefixes`). Left out: options of several tokens.
+The questions are read as trees (`cai.engines.tries`), every row behind what it shares with others
+(`cai.engines.prefixes`). What stands behind a batch is read before the next batch, so that keys and values are those of
+one path of batches. Left out: options of several tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from cai.engines.batching import batches, in_one_pass
 from cai.engines.prefixes import Prefixes, read
-from cai.engines.tries import Level, levels_of, trees_of
+from cai.engines.tries import Node, trees_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,44 +27,37 @@ Scores = list[float]
 
 def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterator[tuple[int, Scores]]:
     """(index, the options' log-probabilities) of every question; what is held at once is about `budget` tokens."""
-    at_once = in_one_pass(budget, model.device)
     trees = trees_of([prompt for prompt, _ in asked], budget)
-    first, held = 0, 0
-    for number, tree in enumerate(trees):
-        if number > first and held + tree.size > budget:
-            yield from _score(model, list(levels_of(trees[first:number])), asked, at_once)
-            first, held = number, 0
-        held += tree.size
-    yield from _score(model, list(levels_of(trees[first:])), asked, at_once)
+    share = budget // max((tree.depth for tree in trees), default=1)  # of each batch on the way down to a question
+    return _answers(model, trees, asked, in_one_pass(share, model.device))
 
 
-def _score(
-    model: PreTrainedModel, levels: Sequence[Level], asked: Sequence[Asked], at_once: int
+def _answers(
+    model: PreTrainedModel,
+    nodes: Sequence[Node],
+    asked: Sequence[Asked],
+    at_once: int,
+    behind: Prefixes | None = None,
+    owners: Sequence[int] = (),
 ) -> Iterator[tuple[int, Scores]]:
-    """The answers to the questions that end in these trees."""
-    behind: Prefixes | None = None
-    places: dict[int, int] = {}  # a node's place in the level above -> its place in `behind`
-    for level in levels:
-        kept: list[Prefixes] = []
-        kept_places: dict[int, int] = {}
-        for inner in (True, False):
-            order = [n for n, node in enumerate(level.nodes) if bool(node.children) is inner]
-            order.sort(key=lambda n: len(level.nodes[n].ids))
-            for first, last in batches([len(level.nodes[n].ids) for n in order], at_once):
-                part = order[first:last]
-                if behind is not None:
-                    part.sort(key=lambda n: level.owners[n])
-                rows = [level.nodes[n].ids for n in part]
-                owners = [places[level.owners[n]] for n in part] if behind is not None else []
-                logits, keep = read(model, rows, behind, owners)
-                ends = [(row, question) for row, n in enumerate(part) for question in level.nodes[n].ends]
-                if ends:
-                    found = of_options(logits, [(row, asked[question][1]) for row, question in ends])
-                    yield from zip([question for _, question in ends], found, strict=True)
-                if inner:
-                    kept_places |= {n: len(kept_places) + i for i, n in enumerate(part)}
-                    kept.append(keep())
-        behind, places = kept[0].followed_by(*kept[1:]) if kept else None, kept_places
+    """The answers to the questions that end in these nodes, which are read behind their `owners`, or below them."""
+    for inner in (True, False):
+        order = [n for n, node in enumerate(nodes) if bool(node.children) is inner]
+        order.sort(key=lambda n: len(nodes[n].ids))
+        for first, last in batches([len(nodes[n].ids) for n in order], at_once):
+            part = order[first:last]
+            if behind is not None:
+                part.sort(key=lambda n: owners[n])
+            rows = [nodes[n] for n in part]
+            logits, keep = read(model, [node.ids for node in rows], behind, [owners[n] for n in part] if owners else ())
+            if ends := [(row, question) for row, node in enumerate(rows) for question in node.ends]:
+                found = of_options(logits, [(row, asked[question][1]) for row, question in ends])
+                yield from zip([question for _, question in ends], found, strict=True)
+            if inner:
+                below = [(child, row) for row, node in enumerate(rows) for child in node.children]
+                yield from _answers(
+                    model, [child for child, _ in below], asked, at_once, keep(), [row for _, row in below]
+                )
 
 
 def of_options(logits: torch.Tensor, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[Scores]:

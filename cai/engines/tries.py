@@ -1,4 +1,4 @@
-"""Questions that begin alike as trees of token ids, and the order in which the trees are read.
+"""Questions that begin alike as trees of token ids.
 
 Questions about one pair of responses share the conversation and both responses and differ in the principle. Sorted,
 they form a tree: a node is a run of ids that all questions below share. A node that is too short to be worth a pass of
@@ -30,13 +30,10 @@ class Node:
         """Tokens in this node and below it."""
         return len(self.ids) + sum(child.size for child in self.children)
 
-
-@dataclass(frozen=True)
-class Level:
-    """Nodes of equal depth in several trees. `owners` are their parents' places in the level above."""
-
-    nodes: list[Node]
-    owners: list[int]
+    @functools.cached_property
+    def depth(self) -> int:
+        """Nodes on the longest way down, this one included."""
+        return 1 + max((child.depth for child in self.children), default=0)
 
 
 def trees_of(questions: Sequence[list[int]], budget: int) -> list[Node]:
@@ -48,15 +45,6 @@ def trees_of(questions: Sequence[list[int]], budget: int) -> list[Node]:
         for part in _worth_reading(tree):
             trees += _within(part, budget)
     return sorted(trees, key=lambda tree: tree.size)
-
-
-def levels_of(trees: Sequence[Node]) -> Iterator[Level]:
-    """The trees from their roots down."""
-    level = Level(list(trees), [])
-    while level.nodes:
-        yield level
-        below = [(child, n) for n, node in enumerate(level.nodes) for child in node.children]
-        level = Level([child for child, _ in below], [owner for _, owner in below])
 
 
 def _trees(

@@ -16,7 +16,7 @@ from cai.checkpoint import Model, load_causal_lm
 from cai.engines import Choice, Completion, Question, Request, Sampling
 from cai.engines.local import LocalEngine
 from cai.engines.prefixes import Groups, can_share, joint_attention
-from cai.engines.tries import Node, levels_of, trees_of
+from cai.engines.tries import Node, trees_of
 from cai.errors import BadInput
 from cai.profile import Profile
 
@@ -55,12 +55,6 @@ def test_every_question_is_the_path_to_one_node(questions: list[list[int]], budg
         look(tree, [])
         assert tree.size <= max(budget, *(len(question) for question in questions))
     assert sorted(seen) == list(range(len(questions)))
-    levels = list(levels_of(trees))
-    for above, level in itertools.pairwise(levels):
-        assert [level.nodes[n] for n in range(len(level.nodes))] == [
-            child for node in above.nodes for child in node.children
-        ]
-        assert all(node in above.nodes[owner].children for node, owner in zip(level.nodes, level.owners, strict=True))
 
 
 def test_what_is_shared_is_there_once_unless_the_tree_would_be_too_large_or_it_is_not_worth_it() -> None:
@@ -71,9 +65,9 @@ def test_what_is_shared_is_there_once_unless_the_tree_would_be_too_large_or_it_i
     assert [tree.size for tree in halves] == [170 + 5 * 20] * 3 + [170 + 11 * 20] * 3
     conversations = [[7] * 300 + question for question in questions]
     (tree,) = trees_of(conversations, budget=16384)
-    assert [len(level.nodes) for level in levels_of([tree])] == [1, 3, 48]
+    assert [len(node.children) for node in (tree, *tree.children)] == [3, 16, 16, 16]
     begun = [[7, 8, *question] for question in questions]
-    assert [len(level.nodes) for level in levels_of(trees_of(begun, budget=16384))] == [3, 48]
+    assert [len(tree.children) for tree in trees_of(begun, budget=16384)] == [16, 16, 16], "too little to be a node"
 
 
 @pytest.mark.parametrize("heads", [2, 6])
