@@ -66,7 +66,7 @@ def _float32_attention(
 def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention on a CPU, in the way whose backward pass is the fastest there.
 
-    query: (batch, heads, seq, width); key and value may have fewer heads; returns what `query` is.
+    query: (batch, heads, seq, width); key and value may have fewer heads; returns (batch, heads, seq, value width).
     """
     dtype, length = query.dtype, query.shape[2]
     grouped = query.shape[1] != key.shape[1]
@@ -79,7 +79,7 @@ def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) ->
             key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
         ahead = query.new_full((length, length), -math.inf).triu(1)
         scores = torch.baddbmm(ahead, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
-        return (scores.softmax(dim=-1) @ value.flatten(0, 1)).view(query.shape)
+        return (scores.softmax(dim=-1) @ value.flatten(0, 1)).view(*query.shape[:-1], -1)
 
 
 def give_back_freed_memory() -> None:
