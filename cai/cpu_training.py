@@ -2,8 +2,8 @@
 
 The backward pass of torch's attention takes two to three times as long in bfloat16 as in float32 for sequences of up to
 some 200 tokens; beyond, both take the same. Where rows are not padded on the left, matrix products in bfloat16 take
-half the time of either (`causal_attention`). TRL's fused language-model head is made for GPUs: on a CPU it scores
-prompt and padding too, and multiplies in float32.
+half the time of either (`causal_attention`), with scores rounded to bfloat16, as in transformers' eager attention.
+TRL's fused language-model head is made for GPUs: on a CPU it scores prompt and padding too, and multiplies in float32.
 
 Left out: vocabularies above `LARGEST_VOCABULARY`, whose logits need the tiles of TRL's head, and models that do not
 take their attention from transformers' table. Both train as they do without this module.
@@ -65,6 +65,9 @@ def _float32_attention(
 
 def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention on a CPU, in the way whose backward pass is the fastest there.
+
+    Of bfloat16, the scores are rounded before their softmax: a query's gradient is off by 0.4 % where they have a
+    standard deviation of 1, by 2 % at 9 and 7 % at 36 (eager attention: 0.4, 2.5 and 9 %; in float32: 0.2 %).
 
     query: (batch, heads, seq, width); key and value may have fewer heads; returns (batch, heads, seq, value width).
     """

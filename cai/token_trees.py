@@ -143,16 +143,19 @@ def _agrees(body: PreTrainedModel) -> bool:
         return False
     ids = torch.tensor([[4, 9, 6, 8, 7, 5], [4, 9, 6, 5, 0, 0], [9, 4, 4, 8, 7, 5]], device=body.device)
     there = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], device=body.device)
-    try:
-        with torch.no_grad():
-            plain = body(input_ids=ids, attention_mask=there, use_cache=False).last_hidden_state.float()
-            tree = _forward(body, body.forward, ids, there, use_cache=False).last_hidden_state.float()
-    except REFUSALS:
-        return False
-    differ = (plain - tree)[there.bool()].abs().max()
-    ahead = (plain[0, :3] - plain[1, :3]).abs().max()  # of what stands behind these tokens they know nothing
-    other = (plain[0, 3:] - plain[2, 3:]).abs().max()
-    return rounding(float(torch.maximum(differ, ahead)), float(other))
+    for bfloat16 in (False, True):  # attention goes another way then, and that is what most train in
+        try:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                plain = body(input_ids=ids, attention_mask=there, use_cache=False).last_hidden_state.float()
+                tree = _forward(body, body.forward, ids, there, use_cache=False).last_hidden_state.float()
+        except REFUSALS:
+            return False
+        differ = (plain - tree)[there.bool()].abs().max()
+        ahead = (plain[0, :3] - plain[1, :3]).abs().max()  # of what stands behind these tokens they know nothing
+        other = (plain[0, 3:] - plain[2, 3:]).abs().max()
+        if not rounding(float(torch.maximum(differ, ahead)), float(other)):
+            return False
+    return True
 
 
 def dropouts(module: nn.Module) -> list[str]:

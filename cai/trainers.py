@@ -44,7 +44,8 @@ class LengthSortedSteps(Sampler[int]):
     epoch's start: these are learned from twice in that epoch, on several processes only.
 
     The processes take the step's micro-batches in turn, and in each turn wait for each other, for what they log. So a
-    turn's examples are dealt to them there and back, and no process has the longest ones.
+    turn's examples are dealt to them there and back: their tokens, which are what a micro-batch costs where padding is
+    not computed, then differ by no more in sum than the turn's longest and shortest example do.
     """
 
     def __init__(

@@ -122,22 +122,26 @@ def test_attention_is_computed_in_float32_inside_the_block_only(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("most", "dtype"), [(2**24, "float32"), (2**24, "bfloat16"), (8, "bfloat16")])
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("kv_heads", "width"), [(4, 8), (2, 8), (4, 6)])
 def test_causal_attention_is_attention_whichever_way_is_taken(
-    most: int, dtype: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+    most: int, dtype: str, kv_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cai import cpu_training
     from cai.cpu_training import causal_attention
 
+    fused, calls = cpu_training.scaled_dot_product_attention, []
+    spied = lambda *args, **options: (calls.append(args), fused(*args, **options))[1]  # noqa: E731
+    monkeypatch.setattr(cpu_training, "scaled_dot_product_attention", spied)
     monkeypatch.setattr(cpu_training, "MOST_SCORES", most)
     torch.manual_seed(0)
     length = 12
-    shapes = [(3, heads, length, 8) for heads in (4, kv_heads, kv_heads)]
+    shapes = [(3, 4, length, 8), (3, kv_heads, length, 8), (3, kv_heads, length, width)]
     given = [torch.randn(shape).to(getattr(torch, dtype)).requires_grad_() for shape in shapes]
     exact = [each.detach().double().requires_grad_() for each in given]
     with torch.autocast("cpu", torch.bfloat16):
         found = causal_attention(0.5, *given)
     assert found.dtype == given[0].dtype
+    assert bool(calls) is (dtype == "float32" or most == 8)
     query, key, value = exact[0], *(each.repeat_interleave(4 // kv_heads, dim=1) for each in exact[1:])
     scores = (0.5 * query @ key.transpose(2, 3)).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
     expected = scores.softmax(dim=-1) @ value

@@ -18,12 +18,11 @@ def in_one_pass(budget: int, device: torch.device) -> int:
 
 
 def batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of each batch of rows of these `sizes` such that rows times the longest is at most `budget`."""
-    first = longest = 0
+    """[first, last) of each batch of ascending `sizes` such that rows times the longest is at most `budget`."""
+    first = 0
     for index, size in enumerate(sizes):
-        longest = max(longest, size)
-        if index > first and (index + 1 - first) * longest > budget:
+        if index > first and (index + 1 - first) * size > budget:
             yield first, index
-            first, longest = index, size
+            first = index
     if first < len(sizes):
         yield first, len(sizes)

@@ -54,9 +54,11 @@ def _answers(
                 found = of_options(logits, [(row, asked[question][1]) for row, question in ends])
                 yield from zip([question for _, question in ends], found, strict=True)
             if inner:
+                kept = keep()
+                del logits, keep  # else they stay until all below is read
                 below = [(child, row) for row, node in enumerate(rows) for child in node.children]
                 yield from _answers(
-                    model, [child for child, _ in below], asked, at_once, keep(), [row for _, row in below]
+                    model, [child for child, _ in below], asked, at_once, kept, [row for _, row in below]
                 )
 
 
