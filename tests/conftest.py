@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import models
 import pytest
+import torch
 
 from cai.checkpoint import Model, resolve
+
+# Tests share two cores, and threads that wait for each other there take several times as long.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -399,7 +399,7 @@ def test_a_stopped_run_says_so_and_goes_on_from_there(recipe, number, code):
     with pytest.raises(BadInput, match=f"process {child.pid} is working"), runs.locked(recipe.parent / "toy"):
         pass
     child.send_signal(number)
-    _, said = child.communicate(timeout=120)
+    _, said = child.communicate(timeout=600)
     assert child.returncode == code
     assert said.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
     again = command(recipe)
@@ -510,11 +510,11 @@ def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process,
     until(lambda: list(recipe.parent.glob("toy/texts-*/waiting")))
     [waiting] = recipe.parent.glob("toy/texts-*/waiting")
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=120)
+    child.communicate(timeout=600)
     assert child.returncode == 143
     assert not Path(f"/proc/{waiting.read_text()}").exists()
     again = command(recipe, "--on", profile, "--until", "texts", PYTHONPATH=python_path)
-    assert "texts: 12 texts" in again.communicate(timeout=120)[1]
+    assert "texts: 12 texts" in again.communicate(timeout=600)[1]
     assert len(read_rows(runs.latest(recipe.parent / "toy")["texts"] / "records.jsonl")) == 12
 
 

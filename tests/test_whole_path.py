@@ -56,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
         cwd=folder,
         text=True,
         capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "digests.json").write_text(done.stdout.splitlines()[-1])

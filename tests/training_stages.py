@@ -7,15 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cai.checkpoint import Model, resolve
 from cai.journal import Journal
 from cai.profile import Profile
 from cai.records import row_lines, stable_id
 from cai.stages import Context, config_class, run_function
-
-torch.set_num_threads(1)  # two threads that wait for each other cost a tiny model more than they do
 
 CPU = Profile(device="cpu", dtype="float32", micro_batch=4)
 WORDS = ("alpha", "beta", "gamma", "delta", "lock", "sea", "poem", "Paris", "France", "door", "fish", "wave")

@@ -42,9 +42,10 @@ def _answers(
 ) -> Iterator[tuple[int, Scores]]:
     """The answers to the questions that end in these nodes, which are read behind their `owners`, or below them."""
     for inner in (True, False):
+        before = behind.mask.shape[1] if inner and behind is not None else 0  # kept once more, with each row
         order = [n for n, node in enumerate(nodes) if bool(node.children) is inner]
         order.sort(key=lambda n: len(nodes[n].ids))
-        for first, last in batches([len(nodes[n].ids) for n in order], at_once):
+        for first, last in batches([before + len(nodes[n].ids) for n in order], at_once):
             part = order[first:last]
             if behind is not None:
                 part.sort(key=lambda n: owners[n])

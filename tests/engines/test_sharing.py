@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -13,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai.checkpoint import Model, load_causal_lm
-from cai.engines import Choice, Completion, Question, Request, Sampling
+from cai.engines import Choice, Completion, Question, Request, Sampling, scoring
 from cai.engines.local import LocalEngine
-from cai.engines.prefixes import Groups, can_share, joint_attention
+from cai.engines.prefixes import Groups, Prefixes, can_share, joint_attention, read
 from cai.engines.tries import Node, trees_of
 from cai.errors import BadInput
 from cai.profile import Profile
@@ -352,6 +354,36 @@ def test_where_memory_runs_out_the_work_goes_on_with_half_the_tokens(
     monkeypatch.setattr(type(engine.lm), "forward", lambda self, **_: (_ for _ in ()).throw(RuntimeError("something")))
     with pytest.raises(RuntimeError, match="something"):
         list(engine.choose(asked(2)))
+
+
+def test_prefixes_that_are_held_at_once_stay_within_the_budget(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long conversation, many short responses to it, several principles for each."""
+    held: dict[int, int] = {}
+    most = 0
+
+    def counting(*given: Any) -> tuple[torch.Tensor, Callable[[], Prefixes]]:
+        logits, keep = read(*given)
+
+        def kept() -> Prefixes:
+            nonlocal most
+            prefixes = keep()
+            held[id(prefixes)] = prefixes.mask.numel()
+            weakref.finalize(prefixes, held.pop, id(prefixes))
+            most = max(most, sum(held.values()))
+            return prefixes
+
+        return logits, kept
+
+    monkeypatch.setattr(scoring, "read", counting)
+    lm = load_causal_lm(tiny("llama"))
+    conversation, budget = [5] * 300, 2048
+    responses = [[6 + n % 7, 9 + n // 7, *[4] * (8 + n % 3)] for n in range(40)]
+    prompts = [[*conversation, *response, 20 + n, *[3] * 9] for response in responses for n in range(3)]
+    (tree,) = trees_of(prompts, budget)
+    assert tree.depth == 3
+    assert len(list(scoring.score(lm, [(prompt, [1, 2]) for prompt in prompts], budget))) == len(prompts)
+    assert 600 < most <= budget
+    assert not held
 
 
 def test_a_budget_that_memory_has_no_room_for_is_lowered(tiny: Tiny) -> None:
