@@ -147,8 +147,10 @@ def hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+    if torch := sys.modules.get("torch"):
+        found["bfloat16"] = torch.cpu._is_avx512_bf16_supported()  # processors of one name differ in it
+        if torch.cuda.is_available():
+            found["gpu"] = torch.cuda.get_device_name()
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,15 @@ def in_one_pass(budget: int, device: torch.device) -> int:
     return min(budget, _CACHED) if device.type == "cpu" else budget
 
 
-def batches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of each batch of ascending `sizes` such that rows times the longest is at most `budget`."""
+def batches(sizes: Sequence[int], budget: int, before: int = 0, room: float = math.inf) -> Iterator[tuple[int, int]]:
+    """[first, last) of each batch of ascending `sizes` such that rows times the longest is at most `budget`.
+
+    With `before` more tokens in each row it is at most `room`. One row alone may be longer.
+    """
     first = 0
     for index, size in enumerate(sizes):
-        if index > first and (index + 1 - first) * size > budget:
+        rows = index + 1 - first
+        if rows > 1 and (rows * size > budget or rows * (before + size) > room):
             yield first, index
             first = index
     if first < len(sizes):

@@ -256,8 +256,10 @@ class _Continuing(_Reading):
             self.mask = torch.cat([before, causal.expand(len(owners), 1, -1, -1)], dim=-1)
         else:
             self.groups = Groups.of(owners, max(1, _QUERIES // length), device)
-            self.grouped = behind.select(self.groups.prefixes)
-            self.bias = bias_of(self.grouped.mask[:, None, None], dtype)
+            self.at = torch.tensor(self.groups.prefixes, device=device)
+            mask = behind.mask[self.at]
+            self.used = int(mask.any(dim=0).nonzero().max()) + 1
+            self.bias = bias_of(mask[:, None, None, : self.used], dtype)
             self.own_bias = bias_of(causal, dtype)
 
     def attend(self, layer: int, query: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -270,7 +272,11 @@ class _Continuing(_Reading):
         own_bias = None if self.own_bias is None else self.own_bias.repeat(query.shape[1] // kv_heads, 1)
         out = joint_attention(
             grouped_heads(query, kv_heads, scale),
-            (self.grouped.keys[layer], self.grouped.values[layer], self.bias),
+            (
+                self.behind.keys[layer][..., : self.used].index_select(0, self.at),  # layer by layer: it may be large
+                self.behind.values[layer][:, :, : self.used].index_select(0, self.at),
+                self.bias,
+            ),
             self.groups,
             (self.keys[-1], self.values[-1], own_bias),
         )

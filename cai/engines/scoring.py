@@ -1,8 +1,8 @@
 """Log-probabilities of options as the next token, for many questions that begin alike.
 
 The questions are read as trees (`cai.engines.tries`), every row behind what it shares with others
-(`cai.engines.prefixes`). What stands behind a batch is read before the next batch, so that keys and values are those of
-one path of batches. Left out: options of several tokens.
+(`cai.engines.prefixes`). All that follows a batch is read before the next one, so that keys and values are held of one
+path of batches. Left out: options of several tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from cai.engines.batching import batches, in_one_pass
 from cai.engines.prefixes import Prefixes, read
-from cai.engines.tries import Node, trees_of
+from cai.engines.tries import Node, apart, trees_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,41 +26,46 @@ Scores = list[float]
 
 
 def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterator[tuple[int, Scores]]:
-    """(index, the options' log-probabilities) of every question; what is held at once is about `budget` tokens."""
-    trees = trees_of([prompt for prompt, _ in asked], budget)
-    share = budget // max((tree.depth for tree in trees), default=1)  # of each batch on the way down to a question
-    return _answers(model, trees, asked, in_one_pass(share, model.device))
+    """(index, the options' log-probabilities) of every question; about `budget` tokens are held at once."""
+    trees = trees_of([prompt for prompt, _ in asked])
+    return _answers(model, [(tree, 0) for tree in trees], asked, budget)
 
 
 def _answers(
     model: PreTrainedModel,
-    nodes: Sequence[Node],
+    nodes: Sequence[tuple[Node, int]],
     asked: Sequence[Asked],
-    at_once: int,
+    room: int,
     behind: Prefixes | None = None,
-    owners: Sequence[int] = (),
 ) -> Iterator[tuple[int, Scores]]:
-    """The answers to the questions that end in these nodes, which are read behind their `owners`, or below them."""
+    """The answers to the questions that end in or below these nodes, each with the row of `behind` that it follows.
+
+    `room` is for tokens held beside `behind`. Half of it goes to a batch that others follow, with all before it, which
+    is kept once more for each of its rows; a node for which that would be too long is read with each of its questions.
+    """
+    before = 0 if behind is None else behind.mask.shape[1]
+    if behind is not None:
+        nodes = [
+            (each, owner)
+            for node, owner in nodes
+            for each in ([node] if not node.children or before + len(node.ids) <= room else apart(node))
+        ]
     for inner in (True, False):
-        before = behind.mask.shape[1] if inner and behind is not None else 0  # kept once more, with each row
-        order = [n for n, node in enumerate(nodes) if bool(node.children) is inner]
-        order.sort(key=lambda n: len(nodes[n].ids))
-        for first, last in batches([before + len(nodes[n].ids) for n in order], at_once):
-            part = order[first:last]
-            if behind is not None:
-                part.sort(key=lambda n: owners[n])
-            rows = [nodes[n] for n in part]
-            logits, keep = read(model, [node.ids for node in rows], behind, [owners[n] for n in part] if owners else ())
-            if ends := [(row, question) for row, node in enumerate(rows) for question in node.ends]:
+        order = sorted((each for each in nodes if bool(each[0].children) is inner), key=lambda each: len(each[0].ids))
+        kept_too = (before, room // 2) if inner else ()
+        sizes = [len(node.ids) for node, _ in order]
+        for first, last in batches(sizes, in_one_pass(room, model.device), *kept_too):
+            rows = sorted(order[first:last], key=lambda each: each[1])
+            logits, keep = read(model, [node.ids for node, _ in rows], behind, [owner for _, owner in rows])
+            if ends := [(row, question) for row, (node, _) in enumerate(rows) for question in node.ends]:
                 found = of_options(logits, [(row, asked[question][1]) for row, question in ends])
                 yield from zip([question for _, question in ends], found, strict=True)
-            if inner:
-                kept = keep()
-                del logits, keep  # else they stay until all below is read
-                below = [(child, row) for row, node in enumerate(rows) for child in node.children]
-                yield from _answers(
-                    model, [child for child, _ in below], asked, at_once, kept, [row for _, row in below]
-                )
+            prefixes = keep() if inner else None
+            del logits, keep  # else they stay until all below is read, or the next batch
+            if prefixes is not None:
+                below = [(child, row) for row, (node, _) in enumerate(rows) for child in node.children]
+                yield from _answers(model, below, asked, room - prefixes.mask.numel(), prefixes)
+                del prefixes
 
 
 def of_options(logits: torch.Tensor, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[Scores]:

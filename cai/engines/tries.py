@@ -2,8 +2,7 @@
 
 Questions about one pair of responses share the conversation and both responses and differ in the principle. Sorted,
 they form a tree: a node is a run of ids that all questions below share. A node that is too short to be worth a pass of
-its own goes in front of each of its children. A tree larger than the budget becomes several that repeat their root.
-Ids in, plans out; no tensors.
+its own goes in front of each of its children. Ids in, plans out; no tensors.
 """
 
 from __future__ import annotations
@@ -30,21 +29,20 @@ class Node:
         """Tokens in this node and below it."""
         return len(self.ids) + sum(child.size for child in self.children)
 
-    @functools.cached_property
-    def depth(self) -> int:
-        """Nodes on the longest way down, this one included."""
-        return 1 + max((child.depth for child in self.children), default=0)
 
-
-def trees_of(questions: Sequence[list[int]], budget: int) -> list[Node]:
-    """The questions as trees of at most `budget` tokens where that is possible, small ones first."""
+def trees_of(questions: Sequence[list[int]]) -> list[Node]:
+    """The questions as trees."""
     order = sorted((n for n in range(len(questions)) if questions[n]), key=lambda n: questions[n])
     shared = [_common(questions[a], questions[b]) for a, b in itertools.pairwise(order)]
-    trees: list[Node] = []
-    for tree in _trees(questions, order, shared, 0, len(order), 0):
-        for part in _worth_reading(tree):
-            trees += _within(part, budget)
-    return sorted(trees, key=lambda tree: tree.size)
+    return [node for tree in _trees(questions, order, shared, 0, len(order), 0) for node in _worth_reading(tree)]
+
+
+def apart(node: Node) -> Iterator[Node]:
+    """The questions in and below a node, each with all its ids from there on in a node of its own."""
+    if node.ends:
+        yield Node(node.ids, node.ends)
+    for child in node.children:
+        yield from apart(replace(child, ids=[*node.ids, *child.ids]))
 
 
 def _trees(
@@ -73,25 +71,6 @@ def _worth_reading(node: Node) -> list[Node]:
         return [kept]
     ended = [Node(node.ids, node.ends)] if node.ends else []
     return ended + [replace(child, ids=[*node.ids, *child.ids]) for child in children]
-
-
-def _within(tree: Node, budget: int) -> list[Node]:
-    """The tree in parts that fit into `budget`, each with its root again; one path alone may be longer."""
-    if tree.size <= budget or not tree.children:
-        return [tree]
-    parts: list[Node] = []
-    size = budget
-    for child in tree.children:
-        if len(tree.ids) + child.size > budget and child.children:
-            parts += _within(replace(child, ids=[*tree.ids, *child.ids]), budget)
-            size = budget
-        elif size + child.size <= budget:
-            parts[-1].children.append(child)
-            size += child.size
-        else:
-            parts.append(Node(tree.ids, [], [child]))
-            size = len(tree.ids) + child.size
-    return [Node(tree.ids, tree.ends), *parts] if tree.ends else parts
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

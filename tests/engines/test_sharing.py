@@ -18,7 +18,7 @@ from cai.checkpoint import Model, load_causal_lm
 from cai.engines import Choice, Completion, Question, Request, Sampling, scoring
 from cai.engines.local import LocalEngine
 from cai.engines.prefixes import Groups, Prefixes, can_share, joint_attention, read
-from cai.engines.tries import Node, trees_of
+from cai.engines.tries import Node, apart, trees_of
 from cai.errors import BadInput
 from cai.profile import Profile
 
@@ -38,10 +38,10 @@ SHAPE = {
 }
 
 
-@given(questions=QUESTIONS, budget=st.sampled_from([16, 64, 4096]))
+@given(questions=QUESTIONS)
 @settings(max_examples=100, deadline=None)
-def test_every_question_is_the_path_to_one_node(questions: list[list[int]], budget: int) -> None:
-    trees = trees_of(questions, budget)
+def test_every_question_is_the_path_to_one_node(questions: list[list[int]]) -> None:
+    trees = trees_of(questions)
     seen: list[int] = []
 
     def look(node: Node, path: list[int]) -> None:
@@ -55,21 +55,24 @@ def test_every_question_is_the_path_to_one_node(questions: list[list[int]], budg
 
     for tree in trees:
         look(tree, [])
-        assert tree.size <= max(budget, *(len(question) for question in questions))
+    assert sorted(seen) == list(range(len(questions)))
+    seen.clear()
+    for tree in trees:
+        for node in apart(tree):
+            assert not node.children
+            look(node, [])
     assert sorted(seen) == list(range(len(questions)))
 
 
-def test_what_is_shared_is_there_once_unless_the_tree_would_be_too_large_or_it_is_not_worth_it() -> None:
+def test_what_is_shared_is_there_once_unless_it_is_not_worth_it() -> None:
     pairs = [[pair] * 170 for pair in (1, 2, 3)]
     questions = [pair + [10 + n] * 20 for pair in pairs for n in range(16)]
-    assert [tree.size for tree in trees_of(questions, budget=16384)] == [170 + 16 * 20] * 3
-    halves = trees_of(questions, budget=400)
-    assert [tree.size for tree in halves] == [170 + 5 * 20] * 3 + [170 + 11 * 20] * 3
+    assert [tree.size for tree in trees_of(questions)] == [170 + 16 * 20] * 3
     conversations = [[7] * 300 + question for question in questions]
-    (tree,) = trees_of(conversations, budget=16384)
+    (tree,) = trees_of(conversations)
     assert [len(node.children) for node in (tree, *tree.children)] == [3, 16, 16, 16]
     begun = [[7, 8, *question] for question in questions]
-    assert [len(tree.children) for tree in trees_of(begun, budget=16384)] == [16, 16, 16], "too little to be a node"
+    assert [len(tree.children) for tree in trees_of(begun)] == [16, 16, 16], "too little to be a node"
 
 
 @pytest.mark.parametrize("heads", [2, 6])
@@ -356,34 +359,49 @@ def test_where_memory_runs_out_the_work_goes_on_with_half_the_tokens(
         list(engine.choose(asked(2)))
 
 
-def test_prefixes_that_are_held_at_once_stay_within_the_budget(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long conversation, many short responses to it, several principles for each."""
+CONVERSATION = [5] * 300
+RESPONSES = [[*CONVERSATION, 6 + n % 7, 9 + n // 7, *[4] * (8 + n % 3)] for n in range(40)]
+TURNS = [[token for turn in range(last + 1) for token in [6 + turn] * 60] for last in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "budget", "passes"),
+    [
+        ([[*each, 20 + n, *[3] * 9] for each in RESPONSES for n in range(3)], 2048, 41),
+        ([[*CONVERSATION, *each] for each in TURNS], 1500, 12),  # of all turns the conversation would be held again
+        ([[*CONVERSATION, 20 + n, *[3] * 9] for n in range(40)], 256, 41),  # less than one question needs
+    ],
+    ids=["a long conversation, many responses, principles", "a question after every turn", "too small a budget"],
+)
+def test_prefixes_that_are_held_at_once_stay_within_the_budget(
+    prompts: list[list[int]], budget: int, passes: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held: dict[int, int] = {}
-    most = 0
+    most: list[int] = []
 
     def counting(*given: Any) -> tuple[torch.Tensor, Callable[[], Prefixes]]:
         logits, keep = read(*given)
+        most.append(sum(held.values()))
 
         def kept() -> Prefixes:
-            nonlocal most
             prefixes = keep()
             held[id(prefixes)] = prefixes.mask.numel()
             weakref.finalize(prefixes, held.pop, id(prefixes))
-            most = max(most, sum(held.values()))
             return prefixes
 
         return logits, kept
 
     monkeypatch.setattr(scoring, "read", counting)
     lm = load_causal_lm(tiny("llama"))
-    conversation, budget = [5] * 300, 2048
-    responses = [[6 + n % 7, 9 + n // 7, *[4] * (8 + n % 3)] for n in range(40)]
-    prompts = [[*conversation, *response, 20 + n, *[3] * 9] for response in responses for n in range(3)]
-    (tree,) = trees_of(prompts, budget)
-    assert tree.depth == 3
-    assert len(list(scoring.score(lm, [(prompt, [1, 2]) for prompt in prompts], budget))) == len(prompts)
-    assert 600 < most <= budget
+    found = dict(scoring.score(lm, [(prompt, [1, 2]) for prompt in prompts], budget))
+    assert 300 <= max(most) <= max(budget, 300)
+    assert len(most) <= passes
     assert not held
+    for number in (0, len(prompts) - 1):
+        with torch.inference_mode():
+            logits = lm(input_ids=torch.tensor([prompts[number]])).logits[0, -1].log_softmax(dim=-1)
+        assert found[number] == pytest.approx(logits[[1, 2]].tolist(), abs=1e-4)
+    assert len(found) == len(prompts)
 
 
 def test_a_budget_that_memory_has_no_room_for_is_lowered(tiny: Tiny) -> None:
