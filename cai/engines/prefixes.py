@@ -60,7 +60,7 @@ class Prefixes:
     lengths: torch.Tensor
 
     def select(self, indices: Sequence[int]) -> Prefixes:
-        """Those at `indices`, without the columns that are padding in all of them; one may come several times."""
+        """Those at `indices`, without the last columns that are padding in all of them; one may come several times."""
         if list(indices) == list(range(len(self.lengths))):
             return self
         at = torch.tensor(indices, device=self.mask.device)

@@ -158,9 +158,7 @@ def test_a_rank_that_dies_ends_the_others_and_its_error_is_reported(
 ) -> None:
     child = command(recipe, profile, DISTURBED_RANK="1", DISTURBANCE=disturbance)
     until(lambda: metrics(recipe), child)
-    said = child.communicate(timeout=600)[
-        1
-    ]  # seconds, of which it needs few; alone the others would wait for 30 minutes
+    said = child.communicate(timeout=600)[1]  # left alone, the others would wait for half an hour
     assert child.returncode == 3, said
     assert said.splitlines()[-1].startswith(words), said
     assert not processes(recipe)
