@@ -41,7 +41,9 @@ class LocalEngine:
         self.model = model
         self.profile = profile
         self._budget = profile.token_budget
-        self._loaded = lm
+        self._loaded: PreTrainedModel | None = None
+        if lm is not None:
+            self._take(lm)
 
     def __enter__(self) -> Self:
         return self
@@ -59,9 +61,14 @@ class LocalEngine:
         """The model, loaded on first use."""
         if self._loaded is None:
             with whole():
-                self._loaded = load_causal_lm(self.model, self.profile.dtype, self.profile.device)
-            self._budget = min(self._budget, self._room(self._loaded))
+                self._take(load_causal_lm(self.model, self.profile.dtype, self.profile.device))
+        assert self._loaded is not None
         return self._loaded
+
+    def _take(self, lm: PreTrainedModel) -> None:
+        """Answers with this model from now on, and holds no more tokens at once than memory has room for."""
+        self._loaded = lm
+        self._budget = min(self._budget, self._room(lm))
 
     def _room(self, lm: PreTrainedModel) -> int:
         """Tokens whose keys and values fit into a quarter of a CPU's free memory, with a warning where that counts.

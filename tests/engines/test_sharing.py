@@ -405,9 +405,12 @@ def test_prefixes_that_are_held_at_once_stay_within_the_budget(
 
 
 def test_a_budget_that_memory_has_no_room_for_is_lowered(tiny: Tiny) -> None:
-    engine = LocalEngine(tiny("llama"), Profile(device="cpu", dtype="float32", token_budget=1 << 50))
+    profile = Profile(device="cpu", dtype="float32", token_budget=1 << 50)
+    engine = LocalEngine(tiny("llama"), profile)
     with pytest.warns(UserWarning, match="may be more than memory has room for"):
         assert len(list(engine.choose(asked(2)))) == len(asked(2))
+    with pytest.warns(UserWarning, match="may be more than memory has room for"):
+        LocalEngine(tiny("llama"), profile, engine.lm)
 
 
 def test_bfloat16_models_share_too(tiny: Tiny) -> None:
