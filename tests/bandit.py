@@ -32,16 +32,13 @@ class Bandit:
         return float(self.pays[response.token_ids[0]])
 
     def assert_solved(self, policy: Any) -> None:
-        """The optimum of E[r] - β KL is π ∝ π_ref exp(r/β): nearly its share of arms that pay, and most of its gain.
-
-        Rounding decides some draws, so that machines end in different places; half or twice the β is far outside.
-        """
+        """The optimum of E[r] - β KL is π ∝ π_ref exp(r/β): its share of arms that pay, and nine tenths of its gain."""
         after = self._arms(policy)
         wanted = self.before * torch.exp(self.pays.float() / BETA)
         wanted /= wanted.sum()
-        assert float(after[self.pays].sum()) == pytest.approx(float(wanted[self.pays].sum()), abs=0.05)
+        assert float(after[self.pays].sum()) == pytest.approx(float(wanted[self.pays].sum()), abs=0.03)
         gain, most = (self._objective(each) - self._objective(self.before) for each in (after, wanted))
-        assert gain > 0.85 * most
+        assert gain > 0.9 * most
 
     def _objective(self, arms: Tensor) -> float:
         return float(arms[self.pays].sum() - BETA * (arms * (arms / self.before).log())[self.drawn].sum())

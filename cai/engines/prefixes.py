@@ -65,7 +65,7 @@ class Prefixes:
             return self
         at = torch.tensor(indices, device=self.mask.device)
         mask = self.mask[at]
-        used = int(mask.any(dim=0).nonzero().max()) + 1 if mask.numel() else 0
+        used = _used(mask)
         return Prefixes(
             [each[..., :used].index_select(0, at) for each in self.keys],
             [each[:, :, :used].index_select(0, at) for each in self.values],
@@ -182,6 +182,11 @@ def bias_of(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+def _used(mask: torch.Tensor) -> int:
+    """Columns of a mask, (row, column), up to the last that some row uses."""
+    return int(mask.any(dim=0).nonzero().max()) + 1 if mask.numel() else 0
+
+
 def grouped_heads(query: torch.Tensor, kv_heads: int, scale: float) -> torch.Tensor:
     """(batch, heads, seq, width) -> (batch, kv heads, heads a kv head x seq, width), scaled."""
     batch, _, _, width = query.shape
@@ -258,7 +263,7 @@ class _Continuing(_Reading):
             self.groups = Groups.of(owners, max(1, _QUERIES // length), device)
             self.at = torch.tensor(self.groups.prefixes, device=device)
             mask = behind.mask[self.at]
-            self.used = int(mask.any(dim=0).nonzero().max()) + 1
+            self.used = _used(mask)
             self.bias = bias_of(mask[:, None, None, : self.used], dtype)
             self.own_bias = bias_of(causal, dtype)
 

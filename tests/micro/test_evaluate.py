@@ -133,7 +133,7 @@ def test_the_shipped_model_is_measured_in_everything(tmp_path: Path) -> None:
         "  - {id: polite, text: Be polite., compare: Which has better manners?}\n"
     )
     found = evaluate(
-        per_class=2,
+        per_class=3,
         prompts=tmp_path / "mine.jsonl",
         constitution=tmp_path / "mine.yaml",
         log=lambda line: None,
