@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import FusedCausalLMOutput
+
+from cai.engines.batching import few_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +87,11 @@ def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) ->
         return (scores.softmax(dim=-1) @ value.flatten(0, 1)).view(*query.shape[:-1], -1)
 
 
+def product_dtype(weights: torch.dtype) -> torch.dtype:
+    """In what a CPU multiplies by weights of that precision: autocast's, where it is switched on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weights
+
+
 def give_back_freed_memory() -> None:
     """Makes the C library return blocks of 4 MiB and more to the system when they are freed.
 
@@ -114,15 +121,17 @@ def add_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperature: f
             return without(*args, fused_lm_head=fused_lm_head, labels=labels, **options)
         mask = labels[:, 1:] != -100
         targets = labels[:, 1:][mask]
-        if len(targets) * self.config.get_text_config().vocab_size > MOST_LOGITS:
+        head, n = self.get_output_embeddings(), len(targets)
+        if n * self.config.get_text_config().vocab_size > MOST_LOGITS:
             return without(*args, fused_lm_head=True, labels=labels, **options)
         # Between body and head, so that what a model does to its logits (scales, caps) stays the model's own.
-        hook = self.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: hidden[0][:, :-1][mask])
+        more = few_sizes(n, product_dtype(head.weight.dtype), targets.device) - n
+        hook = head.register_forward_pre_hook(lambda _, hidden: pad(hidden[0][:, :-1][mask], (0, 0, 0, more)))
         try:
             outputs = without(*args, **{**options, "use_cache": False})
         finally:
             hook.remove()
-        logits = outputs.logits.float()  # (learned tokens, vocabulary)
+        logits = outputs.logits[:n].float()  # (learned tokens, vocabulary)
         log_probs = (logits if temperature == 1.0 else logits / temperature).log_softmax(dim=-1)
 
         def spread(values: Tensor) -> Tensor:

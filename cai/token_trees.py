@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from cai.cpu_training import causal_attention
+from cai.cpu_training import causal_attention, product_dtype
+from cai.engines.batching import few_sizes
 from cai.engines.prefixes import REFUSALS, attending, not_plainly_causal, rounding
 
 if TYPE_CHECKING:
@@ -34,10 +36,13 @@ _OTHERWISE = ("position_ids", "past_key_values", "inputs_embeds", "output_hidden
 class Tree:
     """The distinct tokens of `ids`, (row, column), where `mask` is true: two are one if all up to them is alike.
 
-    Nothing but padding stands behind a row's first False.
+    Nothing but padding stands behind a row's first False. Where sizes count in `dtype` (`few_sizes`), rows have a few
+    more columns of padding while attention looks at them, and the first token is there a few times more.
     """
 
-    def __init__(self, ids: Tensor, mask: Tensor) -> None:
+    def __init__(self, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
+        sizes = functools.partial(few_sizes, dtype=dtype, device=ids.device)
+        ids, mask = (pad(each, (0, sizes(ids.shape[1], step=8) - ids.shape[1])) for each in (ids, mask))
         tokens, there = ids.cpu().numpy(), mask.cpu().numpy().astype(bool)
         self.shape = tokens.shape
         nodes = np.zeros(self.shape, dtype=np.int64)  # padding reads the first token; nothing reads padding
@@ -51,6 +56,7 @@ class Tree:
             nodes[rows, column] = parents[rows] = size + node
             first.append(rows[one] * self.shape[1] + column)
             size += len(one)
+        first.append(np.zeros(sizes(size) - size, dtype=np.int64))
         self._nodes = torch.from_numpy(nodes.reshape(-1)).to(ids.device)
         self._first = torch.from_numpy(np.concatenate(first)).to(ids.device)
         self.ids = ids.flatten()[self._first]
@@ -105,10 +111,11 @@ def _forward(
     otherwise = _looks_at_rows(body) or any(options.get(name) is not None for name in _OTHERWISE)
     if input_ids is None or otherwise or not _padded_on_the_right(attention_mask):
         return plain(input_ids=input_ids, attention_mask=attention_mask, **options)
-    tree = Tree(input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    tree = Tree(input_ids, mask, product_dtype(body.dtype))
     with attending(body, tree.attend):
         output = plain(tree.ids[None], **{**options, "position_ids": tree.positions[None], "use_cache": False})
-    output.last_hidden_state = tree.rows(output.last_hidden_state[0])
+    output.last_hidden_state = tree.rows(output.last_hidden_state[0])[:, : input_ids.shape[1]]
     return output
 
 

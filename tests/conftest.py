@@ -30,6 +30,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
     return model
 
 
+@pytest.fixture(params=[False, True], ids=["any-size", "few-sizes"])
+def few_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether sizes are rounded up as in bfloat16 on a CPU, also in float32, where results can be compared closely."""
+    monkeypatch.setattr("cai.engines.batching.compiles_each_size", lambda *_: request.param)
+    return bool(request.param)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The file whose one test takes longest is not begun last, when nobody is left to work beside it."""
     items.sort(key=lambda item: item.path.name != "test_whole_path.py")

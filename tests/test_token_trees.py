@@ -22,6 +22,8 @@ SIZE = {
 ROWS = [[5, 9, 9, 4, 7, 8], [5, 9, 9, 4, 11], [6, 9, 9], [5, 9, 9, 4, 7, 8, 3, 3], [5]]
 """Of their 23 tokens 12 are distinct: the second parts from the first after four, the fourth goes on from it."""
 DISTINCT = 12
+ROUNDED = 32
+"""Tokens that are computed where few sizes are best."""
 
 
 def model_of(family: str, kind: str = "AutoModelForCausalLM", **config: Any) -> Any:
@@ -62,7 +64,9 @@ def learned(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ("llama", "AutoModelForSequenceClassification", {"num_labels": 1}),
     ],
 )
-def test_values_and_gradients_are_those_of_the_padded_batch(family: str, kind: str, config: dict[str, Any]) -> None:
+def test_values_and_gradients_are_those_of_the_padded_batch(
+    family: str, kind: str, config: dict[str, Any], few_sizes: bool
+) -> None:
     from cai.token_trees import each_token_once
 
     model = model_of(family, kind, **config)
@@ -71,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_padded_batch(family: str, kind: s
     with each_token_once([model]):
         seen.clear()
         found, found_gradients = learned(model, batch())
-        assert seen == [DISTINCT]
+        assert seen == [ROUNDED if few_sizes else DISTINCT]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found_gradients, gradients, atol=1e-4, rtol=1e-4)
     model(**batch())
@@ -136,7 +140,7 @@ def test_rounding_in_bfloat16_is_no_reason_to_read_rows(size: tuple[int, int]) -
     with each_token_once([model]), torch.no_grad():
         seen = tokens_of(model)
         model(**batch())
-    assert seen == [DISTINCT]
+    assert seen == [ROUNDED]
 
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "neftune"])
@@ -172,8 +176,8 @@ def test_stages_learn_the_same_from_trees_as_from_rows(
     sizes: list[tuple[int, int]] = []
     build = token_trees.Tree.__init__
 
-    def spy(tree: Any, ids: Any, mask: Any) -> None:
-        build(tree, ids, mask)
+    def spy(tree: Any, ids: Any, mask: Any, dtype: Any) -> None:
+        build(tree, ids, mask, dtype)
         if ids.shape[1] > 6:  # no trial
             sizes.append((tree.ids.numel(), int(mask.sum())))
 

@@ -1,13 +1,11 @@
-"""Batches that stay within a budget of tokens."""
+"""Batches that stay within a budget of tokens, and their sizes on a CPU."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _CACHED = 4096
 """Tokens in one pass on a CPU: more of them leave its caches."""
@@ -16,6 +14,20 @@ _CACHED = 4096
 def in_one_pass(budget: int, device: torch.device) -> int:
     """Tokens that are best read in one pass where `budget` of them may be held."""
     return min(budget, _CACHED) if device.type == "cpu" else budget
+
+
+def few_sizes(size: int, dtype: torch.dtype, device: torch.device, step: int = 32) -> int:
+    """The size, `size` or a little more, in which so many rows are best multiplied."""
+    return -(-size // step) * step if compiles_each_size(dtype, device) else size
+
+
+def compiles_each_size(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of a new size takes longer than its repetitions.
+
+    For bfloat16 on a CPU oneDNN compiles a kernel then, for 1 to 6 ms: ten times what the product takes in a
+    small model.
+    """
+    return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def batches(sizes: Sequence[int], budget: int, before: int = 0, room: float = math.inf) -> Iterator[tuple[int, int]]:

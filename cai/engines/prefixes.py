@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from cai.engines.batching import few_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -327,21 +329,38 @@ def forward(
 ) -> torch.Tensor:
     """One forward pass of `ids`, (batch, seq), with that attention: the logits at `wanted`, (row, column) each (n,).
 
-    The head sees the wanted states alone: all logits of long rows would be larger than everything else.
+    The head sees the wanted states alone: all logits of long rows would be larger than everything else. What is
+    multiplied with weights has a few more rows where that is faster (`few_sizes`); attention does not see them.
     """
+    dim = 0 if ids.shape[1] == 1 else 1
+    there, n = ids.shape[dim], len(wanted[0])
+    size, states = (few_sizes(each, model.dtype, model.device) for each in (there, n))
+
+    def attend_there(
+        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        query, key, value = (each.narrow(2 * dim, 0, there) for each in (query, key, value))
+        return _with_zeros(attend(layer, query, key, value, scale), 2 * dim, size)
 
     def only_wanted(_: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (args[0][wanted][None],)
+        return (_with_zeros(args[0][wanted][None], 1, states),)
 
     head = model.get_output_embeddings()
     assert head is not None
     hook = head.register_forward_pre_hook(only_wanted)
+    ids, positions = (_with_zeros(each, dim, size) for each in (ids, positions))
     try:
-        with attending(model, attend):
+        with attending(model, attend_there):
             logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     finally:
         hook.remove()
-    return logits
+    return logits[:n]
+
+
+def _with_zeros(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """The tensor with zeros behind it, so that it has that size in one dimension."""
+    missing = size - tensor.shape[dim]
+    return pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]) if missing else tensor
 
 
 @contextlib.contextmanager

@@ -118,6 +118,7 @@ def asked(count: int) -> list[Question]:
     return [*found, found[0].__class__("again", found[0].messages)]
 
 
+@pytest.mark.usefixtures("few_sizes")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_one_question_a_row(tiny: Tiny, family: str) -> None:
     profile = Profile(device="cpu", dtype="float32", token_budget=2048)
@@ -136,6 +137,7 @@ def test_answers_are_those_of_one_question_a_row(tiny: Tiny, family: str) -> Non
         assert choice.mass == pytest.approx(expected.mass, abs=1e-4)
 
 
+@pytest.mark.usefixtures("few_sizes")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_responses_are_those_of_one_response_a_row_whatever_runs_beside_them(tiny: Tiny, family: str) -> None:
     """In float32, so that rounding hardly ever decides; samples of one prompt, long and short prompts."""
@@ -411,6 +413,22 @@ def test_a_budget_that_memory_has_no_room_for_is_lowered(tiny: Tiny) -> None:
         assert len(list(engine.choose(asked(2)))) == len(asked(2))
     with pytest.warns(UserWarning, match="may be more than memory has room for"):
         LocalEngine(tiny("llama"), profile, engine.lm)
+
+
+def test_in_bfloat16_weights_are_multiplied_by_few_sizes_alone(tiny: Tiny) -> None:
+    model = load_causal_lm(tiny("llama"), "bfloat16")
+    sizes = set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, states, __: sizes.add(states[0].shape[:-1].numel()))
+    engine = LocalEngine(tiny("llama"), Profile(device="cpu", dtype="bfloat16"), model)
+    assert engine._shares
+    sizes.clear()  # of the trial
+    assert len(list(engine.choose(asked(3)))) == len(asked(3))
+    requests = [Request(str(n), [{"role": "user", "content": "a " * n}], n, Sampling(20)) for n in range(1, 40)]
+    assert len(list(engine.generate(requests))) == len(requests)
+    assert sizes
+    assert not [size for size in sizes if size % 32]
 
 
 def test_bfloat16_models_share_too(tiny: Tiny) -> None:
