@@ -237,10 +237,12 @@ class _Reading:
         query, key, value = (self.rows.unpack(each) for each in (query, key, value))
         self.keys.append(key.transpose(-1, -2).contiguous())
         self.values.append(value.contiguous())
-        return self.rows.pack(self.attend(layer, query, value, scale))
+        return self.rows.pack(self.attend(layer, query, key, value, scale))
 
-    def attend(self, layer: int, query: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        key = self.keys[-1].transpose(-1, -2)
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Fused attention, with the key as it came: of a transposed one torch computes it in many steps."""
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
@@ -269,9 +271,11 @@ class _Continuing(_Reading):
             self.bias = bias_of(mask[:, None, None, : self.used], dtype)
             self.own_bias = bias_of(causal, dtype)
 
-    def attend(self, layer: int, query: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         if self.long:
-            keys = torch.cat([self.behind.keys[layer][self.owners], self.keys[-1]], dim=-1).transpose(-1, -2)
+            keys = torch.cat([self.behind.keys[layer][self.owners].transpose(-1, -2), key], dim=-2)
             values = torch.cat([self.behind.values[layer][self.owners], value], dim=-2)
             grouped = query.shape[1] != value.shape[1]
             return scaled_dot_product_attention(query, keys, values, self.mask, scale=scale, enable_gqa=grouped)
