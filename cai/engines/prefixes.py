@@ -166,10 +166,10 @@ def joint_attention(
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         shared = queries[part].flatten(2, 3) @ keys[part]
-        both = shared.new_empty((*shared.shape[:-1], length + own_length), dtype=torch.float32)
+        both = shared.new_empty((*shared.shape[:-1], length + own_length))
         torch.add(shared, 0 if bias is None else bias[part], out=both[..., :length])
         both[..., length:] = own_scores[part].flatten(2, 3)
-        weights = both.softmax(dim=-1).to(query.dtype)
+        weights = both.softmax(dim=-1)  # which is computed in float32, whatever the scores are in
         out.append(weights[..., :length] @ values[part])
         own_weights.append(weights[..., length:])
     places = (n, kv_heads, size, count, -1)
