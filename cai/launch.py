@@ -18,6 +18,7 @@ stage's folder and talk over loopback, without accelerate's launcher.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import multiprocessing
@@ -169,6 +170,7 @@ def begin_importing() -> None:
 def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
     """A forked child: from here on as if `python -m cai.launch SPEC` had been started."""
     os.setsid()
+    gc.freeze()  # else each collection goes through all that was imported, and copies its pages
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
