@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai.checkpoint import Model, load_causal_lm
-from cai.engines import Choice, Completion, Question, Request, Sampling, scoring
+from cai.engines import Choice, Completion, Question, Request, Sampling, prefixes, scoring
 from cai.engines.local import LocalEngine
 from cai.engines.prefixes import Groups, Prefixes, can_share, joint_attention, read
 from cai.engines.tries import Node, apart, trees_of
@@ -266,6 +266,23 @@ def test_long_branches_get_the_answers_that_they_would_get_alone(tiny: Tiny, fam
         assert isinstance(choice, Choice)
         assert isinstance(expected, Choice)
         assert choice.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+
+
+def test_fused_attention_is_given_what_it_takes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys whose last dimension is not contiguous torch computes it in many steps."""
+    fused, strides = prefixes.scaled_dot_product_attention, []
+
+    def spy(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
+        strides.extend(each.stride(-1) for each in (query, key, value))
+        return fused(query, key, value, *rest, **options)
+
+    monkeypatch.setattr(prefixes, "scaled_dot_product_attention", spy)
+    model = load_causal_lm(tiny("llama"))
+    beginning = read(model, [[5, 6, 7, 8], [9, 10]])[1]()
+    reached = len(strides)
+    read(model, [[3] * 200, [4] * 150], beginning, [0, 1])
+    assert len(strides) > reached > 0
+    assert set(strides) == {1}
 
 
 def test_rotary_positions_that_depend_on_the_longest_row_are_not_shared() -> None:
