@@ -121,12 +121,16 @@ def add_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperature: f
             return without(*args, fused_lm_head=fused_lm_head, labels=labels, **options)
         mask = labels[:, 1:] != -100
         targets = labels[:, 1:][mask]
-        head, n = self.get_output_embeddings(), len(targets)
+        n = len(targets)
         if n * self.config.get_text_config().vocab_size > MOST_LOGITS:
             return without(*args, fused_lm_head=True, labels=labels, **options)
+
+        def learned(_: object, hidden: tuple[Tensor]) -> Tensor:
+            size = few_sizes(n, product_dtype(hidden[0].dtype), mask.device)
+            return pad(hidden[0][:, :-1][mask], (0, 0, 0, size - n))
+
         # Between body and head, so that what a model does to its logits (scales, caps) stays the model's own.
-        more = few_sizes(n, product_dtype(head.weight.dtype), targets.device) - n
-        hook = head.register_forward_pre_hook(lambda _, hidden: pad(hidden[0][:, :-1][mask], (0, 0, 0, more)))
+        hook = self.get_output_embeddings().register_forward_pre_hook(learned)
         try:
             outputs = without(*args, **{**options, "use_cache": False})
         finally:

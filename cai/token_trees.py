@@ -37,7 +37,7 @@ class Tree:
     """The distinct tokens of `ids`, (row, column), where `mask` is true: two are one if all up to them is alike.
 
     Nothing but padding stands behind a row's first False. Where sizes count in `dtype` (`few_sizes`), rows have a few
-    more columns of padding while attention looks at them, and the first token is there a few times more.
+    more columns of padding while attention looks at them, and the first token is there a few times more, for nobody.
     """
 
     def __init__(self, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> None:

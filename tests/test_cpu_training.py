@@ -86,7 +86,7 @@ def test_only_learned_tokens_reach_the_head_and_plain_calls_are_what_they_were(
     model.get_output_embeddings().register_forward_hook(lambda _, hidden, __: shapes.append(tuple(hidden[0].shape)))
     model(**batch())
     torch.testing.assert_close(model(**inputs).logits, plain, atol=0, rtol=0)
-    assert shapes == [(32 if few_sizes else 13, 32), (3, 12, 32)]
+    assert shapes == [(16 if few_sizes else 13, 32), (3, 12, 32)]
 
 
 def test_a_large_vocabulary_keeps_trls_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

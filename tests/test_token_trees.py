@@ -22,7 +22,7 @@ SIZE = {
 ROWS = [[5, 9, 9, 4, 7, 8], [5, 9, 9, 4, 11], [6, 9, 9], [5, 9, 9, 4, 7, 8, 3, 3], [5]]
 """Of their 23 tokens 12 are distinct: the second parts from the first after four, the fourth goes on from it."""
 DISTINCT = 12
-ROUNDED = 32
+ROUNDED = 16
 """Tokens that are computed where few sizes are best."""
 
 

@@ -17,8 +17,13 @@ def in_one_pass(budget: int, device: torch.device) -> int:
 
 
 def few_sizes(size: int, dtype: torch.dtype, device: torch.device, step: int = 32) -> int:
-    """The size, `size` or a little more, in which so many rows are best multiplied."""
-    return -(-size // step) * step if compiles_each_size(dtype, device) else size
+    """The size, `size` or a little more, in which so many rows are best multiplied.
+
+    Where each new size costs something, that is a multiple of `step`, or a power of two below it.
+    """
+    if not size or not compiles_each_size(dtype, device):
+        return size
+    return 1 << (size - 1).bit_length() if size < step else -(-size // step) * step
 
 
 def compiles_each_size(dtype: torch.dtype, device: torch.device) -> bool:

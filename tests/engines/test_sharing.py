@@ -445,7 +445,7 @@ def test_in_bfloat16_weights_are_multiplied_by_few_sizes_alone(tiny: Tiny) -> No
     requests = [Request(str(n), [{"role": "user", "content": "a " * n}], n, Sampling(20)) for n in range(1, 40)]
     assert len(list(engine.generate(requests))) == len(requests)
     assert sizes
-    assert not [size for size in sizes if size % 32]
+    assert not [size for size in sizes if size % 32 and size not in {1, 2, 4, 8, 16}]
 
 
 def test_bfloat16_models_share_too(tiny: Tiny) -> None:
