@@ -234,7 +234,8 @@ def _follow(children: list[Child], folder: Path, line: StageLine) -> list[int | 
                     offset += len(event)
                     relay(json.loads(event), line)
         if any(codes) or None not in codes or _failed_long_ago(folder):
-            return codes
+            time.sleep(0.1 if None in codes else 0)  # one that was killed may be known later than one that missed it
+            return [child.poll() for child in children]
         time.sleep(0.1)
 
 
@@ -268,13 +269,17 @@ def _signal(child: Child, number: int) -> None:
 
 
 def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
-    """The error of the process that failed first; others often fail only because it did."""
+    """The error of the process that failed first; others often fail only because it did.
+
+    One that was killed, for want of memory as a rule, leaves no error: those of others came of it.
+    """
     errors = [read_json(path) for path in folder.glob("error-*.json")]
-    if errors:
+    killed = [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL]
+    if errors and not killed:
         first = min(errors, key=lambda error: error["time"])
         kinds = {kind.exit_code: kind for kind in (BadInput, GateFailed)}
         return kinds.get(first["exit_code"], StageFailed)(first["message"])
-    rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+    rank, code = next((rank, code) for rank, code in enumerate(codes) if code and (rank in killed or not killed))
     ranks = len(codes)
     if found := _ROOT_CAUSE.search((folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
         rank, code, ranks = int(found["rank"]), int(found["code"]), 2
