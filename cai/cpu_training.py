@@ -87,9 +87,9 @@ def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) ->
         return (scores.softmax(dim=-1) @ value.flatten(0, 1)).view(*query.shape[:-1], -1)
 
 
-def product_dtype(weights: torch.dtype) -> torch.dtype:
-    """In what a CPU multiplies by weights of that precision: autocast's, where it is switched on."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weights
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what a CPU multiplies what has that precision: autocast's, where it is switched on."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
 
 
 def give_back_freed_memory() -> None:

@@ -279,8 +279,8 @@ def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
         first = min(errors, key=lambda error: error["time"])
         kinds = {kind.exit_code: kind for kind in (BadInput, GateFailed)}
         return kinds.get(first["exit_code"], StageFailed)(first["message"])
-    rank, code = next((rank, code) for rank, code in enumerate(codes) if code and (rank in killed or not killed))
-    ranks = len(codes)
+    rank = (killed or [rank for rank, code in enumerate(codes) if code])[0]
+    code, ranks = codes[rank] or 0, len(codes)
     if found := _ROOT_CAUSE.search((folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
         rank, code, ranks = int(found["rank"]), int(found["code"]), 2
     who = f"stage {stage!r}" + (f", process {rank}," if ranks > 1 else "")

@@ -29,8 +29,8 @@ def few_sizes(size: int, dtype: torch.dtype, device: torch.device, step: int = 3
 def compiles_each_size(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a product of a new size takes longer than its repetitions.
 
-    For bfloat16 on a CPU oneDNN compiles a kernel then, for 1 to 6 ms: ten times what the product takes in a
-    small model.
+    For bfloat16 on a CPU oneDNN compiles a kernel then, for 1 to 6 ms: ten times what the product takes in a small
+    model.
     """
     return device.type == "cpu" and dtype == torch.bfloat16
 

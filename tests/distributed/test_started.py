@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from cai import runs
+from cai import launch, runs
 from cai.checkpoint import Model
+from cai.files import write_json
 from cai.pipeline import Options, run_recipe
 from cai.profile import load_profile
 from cai.progress import PlainDisplay
@@ -191,3 +192,10 @@ def test_two_nodes_learn_what_one_process_does(recipe: Path) -> None:
     assert len(metrics(recipe)) == 40
     for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_who_was_killed_is_named_and_not_who_told_first_that_it_missed_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "error-0.json", {"time": 1.0, "message": "Connection reset by peer", "exit_code": 3})
+    (tmp_path / "log.txt").write_text("")
+    assert str(launch._first_error(tmp_path, "policy", [3, -9])).startswith("stage 'policy', process 1, ended with sig")
+    assert str(launch._first_error(tmp_path, "policy", [3, -15])) == "Connection reset by peer"
