@@ -161,17 +161,21 @@ def joint_attention(
         own_scores = own_scores + own_bias
     queries, own_scores = groups.gather(query), groups.gather(own_scores)
     length, own_length, (n, kv_heads, size, count, _) = keys.shape[-1], own_scores.shape[-1], queries.shape
-    at_once = max(1, _SCORES // (kv_heads * size * count * (length + own_length)))
+    columns = few_sizes(length + own_length, query.dtype, query.device)
+    at_once = max(1, _SCORES // (kv_heads * size * count * columns))
     out, own_weights = [], []
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         shared = queries[part].flatten(2, 3) @ keys[part]
-        both = shared.new_empty((*shared.shape[:-1], length + own_length))
-        torch.add(shared, 0 if bias is None else bias[part], out=both[..., :length])
-        both[..., length:] = own_scores[part].flatten(2, 3)
+        both = shared.new_empty((*shared.shape[:-1], columns))
+        both[..., :length] = shared
+        both[..., length : length + own_length] = own_scores[part].flatten(2, 3)
+        both[..., length + own_length :] = -math.inf
+        if bias is not None:  # to all columns: to a part of a row it would be added element by element
+            both += pad(bias[part], (0, columns - length))
         weights = both.softmax(dim=-1)  # which is computed in float32, whatever the scores are in
         out.append(weights[..., :length] @ values[part])
-        own_weights.append(weights[..., length:])
+        own_weights.append(weights[..., length : length + own_length])
     places = (n, kv_heads, size, count, -1)
     attended = [(each[0] if len(each) == 1 else torch.cat(each)).reshape(places) for each in (out, own_weights)]
     return groups.scatter(attended[0]) + groups.scatter(attended[1]) @ own_values
