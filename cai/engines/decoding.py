@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import pad
 
 from cai.engines import Sampling
+from cai.engines.batching import batches, in_one_pass
 from cai.engines.prefixes import Groups, Prefixes, bias_of, forward, grouped_heads, joint_attention, read
 from cai.engines.sampling import draw, uniforms
 
@@ -185,17 +186,25 @@ class _Batch:
         self, groups: Sequence[_Group], uniform: Mapping[int, list[list[float]]]
     ) -> tuple[list[Row], torch.Tensor]:
         """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
-        logits, keep = read(self.model, [group.prompt for group in groups])
+        groups = sorted(groups, key=lambda group: len(group.prompt))
+        sizes = [len(group.prompt) for group in groups]
+        parts: list[Prefixes] = []
+        logits: list[torch.Tensor] = []
+        for begin, end in batches(sizes, in_one_pass(len(sizes) * sizes[-1], self.model.device)):
+            last, keep = read(self.model, [group.prompt for group in groups[begin:end]])
+            logits.append(last)
+            parts.append(keep())
         self._keep(self.prompts)
         before = self.n_prompts
-        self._set(keep() if self.prefixes is None else self.prefixes.followed_by(keep()))
+        first, *others = parts if self.prefixes is None else [self.prefixes, *parts]
+        self._set(first.followed_by(*others))
         new = [
             Row(number, len(group.prompt), (before + n) * self.size + member, uniform[number])
             for n, group in enumerate(groups)
             for member, number in enumerate(group.members)
         ]
         self.rows += new
-        return new, logits[[row.place // self.size - before for row in new]]
+        return new, torch.cat(logits)[[row.place // self.size - before for row in new]]
 
     def leave(self) -> list[Row]:
         """Takes out the rows that are over."""
