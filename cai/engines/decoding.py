@@ -15,7 +15,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch.nn.functional import pad
@@ -34,6 +34,8 @@ _ENTER = 8
 """New rows enter when one in so many tokens of the budget is free: few prompts at once are read slowly."""
 _DRAWN = 256
 """Rows whose tokens are drawn at once."""
+_SHORT = 5
+"""Prompts of up to 2 to the power of this are of about the same length, longer ones up to twice as much."""
 _MORE = 16
 """Tokens of a row that room is made for at once."""
 
@@ -70,10 +72,14 @@ class Stopping:
 
 @dataclass
 class Row:
-    """A response that is being drawn, to a prompt of `length` tokens. `place` is its place among the prompts."""
+    """A response that is being drawn, to a prompt of `length` tokens that stands on a shelf.
+
+    `place` is its place among the prompts there.
+    """
 
     number: int
     length: int
+    shelf: int
     place: int
     uniform: list[list[float]]
     token_ids: list[int] = field(default_factory=list)
@@ -158,6 +164,24 @@ def decode(
         yield from ((row.number, row.drawn()) for row in batch.leave())
 
 
+@dataclass
+class _Shelf:
+    """Prompts of about the same length: longer ones elsewhere do not pad them. `bias` hides what padding they have."""
+
+    prefixes: Prefixes
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, prefixes: Prefixes) -> Self:
+        """A shelf with these prompts."""
+        return cls(prefixes, bias_of(prefixes.mask[:, None, None], prefixes.keys[0].dtype))
+
+
+def _shelf_of(length: int, device: torch.device) -> int:
+    """Which shelf a prompt stands on. On a CPU padding costs most, elsewhere more steps do."""
+    return max(_SHORT, (length - 1).bit_length()) if device.type == "cpu" else 0
+
+
 class _Batch:
     """The rows that run: a forward pass of one more token of each, behind its prompt and what it drew.
 
@@ -168,43 +192,42 @@ class _Batch:
         self.model = model
         self.size = size
         self.rows: list[Row] = []
-        self.prefixes: Prefixes | None = None
-        self.bias: torch.Tensor | None = None
+        self.shelves: dict[int, _Shelf] = {}
         self.room = Room()
 
     @property
     def n_prompts(self) -> int:
-        """The prompts that are kept, with rows or without."""
-        return 0 if self.prefixes is None else len(self.prefixes.lengths)
-
-    @property
-    def prompts(self) -> list[int]:
         """The prompts that still have rows."""
-        return sorted({row.place // self.size for row in self.rows})
+        return len({(row.shelf, row.place // self.size) for row in self.rows})
 
     def enter(
         self, groups: Sequence[_Group], uniform: Mapping[int, list[list[float]]]
     ) -> tuple[list[Row], torch.Tensor]:
         """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
-        groups = sorted(groups, key=lambda group: len(group.prompt))
-        sizes = [len(group.prompt) for group in groups]
-        parts: list[Prefixes] = []
+        for shelf in list(self.shelves):
+            self._keep(shelf, self._prompts(shelf))
+        device = self.model.device
+        new: list[Row] = []
         logits: list[torch.Tensor] = []
-        for begin, end in batches(sizes, in_one_pass(len(sizes) * sizes[-1], self.model.device)):
-            last, keep = read(self.model, [group.prompt for group in groups[begin:end]])
-            logits.append(last)
-            parts.append(keep())
-        self._keep(self.prompts)
-        before = self.n_prompts
-        first, *others = parts if self.prefixes is None else [self.prefixes, *parts]
-        self._set(first.followed_by(*others))
-        new = [
-            Row(number, len(group.prompt), (before + n) * self.size + member, uniform[number])
-            for n, group in enumerate(groups)
-            for member, number in enumerate(group.members)
-        ]
+        by_length = itertools.groupby(
+            sorted(groups, key=lambda group: len(group.prompt)), lambda group: _shelf_of(len(group.prompt), device)
+        )
+        for shelf, some in ((key, list(each)) for key, each in by_length):
+            there = [self.shelves[shelf].prefixes] if shelf in self.shelves else []
+            before = sum(len(each.lengths) for each in there)
+            sizes = [len(group.prompt) for group in some]
+            for begin, end in batches(sizes, in_one_pass(len(sizes) * sizes[-1], device)):
+                last, keep = read(self.model, [group.prompt for group in some[begin:end]])
+                there.append(keep())
+                logits.append(last[[n for n, group in enumerate(some[begin:end]) for _ in group.members]])
+            self.shelves[shelf] = _Shelf.of(there[0].followed_by(*there[1:]))
+            new += [
+                Row(number, len(group.prompt), shelf, (before + n) * self.size + member, uniform[number])
+                for n, group in enumerate(some)
+                for member, number in enumerate(group.members)
+            ]
         self.rows += new
-        return new, torch.cat(logits)[[row.place // self.size - before for row in new]]
+        return new, torch.cat(logits)
 
     def leave(self) -> list[Row]:
         """Takes out the rows that are over."""
@@ -218,40 +241,54 @@ class _Batch:
         del self.rows[left:]
         if gaps:
             self.room.move(last, gaps)
-        if 2 * len(prompts := self.prompts) < self.n_prompts:
-            self._keep(prompts)
+        for shelf, there in list(self.shelves.items()):
+            if 2 * len(prompts := self._prompts(shelf)) < len(there.prefixes.lengths):
+                self._keep(shelf, prompts)
         return over
 
-    def _keep(self, prompts: Sequence[int]) -> None:
-        """Forgets the other prompts."""
+    def _prompts(self, shelf: int) -> list[int]:
+        """The prompts on a shelf that still have rows."""
+        return sorted({row.place // self.size for row in self.rows if row.shelf == shelf})
+
+    def _keep(self, shelf: int, prompts: Sequence[int]) -> None:
+        """Forgets the other prompts of the shelf."""
         places = {prompt: n for n, prompt in enumerate(prompts)}
         for row in self.rows:
-            prompt, member = divmod(row.place, self.size)
-            row.place = places[prompt] * self.size + member
-        self._set(self.prefixes.select(prompts) if self.prefixes is not None and prompts else None)
-
-    def _set(self, prefixes: Prefixes | None) -> None:
-        self.prefixes = prefixes
-        self.bias = None if prefixes is None else bias_of(prefixes.mask[:, None, None], self.model.dtype)
+            if row.shelf == shelf:
+                prompt, member = divmod(row.place, self.size)
+                row.place = places[prompt] * self.size + member
+        there = self.shelves.pop(shelf)
+        if prompts:
+            self.shelves[shelf] = _Shelf.of(there.prefixes.select(prompts))
 
     def step(self) -> torch.Tensor:
         """Logits of the next token of each row, (row, vocabulary)."""
         device, rows = self.model.device, self.rows
-        assert self.prefixes is not None
         drawn = [len(row.token_ids) - 1 for row in rows]
         self.room.make(len(rows), max(drawn) + 1)
-        groups = Groups(range(self.n_prompts), self.size, [row.place for row in rows], device)
         at = torch.tensor(drawn, device=device)
         own = torch.arange(self.room.tokens, device=device) <= at[:, None]
-        attend = functools.partial(self._attend, groups, at, bias_of(own[:, None, None], self.model.dtype))
+        attend = functools.partial(self._attend, self._groups(), at, bias_of(own[:, None, None], self.model.dtype))
         ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=device)
         positions = torch.tensor([[row.length + n] for row, n in zip(rows, drawn, strict=True)], device=device)
         last = torch.arange(len(rows), device=device), torch.zeros_like(at)
         return forward(self.model, ids, positions, attend, last)
 
+    def _groups(self) -> list[tuple[_Shelf, Groups]]:
+        """Which rows share which prompts, a shelf at a time."""
+        found = []
+        for key, shelf in self.shelves.items():
+            rows = [n for n, row in enumerate(self.rows) if row.shelf == key]
+            places = [self.rows[n].place for n in rows]
+            if rows:
+                some = None if len(rows) == len(self.rows) else rows
+                prompts = range(len(shelf.prefixes.lengths))
+                found.append((shelf, Groups(prompts, self.size, places, self.model.device, some)))
+        return found
+
     def _attend(
         self,
-        groups: Groups,
+        groups: Sequence[tuple[_Shelf, Groups]],
         at: torch.Tensor,
         own_bias: torch.Tensor | None,
         layer: int,
@@ -260,14 +297,12 @@ class _Batch:
         value: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        assert self.prefixes is not None
         keys, values = self.room.write(layer, key, value, at)
-        return joint_attention(
-            grouped_heads(query, key.shape[1], scale),
-            (self.prefixes.keys[layer], self.prefixes.values[layer], self.bias),
-            groups,
-            (keys, values, own_bias),
-        ).reshape(*query.shape[:-1], -1)
+        shared = [
+            (shelf.prefixes.keys[layer], shelf.prefixes.values[layer], shelf.bias, each) for shelf, each in groups
+        ]
+        out = joint_attention(grouped_heads(query, key.shape[1], scale), shared, (keys, values, own_bias))
+        return out.reshape(*query.shape[:-1], -1)
 
 
 def take(
@@ -310,7 +345,7 @@ def _entering(waiting: deque[_Group], batch: _Batch, budget: int, room: int) -> 
     if not waiting:
         return []
     longest = max([len(waiting[0].prompt), *(row.length for row in batch.rows)])
-    free = budget - len(batch.rows) * room - len(batch.prompts) * longest
+    free = budget - len(batch.rows) * room - batch.n_prompts * longest
     entering: list[_Group] = []
     if batch.rows and free < budget // _ENTER:
         return entering

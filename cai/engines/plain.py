@@ -65,7 +65,7 @@ def decode(
     for first, last in batches([len(wanted[n].prompt) + room for n in order], budget):
         part = order[first:last]
         chances = uniforms([wanted[n].seed for n in part], room).tolist()
-        rows = [Row(n, len(wanted[n].prompt), 0, chance) for n, chance in zip(part, chances, strict=True)]
+        rows = [Row(n, len(wanted[n].prompt), 0, 0, chance) for n, chance in zip(part, chances, strict=True)]
         _draw_all(model, rows, [wanted[n].prompt for n in part], sampling, stopping, banned)
         yield from ((row.number, row.drawn()) for row in rows)
 

@@ -101,14 +101,23 @@ class Prefixes:
 class Groups:
     """Rows laid out by the prefix that they share: `prefixes`, one a group, and `size` places in each.
 
-    `places` are those of the rows: row n stands in group places[n] // size. Some may be empty.
+    `places` are those of the rows: row n stands in group places[n] // size. Some may be empty. With `rows`, only these
+    of a batch's rows are meant.
     """
 
-    def __init__(self, prefixes: Sequence[int], size: int, places: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        prefixes: Sequence[int],
+        size: int,
+        places: Sequence[int],
+        device: torch.device,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         self.prefixes = prefixes
         self.size = size
         full = list(places) == list(range(len(prefixes) * size))
         self._at = None if full else torch.tensor(places, device=device)
+        self.rows = None if rows is None else torch.tensor(rows, device=device)
 
     @classmethod
     def of(cls, owners: Sequence[int], most: int, device: torch.device) -> Self:
@@ -133,6 +142,8 @@ class Groups:
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """(row, heads, ...) -> (group, heads, place, ...)."""
+        if self.rows is not None:
+            rows = rows.index_select(0, self.rows)
         places = len(self.prefixes) * self.size
         if self._at is not None:
             rows = rows.new_zeros((places, *rows.shape[1:])).index_copy_(0, self._at, rows)
@@ -144,21 +155,39 @@ class Groups:
         return rows if self._at is None else rows.index_select(0, self._at)
 
 
+Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Groups]
+"""Groups' keys, (group, kv heads, width, seq), values, what is added to the scores, and whose they are."""
+
+
 def joint_attention(
     query: torch.Tensor,
-    prefixes: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    groups: Groups,
+    shared: Sequence[Shared],
     own: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
 ) -> torch.Tensor:
     """Attention of rows to their prefix and to what is their own, (row, kv heads, queries, width) like `query`.
 
-    `prefixes` are the groups' keys, (group, kv heads, width, seq), values, and what is added to the scores; `own` the
-    rows' keys, (row, kv heads, width, seq), values and the same. `query` is scaled already.
+    `shared` are prefixes, in several parts where their lengths differ much, so that each row is in one of them; `own`
+    the rows' keys, (row, kv heads, width, seq), values and what is added to their scores. `query` is scaled already.
     """
-    (keys, values, bias), (own_keys, own_values, own_bias) = prefixes, own
+    own_keys, own_values, own_bias = own
     own_scores = query @ own_keys
     if own_bias is not None:
         own_scores = own_scores + own_bias
+    if len(shared) == 1:
+        out, weights = _to_prefixes(query, own_scores, shared[0])
+    else:
+        out, weights = torch.empty_like(query[..., : own_values.shape[-1]]), torch.empty_like(own_scores)
+        for part in shared:
+            rows = part[3].rows
+            assert rows is not None
+            for whole, some in zip((out, weights), _to_prefixes(query, own_scores, part), strict=True):
+                whole.index_copy_(0, rows, some)
+    return out + weights @ own_values
+
+
+def _to_prefixes(query: torch.Tensor, own_scores: torch.Tensor, shared: Shared) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows take of their prefixes, and the weights of what is their own; both sum to one attention."""
+    keys, values, bias, groups = shared
     queries, own_scores = groups.gather(query), groups.gather(own_scores)
     length, own_length, (n, kv_heads, size, count, _) = keys.shape[-1], own_scores.shape[-1], queries.shape
     columns = few_sizes(length + own_length, query.dtype, query.device)
@@ -166,9 +195,9 @@ def joint_attention(
     out, own_weights = [], []
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
-        shared = queries[part].flatten(2, 3) @ keys[part]
-        both = shared.new_empty((*shared.shape[:-1], columns))
-        both[..., :length] = shared
+        scores = queries[part].flatten(2, 3) @ keys[part]
+        both = scores.new_empty((*scores.shape[:-1], columns))
+        both[..., :length] = scores
         both[..., length : length + own_length] = own_scores[part].flatten(2, 3)
         both[..., length + own_length :] = -math.inf
         if bias is not None:  # to all columns: to a part of a row it would be added element by element
@@ -177,8 +206,10 @@ def joint_attention(
         out.append(weights[..., :length] @ values[part])
         own_weights.append(weights[..., length : length + own_length])
     places = (n, kv_heads, size, count, -1)
-    attended = [(each[0] if len(each) == 1 else torch.cat(each)).reshape(places) for each in (out, own_weights)]
-    return groups.scatter(attended[0]) + groups.scatter(attended[1]) @ own_values
+    attended, weights = (
+        (each[0] if len(each) == 1 else torch.cat(each)).reshape(places) for each in (out, own_weights)
+    )
+    return groups.scatter(attended), groups.scatter(weights)
 
 
 def bias_of(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -285,14 +316,11 @@ class _Continuing(_Reading):
             return scaled_dot_product_attention(query, keys, values, self.mask, scale=scale, enable_gqa=grouped)
         kv_heads = value.shape[1]
         own_bias = None if self.own_bias is None else self.own_bias.repeat(query.shape[1] // kv_heads, 1)
+        keys = self.behind.keys[layer][..., : self.used].index_select(0, self.at)  # layer by layer: it may be large
+        values = self.behind.values[layer][:, :, : self.used].index_select(0, self.at)
         out = joint_attention(
             grouped_heads(query, kv_heads, scale),
-            (
-                self.behind.keys[layer][..., : self.used].index_select(0, self.at),  # layer by layer: it may be large
-                self.behind.values[layer][:, :, : self.used].index_select(0, self.at),
-                self.bias,
-            ),
-            self.groups,
+            [(keys, values, self.bias, self.groups)],
             (self.keys[-1], self.values[-1], own_bias),
         )
         return out.reshape(*query.shape[:-1], -1)

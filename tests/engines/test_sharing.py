@@ -94,16 +94,25 @@ def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
         attn_mask=torch.cat([mask[owners][:, None].expand(-1, own, -1), causal.expand(n, -1, -1)], dim=-1)[:, None],
         enable_gqa=True,
     )
-    groups = Groups.of(owners, most, torch.device("cpu"))
-    bias = torch.zeros(mask.shape).masked_fill(~mask, -1e30)[groups.prefixes][:, None, None]
+    device = torch.device("cpu")
     own_bias = torch.zeros(own, own).masked_fill(~causal, -1e30).repeat(heads // kv_heads, 1)
-    found = joint_attention(
-        (query * width**-0.5).reshape(n, kv_heads, -1, width),
-        (keys.transpose(-1, -2)[groups.prefixes], values[groups.prefixes], bias),
-        groups,
-        (own_keys.transpose(-1, -2), own_values, own_bias),
-    )
-    torch.testing.assert_close(found.reshape(whole.shape), whole, atol=1e-6, rtol=1e-5)
+    rows_of = {owner: [n for n in range(len(owners)) if owners[n] == owner] for owner in sorted(set(owners))}
+    by_prefix = [Groups([owner], len(rows), range(len(rows)), device, rows) for owner, rows in rows_of.items()]
+    for parts in ([Groups.of(owners, most, device)], by_prefix):
+        found = joint_attention(
+            (query * width**-0.5).reshape(n, kv_heads, -1, width),
+            [
+                (
+                    keys.transpose(-1, -2)[groups.prefixes],
+                    values[groups.prefixes],
+                    torch.zeros(mask.shape).masked_fill(~mask, -1e30)[groups.prefixes][:, None, None],
+                    groups,
+                )
+                for groups in parts
+            ],
+            (own_keys.transpose(-1, -2), own_values, own_bias),
+        )
+        torch.testing.assert_close(found.reshape(whole.shape), whole, atol=1e-6, rtol=1e-5)
 
 
 def asked(count: int) -> list[Question]:
