@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +37,8 @@ _DRAWN = 256
 """Rows whose tokens are drawn at once."""
 _SHORT = 5
 """Prompts of up to 2 to the power of this are of about the same length, longer ones up to twice as much."""
-_MORE = 16
-"""Tokens of a row that room is made for at once."""
+_MORE = 32
+"""There is room for a multiple of so many tokens of a row: products of other sizes take up to twice as long."""
 
 
 class Wanted(NamedTuple):
@@ -112,7 +113,7 @@ class Room:
     def make(self, rows: int, tokens: int) -> None:
         """Makes room for so many, and some more, where there is less."""
         more_rows = 0 if rows <= self.rows else rows - self.rows + rows // 4
-        more_tokens = 0 if tokens <= self.tokens else tokens - self.tokens + max(_MORE, tokens // 4)
+        more_tokens = max(0, _MORE * math.ceil(tokens / _MORE) - self.tokens)
         if not more_rows and not more_tokens:
             return
         self.rows += more_rows
@@ -206,28 +207,33 @@ class _Batch:
         """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
         for shelf in list(self.shelves):
             self._keep(shelf, self._prompts(shelf))
-        device = self.model.device
         new: list[Row] = []
         logits: list[torch.Tensor] = []
-        by_length = itertools.groupby(
-            sorted(groups, key=lambda group: len(group.prompt)), lambda group: _shelf_of(len(group.prompt), device)
-        )
-        for shelf, some in ((key, list(each)) for key, each in by_length):
-            there = [self.shelves[shelf].prefixes] if shelf in self.shelves else []
-            before = sum(len(each.lengths) for each in there)
-            sizes = [len(group.prompt) for group in some]
-            for begin, end in batches(sizes, in_one_pass(len(sizes) * sizes[-1], device)):
-                last, keep = read(self.model, [group.prompt for group in some[begin:end]])
-                there.append(keep())
-                logits.append(last[[n for n, group in enumerate(some[begin:end]) for _ in group.members]])
-            self.shelves[shelf] = _Shelf.of(there[0].followed_by(*there[1:]))
+        ordered = sorted(groups, key=lambda group: len(group.prompt))
+        for shelf, some in itertools.groupby(ordered, lambda group: _shelf_of(len(group.prompt), self.model.device)):
+            beginning = list(some)
+            before, last = self._read(shelf, [group.prompt for group in beginning])
+            logits.append(last[[n for n, group in enumerate(beginning) for _ in group.members]])
             new += [
-                Row(number, len(group.prompt), shelf, (before + n) * self.size + member, uniform[number])
-                for n, group in enumerate(some)
-                for member, number in enumerate(group.members)
+                Row(number, len(group.prompt), shelf, place, uniform[number])
+                for n, group in enumerate(beginning)
+                for place, number in enumerate(group.members, (before + n) * self.size)
             ]
         self.rows += new
         return new, torch.cat(logits)
+
+    def _read(self, shelf: int, prompts: Sequence[Sequence[int]]) -> tuple[int, torch.Tensor]:
+        """Puts prompts, the shortest first, behind those on a shelf: how many are there, and the logits after each."""
+        there = [self.shelves[shelf].prefixes] if shelf in self.shelves else []
+        before = sum(len(each.lengths) for each in there)
+        sizes = [len(prompt) for prompt in prompts]
+        logits: list[torch.Tensor] = []
+        for first, last in batches(sizes, in_one_pass(len(sizes) * sizes[-1], self.model.device)):
+            some, keep = read(self.model, prompts[first:last])
+            logits.append(some)
+            there.append(keep())
+        self.shelves[shelf] = _Shelf.of(there[0].followed_by(*there[1:]))
+        return before, torch.cat(logits)
 
     def leave(self) -> list[Row]:
         """Takes out the rows that are over."""
