@@ -33,7 +33,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
 @pytest.fixture(params=[False, True], ids=["any-size", "few-sizes"])
 def few_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether sizes are rounded up as in bfloat16 on a CPU, also in float32, where results can be compared closely."""
-    monkeypatch.setattr("cai.engines.batching.compiles_each_size", lambda *_: request.param)
+    monkeypatch.setattr("cai.engines.batching.sizes_count", lambda *_: request.param)
     return bool(request.param)
 
 

@@ -19,19 +19,19 @@ def in_one_pass(budget: int, device: torch.device) -> int:
 def few_sizes(size: int, dtype: torch.dtype, device: torch.device, step: int = 32) -> int:
     """The size, `size` or a little more, in which so many rows are best multiplied, or so many columns best weighed.
 
-    Where each new size costs something, that is a multiple of `step`, or a power of two below it.
+    Where sizes count, that is a multiple of `step`, or a power of two below it.
     """
-    if not size or not compiles_each_size(dtype, device):
+    if not size or not sizes_count(dtype, device):
         return size
     return 1 << (size - 1).bit_length() if size < step else -(-size // step) * step
 
 
-def compiles_each_size(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a product of a new size takes longer than its repetitions.
+def sizes_count(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether some sizes take much longer than others.
 
-    For bfloat16 on a CPU oneDNN compiles a kernel then, for 1 to 6 ms: ten times what the product takes in a small
-    model. And 32 numbers fill a vector there: a softmax over rows of 190 takes twice the time of one over 192, because
-    what is left of each row is computed number by number.
+    In bfloat16 on a CPU they do. For a product of a new size oneDNN compiles a kernel, for 1 to 6 ms: ten times what
+    the product takes in a small model. And 32 numbers fill a vector: a softmax over rows of 190 takes twice the time of
+    one over 192, because what is left of each row is computed number by number.
     """
     return device.type == "cpu" and dtype == torch.bfloat16
 

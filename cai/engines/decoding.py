@@ -3,7 +3,8 @@
 Samples of one prompt share it: it is read once, and their rows hold what they drew alone (`cai.engines.prefixes`). The
 rows that run fill a budget of tokens; those that ended make room, and waiting ones enter, the longest prompts first. A
 row's randomness is a row of uniforms from its own seed, put through the inverse of the cumulative distribution: what
-else is in the batch does not touch it.
+else is in the batch does not touch it. On a CPU prompts stand on shelves by their length, so that a long one does not
+pad all others.
 
 Left out: beams, penalties, speculative decoding, reading a long prompt in parts.
 """
@@ -23,7 +24,7 @@ from torch.nn.functional import pad
 
 from cai.engines import Sampling
 from cai.engines.batching import batches, in_one_pass
-from cai.engines.prefixes import Groups, Prefixes, bias_of, forward, grouped_heads, joint_attention, read
+from cai.engines.prefixes import Groups, Prefixes, Shared, bias_of, forward, grouped_heads, joint_attention, read
 from cai.engines.sampling import draw, uniforms
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _DRAWN = 256
 _SHORT = 5
 """Prompts of up to 2 to the power of this are of about the same length, longer ones up to twice as much."""
 _MORE = 32
-"""There is room for a multiple of so many tokens of a row: products of other sizes take up to twice as long."""
+"""There is room for a multiple of so many tokens of a row: a CPU's products of other sizes take up to twice as long."""
 
 
 class Wanted(NamedTuple):
@@ -80,9 +81,9 @@ class Row:
 
     number: int
     length: int
-    shelf: int
-    place: int
     uniform: list[list[float]]
+    shelf: int = 0
+    place: int = 0
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
@@ -101,19 +102,20 @@ class Row:
 class Room:
     """The keys, (row, kv heads, width, token), and values, (row, kv heads, token, width), of what rows drew themselves.
 
-    There is room for a few more rows and tokens than are needed, and zeros where nothing is yet: a product with all
-    tokens is faster than one with a part.
+    There is room for a few more tokens than are needed, up to `most` a row, and zeros where nothing is yet: a product
+    with all tokens is faster than one with a part.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.rows = self.tokens = 0
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
     def make(self, rows: int, tokens: int) -> None:
-        """Makes room for so many, and some more, where there is less."""
-        more_rows = 0 if rows <= self.rows else rows - self.rows + rows // 4
-        more_tokens = max(0, _MORE * math.ceil(tokens / _MORE) - self.tokens)
+        """Makes room for so many, where there is less."""
+        more_rows = max(0, rows - self.rows)
+        more_tokens = max(0, min(_MORE * math.ceil(tokens / _MORE), self.most) - self.tokens)
         if not more_rows and not more_tokens:
             return
         self.rows += more_rows
@@ -153,7 +155,8 @@ def decode(
 ) -> Iterator[tuple[int, Drawn]]:
     """(index, what was drawn) of each response as it ends. Rows and prompts that run have `budget` tokens of room."""
     waiting = deque(_by_prompt(wanted, budget, sampling.max_new_tokens))
-    batch = _Batch(model, max((len(group.members) for group in waiting), default=0))
+    size = max((len(group.members) for group in waiting), default=0)
+    batch = _Batch(model, size, sampling.max_new_tokens)
     while waiting or batch.rows:
         if entering := _entering(waiting, batch, budget, sampling.max_new_tokens):
             seeds = {n: wanted[n].seed for group in entering for n in group.members}
@@ -183,23 +186,34 @@ def _shelf_of(length: int, device: torch.device) -> int:
     return max(_SHORT, (length - 1).bit_length()) if device.type == "cpu" else 0
 
 
+def _padded(length: int, longest: int, device: torch.device) -> int:
+    """Tokens that a prompt is padded to at most, where the longest has so many."""
+    return min(longest, 1 << _shelf_of(length, device)) if device.type == "cpu" else longest
+
+
+def _below(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One below the other; a single one, which may be large, is not copied."""
+    return logits[0] if len(logits) == 1 else torch.cat(list(logits))
+
+
 class _Batch:
     """The rows that run: a forward pass of one more token of each, behind its prompt and what it drew.
 
-    Rows lie without gaps: the last ones take the places of those that leave. A prompt has `size` places for its rows.
+    Rows lie without gaps: the last ones take the places of those that leave. A prompt has `size` places for its rows,
+    counted from the first prompt of its shelf; a row draws `most` tokens at most.
     """
 
-    def __init__(self, model: PreTrainedModel, size: int) -> None:
+    def __init__(self, model: PreTrainedModel, size: int, most: int) -> None:
         self.model = model
         self.size = size
         self.rows: list[Row] = []
         self.shelves: dict[int, _Shelf] = {}
-        self.room = Room()
+        self.room = Room(most)
 
     @property
-    def n_prompts(self) -> int:
-        """The prompts that still have rows."""
-        return len({(row.shelf, row.place // self.size) for row in self.rows})
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt that still has rows."""
+        return list({(row.shelf, row.place // self.size): row.length for row in self.rows}.values())
 
     def enter(
         self, groups: Sequence[_Group], uniform: Mapping[int, list[list[float]]]
@@ -215,15 +229,15 @@ class _Batch:
             before, last = self._read(shelf, [group.prompt for group in beginning])
             logits.append(last[[n for n, group in enumerate(beginning) for _ in group.members]])
             new += [
-                Row(number, len(group.prompt), shelf, place, uniform[number])
+                Row(number, len(group.prompt), uniform[number], shelf, place)
                 for n, group in enumerate(beginning)
                 for place, number in enumerate(group.members, (before + n) * self.size)
             ]
         self.rows += new
-        return new, torch.cat(logits)
+        return new, _below(logits)
 
     def _read(self, shelf: int, prompts: Sequence[Sequence[int]]) -> tuple[int, torch.Tensor]:
-        """Puts prompts, the shortest first, behind those on a shelf: how many are there, and the logits after each."""
+        """Puts prompts, the shortest first, behind those on a shelf: how many there were, and the logits after each."""
         there = [self.shelves[shelf].prefixes] if shelf in self.shelves else []
         before = sum(len(each.lengths) for each in there)
         sizes = [len(prompt) for prompt in prompts]
@@ -233,7 +247,7 @@ class _Batch:
             logits.append(some)
             there.append(keep())
         self.shelves[shelf] = _Shelf.of(there[0].followed_by(*there[1:]))
-        return before, torch.cat(logits)
+        return before, _below(logits)
 
     def leave(self) -> list[Row]:
         """Takes out the rows that are over."""
@@ -305,7 +319,7 @@ class _Batch:
     ) -> torch.Tensor:
         keys, values = self.room.write(layer, key, value, at)
         shared = [
-            (shelf.prefixes.keys[layer], shelf.prefixes.values[layer], shelf.bias, each) for shelf, each in groups
+            Shared(shelf.prefixes.keys[layer], shelf.prefixes.values[layer], shelf.bias, each) for shelf, each in groups
         ]
         out = joint_attention(grouped_heads(query, key.shape[1], scale), shared, (keys, values, own_bias))
         return out.reshape(*query.shape[:-1], -1)
@@ -350,12 +364,16 @@ def _entering(waiting: deque[_Group], batch: _Batch, budget: int, room: int) -> 
     """Takes from `waiting` what there is enough room for beside the rows that run; at least one where none does."""
     if not waiting:
         return []
-    longest = max([len(waiting[0].prompt), *(row.length for row in batch.rows)])
-    free = budget - len(batch.rows) * room - batch.n_prompts * longest
+    device, lengths = batch.model.device, batch.lengths
+    longest = max([len(waiting[0].prompt), *lengths])
+    free = budget - len(batch.rows) * room - sum(_padded(length, longest, device) for length in lengths)
     entering: list[_Group] = []
     if batch.rows and free < budget // _ENTER:
         return entering
-    while waiting and ((needed := longest + len(waiting[0].members) * room) <= free or not (batch.rows or entering)):
+    while waiting:
+        needed = _padded(len(waiting[0].prompt), longest, device) + len(waiting[0].members) * room
+        if needed > free and (batch.rows or entering):
+            break
         free -= needed
         entering.append(waiting.popleft())
     return entering

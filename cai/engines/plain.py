@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from cai.engines import Sampling
-from cai.engines.batching import batches
+from cai.engines.batching import batches, in_one_pass
 from cai.engines.decoding import Drawn, Row, Stopping, Wanted, take
 from cai.engines.sampling import uniforms
 from cai.engines.scoring import Asked, Scores, of_options
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterator[tuple[int, Scores]]:
     """(index, the options' log-probabilities) of every question, each a row padded on the left."""
     order = sorted(range(len(asked)), key=lambda n: len(asked[n][0]))
-    for first, last in batches([len(asked[n][0]) for n in order], budget):
+    for first, last in batches([len(asked[n][0]) for n in order], in_one_pass(budget, model.device)):
         part = order[first:last]
         ids, mask = (each.to(model.device) for each in _padded_left([asked[n][0] for n in part]))
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -65,7 +65,7 @@ def decode(
     for first, last in batches([len(wanted[n].prompt) + room for n in order], budget):
         part = order[first:last]
         chances = uniforms([wanted[n].seed for n in part], room).tolist()
-        rows = [Row(n, len(wanted[n].prompt), 0, 0, chance) for n, chance in zip(part, chances, strict=True)]
+        rows = [Row(n, len(wanted[n].prompt), chance) for n, chance in zip(part, chances, strict=True)]
         _draw_all(model, rows, [wanted[n].prompt for n in part], sampling, stopping, banned)
         yield from ((row.number, row.drawn()) for row in rows)
 

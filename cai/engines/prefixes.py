@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -150,13 +150,18 @@ class Groups:
         return rows.view(len(self.prefixes), self.size, *rows.shape[1:]).transpose(1, 2)
 
     def scatter(self, places: torch.Tensor) -> torch.Tensor:
-        """(group, heads, place, ...) -> (row, heads, ...)."""
+        """(group, heads, place, ...) -> (row, heads, ...), of the rows that are meant."""
         rows = places.transpose(1, 2).flatten(0, 1)
         return rows if self._at is None else rows.index_select(0, self._at)
 
 
-Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Groups]
-"""Groups' keys, (group, kv heads, width, seq), values, what is added to the scores, and whose they are."""
+class Shared(NamedTuple):
+    """Groups' keys, (group, kv heads, width, seq), values, what is added to the scores, and the rows of each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor | None
+    groups: Groups
 
 
 def joint_attention(
@@ -176,12 +181,12 @@ def joint_attention(
     if len(shared) == 1:
         out, weights = _to_prefixes(query, own_scores, shared[0])
     else:
-        out, weights = torch.empty_like(query[..., : own_values.shape[-1]]), torch.empty_like(own_scores)
+        shapes = ((*query.shape[:-1], own_values.shape[-1]), own_scores.shape)
+        out, weights = (query.new_empty(shape) for shape in shapes)
         for part in shared:
-            rows = part[3].rows
-            assert rows is not None
+            assert part.groups.rows is not None
             for whole, some in zip((out, weights), _to_prefixes(query, own_scores, part), strict=True):
-                whole.index_copy_(0, rows, some)
+                whole.index_copy_(0, part.groups.rows, some)
     return out + weights @ own_values
 
 
@@ -200,16 +205,14 @@ def _to_prefixes(query: torch.Tensor, own_scores: torch.Tensor, shared: Shared) 
         both[..., :length] = scores
         both[..., length : length + own_length] = own_scores[part].flatten(2, 3)
         both[..., length + own_length :] = -math.inf
-        if bias is not None:  # to all columns: to a part of a row it would be added element by element
+        if bias is not None:  # to all columns: to a part of a row a CPU adds element by element in bfloat16
             both += pad(bias[part], (0, columns - length))
         weights = both.softmax(dim=-1)  # which is computed in float32, whatever the scores are in
         out.append(weights[..., :length] @ values[part])
         own_weights.append(weights[..., length : length + own_length])
     places = (n, kv_heads, size, count, -1)
-    attended, weights = (
-        (each[0] if len(each) == 1 else torch.cat(each)).reshape(places) for each in (out, own_weights)
-    )
-    return groups.scatter(attended), groups.scatter(weights)
+    whole = [(each[0] if len(each) == 1 else torch.cat(each)).reshape(places) for each in (out, own_weights)]
+    return groups.scatter(whole[0]), groups.scatter(whole[1])
 
 
 def bias_of(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -320,7 +323,7 @@ class _Continuing(_Reading):
         values = self.behind.values[layer][:, :, : self.used].index_select(0, self.at)
         out = joint_attention(
             grouped_heads(query, kv_heads, scale),
-            [(keys, values, self.bias, self.groups)],
+            [Shared(keys, values, self.bias, self.groups)],
             (self.keys[-1], self.values[-1], own_bias),
         )
         return out.reshape(*query.shape[:-1], -1)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai.checkpoint import Model, load_causal_lm
-from cai.engines import Choice, Completion, Question, Request, Sampling, prefixes, scoring
+from cai.engines import Choice, Completion, Question, Request, Sampling, decoding, prefixes, scoring
 from cai.engines.local import LocalEngine
-from cai.engines.prefixes import Groups, Prefixes, can_share, joint_attention, read
+from cai.engines.prefixes import Groups, Prefixes, Shared, can_share, joint_attention, read
 from cai.engines.tries import Node, apart, trees_of
 from cai.errors import BadInput
 from cai.profile import Profile
@@ -75,6 +75,7 @@ def test_what_is_shared_is_there_once_unless_it_is_not_worth_it() -> None:
     assert [len(tree.children) for tree in trees_of(begun)] == [16, 16, 16], "too little to be a node"
 
 
+@pytest.mark.usefixtures("few_sizes")
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize(("owners", "most"), [([0, 0, 1, 1], 9), ([1, 0, 0, 2, 0, 0, 0], 9), ([2, 2, 2, 0], 1)])
 def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
@@ -82,10 +83,11 @@ def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
 ) -> None:
     torch.manual_seed(0)
     n, kv_heads, width, length, own = len(owners), 2, 8, 5, 3
-    keys, values = torch.randn(2, 3, kv_heads, length, width)
+    keys, values = torch.randn(3, kv_heads, length, width), torch.randn(3, kv_heads, length, width + 3)
     mask = torch.ones(3, length, dtype=torch.bool)
     mask[1, 3:] = False
-    query, own_keys, own_values = (torch.randn(n, some, own, width) for some in (heads, kv_heads, kv_heads))
+    query, own_keys = torch.randn(n, heads, own, width), torch.randn(n, kv_heads, own, width)
+    own_values = torch.randn(n, kv_heads, own, width + 3)
     causal = torch.ones(own, own, dtype=torch.bool).tril()
     whole = torch.nn.functional.scaled_dot_product_attention(
         query,
@@ -102,7 +104,7 @@ def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
         found = joint_attention(
             (query * width**-0.5).reshape(n, kv_heads, -1, width),
             [
-                (
+                Shared(
                     keys.transpose(-1, -2)[groups.prefixes],
                     values[groups.prefixes],
                     torch.zeros(mask.shape).masked_fill(~mask, -1e30)[groups.prefixes][:, None, None],
@@ -171,6 +173,33 @@ def test_responses_are_those_of_one_response_a_row_whatever_runs_beside_them(tin
             assert isinstance(other, Completion)
             assert each.token_ids == other.token_ids
             assert each.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize("new_tokens", [8, 33])
+@pytest.mark.parametrize("budget", [500, 2000])
+def test_what_rows_and_prompts_hold_stays_within_the_budget(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, new_tokens: int, budget: int
+) -> None:
+    """Few long prompts, many short ones with several samples."""
+    held: list[int] = []
+    step = decoding._Batch.step
+
+    def counting(self: decoding._Batch) -> torch.Tensor:
+        logits = step(self)
+        prompts = sum(shelf.prefixes.mask.numel() for shelf in self.shelves.values())
+        held.append(prompts + self.room.keys[0].shape[0] * self.room.keys[0].shape[-1])
+        return logits
+
+    monkeypatch.setattr(decoding._Batch, "step", counting)
+    texts = ["which is deeper " * 12] * 3 + [f"a {n}" for n in range(40)]
+    requests = [
+        Request(f"{n}-{k}", [{"role": "user", "content": text}], 10 * n + k, Sampling(new_tokens))
+        for n, text in enumerate(texts)
+        for k in range(3)
+    ]
+    engine = LocalEngine(tiny("llama"), Profile(device="cpu", dtype="float32", token_budget=budget))
+    assert len(list(engine.generate(requests))) == len(requests)
+    assert 0.6 * budget < max(held) <= budget
 
 
 def test_a_model_whose_attention_does_something_else_reads_each_row_whole(
