@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,17 @@ from torch.nn.functional import pad
 
 from cai.engines import Sampling
 from cai.engines.batching import batches, in_one_pass
-from cai.engines.prefixes import Groups, Prefixes, Shared, bias_of, forward, grouped_heads, joint_attention, read
+from cai.engines.prefixes import (
+    Groups,
+    Prefixes,
+    Shared,
+    bias_of,
+    forward,
+    grouped_heads,
+    joined,
+    joint_attention,
+    read,
+)
 from cai.engines.sampling import draw, uniforms
 
 if TYPE_CHECKING:
@@ -36,8 +47,8 @@ _ENTER = 8
 """New rows enter when one in so many tokens of the budget is free: few prompts at once are read slowly."""
 _DRAWN = 256
 """Rows whose tokens are drawn at once."""
-_SHORT = 5
-"""Prompts of up to 2 to the power of this are of about the same length, longer ones up to twice as much."""
+_SHORT = 32
+"""Tokens up to which prompts are of about the same length, a power of two; longer ones are up to twice as much."""
 _MORE = 32
 """There is room for a multiple of so many tokens of a row: a CPU's products of other sizes take up to twice as long."""
 
@@ -123,6 +134,12 @@ class Room:
         self.keys = [pad(each, (0, more_tokens, 0, 0, 0, 0, 0, more_rows)) for each in self.keys]
         self.values = [pad(each, (0, 0, 0, more_tokens, 0, 0, 0, more_rows)) for each in self.values]
 
+    def cut(self, rows: int) -> None:
+        """Gives back the room of rows that are beyond so many."""
+        if rows < self.rows:
+            self.rows = rows
+            self.keys, self.values = ([each[:rows].clone() for each in some] for some in (self.keys, self.values))
+
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Rows take the places of others."""
         for each in (*self.keys, *self.values):
@@ -182,18 +199,11 @@ class _Shelf:
 
 
 def _shelf_of(length: int, device: torch.device) -> int:
-    """Which shelf a prompt stands on. On a CPU padding costs most, elsewhere more steps do."""
-    return max(_SHORT, (length - 1).bit_length()) if device.type == "cpu" else 0
+    """The shelf of a prompt, named by the most tokens that prompts on it have.
 
-
-def _padded(length: int, longest: int, device: torch.device) -> int:
-    """Tokens that a prompt is padded to at most, where the longest has so many."""
-    return min(longest, 1 << _shelf_of(length, device)) if device.type == "cpu" else longest
-
-
-def _below(logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One below the other; a single one, which may be large, is not copied."""
-    return logits[0] if len(logits) == 1 else torch.cat(list(logits))
+    On a CPU padding costs most, elsewhere more steps do: all stand on one there.
+    """
+    return max(_SHORT, 1 << (length - 1).bit_length()) if device.type == "cpu" else sys.maxsize
 
 
 class _Batch:
@@ -221,6 +231,7 @@ class _Batch:
         """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
         for shelf in list(self.shelves):
             self._keep(shelf, self._prompts(shelf))
+        self.room.cut(len(self.rows) + len(uniform))
         new: list[Row] = []
         logits: list[torch.Tensor] = []
         ordered = sorted(groups, key=lambda group: len(group.prompt))
@@ -234,7 +245,7 @@ class _Batch:
                 for place, number in enumerate(group.members, (before + n) * self.size)
             ]
         self.rows += new
-        return new, _below(logits)
+        return new, joined(logits)
 
     def _read(self, shelf: int, prompts: Sequence[Sequence[int]]) -> tuple[int, torch.Tensor]:
         """Puts prompts, the shortest first, behind those on a shelf: how many there were, and the logits after each."""
@@ -247,7 +258,7 @@ class _Batch:
             logits.append(some)
             there.append(keep())
         self.shelves[shelf] = _Shelf.of(there[0].followed_by(*there[1:]))
-        return before, _below(logits)
+        return before, joined(logits)
 
     def leave(self) -> list[Row]:
         """Takes out the rows that are over."""
@@ -366,12 +377,12 @@ def _entering(waiting: deque[_Group], batch: _Batch, budget: int, room: int) -> 
         return []
     device, lengths = batch.model.device, batch.lengths
     longest = max([len(waiting[0].prompt), *lengths])
-    free = budget - len(batch.rows) * room - sum(_padded(length, longest, device) for length in lengths)
+    free = budget - len(batch.rows) * room - sum(min(longest, _shelf_of(length, device)) for length in lengths)
     entering: list[_Group] = []
     if batch.rows and free < budget // _ENTER:
         return entering
     while waiting:
-        needed = _padded(len(waiting[0].prompt), longest, device) + len(waiting[0].members) * room
+        needed = min(longest, _shelf_of(len(waiting[0].prompt), device)) + len(waiting[0].members) * room
         if needed > free and (batch.rows or entering):
             break
         free -= needed

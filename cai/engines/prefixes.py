@@ -211,8 +211,12 @@ def _to_prefixes(query: torch.Tensor, own_scores: torch.Tensor, shared: Shared) 
         out.append(weights[..., :length] @ values[part])
         own_weights.append(weights[..., length : length + own_length])
     places = (n, kv_heads, size, count, -1)
-    whole = [(each[0] if len(each) == 1 else torch.cat(each)).reshape(places) for each in (out, own_weights)]
-    return groups.scatter(whole[0]), groups.scatter(whole[1])
+    return groups.scatter(joined(out).reshape(places)), groups.scatter(joined(own_weights).reshape(places))
+
+
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One below the other; a single one, which may be large, is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def bias_of(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -177,10 +177,11 @@ def test_responses_are_those_of_one_response_a_row_whatever_runs_beside_them(tin
 
 @pytest.mark.parametrize("new_tokens", [8, 33])
 @pytest.mark.parametrize("budget", [500, 2000])
+@pytest.mark.parametrize("samples", [1, 3])
 def test_what_rows_and_prompts_hold_stays_within_the_budget(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, new_tokens: int, budget: int
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, samples: int, new_tokens: int, budget: int
 ) -> None:
-    """Few long prompts, many short ones with several samples."""
+    """Few long prompts with several samples; many shorter ones, with several or one: then fewer rows run at once."""
     held: list[int] = []
     step = decoding._Batch.step
 
@@ -191,11 +192,11 @@ def test_what_rows_and_prompts_hold_stays_within_the_budget(
         return logits
 
     monkeypatch.setattr(decoding._Batch, "step", counting)
-    texts = ["which is deeper " * 12] * 3 + [f"a {n}" for n in range(40)]
+    texts = ["which is deeper " * 12] * 3 + [f"a {n} and a {n}" for n in range(40)]
     requests = [
         Request(f"{n}-{k}", [{"role": "user", "content": text}], 10 * n + k, Sampling(new_tokens))
         for n, text in enumerate(texts)
-        for k in range(3)
+        for k in range(8 if n < 9 else samples)
     ]
     engine = LocalEngine(tiny("llama"), Profile(device="cpu", dtype="float32", token_budget=budget))
     assert len(list(engine.generate(requests))) == len(requests)
