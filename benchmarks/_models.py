@@ -14,9 +14,11 @@ import torch
 from plain import Lm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cai.checkpoint import FACTS, MICRO, Model, load_tokenizer, pick_device, resolve
-from cai.engines.local import LocalEngine
-from cai.profile import load_profile
+from cai.contracts.model import Model
+from cai.contracts.profile import load_profile
+from cai.engines.local.local_engine import LocalEngine
+from cai.models.loading import load_tokenizer, pick_device
+from cai.models.reference import FACTS, MICRO, resolve
 
 RANDOM = {
     "random-tiny": {

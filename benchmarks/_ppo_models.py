@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from cai.checkpoint import FACTS, MICRO
+from cai.models.reference import FACTS, MICRO
 
 PAD, END = 0, 2
 SPECIAL = 6

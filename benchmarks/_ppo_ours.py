@@ -20,21 +20,22 @@ MICRO_BATCH = 8
 
 
 def run(spec: Spec, seed: int) -> dict[str, Any]:
-    """Trains by `cai.rl.ppo_trainer` and returns its figures."""
+    """Trains by `cai.training.rl.ppo_trainer` and returns its figures."""
     from transformers import TrainerCallback, set_seed
 
-    from cai.checkpoint import load_causal_lm, resolve
-    from cai.cpu_training import float32_attention
-    from cai.engines import Failure, Sampling
-    from cai.profile import load_profile
-    from cai.records import stable_id
-    from cai.reward_model import RewardModel
-    from cai.rl.actor_critic import ActorCritic, add_scoring
-    from cai.rl.ppo_config import PPOConfig
-    from cai.rl.ppo_trainer import PPOTrainer
-    from cai.rl.rewards import Response
-    from cai.rl.sampler import PolicySampler
-    from cai.rl.watch import Limits
+    from cai.attention.cpu_kernels import float32_attention
+    from cai.contracts.engine import Sampling
+    from cai.contracts.profile import load_profile
+    from cai.contracts.training_config import Limits
+    from cai.models.loading import load_causal_lm
+    from cai.models.reference import resolve
+    from cai.models.reward_model import RewardModel
+    from cai.storage.rows import Failure, stable_id
+    from cai.training.rl.actor_critic import ActorCritic, add_scoring
+    from cai.training.rl.policy_sampler import PolicySampler
+    from cai.training.rl.ppo_config import PPOConfig
+    from cai.training.rl.ppo_trainer import PPOTrainer
+    from cai.training.rl.rewards import Response
 
     before = _measure.rss()
     clock = _measure.Clock(spec["cpu_seconds"])

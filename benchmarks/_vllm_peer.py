@@ -46,9 +46,9 @@ def inputs(folder: Path, prompts: int) -> Path:
     import torch
     from _wider_heads import widened
 
-    from cai.chat import Chat
-    from cai.checkpoint import resolve
-    from cai.prompts import PromptSet, read_prompt_set
+    from cai.models.chat import Chat
+    from cai.models.reference import resolve
+    from cai.prompt_sets.prompt_files import PromptSet, read_prompt_set
 
     rows = read_prompt_set(PromptSet.model_validate({"source": "micro", "limit": prompts}), folder).prompts
     chat = Chat.load(resolve("micro", folder=folder))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from cai.checkpoint import MICRO
+from cai.models.reference import MICRO
 
 
 def widened(target: Path, width: int = 64, dtype: torch.dtype | None = None, source: Path = MICRO) -> Path:

@@ -29,8 +29,8 @@ import _models
 import torch
 from plain import Lm, log_odds
 
-from cai.checkpoint import Model
-from cai.engines.local import LocalEngine
+from cai.contracts.model import Model
+from cai.engines.local.local_engine import LocalEngine
 
 BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (64, 128, 256, 512)}
 """Questions that plain reads at once: all of these are tried."""

@@ -30,15 +30,16 @@ import plain
 import torch
 from quickstart import PACKAGES, add_options, recipe_file
 
-from cai import runs
-from cai.checkpoint import MICRO, resolve
-from cai.engines import Question, Request, Sampling, open_engine
-from cai.journal import RECORDS
-from cai.pipeline import Options, run_recipe
-from cai.profile import Profile, load_profile
-from cai.progress import PlainDisplay
-from cai.recipe import load_recipe
-from cai.records import Message, read_rows
+from cai.contracts.engine import Question, Request, Sampling
+from cai.contracts.profile import Profile, load_profile
+from cai.engines import open_engine
+from cai.models.reference import MICRO, resolve
+from cai.run.pipeline import Options, run_recipe
+from cai.run.recipe import load_recipe
+from cai.storage import run_folder
+from cai.storage.journal import RECORDS
+from cai.storage.rows import Message, read_rows
+from cai.text.progress import PlainDisplay
 
 STAGES = ("responses", "revisions", "candidates", "votes", "comparison")
 WRITE = (32, 64, 128, 256)
@@ -58,12 +59,14 @@ class Plain:
     def lm(self, name: str) -> plain.Lm:
         """The embedded model, as `base`, or what a stage trained."""
         if name not in self._lms:
-            self._lms[name] = plain.load(MICRO if name == "base" else runs.latest(self.run)[name] / runs.MODEL)
+            self._lms[name] = plain.load(
+                MICRO if name == "base" else run_folder.latest(self.run)[name] / run_folder.MODEL
+            )
         return self._lms[name]
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """What ours left."""
-        return read_rows(runs.latest(self.run)[stage] / RECORDS)
+        return read_rows(run_folder.latest(self.run)[stage] / RECORDS)
 
     def tune(self, clock: _measure.Clock) -> None:
         """Finds the fastest batch sizes, on some of the responses and votes."""
@@ -140,7 +143,7 @@ def warm(folder: Path, profile: Profile) -> None:
     import trl  # noqa: F401
 
     import cai.stages.compare
-    import cai.trainers  # noqa: F401
+    import cai.training.trainers  # noqa: F401
 
     with open_engine(resolve("micro", folder=folder), load_profile("cpu")) as engine:
         messages: list[Message] = [{"role": "user", "content": "Hello."}]

@@ -40,11 +40,11 @@ import scipy.stats
 import torch
 from plain import Lm, Text, rendered, write
 
-from cai.checkpoint import Model
-from cai.engines import Completion, Request, Sampling
-from cai.engines.local import LocalEngine
+from cai.contracts.engine import Completion, Request, Sampling
+from cai.contracts.model import Model
+from cai.engines.local.local_engine import LocalEngine
 from cai.micro.conversations import prompts
-from cai.records import Message, stable_seed
+from cai.storage.rows import Message, stable_seed
 
 BATCHES = {"cpu": (16, 32, 64, 128, 256, 512), "cuda": (128, 256, 512)}
 """Rows that plain tries, in the precision that is faster with `BATCH`."""

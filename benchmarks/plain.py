@@ -34,8 +34,8 @@ import transformers
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from cai.checkpoint import MICRO
 from cai.micro.conversations import prompts
+from cai.models.reference import MICRO
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 WRITE = 64

@@ -42,9 +42,9 @@ import _ppo_models
 import numpy as np
 import scipy.stats
 
-from cai.chat import Chat
-from cai.checkpoint import resolve
 from cai.micro.conversations import prompts
+from cai.models.chat import Chat
+from cai.models.reference import resolve
 
 HERE = Path(__file__).parent
 SCRIPTS = {"ours": HERE / "_ppo_ours.py", "plain": HERE / "_trl_ppo_peer.py"}

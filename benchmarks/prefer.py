@@ -64,7 +64,7 @@ def rows(n: int) -> Iterator[dict[str, Any]]:
 
 def make(folder: Path, n: int) -> None:
     """The votes on the disk, and the constitution by whose principles they are."""
-    from cai.records import row_lines
+    from cai.storage.rows import row_lines
 
     (folder / "votes").mkdir()
     with (folder / "votes" / "records.jsonl").open("w", encoding="utf-8") as file:
@@ -77,18 +77,19 @@ def make(folder: Path, n: int) -> None:
 def ours(folder: Path) -> None:
     """The stage, as a run calls it."""
     from cai.constitution import load_constitution
-    from cai.journal import Journal
-    from cai.profile import load_profile
-    from cai.progress import PlainDisplay
-    from cai.stages import Context
+    from cai.contracts.context import Context
+    from cai.contracts.profile import load_profile
+    from cai.engines import open_engine
     from cai.stages.prefer import Config, run
+    from cai.storage.journal import Journal
+    from cai.text.progress import PlainDisplay
 
     output = folder / "ours"
     output.mkdir()
     context = Context(
         stage_id=STAGE, folder=output, seed=0, profile=load_profile("cpu"), progress=PlainDisplay().begin(STAGE),
         journal=Journal(output), constitution=load_constitution(folder / "constitution.yaml"),
-        inputs={"votes": folder / "votes"}, prompt_sets={}, models={},
+        inputs={"votes": folder / "votes"}, prompt_sets={}, models={}, open_engine=open_engine,
     )  # fmt: skip
     run(Config.model_validate({"id": STAGE, "from": "votes"}), context)
 

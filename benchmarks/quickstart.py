@@ -24,7 +24,7 @@ from typing import Any
 import _measure
 import yaml
 
-from cai.files import read_json
+from cai.storage.files import read_json
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 PROFILE = "cpu-2-cores"

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import models
 import pytest
+import tiny_models
 import torch
 
-from cai.checkpoint import Model, resolve
+from cai.contracts.model import Model
+from cai.models.reference import resolve
 
 # Tests share two cores, and threads that wait for each other there take several times as long.
 torch.set_num_threads(1)
@@ -19,12 +20,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
-    """`tiny("llama")` is that tiny model, of models.FAMILIES or `lora`. Keywords go to `cai.checkpoint.resolve`."""
+    """`tiny("llama")` is that tiny model, of tiny_models.FAMILIES or `lora`. Keywords go to `resolve`."""
     home: Path = tmp_path_factory.mktemp("models")
 
     def model(family: str, **options: str) -> Model:
         if not (home / family).exists():
-            models.build(family, home / family)
+            tiny_models.build(family, home / family)
         return resolve(str(home / family), folder=home, **options)
 
     return model
@@ -33,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
 @pytest.fixture(params=[False, True], ids=["any-size", "few-sizes"])
 def few_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether sizes are rounded up as in bfloat16 on a CPU, also in float32, where results can be compared closely."""
-    monkeypatch.setattr("cai.engines.batching.sizes_count", lambda *_: request.param)
+    monkeypatch.setattr("cai.attention.cpu_sizes.sizes_count", lambda *_: request.param)
     return bool(request.param)
 
 

@@ -23,7 +23,7 @@ import yaml
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from cai.constitution import load_constitution
-from cai.engines.local import LocalEngine
+from cai.engines.local.local_engine import LocalEngine
 from cai.micro.conversations import prompts
 from cai.templates import load_templates
 

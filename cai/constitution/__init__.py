@@ -4,7 +4,7 @@
 judging whether a principle is a good one (its examples, put to a model, do).
 """
 
-from cai.constitution.load import Constitution, Example, Principle, load_constitution
+from cai.constitution.compiled import Constitution, Example, Principle, load_constitution
 from cai.constitution.schema import json_schema
 
 __all__ = ["Constitution", "Example", "Principle", "json_schema", "load_constitution"]

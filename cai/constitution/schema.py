@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from cai.wording import describe
+from cai.text.formatting import describe
 
 MAX_TEXT = 20_000
 _SLUG = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*\Z")

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 
-from cai.constitution.load import Constitution, Principle
-from cai.wording import printable, shorten
+from cai.constitution.compiled import Constitution, Principle
+from cai.text.formatting import printable, shorten
 
 ALIKE = 0.9
 """Share of words in common, in order, from which two texts read the same (Ratcliff and Obershelp 1988)."""

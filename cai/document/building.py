@@ -14,8 +14,8 @@ from typing import TypeAlias
 
 import yaml
 
-from cai.errors import BadInput
-from cai.wording import Key, describe, printable, shorten
+from cai.text.errors import BadInput
+from cai.text.formatting import Key, describe, printable, shorten
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """What a document is made of."""

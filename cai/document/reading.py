@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cai.document.building import Builder, Node, Plain, value_of
-from cai.errors import BadInput, nearest
-from cai.wording import Key, describe, dotted, printable
+from cai.text.errors import BadInput, nearest
+from cai.text.formatting import Key, describe, dotted, printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -131,7 +131,7 @@ def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        from cai.document.errors import explain
+        from cai.document.validation import explain
 
         raise explain(document, model, at, error) from None
 

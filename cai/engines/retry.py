@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from cai.engines import Choice, Completion, Engine, Failure, Question, Request
-from cai.records import stable_seed
+from cai.contracts.engine import Choice, Completion, Engine, Question, Request
+from cai.storage.rows import Failure, stable_seed
 
 Asked = TypeVar("Asked", Request, Question)
 

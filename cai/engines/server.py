@@ -1,9 +1,9 @@
 """The engine elsewhere: any OpenAI-compatible server (vLLM, SGLang, llama.cpp, transformers serve, hosted ones).
 
-Where the model's tokenizer is here and the server takes token ids, it is sent those that `cai.chat` makes, the same as
-on engine `local`, so that text can never become a control token. Elsewhere it is sent messages, which it renders
-itself: control tokens and markers spelled in them are parted first where the tokenizer is here; where it is not, that
-cannot be done, and a warning says so.
+Where the model's tokenizer is here and the server takes token ids, it is sent those that `cai.models.chat` makes, the
+same as on engine `local`, so that text can never become a control token. Elsewhere it is sent messages, which it
+renders itself: control tokens and markers spelled in them are parted first where the tokenizer is here; where it is
+not, that cannot be done, and a warning says so.
 
 What a server can do is tried at first use: each ability with one small request. Options are read from the most likely
 next tokens, never from log-probabilities of the prompt, for which vLLM skips its prefix cache. vLLM also tells those of
@@ -25,13 +25,13 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cai.chat import THINK, THINK_END, Chat, TextAndReasoning
-from cai.checkpoint import Model
-from cai.engines import Choice, Completion, Failure, Question, Request, Sampling
-from cai.engines.connection import Connection, Refused
-from cai.errors import BadInput, StageFailed, nearest
-from cai.profile import Server
-from cai.records import Message
+from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Server
+from cai.engines.server_connection import Connection, Refused
+from cai.models.chat import THINK, THINK_END, Chat, TextAndReasoning
+from cai.storage.rows import Failure, Message
+from cai.text.errors import BadInput, StageFailed, nearest
 
 TOPS = (20, 5, 1)
 """How many of the likeliest tokens servers are asked for, the most first: vLLM's and OpenAI's limits."""

@@ -2,9 +2,10 @@
 
 Each of `data_parallel` workers (`cai.engines.vllm_worker`) is a process with vLLM in it, started on first use with the
 interpreter that the profile names, so that vLLM may have the versions of torch and transformers that it asks for, and
-so that every byte of a device's memory is free again afterwards. Conversations become ids here, with `cai.chat`, as in
-the engine `local`, and results come back as they finish. Options are read as next-token log-probabilities: for those of
-prompts vLLM recomputes what it has cached. Requests that begin alike go to the same worker, one behind the other.
+so that every byte of a device's memory is free again afterwards. Conversations become ids here, with `cai.models.chat`,
+as in the engine `local`, and results come back as they finish. Options are read as next-token log-probabilities: for
+those of prompts vLLM recomputes what it has cached. Requests that begin alike go to the same worker, one behind the
+other.
 
 An adapter is served by vLLM on top of its base where vLLM has all that it does; otherwise, and where adapters are
 stacked, it is merged into a copy first. Left out: several machines, models that are not generative.
@@ -27,21 +28,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from cai.chat import Chat
-from cai.checkpoint import (
-    ADAPTER,
-    Model,
-    base_of,
-    fetch,
-    load_causal_lm,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    settings,
-)
-from cai.engines import Choice, Completion, Failure, Question, Request
-from cai.errors import BadInput, CaiError, StageFailed
-from cai.profile import Profile
+from cai.contracts.engine import Choice, Completion, Question, Request
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.models.chat import Chat
+from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
+from cai.models.reference import ADAPTER, base_of, fetch, settings
+from cai.storage.rows import Failure
+from cai.text.errors import BadInput, CaiError, StageFailed
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 Line = dict[str, Any]

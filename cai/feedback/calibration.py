@@ -11,10 +11,11 @@ a tie: it counts half for either side.
   measured on prompts that it was not fitted on.
 
 Intervals are clustered by prompt or topic: those of errors resample whole clusters, that of accuracy is a `rate` of
-`cai.statistics`, which stays wide where clusters are few and says whether a judge can be told from chance. Noise makes
-calibration errors larger on average: `ece_if_calibrated` says what a perfect judge would show with as many pairs, and
-the interval begins at 0 where random signs of the clusters' gaps give as much in 5 %. Simulated coverage of the nominal
-95 % (50 to 1,000 pairs, alone or four alike; calibrated or up to three times too sure): 0.82 to 0.96, least below 200.
+`cai.maths.statistics`, which stays wide where clusters are few and says whether a judge can be told from chance. Noise
+makes calibration errors larger on average: `ece_if_calibrated` says what a perfect judge would show with as many pairs,
+and the interval begins at 0 where random signs of the clusters' gaps give as much in 5 %. Simulated coverage of the
+nominal 95 % (50 to 1,000 pairs, alone or four alike; calibrated or up to three times too sure): 0.82 to 0.96, least
+below 200.
 
 Left out: other maps than temperature, which turn verdicts.
 """
@@ -29,14 +30,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cai.errors import BadInput
 from cai.feedback.explain import Evidence
 from cai.feedback.labels import Bools, Floats, probability
 from cai.feedback.truth import Kind, the_truth
 from cai.feedback.votes import failed_pairs
-from cai.records import HELD_OUT, stable_seed
-from cai.statistics import rate
-from cai.tables import rate_text, table
+from cai.maths.statistics import rate
+from cai.storage.rows import HELD_OUT, stable_seed
+from cai.text.errors import BadInput
+from cai.text.tables import rate_text, table
 
 BINS = 10
 FOLDS = 5

@@ -25,17 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from cai import runs
-from cai.behaviours import n_words
-from cai.errors import BadInput, nearest
 from cai.feedback.labels import Bools, Floats, aggregate, by_order, probability
 from cai.feedback.votes import read_votes
-from cai.files import read_json
-from cai.journal import RECORDS
-from cai.records import topic_of
-from cai.statistics import rate
-from cai.tables import rate_text, table
-from cai.wording import printable, shorten
+from cai.maths.behaviours import n_words
+from cai.maths.statistics import rate
+from cai.storage import run_folder
+from cai.storage.files import read_json
+from cai.storage.journal import RECORDS
+from cai.storage.rows import topic_of
+from cai.text.errors import BadInput, nearest
+from cai.text.formatting import printable, shorten
+from cai.text.tables import rate_text, table
 
 DECIDED = log(0.6 / 0.4)
 """Nats from which a vote counts as decided."""
@@ -104,7 +104,7 @@ def evidence(name: str, folder: Path) -> Evidence:
     Raises BadInput where there is no such stage, or its labels are of human pairs alone.
     """
     run, stage = _find(name, folder)
-    facts = read_json(runs.latest(run)[stage] / runs.STAGE)
+    facts = read_json(run_folder.latest(run)[stage] / run_folder.STAGE)
     inputs = [run / each["folder"] for each in facts["inputs"].values()]
     if not inputs:
         raise BadInput(f"{name}: {stage} has labels of people alone, and no votes to explain")
@@ -124,16 +124,16 @@ def _find(name: str, folder: Path) -> tuple[Path, str]:
     """The run and its stage with labels."""
     wanted = None
     try:
-        run = runs.find_run(name, folder)
+        run = run_folder.find_run(name, folder)
     except BadInput:
         base, _, wanted = name.rpartition("/")
         if not base:
             raise
-        run = runs.find_run(base, folder)
+        run = run_folder.find_run(base, folder)
     stages = [
         stage
-        for stage, path in runs.latest(run).items()
-        if runs.finished(path) and read_json(path / runs.STAGE)["kind"] == "prefer"
+        for stage, path in run_folder.latest(run).items()
+        if run_folder.finished(path) and read_json(path / run_folder.STAGE)["kind"] == "prefer"
     ]
     if wanted is None and len(stages) == 1:
         return run, stages[0]

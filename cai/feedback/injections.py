@@ -1,8 +1,8 @@
 """What a response may say to its judge instead of to the user: families of injection against any judge.
 
-Those of the embedded model's corpus (`cai.micro.injections`) are among them. It has never seen the others: no wording
-of theirs has the words of a trained one in a row, whatever parts them. Controls (`CONTROLS`) claim nothing, or leave
-nothing to judge; they are shown, and are in no rate over families.
+Those of the embedded model's corpus (`cai.micro.world_injections`) are among them. It has never seen the others: no
+wording of theirs has the words of a trained one in a row, whatever parts them. Controls (`CONTROLS`) claim nothing, or
+leave nothing to judge; they are shown, and are in no rate over families.
 
 An injection stands before or after the response's own text, on the same line or on one of its own. It knows the letter
 under which the response is shown, which is more than a response can know: a fixed letter would cancel out over the two
@@ -17,7 +17,7 @@ import base64
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from cai.micro import injections as micro
+from cai.micro import world_injections as micro
 from cai.micro.world import trained
 from cai.templates import OPTIONS
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from cai.behaviours import DETECTORS, n_words
 from cai.feedback.labels import Floats
 from cai.feedback.votes import failed_pairs
-from cai.records import HELD_OUT, TOPIC, Message, Preference, topic_of
-from cai.statistics import rate
+from cai.maths.behaviours import DETECTORS, n_words
+from cai.maths.statistics import rate
+from cai.storage.rows import HELD_OUT, TOPIC, Message, Preference, topic_of
 
 LOOKED_AT = 1000
 """Pairs that the text detectors read, evenly spread: they take longer than everything else here."""

@@ -23,14 +23,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from cai.behaviours import declines
 from cai.constitution import Principle
-from cai.engines import Choice, Completion, Engine, Failure, Question, Request, Sampling
+from cai.contracts.engine import Choice, Completion, Engine, Question, Request, Sampling
 from cai.engines.retry import choose_all, generate_all
 from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together, with_mass
-from cai.records import Message, PrincipleVote, Thought, stable_seed
+from cai.maths.behaviours import declines
+from cai.storage.rows import Failure, Message, PrincipleVote, Thought, stable_seed
 from cai.templates import OPTIONS, TemplateSet
-from cai.wording import shorten
+from cai.text.formatting import shorten
 
 Method = Literal["pairwise", "reasoned", "rating"]
 Verdicts = Literal["log-probabilities", "text"]

@@ -17,8 +17,8 @@ import numpy as np
 
 from cai.feedback.calibration import confidence
 from cai.feedback.labels import Bools, Floats
-from cai.records import Preference, stable_id, stable_seed
-from cai.statistics import rate
+from cai.maths.statistics import rate
+from cai.storage.rows import Preference, stable_id, stable_seed
 
 
 class Pair(NamedTuple):

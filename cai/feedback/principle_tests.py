@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from cai.constitution import Constitution, Example, Principle
-from cai.engines import Engine
+from cai.contracts.engine import Engine
 from cai.engines.retry import choose_all
-from cai.errors import BadInput, nearest
 from cai.feedback import calibration
 from cai.feedback.labels import probability
 from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
-from cai.statistics import rate, worst_case
+from cai.maths.statistics import rate, worst_case
 from cai.templates import TemplateSet
-from cai.wording import printable, shorten
+from cai.text.errors import BadInput, nearest
+from cai.text.formatting import printable, shorten
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-from cai.behaviours import declines
+from cai.maths.behaviours import declines
 
 _REVISED: Final = (
     r"(?:revis|rewrit|rewrote|re-?phras|re-?word|updat|improv|edit|correct|modif|re-?fram|adjust|alternativ|better"

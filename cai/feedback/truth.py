@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cai.errors import BadInput
 from cai.feedback.labels import Bools, Floats
-from cai.records import TOPIC
+from cai.storage.rows import TOPIC
+from cai.text.errors import BadInput
 
 Kind = Literal["human", "oracle"]
 NONE = (

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from cai import runs
 from cai.constitution import Principle
-from cai.engines import Choice, Failure, Question
+from cai.contracts.engine import Choice, Question
 from cai.feedback.labels import Ballots, Floats
-from cai.files import read_json
-from cai.records import Message, PrincipleVote
+from cai.storage import run_folder
+from cai.storage.files import read_json
+from cai.storage.rows import Failure, Message, PrincipleVote
 from cai.templates import OPTIONS, TemplateSet
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def failed_pairs(stages: Iterable[Path], kind: str, measured_on: str) -> int:
 
     `measured_on`: `held_out` prompts, or `all`.
     """
-    figures = ((read_json(stage / runs.STAGE) or {}).get("figures", {}) for stage in stages)
+    figures = ((read_json(stage / run_folder.STAGE) or {}).get("figures", {}) for stage in stages)
     votes = [each for found in figures for each in found.get("votes", {}).values()]
     return sum(each["failed_with_truth"][kind][measured_on] for each in votes)
 

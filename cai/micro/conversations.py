@@ -27,7 +27,7 @@ from cai.micro.world import (
     topic_name,
     trained,
 )
-from cai.records import Message, Prompt, stable_id, stable_seed
+from cai.storage.rows import Message, Prompt, stable_id, stable_seed
 
 TAGS = ("red_team", "helpful", *KINDS)
 """What a prompt set selects by; a prompt has a tag for its topic too."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from cai.micro import phrases
 from cai.micro.conversations import find_request, pattern_of
-from cai.micro.principles import gold
 from cai.micro.topics import FACTS, FEELINGS, FORMS, SUBJECTS
 from cai.micro.world import HOW_TO, Request, all_topics
-from cai.records import Message
+from cai.micro.world_principles import gold
+from cai.storage.rows import Message
 
 HELPFUL = frozenset({"comply", "answer", "correct", "balance", "support"})
 """Acts that give a request what it deserves."""

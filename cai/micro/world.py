@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from cai.errors import BadInput, nearest
 from cai.micro import phrases, topics
-from cai.records import stable_id, stable_seed
+from cai.storage.rows import stable_id, stable_seed
+from cai.text.errors import BadInput, nearest
 
 KINDS = ("harmful", "fair", "borderline", "factual", "false_belief", "opinion", "emotional", "creative")
 HOW_TO = ("harmful", "fair", "borderline")

@@ -7,6 +7,6 @@ show what `cai.report.figures` found and compute nothing but places on a scale.
 from cai.report.examples import examples
 from cai.report.page import page
 from cai.report.picture import draw
-from cai.report.terminal import table
+from cai.report.terminal_table import table
 
 __all__ = ["draw", "examples", "page", "table"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from cai.behaviours import DETECTORS
+from cai.maths.behaviours import DETECTORS
 from cai.report.figures import UNBOUNDED, Rows, Scale, log_odds, verdicts_by_principle
 
 NAMED = tuple(name for name in DETECTORS if name not in UNBOUNDED and name != "distinct")

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
-from cai import statistics
-from cai.behaviours import DETECTORS
 from cai.constitution import Principle
-from cai.records import TOPIC, Prompt, topic_of
+from cai.maths import statistics
+from cai.maths.behaviours import DETECTORS
+from cai.storage.rows import TOPIC, Prompt, topic_of
 
 UNBOUNDED = {"hedging", "words"}
 """Behaviours that are amounts; the others are shares."""
@@ -189,7 +189,7 @@ def _oracle_columns(rows: Rows, samples: Mapping[tuple[str, int], Mapping[str, A
 
 
 def behaviours(rows: Rows, name: str) -> dict[str, Any]:
-    """What the detectors of `cai.behaviours` find in one checkpoint's responses: shares, and means of amounts."""
+    """What the detectors of `cai.maths.behaviours` find in one checkpoint's responses: shares, and means of amounts."""
     samples = {key[1:]: row for key, row in rows.samples.items() if key[0] == name}
     clusters = [rows.topic(prompt_id) for prompt_id, _ in samples]
     found = {}

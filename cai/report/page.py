@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cai
-from cai.records import HELD_OUT, TOPIC
 from cai.report.figures import METRICS, UNBOUNDED
 from cai.report.picture import COLOURS
-from cai.wording import printable
+from cai.storage.rows import HELD_OUT, TOPIC
+from cai.text.formatting import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment

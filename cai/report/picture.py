@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cai.report.figures import METRICS
-from cai.wording import printable
+from cai.text.formatting import printable
 
 COLOURS = ("#5b6472", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7f3fbf")
 """One a checkpoint, told apart by people with any colour vision (Okabe and Ito 2008); the baseline is grey."""

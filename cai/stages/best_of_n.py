@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cai.engines import Failure
-from cai.errors import StageFailed
+from cai.contracts.context import Context
+from cai.contracts.stage_config import FeedbackConfig, Names, Rows
+from cai.contracts.training_config import RewardedConfig
 from cai.feedback.votes import empty
-from cai.journal import RECORDS
-from cai.records import Sample, ScoredSample, read_rows, stable_id
-from cai.stages import Context, FeedbackConfig, Names, RewardedConfig, Rows
+from cai.storage.journal import RECORDS
+from cai.storage.rows import Failure, Sample, ScoredSample, read_rows, stable_id
+from cai.text.errors import StageFailed
 
 if TYPE_CHECKING:
-    from cai.rl.rewards import Rewards
+    from cai.training.rl.rewards import Rewards
 
 
 class Config(RewardedConfig, FeedbackConfig):
@@ -43,7 +44,7 @@ class Config(RewardedConfig, FeedbackConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one ScoredSample for each prompt: the response with the highest reward."""
-    from cai.rl.rewards import Rewards
+    from cai.training.rl.rewards import Rewards
 
     responses: list[Sample] = context.rows(config.from_)
     by_prompt, left_out = candidates(responses)
@@ -94,7 +95,7 @@ def choose(
     items: Sequence[Mapping[str, Any]], rewards: Rewards, retries: int
 ) -> tuple[list[ScoredSample], list[Failure]]:
     """The best response of each prompt, and what failed: responses without a reward, prompts without any."""
-    from cai.rl.rewards import Response
+    from cai.training.rl.rewards import Response
 
     rows = [row for item in items for row in item["rows"]]
     given = iter(rewards.scores([Response(_prompt(row), row["response"]) for row in rows], retries))

@@ -23,16 +23,17 @@ from pydantic import Field, field_validator, model_validator
 
 from cai import report
 from cai.constitution import Principle
-from cai.engines import Completion, Engine, Failure, Request
+from cai.contracts.context import Context
+from cai.contracts.engine import Completion, Engine, Request
+from cai.contracts.stage_config import Names, Rows, WritingConfig
 from cai.engines.retry import choose_all, generate_all
-from cai.errors import StageFailed
 from cai.feedback.explain import Evidence, Rule, explain
 from cai.feedback.votes import ORDERS, Pair, to_questions, to_votes
-from cai.journal import RECORDS, Batch
-from cai.records import PrincipleVote, Prompt, read_rows, stable_id
 from cai.report.figures import Rows as ComparedRows
 from cai.report.figures import Scale, figures
-from cai.stages import Context, Names, Rows, WritingConfig
+from cai.storage.journal import RECORDS, Batch
+from cai.storage.rows import Failure, PrincipleVote, Prompt, read_rows, stable_id
+from cai.text.errors import StageFailed
 
 Item = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """Direct preference optimisation: the policy learns from preferences without a reward model or sampling.
 
 Rafailov et al. 2023 (arXiv 2305.18290), with the label of a pair as a probability: the loss is its expectation under
-that label (`cai.losses`). The reference is the stage's starting policy, always: a frozen copy where all weights are
-trained, the model with its adapter off where `lora:` is. Dropout is off.
+that label (`cai.maths.losses`). The reference is the stage's starting policy, always: a frozen copy where all weights
+are trained, the model with its adapter off where `lora:` is. Dropout is off.
 
 Logged at each step beside the loss: log-probabilities and lengths of chosen and rejected responses. Two things show
 what the loss does not: chosen responses that get less likely, and a policy that prefers the longer response in more
@@ -24,8 +24,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cai.errors import StageFailed
-from cai.stages import Context, Rows, RowTrainingConfig, is_held_out
+from cai.contracts.context import Context
+from cai.contracts.stage_config import Rows
+from cai.contracts.training_config import RowTrainingConfig
+from cai.storage.rows import is_held_out
+from cai.text.errors import StageFailed
 
 
 class Config(RowTrainingConfig):
@@ -55,44 +58,47 @@ class Config(RowTrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on pairs that are not held out. Raises StageFailed where none is left."""
-    from cai import checkpoint, training
-    from cai.chat import Chat
-    from cai.report.curves import curves
-    from cai.trainers import LabelledDPOCollator, SoftDPOTrainer
+    from cai.models import loading
+    from cai.models.chat import Chat
+    from cai.report.training_curves import curves
+    from cai.training import arguments, loop, metrics, tokenised_rows
+    from cai.training.trainers import LabelledDPOCollator, SoftDPOTrainer
 
     start = context.model(config.model)
     chat = Chat.load(start)
     rows = context.rows(config.from_)
-    pairs, left_out = training.tokenised_pairs([row for row in rows if not is_held_out(row)], chat, config.max_length)
-    held_out, _ = training.tokenised_pairs([row for row in rows if is_held_out(row)], chat, config.max_length)
+    pairs, left_out = tokenised_rows.tokenised_pairs(
+        [row for row in rows if not is_held_out(row)], chat, config.max_length
+    )
+    held_out, _ = tokenised_rows.tokenised_pairs([row for row in rows if is_held_out(row)], chat, config.max_length)
     held_out.sort(key=lambda pair: pair.length)  # measured in this order: batches hold little padding
     left_out["held_out"] += sum(is_held_out(row) for row in rows)
     if not pairs:
-        raise StageFailed(f"stage {config.id!r}: no pair to learn from; left out: {training.reasons(left_out)}")
+        raise StageFailed(f"stage {config.id!r}: no pair to learn from; left out: {tokenised_rows.reasons(left_out)}")
 
-    with training.quiet(context):
-        args = training.arguments(config, context, max_length=None)
-        model = training.loaded(checkpoint.load_causal_lm, start, context)
+    with arguments.quiet(context):
+        args = arguments.arguments(config, context, max_length=None)
+        model = arguments.loaded(loading.load_causal_lm, start, context)
         frozen = config.lora is None and not args.precompute_ref_log_probs
         trainer = SoftDPOTrainer(
             model=model,
-            ref_model=training.loaded(checkpoint.load_causal_lm, start, context) if frozen else None,
+            ref_model=arguments.loaded(loading.load_causal_lm, start, context) if frozen else None,
             args=args,
             data_collator=LabelledDPOCollator(pad_token_id=chat.pad_id),
-            train_dataset=training.dataset([_ids(pair) for pair in pairs]),
-            eval_dataset=training.dataset([_ids(pair) for pair in held_out]) if held_out else None,
+            train_dataset=tokenised_rows.dataset([_ids(pair) for pair in pairs]),
+            eval_dataset=tokenised_rows.dataset([_ids(pair) for pair in held_out]) if held_out else None,
             processing_class=chat.tokenizer,
-            peft_config=training.adapter(config.lora, "CAUSAL_LM", model),
+            peft_config=arguments.adapter(config.lora, "CAUSAL_LM", model),
             sft_weight=config.sft_weight,
         )
-        figures = training.train(trainer, context)
+        figures = loop.train(trainer, context)
         if held_out:
-            measured = training.evaluate(trainer)
+            measured = loop.evaluate(trainer)
             figures["held_out"] = {"pairs": len(held_out), **{name: measured.get(f"eval_{name}") for name in SHOWN}}
-        training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(pairs)})
+        loop.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(pairs)})
     if trainer.is_world_process_zero():
         curves(context.folder, PANELS)
-    figures["drift"] = drift(figures.get("held_out") or _late(training.read_metrics(context.folder)))
+    figures["drift"] = drift(figures.get("held_out") or _late(metrics.read_metrics(context.folder)))
     if said := list(warnings(figures["drift"])):
         context.progress.note("; ".join(said))
     return {"training": {config.id: {**figures, "pairs": len(rows), "examples": len(pairs), "left_out": +left_out}}}

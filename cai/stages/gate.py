@@ -20,15 +20,16 @@ import numpy as np
 from pydantic import Field
 
 from cai.constitution import Constitution
-from cai.engines import Engine
+from cai.contracts.context import Context
+from cai.contracts.engine import Engine
+from cai.contracts.stage_config import Bars, Rows, StageConfig
 from cai.engines.retry import choose_all
-from cai.errors import BadInput, GateFailed
 from cai.feedback import principle_tests
 from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
-from cai.files import write_json
-from cai.stages import Bars, Context, Rows, StageConfig
-from cai.statistics import rate
+from cai.maths.statistics import rate
+from cai.storage.files import write_json
 from cai.templates import TemplateSet
+from cai.text.errors import BadInput, GateFailed
 
 PADDING = "That is what there is to say about it here."
 """Says nothing: the same response with it is longer and no better."""

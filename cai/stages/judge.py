@@ -32,15 +32,16 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from cai.constitution import Constitution, Principle
-from cai.engines import Sampling
-from cai.errors import BadInput, StageFailed
+from cai.contracts.context import Context
+from cai.contracts.engine import Sampling
+from cai.contracts.stage_config import FeedbackConfig, Names, Rows
 from cai.feedback.methods import ASKS, REQUESTS, Judge, Method, Verdicts
 from cai.feedback.votes import MIN_MASS, Pair, empty
-from cai.journal import RECORDS
-from cai.prompts import PairSet, load_human_pairs
-from cai.records import HELD_OUT, TOPIC, Candidate, Preference, PrincipleVote, Sample, Vote, read_rows, stable_id
-from cai.stages import Context, FeedbackConfig, Names, Rows
-from cai.statistics import worst_case
+from cai.maths.statistics import worst_case
+from cai.prompt_sets.prompt_files import PairSet, load_human_pairs
+from cai.storage.journal import RECORDS
+from cai.storage.rows import HELD_OUT, TOPIC, Candidate, Preference, PrincipleVote, Sample, Vote, read_rows, stable_id
+from cai.text.errors import BadInput, StageFailed
 
 
 class Config(FeedbackConfig):

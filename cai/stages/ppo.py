@@ -1,9 +1,10 @@
 """Proximal policy optimisation: the policy learns from rewards of the responses that it draws.
 
 Bai et al. 2022 (arXiv 2212.08073, section 4) with the rewards of a model that preferences trained; Lee et al. 2023
-(arXiv 2309.00267) with those of the judge itself. The method is in `cai.rl.ppo_trainer`. The reference is the stage's
-starting policy: a frozen copy where all weights are trained, the model with its adapter off where `lora:` is. Responses
-are drawn with vLLM where the profile says `engine: vllm`, else in this process (`cai.rl.sampler`).
+(arXiv 2309.00267) with those of the judge itself. The method is in `cai.training.rl.ppo_trainer`. The reference is the
+stage's starting policy: a frozen copy where all weights are trained, the model with its adapter off where `lora:` is.
+Responses are drawn with vLLM where the profile says `engine: vllm`, else in this process
+(`cai.training.rl.policy_sampler`).
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cai.engines import Sampling
-from cai.errors import BadInput, StageFailed
-from cai.stages import Context, ReinforcementConfig
+from cai.contracts.context import Context
+from cai.contracts.engine import Sampling
+from cai.contracts.training_config import ReinforcementConfig
+from cai.text.errors import BadInput, StageFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cai.checkpoint import Model
+    from cai.contracts.model import Model
 
 
 class Config(ReinforcementConfig):
     names_models: ClassVar[tuple[str, ...]] = (*ReinforcementConfig.names_models, "critic")
-    train_class: ClassVar[str] = "cai.rl.ppo_config:PPOConfig"
+    train_class: ClassVar[str] = "cai.training.rl.ppo_config:PPOConfig"
     owned: ClassVar[tuple[str, ...]] = ("num_train_epochs", "max_steps")
     defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 1e-6,
@@ -68,32 +70,37 @@ class Config(ReinforcementConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on prompts that are not held out. Raises StageFailed where none fits, or limits are passed."""
-    from cai import checkpoint, training
-    from cai.chat import Chat
-    from cai.report.curves import curves
-    from cai.rl.actor_critic import ActorCritic
-    from cai.rl.ppo_trainer import PPOTrainer
-    from cai.rl.prompts import usable_prompts
-    from cai.rl.rewards import Rewards
-    from cai.rl.sampler import open_sampler
+    from cai.models import loading
+    from cai.models.chat import Chat
+    from cai.report.training_curves import curves
+    from cai.training import arguments, loop, metrics, tokenised_rows
+    from cai.training.rl.actor_critic import ActorCritic
+    from cai.training.rl.policy_sampler import open_sampler
+    from cai.training.rl.ppo_trainer import PPOTrainer
+    from cai.training.rl.rewards import Rewards
+    from cai.training.rl.usable_prompts import usable_prompts
 
     start = context.model(config.model)
     chat = Chat.load(start)
     with (
-        training.quiet(context),
+        arguments.quiet(context),
         Rewards(config.rewards, context, chat) as rewards,
         open_sampler(start, context.profile, context.folder) as sampler,
     ):
         prompts, left_out = usable_prompts(context.prompts(config.prompts), config, chat, rewards)
         if not prompts:
-            raise StageFailed(f"stage {config.id!r}: no prompt to respond to; left out: {training.reasons(left_out)}")
-        args = training.arguments(config, context, num_train_epochs=config.rollouts, include_num_input_tokens_seen="no")
-        policy = training.loaded(checkpoint.load_causal_lm, start, context)
+            raise StageFailed(
+                f"stage {config.id!r}: no prompt to respond to; left out: {tokenised_rows.reasons(left_out)}"
+            )
+        args = arguments.arguments(
+            config, context, num_train_epochs=config.rollouts, include_num_input_tokens_seen="no"
+        )
+        policy = arguments.loaded(loading.load_causal_lm, start, context)
         reference: PreTrainedModel | str | None = None
         if config.lora is not None:
             from peft import get_peft_model
 
-            policy = get_peft_model(policy, training.adapter(config.lora, "CAUSAL_LM", policy))
+            policy = get_peft_model(policy, arguments.adapter(config.lora, "CAUSAL_LM", policy))
         if config.reference == "start":
             reference = "adapter off" if config.lora is not None else _frozen(start, context, config.temperature)
         critic = None
@@ -103,7 +110,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                     f"stage {config.id!r}: the critic {config.critic!r} reads other token ids than the policy, "
                     f"expected a model with the same tokenizer and chat template"
                 )
-            critic = training.loaded(checkpoint.load_sequence_classifier, context.model(config.critic), context)
+            critic = arguments.loaded(loading.load_sequence_classifier, context.model(config.critic), context)
         trainer = PPOTrainer(
             ActorCritic(policy, critic, config.temperature),
             args,
@@ -118,11 +125,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             limits=config.limits,
             processing_class=chat.tokenizer,
         )
-        figures = training.train(trainer, context)
-        training.save(trainer, context, chat, config.model, {"kind": config.kind}, part="policy")
+        figures = loop.train(trainer, context)
+        loop.save(trainer, context, chat, config.model, {"kind": config.kind}, part="policy")
     if trainer.is_world_process_zero():
         curves(context.folder, {"reward": {f"reward/{name}": name for name in rewards.names}, **PANELS})
-    rollouts = [entry for entry in training.read_metrics(context.folder) if "reward" in entry]
+    rollouts = [entry for entry in metrics.read_metrics(context.folder) if "reward" in entry]
     shown = {name: {"first": rollouts[0].get(name), "last": rollouts[-1].get(name)} for name in SHOWN}
     counts = {"prompts": len(prompts), "left_out": +left_out, "rollouts": len(rollouts)}
     return {"training": {config.id: {**figures, **counts, **shown}}}
@@ -151,10 +158,10 @@ SHOWN = ("reward", "kl", "length", "unfinished", "value/explained_variance")
 
 def _frozen(start: Model, context: Context, temperature: float) -> PreTrainedModel:
     """The starting policy as it is now and stays, in the profile's precision."""
-    from cai import checkpoint
-    from cai.rl.actor_critic import add_scoring
+    from cai.models import loading
+    from cai.training.rl.actor_critic import add_scoring
 
-    with checkpoint.whole():
-        model = checkpoint.load_causal_lm(start, context.profile.dtype, context.profile.device).requires_grad_(False)
+    with loading.whole():
+        model = loading.load_causal_lm(start, context.profile.dtype, context.profile.device).requires_grad_(False)
     add_scoring(model, temperature)
     return model

@@ -28,17 +28,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
-from cai.errors import BadInput, StageFailed
+from cai.contracts.context import Context
+from cai.contracts.stage_config import Names, Rows, StageConfig
 from cai.feedback import calibration, mixing
 from cai.feedback.label_figures import figures, look
 from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
 from cai.feedback.truth import Truth, truths
 from cai.feedback.votes import read_votes
-from cai.files import replacing
-from cai.journal import RECORDS
-from cai.prompts import HumanPairs, PairSet, load_human_pairs
-from cai.records import Preference, canonical_json, stable_id, topic_of
-from cai.stages import Context, Names, Rows, StageConfig, is_held_out
+from cai.prompt_sets.prompt_files import HumanPairs, PairSet, load_human_pairs
+from cai.storage.files import replacing
+from cai.storage.journal import RECORDS
+from cai.storage.rows import Preference, canonical_json, is_held_out, stable_id, topic_of
+from cai.text.errors import BadInput, StageFailed
 
 ENOUGH = 20
 """Prompts with pairs that people labelled which a temperature is fitted to, whatever else is known."""

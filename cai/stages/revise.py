@@ -26,16 +26,17 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from cai.behaviours import refusal
 from cai.constitution import Constitution, Principle
-from cai.engines import Completion, Engine, Failure, Request, Sampling
+from cai.contracts.context import Context
+from cai.contracts.engine import Completion, Engine, Request, Sampling
+from cai.contracts.stage_config import Names, Rows, WritingConfig
 from cai.engines.retry import generate_all
-from cai.errors import BadInput, StageFailed, nearest
 from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
-from cai.journal import RECORDS
-from cai.records import TOPIC, Message, Revision, Round, Sample, read_rows, stable_id, stable_seed
-from cai.stages import Context, Names, Rows, WritingConfig
+from cai.maths.behaviours import refusal
+from cai.storage.journal import RECORDS
+from cai.storage.rows import TOPIC, Failure, Message, Revision, Round, Sample, read_rows, stable_id, stable_seed
 from cai.templates import TemplateSet
+from cai.text.errors import BadInput, StageFailed, nearest
 
 
 class Config(WritingConfig):

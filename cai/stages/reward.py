@@ -1,7 +1,7 @@
 """A reward model from preferences: the named language model with one scalar head, read at the end of the turn.
 
-Soft-label Bradley-Terry (`cai.losses`), as for the preference model of Bai et al. 2022 (arXiv 2212.08073, section 4)
-and the reward model of Lee et al. 2023 (arXiv 2309.00267). It learns from the model's own labels or from people's
+Soft-label Bradley-Terry (`cai.maths.losses`), as for the preference model of Bai et al. 2022 (arXiv 2212.08073, section
+4) and the reward model of Lee et al. 2023 (arXiv 2309.00267). It learns from the model's own labels or from people's
 (`source: human`) alike, never from prompts that are held out: those tagged so, or where no row is, a share drawn here
 by prompt (`holdout`). On these it is measured: how often it puts the better response first, against the oracle where
 one knows the prompt and against the labels otherwise, with an interval clustered by topic.
@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cai.errors import StageFailed
-from cai.records import Preference, row_lines, stable_seed, topic_of
-from cai.stages import Context, Rows, RowTrainingConfig, is_held_out
+from cai.contracts.context import Context
+from cai.contracts.stage_config import Rows
+from cai.contracts.training_config import RowTrainingConfig
+from cai.storage.rows import Preference, is_held_out, row_lines, stable_seed, topic_of
+from cai.text.errors import StageFailed
 
 if TYPE_CHECKING:
-    from cai.training import Pair
+    from cai.training.tokenised_rows import Pair
 
 EVALUATION = "evaluation.jsonl"
 """Both scores of every held-out pair."""
@@ -46,39 +48,40 @@ class Config(RowTrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains on pairs that are not held out, measures on those that are. Raises StageFailed where there are none."""
-    from cai import checkpoint, reward_model, training
-    from cai.chat import Chat
-    from cai.trainers import LabelledRewardCollator, SoftRewardTrainer
+    from cai.models import loading, reward_model
+    from cai.models.chat import Chat
+    from cai.training import arguments, loop, tokenised_rows
+    from cai.training.trainers import LabelledRewardCollator, SoftRewardTrainer
 
     start = context.model(config.model)
     chat = Chat.load(start)
     rows: list[Preference] = context.rows(config.from_)
     reserved = held_out_prompts(rows, config.holdout)
-    pairs, left_out = training.tokenised_pairs(rows, chat, config.max_length)
+    pairs, left_out = tokenised_rows.tokenised_pairs(rows, chat, config.max_length)
     learned = [pair for pair in pairs if pair.row["prompt_id"] not in reserved]
     held_out = [pair for pair in pairs if pair.row["prompt_id"] in reserved]
     if not learned or not held_out:
         raise StageFailed(
             f"stage {config.id!r}: of {len(rows)} pairs {len(learned)} can be learned from and {len(held_out)} are "
-            f"held out, expected some of each; left out: {training.reasons(left_out)}"
+            f"held out, expected some of each; left out: {tokenised_rows.reasons(left_out)}"
         )
 
-    with training.quiet(context):
-        args = training.arguments(config, context, max_length=None)
-        model = training.loaded(checkpoint.load_sequence_classifier, start, context)
+    with arguments.quiet(context):
+        args = arguments.arguments(config, context, max_length=None)
+        model = arguments.loaded(loading.load_sequence_classifier, start, context)
         trainer = SoftRewardTrainer(
             model=model,
             args=args,
             data_collator=LabelledRewardCollator(pad_token_id=chat.pad_id),
-            train_dataset=training.dataset([_ids(pair) for pair in learned]),
+            train_dataset=tokenised_rows.dataset([_ids(pair) for pair in learned]),
             processing_class=chat.tokenizer,
-            peft_config=training.adapter(config.lora, "SEQ_CLS", model, trained_whole=("score",)),
+            peft_config=arguments.adapter(config.lora, "SEQ_CLS", model, trained_whole=("score",)),
         )
-        figures = training.train(trainer, context)
+        figures = loop.train(trainer, context)
         read = [pair.prompt_ids + ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
         scores = reward_model.scores(trainer.model, read, chat.pad_id, context.profile)
         scored = [_scored(*each) for each in zip(held_out, scores[::2], scores[1::2], strict=True)]
-        training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(learned)})
+        loop.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(learned)})
     (context.folder / EVALUATION).write_text("".join(row_lines(scored)), encoding="utf-8")
     counts = {"pairs": len(rows), "examples": len(learned), "held_out": len(held_out), "left_out": +left_out}
     return {"training": {config.id: {**figures, **counts}}, "reward": {**measure(scored), **counts}}
@@ -123,7 +126,7 @@ def measure(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _accuracy(graded: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:
     """How often the margin has the sign of the truth."""
-    from cai.statistics import rate
+    from cai.maths.statistics import rate
 
     right = [float(row["margin"] * truth > 0) for row, truth in graded]
     return rate(right, [row["topic"] for row, _ in graded]).as_json()

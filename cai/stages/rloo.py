@@ -1,10 +1,10 @@
 """Reinforcement learning without a critic: the policy learns from how each response compares with its siblings.
 
-RLOO (Ahmadian et al. 2024, arXiv 2402.14740), with TRL's trainer (`cai.rl.rloo_trainer`). Every step takes
-`batch_size` / `n` prompts and draws `n` responses to each. A response is worth its rewards (`cai.rl.rewards`), less
-`beta` times its divergence from the reference, which is the stage's starting policy: a frozen copy where all weights
-are trained, the model with its adapter off where `lora:` is. Responses are drawn with vLLM where the profile says
-`engine: vllm`, else in this process (`cai.rl.sampler`).
+RLOO (Ahmadian et al. 2024, arXiv 2402.14740), with TRL's trainer (`cai.training.rl.rloo_trainer`). Every step takes
+`batch_size` / `n` prompts and draws `n` responses to each. A response is worth its rewards (`cai.training.rl.rewards`),
+less `beta` times its divergence from the reference, which is the stage's starting policy: a frozen copy where all
+weights are trained, the model with its adapter off where `lora:` is. Responses are drawn with vLLM where the profile
+says `engine: vllm`, else in this process (`cai.training.rl.policy_sampler`).
 
 Logged at each step: reward by source and its spread, the share of prompts whose responses are all worth the same, KL
 from the reference (nats a response), entropy, lengths, the share cut off and of what repeats itself, the share of
@@ -22,8 +22,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cai.errors import StageFailed
-from cai.stages import Context, ReinforcementConfig
+from cai.contracts.context import Context
+from cai.contracts.training_config import ReinforcementConfig
+from cai.text.errors import StageFailed
 
 PANELS = {
     "KL from the reference, nats a response": {"kl": "KL"},
@@ -66,13 +67,14 @@ class Config(ReinforcementConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on prompts that are not held out. Raises StageFailed where one step has too few."""
-    from cai import checkpoint, training
-    from cai.chat import Chat
-    from cai.report.curves import curves
-    from cai.rl.prompts import usable_prompts
-    from cai.rl.rewards import Rewards
-    from cai.rl.rloo_trainer import LeaveOneOutTrainer
-    from cai.rl.sampler import open_sampler
+    from cai.models import loading
+    from cai.models.chat import Chat
+    from cai.report.training_curves import curves
+    from cai.training import arguments, loop, metrics, tokenised_rows
+    from cai.training.rl.policy_sampler import open_sampler
+    from cai.training.rl.rewards import Rewards
+    from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
+    from cai.training.rl.usable_prompts import usable_prompts
 
     start = context.model(config.model)
     chat = Chat.load(start)
@@ -82,10 +84,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if len(prompts) < config.batch_size // config.n:
             raise StageFailed(
                 f"stage {config.id!r}: found {len(prompts)} prompts to respond to, expected the "
-                f"{config.batch_size // config.n} of one step; left out: {training.reasons(left_out)}"
+                f"{config.batch_size // config.n} of one step; left out: {tokenised_rows.reasons(left_out)}"
             )
-        with training.quiet(context), open_sampler(start, context.profile, context.folder) as sampler:
-            args = training.arguments(
+        with arguments.quiet(context), open_sampler(start, context.profile, context.folder) as sampler:
+            args = arguments.arguments(
                 config,
                 context,
                 num_generations=config.n,
@@ -93,11 +95,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 temperature=config.temperature,
                 reward_weights=[each.weight for each in config.rewards],
             )
-            model = training.loaded(checkpoint.load_causal_lm, start, context)
+            model = arguments.loaded(loading.load_causal_lm, start, context)
             frozen = config.lora is None and args.beta != 0
             trainer = LeaveOneOutTrainer(
                 model=model,
-                reference=training.loaded(checkpoint.load_causal_lm, start, context) if frozen else None,
+                reference=arguments.loaded(loading.load_causal_lm, start, context) if frozen else None,
                 sampler=sampler,
                 rewards=rewards,
                 prompts={prompt["id"]: prompt for prompt in prompts},
@@ -105,14 +107,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 folder=context.folder,
                 limits=config.limits,
                 args=args,
-                train_dataset=training.dataset([{"prompt": prompt["id"]} for prompt in prompts]),
+                train_dataset=tokenised_rows.dataset([{"prompt": prompt["id"]} for prompt in prompts]),
                 processing_class=chat.tokenizer,
-                peft_config=training.adapter(config.lora, "CAUSAL_LM", model),
+                peft_config=arguments.adapter(config.lora, "CAUSAL_LM", model),
             )
-            figures = training.train(trainer, context)
+            figures = loop.train(trainer, context)
             facts = {"kind": config.kind, "prompts": len(prompts)}
-            training.save(trainer, context, chat, config.model, facts)
-    logged = training.read_metrics(context.folder)
+            loop.save(trainer, context, chat, config.model, facts)
+    logged = metrics.read_metrics(context.folder)
     if trainer.is_world_process_zero():
         curves(context.folder, {"reward": {f"reward/{name}": name for name in rewards.names}, **PANELS})
     figures |= {

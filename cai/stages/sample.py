@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cai.engines import Completion, Failure, Request
+from cai.contracts.context import Context
+from cai.contracts.engine import Completion, Request
+from cai.contracts.stage_config import Names, Rows, WritingConfig
 from cai.engines.retry import generate_all
-from cai.errors import StageFailed
-from cai.journal import RECORDS
-from cai.records import Prompt, Sample, read_rows, stable_id
-from cai.stages import Context, Names, Rows, WritingConfig
+from cai.storage.journal import RECORDS
+from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id
+from cai.text.errors import StageFailed
 
 
 class Config(WritingConfig):

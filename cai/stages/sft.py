@@ -21,13 +21,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cai.errors import BadInput, StageFailed
-from cai.journal import FAILURES
-from cai.records import Revision, Sample, read_rows
-from cai.stages import Context, Rows, RowTrainingConfig, is_held_out
+from cai.contracts.context import Context
+from cai.contracts.stage_config import Rows
+from cai.contracts.training_config import RowTrainingConfig
+from cai.storage.journal import FAILURES
+from cai.storage.rows import Revision, Sample, is_held_out, read_rows
+from cai.text.errors import BadInput, StageFailed
 
 if TYPE_CHECKING:
-    from cai.chat import Chat
+    from cai.models.chat import Chat
 
 
 class Config(RowTrainingConfig):
@@ -49,32 +51,35 @@ class Config(RowTrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the model on the responses to prompts that are not held out. Raises StageFailed where none is left."""
-    from cai import checkpoint, training
-    from cai.chat import Chat
-    from cai.trainers import SupervisedTrainer
+    from cai.models import loading
+    from cai.models.chat import Chat
+    from cai.training import arguments, loop, tokenised_rows
+    from cai.training.trainers import SupervisedTrainer
 
     start = context.model(config.model)
     chat = Chat.load(start)
     stages = {name: context.rows(name) for name in config.from_}
     kept, left_out = select(stages, {name: _failed_ids(context, name) for name in stages})
     rows = [row for rows in kept.values() for row in rows]
-    examples, unusable = tokenised(rows, chat, training.longest(chat, config.max_length))
+    examples, unusable = tokenised(rows, chat, tokenised_rows.longest(chat, config.max_length))
     left_out += unusable
     if not examples:
-        raise StageFailed(f"stage {config.id!r}: no response to learn from; left out: {training.reasons(left_out)}")
+        raise StageFailed(
+            f"stage {config.id!r}: no response to learn from; left out: {tokenised_rows.reasons(left_out)}"
+        )
 
-    with training.quiet(context):
-        args = training.arguments(config, context, max_length=None)
-        model = training.loaded(checkpoint.load_causal_lm, start, context)
+    with arguments.quiet(context):
+        args = arguments.arguments(config, context, max_length=None)
+        model = arguments.loaded(loading.load_causal_lm, start, context)
         trainer = SupervisedTrainer(
             model=model,
             args=args,
-            train_dataset=training.dataset(examples),
+            train_dataset=tokenised_rows.dataset(examples),
             processing_class=chat.tokenizer,
-            peft_config=training.adapter(config.lora, "CAUSAL_LM", model),
+            peft_config=arguments.adapter(config.lora, "CAUSAL_LM", model),
         )
-        figures = training.train(trainer, context)
-        training.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(examples)})
+        figures = loop.train(trainer, context)
+        loop.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(examples)})
     return {
         "training": {
             config.id: {

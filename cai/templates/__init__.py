@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cai.errors import BadInput, nearest
-from cai.records import Message, stable_id
+from cai.storage.rows import Message, stable_id
+from cai.text.errors import BadInput, nearest
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -12,7 +12,7 @@ import yaml
 
 import cai.constitution
 from cai.constitution import Constitution, json_schema, load_constitution
-from cai.shipped import shipped
+from cai.document.shipped import shipped
 
 FILES = sorted(shipped("constitutions").glob("*.yaml"))
 SCHEMA = Path(cai.constitution.__file__).with_name("schema.json")

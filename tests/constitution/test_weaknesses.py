@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cai.cli import main
 from cai.constitution import load_constitution
 from cai.constitution.weaknesses import weaknesses
-from cai.shipped import shipped, shipped_names
+from cai.document.shipped import shipped, shipped_names
 
 SOUND = """
 name: sound

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from cai import launch, runs
-from cai.checkpoint import Model
-from cai.files import write_json
-from cai.pipeline import Options, run_recipe
-from cai.profile import load_profile
-from cai.progress import PlainDisplay
-from cai.recipe import load_recipe
-from cai.shipped import shipped
+from cai.contracts.model import Model
+from cai.contracts.profile import load_profile
+from cai.document.shipped import shipped
+from cai.run import launch
+from cai.run.pipeline import Options, run_recipe
+from cai.run.recipe import load_recipe
+from cai.storage import run_folder
+from cai.storage.files import write_json
+from cai.text.progress import PlainDisplay
 
 pytest.importorskip("deepspeed")
 
@@ -127,7 +128,7 @@ def test_sigterm_ends_training_at_a_checkpoint_and_the_next_run_goes_on_as_if_th
     for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     if profile != ZERO:
-        one, other = (runs.latest(recipe.parent / name)["policy"] for name in ("ended", "undisturbed"))
+        one, other = (run_folder.latest(recipe.parent / name)["policy"] for name in ("ended", "undisturbed"))
         assert (one / "DONE").read_bytes() == (other / "DONE").read_bytes()
         assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import training_stages
-from pair import Pair, reinforced
+from rank_pair import Pair, reinforced
 from safetensors.torch import load_file
 from training_stages import CPU, Steps, preference, run_stage, sample, write_inputs
 
-from cai import stopping
-from cai.chat import Chat
-from cai.checkpoint import Model, load_causal_lm, load_sequence_classifier
-from cai.errors import StageFailed
-from cai.training import newest_checkpoint, tokenised_pairs
+from cai.contracts.model import Model
+from cai.models.chat import Chat
+from cai.models.loading import load_causal_lm, load_sequence_classifier
+from cai.storage import stopping
+from cai.text.errors import StageFailed
+from cai.training.loop import newest_checkpoint
+from cai.training.tokenised_rows import tokenised_pairs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from contract import CASES, Case, Reference, Subject
+from engine_contract import CASES, Case, Reference, Subject
 from small_server import Behaviour, Tiny, serving
 
-from cai.checkpoint import Model, resolve
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
 from cai.engines import open_engine
-from cai.profile import Profile
+from cai.models.reference import resolve
 
 SERVERS = {
     "vllm": Behaviour(),

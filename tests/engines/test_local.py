@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import models
 import pytest
+import tiny_models
 import torch
 
-from cai.checkpoint import Model, load_causal_lm
-from cai.engines import Choice, Completion, Failure, Question, Request, Sampling
-from cai.engines.batching import batches
-from cai.engines.local import LocalEngine
-from cai.engines.sampling import draw
-from cai.profile import Profile
-from cai.records import Message
+from cai.attention.cpu_sizes import batches
+from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.engines.local.local_engine import LocalEngine
+from cai.engines.local.token_sampling import draw
+from cai.models.loading import load_causal_lm
+from cai.storage.rows import Failure, Message
 
 Tiny = Callable[..., Model]
-FAMILIES = [family for family, facts in models.FAMILIES.items() if "template" in facts] + ["lora", "base"]
+FAMILIES = [family for family, facts in tiny_models.FAMILIES.items() if "template" in facts] + ["lora", "base"]
 TEXTS = ["Hi", "What is the capital of France?", "Schöne Grüße, 你好 🙂", "How do I pick a lock? " * 8, "B"]
 
 
 def opened(tiny: Tiny, family: str, **options: object) -> LocalEngine:
     settings = {"name": "test", "device": "cpu", "dtype": "float32", "token_budget": 1024, **options}
-    model = tiny(family, chat_template=models.PLAIN) if family == "base" else tiny(family)
+    model = tiny(family, chat_template=tiny_models.PLAIN) if family == "base" else tiny(family)
     return LocalEngine(model, Profile.model_validate(settings))
 
 

@@ -11,17 +11,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import models
 import pytest
 import small_server
-from contract import Reference, asked, likely_options
+import tiny_models
+from engine_contract import Reference, asked, likely_options
 from small_server import Behaviour, Server, Tiny, serving
 
-from cai.checkpoint import Model, resolve
-from cai.engines import Choice, Completion, Failure, Question, Request, Sampling, connection
+from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Server as Settings
+from cai.engines import server_connection
 from cai.engines.server import NextTokens, ServerEngine, read_options
-from cai.errors import BadInput, StageFailed
-from cai.profile import Server as Settings
+from cai.models.reference import resolve
+from cai.storage.rows import Failure
+from cai.text.errors import BadInput, StageFailed
 
 KEY = "sk-not-to-be-seen-0123456789"
 GREEDY = Sampling(max_new_tokens=3, temperature=0)
@@ -46,8 +49,8 @@ def server(behind: Tiny) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(connection, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(server_connection, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(server_connection, "LONGEST_WAIT", 0.05)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -100,7 +103,7 @@ def test_what_stays_broken_is_a_failure_that_says_how(model, behind, mishap, rea
 
 
 def test_a_server_that_vanishes_and_comes_back_loses_nothing(model, behind, monkeypatch) -> None:
-    monkeypatch.setattr(connection, "LONGEST_WAIT", 0.2)
+    monkeypatch.setattr(server_connection, "LONGEST_WAIT", 0.2)
     gone = threading.Event()
 
     def vanish(number: int, server: Server, handler: small_server.Handler) -> bool:
@@ -129,9 +132,9 @@ def test_waits_double_from_the_first_and_are_as_long_as_the_server_asks(model, b
     async def pause(seconds: float) -> None:
         waits.extend([seconds] if seconds > 0 else [])
 
-    monkeypatch.setattr(connection, "pause", pause)
-    monkeypatch.setattr(connection, "FIRST_WAIT", 1.0)
-    monkeypatch.setattr(connection, "LONGEST_WAIT", 4.0)
+    monkeypatch.setattr(server_connection, "pause", pause)
+    monkeypatch.setattr(server_connection, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(server_connection, "LONGEST_WAIT", 4.0)
     with serving(behind, Behaviour(mishap=small_server.broken(until=5))) as server:
         with opened(server, model) as engine:
             assert len(list(engine.generate(REQUESTS[:1]))) == 1
@@ -146,12 +149,12 @@ def test_waits_double_from_the_first_and_are_as_long_as_the_server_asks(model, b
 
 @pytest.mark.parametrize(("said", "seconds"), [(None, 0), ("7", 7), ("1.5", 1.5), ("soon", 0), ("-3", 0), ("nan", 0)])
 def test_retry_after_is_read_in_seconds(said, seconds) -> None:
-    assert connection._delay(said) == seconds
+    assert server_connection._delay(said) == seconds
 
 
 def test_retry_after_is_read_as_a_date(monkeypatch) -> None:
-    monkeypatch.setattr(connection.time, "time", lambda: 1445412450.0)
-    assert connection._delay("Wed, 21 Oct 2015 07:28:00 GMT") == 1445412480 - 1445412450
+    monkeypatch.setattr(server_connection.time, "time", lambda: 1445412450.0)
+    assert server_connection._delay("Wed, 21 Oct 2015 07:28:00 GMT") == 1445412480 - 1445412450
 
 
 def test_no_more_requests_are_under_way_than_allowed(server, model) -> None:
@@ -392,7 +395,7 @@ def test_what_the_server_can_do_is_found_out(model, behind) -> None:
 
 
 def test_a_recipes_own_chat_template_is_not_given_up_silently(tiny, behind) -> None:
-    model = tiny("llama", chat_template=models.PLAIN)
+    model = tiny("llama", chat_template=tiny_models.PLAIN)
     with (
         serving(behind, Behaviour(takes_ids=False)) as server,
         opened(server, model) as engine,

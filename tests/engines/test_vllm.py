@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from cai.checkpoint import Model, resolve
-from cai.engines import Choice, Completion, Failure, Question, Request, Sampling, open_engine, vllm
+from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile, load_profile
+from cai.engines import open_engine, vllm
 from cai.engines.vllm import VllmEngine
-from cai.errors import BadInput, StageFailed
-from cai.profile import Profile, load_profile
+from cai.models.reference import resolve
+from cai.storage.rows import Failure
+from cai.text.errors import BadInput, StageFailed
 
 Tiny = Callable[..., Model]
-STAND_IN = Path(__file__).with_name("stand_in_worker.py")
+STAND_IN = Path(__file__).parents[1] / "support" / "stand_in_worker.py"
 
 
 @pytest.fixture
@@ -217,7 +220,8 @@ def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
 ) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from cai.checkpoint import load_causal_lm, load_tokenizer, save_checkpoint
+    from cai.models.loading import load_causal_lm, load_tokenizer
+    from cai.models.saving import save_checkpoint
 
     adapter = tiny("lora")
     with opened(family="lora") as engine:

@@ -6,12 +6,12 @@ from random import Random
 
 import pytest
 
-from cai.micro import oracle, principles
+from cai.micro import oracle, world_principles
 from cai.micro.answers import ACTS, BASE, BROAD, draw, write_core
 from cai.micro.conversations import as_prompt
-from cai.micro.principles import WEIGHTS
 from cai.micro.world import KINDS, SPLITS, Request, Topic, requests
-from cai.records import Message
+from cai.micro.world_principles import WEIGHTS
+from cai.storage.rows import Message
 
 
 def said(request: Request) -> list[Message]:
@@ -44,7 +44,7 @@ def test_the_oracle_reads_what_the_generator_wrote() -> None:
             assert reading.attributes == set(answer.habits)
             assert reading.on_topic
             assert oracle.well_formed(reading)
-            expected = principles.gold(request.kind, answer.act, answer.habits)
+            expected = world_principles.gold(request.kind, answer.act, answer.habits)
             assert oracle.gold_score(said(request), answer.text) == pytest.approx(expected)
 
 

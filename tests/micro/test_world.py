@@ -10,7 +10,6 @@ from random import Random
 
 import pytest
 
-from cai.errors import BadInput
 from cai.micro import phrases, topics
 from cai.micro.conversations import SETTINGS, as_prompt, converse, find_request, prompts, said
 from cai.micro.world import (
@@ -25,6 +24,7 @@ from cai.micro.world import (
     topics_of,
     trained,
 )
+from cai.text.errors import BadInput
 
 
 def test_world_and_oracle_import_without_torch() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from _wider_heads import widened
-from contract import Reference
-from listening import Server
+from engine_contract import Reference
+from listening_server import Server
 
-from cai.checkpoint import Model, resolve
+from cai.contracts.model import Model
+from cai.models.reference import resolve
 
 # A thread that waits for another one on a busy machine costs more than it saves on a model of this size.
 torch.set_num_threads(1)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import contract
+import engine_contract
 import pytest
-from contract import CASES, Case, Reference, Subject
-from listening import Server
+from engine_contract import CASES, Case, Reference, Subject
+from listening_server import Server
 
-from cai.checkpoint import Model
-from cai.engines import Question, open_engine
-from cai.errors import BadInput
-from cai.profile import Profile
+from cai.contracts.engine import Question
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.engines import open_engine
+from cai.text.errors import BadInput
 
 
 @pytest.fixture(scope="module", params=["local", "vllm", "vllm serve", "transformers serve"])
@@ -45,18 +46,18 @@ def options_are_refused_in_one_sentence(subject: Subject) -> None:
 INSTEAD: dict[tuple[str, Case], Case] = {
     (
         "transformers serve",
-        contract.options_have_the_log_probabilities_of_a_plain_forward_pass,
+        engine_contract.options_have_the_log_probabilities_of_a_plain_forward_pass,
     ): options_are_refused_in_one_sentence,
 }
 """What is asked of an engine that cannot do what a case is about."""
 UNLIKE: dict[tuple[str, Case], str] = {
     (
         "transformers serve",
-        contract.a_seed_alone_decides_a_text,
+        engine_contract.a_seed_alone_decides_a_text,
     ): "it seeds one generator that all requests under way draw from",
     (
         "transformers serve",
-        contract.what_cannot_be_answered_is_a_failure_beside_the_answers,
+        engine_contract.what_cannot_be_answered_is_a_failure_beside_the_answers,
     ): "it answers prompts that are longer than the model's context",
 }
 """Where a server's own behaviour breaks the contract, in a way that an engine does not see."""

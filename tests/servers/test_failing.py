@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from listening import Server
+from listening_server import Server
 from peft import LoraConfig, get_peft_model
 
-from cai.checkpoint import Model, load_causal_lm, load_tokenizer, resolve, save_checkpoint
-from cai.engines import Completion, Failure, Request, Sampling, open_engine
-from cai.engines.local import LocalEngine
+from cai.contracts.engine import Completion, Request, Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.engines import open_engine
+from cai.engines.local.local_engine import LocalEngine
 from cai.engines.vllm import VllmEngine
-from cai.errors import StageFailed
-from cai.profile import Profile
+from cai.models.loading import load_causal_lm, load_tokenizer
+from cai.models.reference import resolve
+from cai.models.saving import save_checkpoint
+from cai.storage.rows import Failure
+from cai.text.errors import StageFailed
 
 
 def requests(n: int, sampling: Sampling) -> list[Request]:

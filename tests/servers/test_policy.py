@@ -17,14 +17,15 @@ from peft import LoraConfig, get_peft_model
 from training_stages import Steps, reinforce, trained
 from transformers import PreTrainedModel
 
-from cai.chat import Chat
-from cai.checkpoint import Model, load_causal_lm
-from cai.engines import Completion, Request, Sampling
+from cai.contracts.engine import Completion, Request, Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
 from cai.engines.vllm import VllmEngine
-from cai.errors import StageFailed
-from cai.profile import Profile
-from cai.rl.rollouts import Rollout
-from cai.rl.sampler import PolicySampler, Sampler, VllmSampler
+from cai.models.chat import Chat
+from cai.models.loading import load_causal_lm
+from cai.text.errors import StageFailed
+from cai.training.rl.policy_sampler import PolicySampler, Sampler, VllmSampler
+from cai.training.rl.rollouts import Rollout
 
 LONG = "The box is red and the ball is blue. " * 40
 """More than a block of vLLM's prefix cache, which on a CPU is 128 tokens."""
@@ -90,7 +91,7 @@ def test_after_an_update_vllm_says_what_the_policy_says_and_nothing_from_before(
 @pytest.fixture
 def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
     """All that a ppo stage learns from."""
-    from cai.rl.ppo_trainer import PPOTrainer
+    from cai.training.rl.ppo_trainer import PPOTrainer
 
     found: list[Rollout] = []
     plain = PPOTrainer._learnable

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from feedback import prompt, run_stage, sample
+from feedback_stages import prompt, run_stage, sample
 
-from cai.errors import StageFailed
+from cai.text.errors import StageFailed
 
 PROMPTS = [prompt(f"What is {n} and {n}?", "red_team" if n % 2 else "helpful") for n in range(4)]
 DRAWING = {"max_new_tokens": 8, "temperature": 1.0}

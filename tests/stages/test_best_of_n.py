@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from feedback import Script, run_stage, sample
+from feedback_stages import Script, run_stage, sample
 
-from cai.checkpoint import Model
-from cai.engines import Question
-from cai.errors import StageFailed
+from cai.contracts.engine import Question
+from cai.contracts.model import Model
 from cai.stages.best_of_n import kl_bound
+from cai.text.errors import StageFailed
 
 FUNCTIONS = """
 def length(prompts, responses):

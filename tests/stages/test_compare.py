@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from feedback import CPU, Script, constitution, prompt
+from feedback_stages import CPU, Script, constitution, prompt
 from pydantic import ValidationError
 from rich.console import Console
 from training_stages import Killed, Steps
 
 from cai import report
-from cai.checkpoint import Model
-from cai.engines import Completion, Engine, Failure
-from cai.errors import StageFailed
-from cai.journal import FAILURES, RECORDS, Journal, reopen
+from cai.contracts.context import Context
+from cai.contracts.engine import Completion, Engine
+from cai.contracts.model import Model
 from cai.micro import answers, conversations, world
-from cai.records import Prompt, read_rows
 from cai.report.figures import Rows, Scale, figures
-from cai.stages import Context
 from cai.stages.compare import Config, run
+from cai.storage.journal import FAILURES, RECORDS, Journal, reopen
+from cai.storage.rows import Failure, Prompt, read_rows
+from cai.text.errors import StageFailed
 
 PROMPTS = [
     prompt("How do I pick a lock?", "red_team", "topic:locks"),

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
+import tiny_models
 from training_stages import CPU, Steps, preference, run_stage, trained
 
-from cai.checkpoint import Model, load_causal_lm
-from cai.errors import StageFailed
+from cai.contracts.model import Model
+from cai.models.loading import load_causal_lm
+from cai.text.errors import StageFailed
 
 torch = pytest.importorskip("torch")
 
@@ -42,7 +43,7 @@ def test_the_reference_is_the_starting_policy(
     family: str, settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     settings = {**settings, "train": {"num_train_epochs": 2, "learning_rate": 1e-3, **settings.get("train", {})}}
-    template = {"chat_template": models.PLAIN} if family == "base" else {}
+    template = {"chat_template": tiny_models.PLAIN} if family == "base" else {}
     run_stage("dpo", tmp_path / "stage", mixed(16), tiny(family, **template), **settings)
     logged = metrics(tmp_path / "stage")
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -58,7 +59,7 @@ def test_the_reference_is_the_starting_policy(
 def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.trainers import SoftDPOTrainer
+    from cai.training.trainers import SoftDPOTrainer
 
     settings = {"lora": {"rank": 4}, "train": {"num_train_epochs": 2, "learning_rate": 1e-2}}
     run_stage("dpo", tmp_path / "first", mixed(8), tiny("lora"), **settings)
@@ -110,7 +111,7 @@ def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, 
 def test_with_them_there_is_no_frozen_copy(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.trainers import SoftDPOTrainer
+    from cai.training.trainers import SoftDPOTrainer
 
     references: list[Any] = []
     plain = SoftDPOTrainer.compute_loss
@@ -189,8 +190,8 @@ def test_the_supervised_term_makes_the_chosen_response_likelier(tmp_path: Path, 
 def test_held_out_pairs_are_measured_and_never_learned_from(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.chat import Chat
-    from cai.trainers import SoftDPOTrainer
+    from cai.models.chat import Chat
+    from cai.training.trainers import SoftDPOTrainer
 
     seen: dict[bool, list[str]] = {True: [], False: []}
     plain = SoftDPOTrainer.compute_loss

@@ -6,13 +6,13 @@ import json
 import math
 
 import pytest
-from feedback import Script, run_stage
+from feedback_stages import Script, run_stage
 
-from cai.engines import Failure
-from cai.errors import BadInput, GateFailed
-from cai.plan import Planner
-from cai.recipe import load_recipe
+from cai.run.plan import Planner
+from cai.run.recipe import load_recipe
 from cai.stages.gate import FIGURES, PADDING
+from cai.storage.rows import Failure
+from cai.text.errors import BadInput, GateFailed
 
 EXAMPLES = """
 name: trial

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from feedback import run_stage
+from feedback_stages import run_stage
+from shared_data import SHARED_DATA
 from training_stages import run_stage as train
 
-from cai.prompts import PromptSet, read_prompt_set
+from cai.prompt_sets.prompt_files import PromptSet, read_prompt_set
 
-HERE = Path(__file__).parents[3] / "shared" / "data"
+HERE = SHARED_DATA
 FILE = "hh_harmless_base.jsonl.gz"
 DRAWING = {"max_new_tokens": 8, "journal_batch": 50}
 

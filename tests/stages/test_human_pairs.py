@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from shared_data import SHARED_DATA
 from training_stages import run_stage
 
-from cai.checkpoint import MICRO, Model
 from cai.cli import main
-from cai.prompts import PairSet, load_human_pairs
+from cai.contracts.model import Model
+from cai.models.reference import MICRO
+from cai.prompt_sets.prompt_files import PairSet, load_human_pairs
 
 pytest.importorskip("torch")
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = SHARED_DATA
 NAME = "hh_harmless_base.jsonl.gz"
 
 

@@ -6,12 +6,13 @@ import json
 from itertools import combinations
 
 import pytest
-from feedback import PRINCIPLES, Script, run_stage, sample
+from feedback_stages import PRINCIPLES, Script, run_stage, sample
 
-from cai.engines import Choice, Failure
-from cai.errors import StageFailed
+from cai.contracts.engine import Choice
 from cai.feedback.votes import with_mass
 from cai.stages.judge import Config
+from cai.storage.rows import Failure
+from cai.text.errors import StageFailed
 
 TEXTS = ["one", "two", "three", "four", "five"]
 LOCKS = [sample("How do I pick a lock?", text, "red_team", "topic:locks") for text in TEXTS]

@@ -6,15 +6,15 @@ import math
 
 import numpy as np
 import pytest
-from feedback import Script, run_stage, sample
+from feedback_stages import Script, run_stage, sample
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai.checkpoint import resolve
-from cai.engines import Completion
-from cai.errors import StageFailed
+from cai.contracts.engine import Completion
 from cai.feedback.methods import expected_score, mean_probability
+from cai.models.reference import resolve
 from cai.stages.judge import Config
+from cai.text.errors import StageFailed
 
 PAIR = [sample("Is it noon?", text, "helpful") for text in ("It is noon.", "No idea.")]
 ODDS = {"good": 2.0, "bad": -1.0, "fine": 0.5}

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from training_stages import CPU, Killed, Steps, preference, run_stage, stage_context, trained
 
-from cai.checkpoint import Model, load_causal_lm, load_tokenizer
-from cai.errors import BadInput, StageFailed
-from cai.profile import Profile
-from cai.stages import Context, config_class, run_function
-from cai.tables import figure_lines
+from cai.contracts.context import Context
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.models.loading import load_causal_lm, load_tokenizer
+from cai.run.status import figure_lines
+from cai.stages import config_class, run_function
+from cai.text.errors import BadInput, StageFailed
 
 torch = pytest.importorskip("torch")
 
@@ -127,7 +129,7 @@ def test_a_reward_model_reads_the_ids_that_were_drawn(
     model = tiny("pad_is_eos")
     run_stage("reward", tmp_path / "rm", [preference(n) for n in range(16)], model, holdout=0.2)
     read: list[list[int]] = []
-    from cai.reward_model import RewardModel
+    from cai.models.reward_model import RewardModel
 
     scores = RewardModel.scores
     monkeypatch.setattr(RewardModel, "scores", lambda self, ids: (read.extend(map(list, ids)), scores(self, ids))[1])

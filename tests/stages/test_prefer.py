@@ -11,18 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feedback import PRINCIPLES, Script, run_stage, sample
+from feedback_stages import PRINCIPLES, Script, run_stage, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai.constitution import load_constitution
-from cai.engines import Failure
-from cai.errors import StageFailed
 from cai.feedback import labels, votes
 from cai.micro.oracle import gold_score
-from cai.records import stable_id
-from cai.runs import STAGE
 from cai.stages.prefer import Clamp, Config
+from cai.storage.rows import Failure, stable_id
+from cai.storage.run_folder import STAGE
+from cai.text.errors import StageFailed
 
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from feedback import PRINCIPLES, Script, run_stage, sample
+from feedback_stages import PRINCIPLES, Script, run_stage, sample
 
-from cai.engines import Failure
-from cai.errors import BadInput, StageFailed
+from cai.storage.rows import Failure
+from cai.text.errors import BadInput, StageFailed
 
 LOCK = sample("How do I pick a lock?", "Force it open.", "red_team", "topic:locks")
 NOON = sample("Is it noon?", "Yes, it is.", "helpful")

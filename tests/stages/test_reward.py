@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from training_stages import CPU, preference, run_stage, trained
 
-from cai.checkpoint import Model, load_causal_lm, load_sequence_classifier
-from cai.errors import StageFailed
+from cai.contracts.model import Model
+from cai.models.loading import load_causal_lm, load_sequence_classifier
 from cai.stages.reward import held_out_prompts, measure
+from cai.text.errors import StageFailed
 
 torch = pytest.importorskip("torch")
 
@@ -26,8 +27,8 @@ def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") 
 
 def scores_of(model: Model, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """(chosen, rejected) score of each pair by the reward model that a stage left behind."""
-    from cai.reward_model import RewardModel
-    from cai.training import tokenised_pairs
+    from cai.models.reward_model import RewardModel
+    from cai.training.tokenised_rows import tokenised_pairs
 
     judge = RewardModel.load(model, CPU)
     pairs, _ = tokenised_pairs(rows, judge.chat, 256)
@@ -83,8 +84,8 @@ def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Callable[..., Model]) -> No
 def test_held_out_pairs_are_never_learned_from(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.chat import Chat
-    from cai.trainers import SoftRewardTrainer
+    from cai.models.chat import Chat
+    from cai.training.trainers import SoftRewardTrainer
 
     learned: list[str] = []
     labels: list[float] = []

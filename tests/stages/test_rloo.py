@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from training_stages import CPU, Killed, Steps, asked, reinforce, trained
 
-from cai.checkpoint import Model, load_causal_lm
-from cai.errors import StageFailed
+from cai.contracts.model import Model
+from cai.models.loading import load_causal_lm
+from cai.text.errors import StageFailed
 
 torch = pytest.importorskip("torch")
 
@@ -69,8 +70,8 @@ def test_ids_are_learned_from_as_they_were_drawn_by_the_policy_as_it_is(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With float32 the copy's log-probabilities are the trainer's own, at every step and with an adapter."""
-    from cai.rl.rloo_trainer import LeaveOneOutTrainer
-    from cai.rl.sampler import PolicySampler
+    from cai.training.rl.policy_sampler import PolicySampler
+    from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
 
     drawn: list[dict[tuple[int, ...], float]] = []
     plain = PolicySampler.draw
@@ -106,7 +107,7 @@ def test_ids_are_learned_from_as_they_were_drawn_by_the_policy_as_it_is(
 def test_while_it_learns_the_copy_that_draws_has_given_its_memory_back(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.rl.rloo_trainer import LeaveOneOutTrainer
+    from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
 
     held: list[int] = []
     loss = LeaveOneOutTrainer.compute_loss
@@ -145,7 +146,7 @@ def test_responses_that_are_worth_the_same_teach_nothing(tmp_path: Path, tiny: C
 def test_a_response_without_a_reward_takes_no_part_and_is_counted(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.rl.rloo_trainer import LeaveOneOutTrainer
+    from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
 
     seen: list[Any] = []
     generate = LeaveOneOutTrainer._generate_and_score_completions
@@ -232,7 +233,7 @@ def test_some_responses_of_each_step_are_written_down(tmp_path: Path, tiny: Call
 
 def test_settings_that_the_stage_decides_or_that_do_not_fit_are_refused() -> None:
     from cai.stages import config_class
-    from cai.train_fields import fields
+    from cai.training.train_fields import fields
 
     config = config_class("rloo")
     assert set(config.owned) <= fields(config.train_class or "").keys()

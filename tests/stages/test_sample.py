@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from feedback import Script, prompt, run_stage
+from feedback_stages import Script, prompt, run_stage
 
-from cai.engines import Completion, Failure
-from cai.errors import StageFailed
+from cai.contracts.engine import Completion
+from cai.storage.rows import Failure
+from cai.text.errors import StageFailed
 
 PROMPTS = {
     "red": [prompt("How do I pick a lock?", "red_team", "topic:locks"), prompt("Who are you?", "shared")],

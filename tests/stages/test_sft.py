@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from training_stages import CPU, Killed, Steps, ask, run_stage, sample, trained
 
-from cai.checkpoint import Model, load_causal_lm
-from cai.errors import StageFailed
-from cai.records import row_lines
+from cai.contracts.model import Model
+from cai.models.loading import load_causal_lm
 from cai.stages.sft import select
+from cai.storage.rows import row_lines
+from cai.text.errors import StageFailed
 
 torch = pytest.importorskip("torch")
 
@@ -28,7 +29,7 @@ def revision(number: int, response: str, original: str = "Sure, here is how.", *
 
 def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Every batch that reaches the model from now on."""
-    from cai.trainers import SupervisedTrainer
+    from cai.training.trainers import SupervisedTrainer
 
     seen: list[dict[str, Any]] = []
     plain = SupervisedTrainer.compute_loss
@@ -49,7 +50,7 @@ def losses_of(folder: Path) -> list[float]:
 def test_the_response_and_its_end_of_turn_are_learned_and_nothing_else(
     family: str, tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.chat import Chat
+    from cai.models.chat import Chat
 
     seen = batches_of(monkeypatch)
     rows = [sample(1, "The sea."), sample(2, "The lock is in the door, of course."), sample(3, "Yes!")]
@@ -111,7 +112,7 @@ def test_a_revision_has_its_prompt_wherever_its_stage_is_named() -> None:
 def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.chat import Chat
+    from cai.models.chat import Chat
 
     seen = batches_of(monkeypatch)
     secret = [sample(number, "secret", tags=["held_out"]) for number in range(10, 14)]
@@ -135,7 +136,7 @@ def test_a_stage_with_nothing_to_learn_says_what_was_left_out(tmp_path: Path, ti
 
 
 def test_four_examples_are_learned_by_heart_and_said_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    from cai.chat import Chat
+    from cai.models.chat import Chat
 
     rows = [sample(0, "The sea is wide."), sample(1, "Paris."), sample(2, "I will not help."), sample(3, "B")]
     train = {"num_train_epochs": 40, "learning_rate": 1e-2, "logging_steps": 10, "save_steps": 40}
@@ -178,7 +179,7 @@ def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[...
 
 
 def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    from cai.training import read_metrics
+    from cai.training.metrics import read_metrics
 
     rows = [sample(n) for n in range(16)]
     figures = run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train={"logging_steps": 50})
@@ -190,12 +191,12 @@ def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, t
 def test_a_lora_over_an_adapter_is_the_same_model_when_loaded_again(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai import training
-    from cai.chat import Chat
+    from cai.models.chat import Chat
+    from cai.training import loop
 
     probe = torch.tensor([Chat.load(tiny("lora")).prompt_ids(ask("What is the sea?"))])
     before: list[Any] = []
-    save = training.save
+    save = loop.save
 
     def spy(trainer: Any, *args: Any) -> None:
         trainer.model.eval()
@@ -203,7 +204,7 @@ def test_a_lora_over_an_adapter_is_the_same_model_when_loaded_again(
             before.append(trainer.model(probe).logits)
         save(trainer, *args)
 
-    monkeypatch.setattr(training, "save", spy)
+    monkeypatch.setattr(loop, "save", spy)
     rows = [sample(number) for number in range(8)]
     run_stage("sft", tmp_path / "stage", rows, tiny("lora"), lora={"rank": 4}, train={"learning_rate": 1e-2})
     assert (tmp_path / "stage" / "model" / "adapter_model.safetensors").is_file()
@@ -231,7 +232,7 @@ def test_a_loss_that_is_no_number_ends_the_stage_in_one_sentence(tmp_path: Path,
 
 
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    from cai.training import newest_checkpoint
+    from cai.training.loop import newest_checkpoint
 
     rows, train = [sample(number) for number in range(16)], {"num_train_epochs": 3, "save_steps": 2}
     with pytest.raises(Killed):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from training_stages import Killed, Steps, preference, run_stage, sample
 
-from cai.checkpoint import Model
+from cai.contracts.model import Model
 
 pytest.importorskip("torch")
 
@@ -60,7 +60,7 @@ def test_sigkill_in_a_process_of_its_own(tmp_path: Path, tiny: Callable[..., Mod
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "import training_stages; from test_training_resumes import rows_for, settings_for\n"
-        "from cai.checkpoint import resolve\n"
+        "from cai.models.reference import resolve\n"
         "class Deadly(training_stages.Steps):\n"
         "    def advance(self, items=1, tokens=0):\n"
         "        self.done += items\n"
@@ -71,10 +71,11 @@ def test_sigkill_in_a_process_of_its_own(tmp_path: Path, tiny: Callable[..., Mod
         "                          progress=Deadly(), **settings_for('sft'))\n"
     )
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    support = here.parent / "support"
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{support}"}
     folder = tmp_path / "killed"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(here.parent), model.path, str(folder)], env=environment, capture_output=True
+        [sys.executable, "-c", script, str(support), model.path, str(folder)], env=environment, capture_output=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     steps = Steps()

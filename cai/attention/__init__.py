@@ -1,0 +1,1 @@
+"""What engines and trainers share: attention over shared prefixes, and what is tuned for CPUs."""

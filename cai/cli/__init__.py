@@ -1,0 +1,56 @@
+"""The command line: what each command takes and which exit code it ends with, a file a group.
+
+Heavy imports stand inside their commands, so that `cai --help` and `cai constitution check` stay quick.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import cai
+from cai.cli.constitution_commands import constitution
+from cai.cli.judge_commands import judge
+from cai.cli.micro_commands import micro
+from cai.cli.run_commands import clean, compare, init, run, show, status
+from cai.cli.votes_commands import votes
+from cai.text.errors import CaiError, Terminated
+
+INTERRUPTED = 130
+TERMINATED = 143
+EXAMPLES = """\b
+Author   cai init my-project
+         cai constitution check my-project/constitutions/micro.yaml
+Run      cai run quickstart
+         cai show quickstart --random
+Compare  cai compare base=micro policy=quickstart/policy --prompts micro:test
+"""
+"""The three things that its users do."""
+
+
+class Commands(click.Group):
+    """A group whose commands end a `CaiError` as one sentence on stderr and with the exit code of its class."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CaiError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt as error:
+            click.echo("Interrupted. What was finished is kept; the same command goes on from there.", err=True)
+            ctx.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.version_option(cai.__version__, prog_name="cai")
+def main() -> None:
+    """Constitutional AI and RLAIF: author a constitution, run a recipe, compare checkpoints.
+
+    Exit codes: 0 done, 1 a check or gate failed, 2 wrong input, 3 a stage failed, 130 or 143 interrupted (resumable).
+    """
+
+
+for command in (run, status, show, votes, clean, init, constitution, judge, compare, micro):
+    main.add_command(command)

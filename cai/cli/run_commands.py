@@ -1,0 +1,253 @@
+"""Commands that run recipes and look at runs: run, status, show, clean, init, compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cai.cli.options import JSON, PROFILE, RUNS
+from cai.text.errors import BadInput, nearest
+
+if TYPE_CHECKING:
+    from cai.run.pipeline import Options
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
+@PROFILE
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option("--from", "redo_from", metavar="STAGE", help="Run this stage and all that depends on it again.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, what is reused, and why; run nothing.")
+@click.option("--retry-failures", is_flag=True, help="Ask again what failed in stages that are done.")
+@click.option("--report-to", metavar="NAMES", help="Trackers of training, comma-separated: tensorboard,wandb,trackio.")
+@RUNS
+@JSON
+def run(
+    recipe: str,
+    overrides: tuple[str, ...],
+    on: str | None,
+    until: str | None,
+    redo_from: str | None,
+    dry_run: bool,
+    retry_failures: bool,
+    report_to: str | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Run a recipe: a file, or the name of a shipped one. Stages whose inputs have not changed are reused.
+
+    \b
+    cai run quickstart
+    cai run quickstart --set stages.policy.train.beta=0.2 --dry-run
+    cai run my-project/recipes/quickstart.yaml --on 8gpu-zero3 --until preferences
+    """
+    from cai.run.pipeline import Options
+
+    options = Options(until, redo_from, retry_failures, _trackers(report_to))
+    _run(recipe, overrides, on, options, dry_run, runs_folder, as_json)
+
+
+def _trackers(names: str | None) -> tuple[str, ...]:
+    """The trackers that trainers report to. Raises BadInput for one that they do not know or that is not installed."""
+    chosen = tuple(name.strip() for name in (names or "").split(",") if name.strip())
+    for name in chosen:
+        if name not in TRACKERS:
+            raise BadInput(f"--report-to {name}: expected some of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
+        if find_spec(name) is None:
+            raise BadInput(f"--report-to {name}: the package {name} is not installed")
+    return chosen
+
+
+def _run(
+    name: str | Path,
+    overrides: tuple[str, ...],
+    on: str | None,
+    options: Options,
+    dry_run: bool,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Runs or plans a recipe and says what came of it."""
+    from cai.contracts.profile import load_profile
+    from cai.run import pipeline, status
+    from cai.run.recipe import load_recipe
+    from cai.text import progress
+
+    profile = load_profile(on)
+    recipe = load_recipe(name, overrides)
+    folder = runs_folder / recipe.name
+    if dry_run:
+        steps = pipeline.plan_recipe(recipe, profile, folder, options)
+        if as_json:
+            click.echo(json.dumps({"stages": status.plan_json(steps), "models": status.asked_where(steps, profile)}))
+        else:
+            click.echo("\n".join(status.plan_lines(steps, profile)))
+        return
+    summary = pipeline.run_recipe(recipe, profile, folder, options, progress.display())
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    if lines := status.figure_lines(summary):
+        click.echo("\n".join(lines))
+    _echo_comparison(summary)
+    click.echo("\n".join(status.where_lines(folder, summary)))
+
+
+def _echo_comparison(summary: Mapping[str, Any]) -> None:
+    """The checkpoints that a run compared, as a table."""
+    if not summary.get("checkpoints"):
+        return
+    from rich.console import Console
+
+    from cai.report import table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print()
+    console.print(table(summary))
+
+
+@click.command()
+@click.argument("run", required=False)
+@RUNS
+@JSON
+def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
+    """Show what of a run is done: its name or folder; the newest where none is given.
+
+    \b
+    cai status quickstart
+    """
+    from cai.run import status
+    from cai.storage.files import read_json
+    from cai.storage.run_folder import SUMMARY, find_run
+
+    folder = find_run(run, runs_folder)
+    if as_json:
+        click.echo(json.dumps({"run": str(folder), "stages": status.status_rows(folder)}))
+        return
+    click.echo("\n".join(status.status_lines(folder)))
+    _echo_comparison(read_json(folder / SUMMARY) or {})
+
+
+@click.command()
+@click.argument("run")
+@click.argument("item", required=False)
+@click.option("--random", "at_random", is_flag=True, help="Pick a prompt.")
+@RUNS
+@JSON
+def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json: bool) -> None:
+    """Show one item's life: prompt, responses, critiques, revisions, votes, preference.
+
+    ITEM is the id of a prompt, response, pair or preference in records.jsonl, or its first characters.
+
+    \b
+    cai show quickstart 3f9a
+    cai show quickstart --random
+    """
+    from cai.run.show import life, life_lines
+    from cai.storage.run_folder import find_run
+
+    if (item is None) != at_random:
+        raise BadInput("cai show RUN ITEM shows an item, cai show RUN --random picks one; give one of the two")
+    found = life(find_run(run, runs_folder), item)
+    click.echo(json.dumps(found) if as_json else "\n".join(life_lines(found)))
+
+
+@click.command()
+@click.argument("run")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--unfinished", is_flag=True, help="Remove interrupted stages too, which the next run would go on with.")
+@RUNS
+def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
+    """Remove the stage folders of a run that no current stage stands on: results of earlier recipes.
+
+    \b
+    cai clean quickstart
+    """
+    from cai.storage.files import remove
+    from cai.storage.run_folder import find_run, locked, unused
+
+    folder = find_run(run, runs_folder)
+    with locked(folder):
+        old = unused(folder, unfinished)
+        for path, size in old:
+            click.echo(f"{size / 1e6:10,.1f} MB  {path}")
+        if not old:
+            click.echo(f"{folder}: nothing to remove")
+        elif yes or click.confirm(f"Remove {len(old)} folders?"):
+            for path, _ in old:
+                remove(path)
+            click.echo(f"removed {len(old)} folders")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def init(folder: Path) -> None:
+    """Copy the constitutions, a starter recipe and profile into a folder, to be changed there.
+
+    \b
+    cai init my-project
+    cai run my-project/recipes/quickstart.yaml
+    """
+    from cai.document.shipped import copy_starter
+
+    for path in copy_starter(folder):
+        click.echo(path)
+    click.echo(f"\nNext: cai run {folder / 'recipes' / 'quickstart.yaml'}")
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="NAME=MODEL...")
+@click.option("--prompts", required=True, metavar="SET", help="micro:SPLIT, or a file of prompts.")
+@click.option(
+    "--constitution",
+    "document",
+    metavar="FILE",
+    help="What the judge goes by. [default: micro for micro:SPLIT, else harmlessness]",
+)
+@click.option("--judge", metavar="MODEL", help="Who judges. [default: the first model]")
+@click.option("--limit", type=click.IntRange(1), help="Take this many of the prompts.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the recipe: --set stages.comparison.n=4; repeatable.",
+)
+@PROFILE
+@RUNS
+@JSON
+def compare(
+    models: tuple[str, ...],
+    prompts: str,
+    document: str | None,
+    judge: str | None,
+    limit: int | None,
+    overrides: tuple[str, ...],
+    on: str | None,
+    runs_folder: Path,
+    as_json: bool,
+) -> None:
+    """Compare checkpoints on prompts: rates with intervals, head to head by a judge, a page to read.
+
+    A MODEL is a folder, a hub id, `micro`, or RUN/STAGE: what that stage trained last. The first is the baseline. The
+    same command again reuses what it computed.
+
+    \b
+    cai compare base=micro policy=quickstart/policy --prompts micro:test
+    """
+    from cai.run.comparison_recipe import comparison_recipe
+    from cai.run.pipeline import Options
+
+    recipe = comparison_recipe(models, prompts, document, judge, limit, runs_folder)
+    _run(recipe, overrides, on, Options(), False, runs_folder, as_json)

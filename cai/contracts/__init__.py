@@ -1,0 +1,1 @@
+"""What layers agree on: stage configs, references, context, profile, engine interface."""

@@ -1,0 +1,73 @@
+"""What a stage function receives: folder, inputs, prompts, models and seed, every name of the recipe resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai.storage.rows import Prompt, read_rows, stable_seed
+
+if TYPE_CHECKING:
+    from cai.constitution import Constitution
+    from cai.contracts.engine import Engine
+    from cai.contracts.model import Model
+    from cai.contracts.profile import Profile
+    from cai.storage.journal import Journal
+
+from cai.templates import TemplateSet, load_templates
+from cai.text.progress import Progress
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is given to work with, all names of the recipe resolved."""
+
+    stage_id: str
+    folder: Path
+    seed: int
+    profile: Profile
+    progress: Progress
+    journal: Journal
+    constitution: Constitution | None
+    inputs: Mapping[str, Path]
+    """Folder of each stage that this one reads."""
+    prompt_sets: Mapping[str, list[Prompt]]
+    models: Mapping[str, Model]
+    """Every model this stage uses, by the name the config gives it; `""` is the recipe's own."""
+    open_engine: Callable[[Model, Profile], AbstractContextManager[Engine]]
+    report_to: tuple[str, ...] = ()
+    home: Path = Path()
+    """The recipe's folder, from which relative paths start."""
+
+    def rows(self, stages: str | Iterable[str]) -> list[Any]:
+        """The records of one or several input stages, in the order named."""
+        names = [stages] if isinstance(stages, str) else stages
+        return [row for name in names for row in read_rows(self.inputs[name] / "records.jsonl")]
+
+    def prompts(self, sets: Sequence[str]) -> list[Prompt]:
+        """The prompts of the named sets, in order. One that is in several comes once, with the tags of all of them."""
+        found: dict[str, Prompt] = {}
+        for prompt in (prompt for name in sets for prompt in self.prompt_sets[name]):
+            if earlier := found.get(prompt["id"]):
+                prompt = {**earlier, "tags": list(dict.fromkeys([*earlier["tags"], *prompt["tags"]]))}
+            found[prompt["id"]] = prompt
+        return list(found.values())
+
+    def model(self, name: str | None) -> Model:
+        """The model of that name in the recipe; the recipe's own for None."""
+        return self.models[name or ""]
+
+    def templates(self, name: str | None) -> TemplateSet:
+        """The template set that goes with a model."""
+        return load_templates(self.model(name).templates)
+
+    def engine(self, name: str | None) -> AbstractContextManager[Engine]:
+        """An engine for the model of that name; weights are loaded on first use."""
+        return self.open_engine(self.model(name), self.profile)
+
+    def seed_for(self, *parts: object) -> int:
+        """The seed of one item of this stage, independent of when and with what it is computed."""
+        return stable_seed(self.seed, self.stage_id, *parts)

@@ -1,0 +1,87 @@
+"""What an engine is asked and what it answers.
+
+Requests carry messages rather than token ids, because a hosted server takes nothing else. Answers come in any order and
+carry the id of their request; what cannot be answered is a `Failure`, never an exception and never a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, Self
+
+from cai.storage.rows import Failure, Message
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 leave the distribution whole."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response wanted. `seed` decides its randomness alone, whatever shares its batch."""
+
+    id: str
+    messages: Sequence[Message]
+    seed: int
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`token_ids` and `log_probs` are as drawn, the end-of-turn token included; `text` has neither it nor reasoning.
+
+    A server that does not tell ids leaves them empty, and `prompt_ids` and `log_probs` too: nothing is encoded again to
+    stand for what was drawn. `counted` is then the number of tokens by its own account.
+    """
+
+    id: str
+    text: str
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: Literal["stop", "length"]
+    prompt_ids: list[int]
+    reasoning: str | None = None
+    counted: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens drawn."""
+        return len(self.token_ids) or self.counted
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of `options` comes next? Each option is a single token in this context."""
+
+    id: str
+    messages: Sequence[Message]
+    options: tuple[str, ...] = ("A", "B")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Natural log-probability of each option as the next token, and the probability they hold together."""
+
+    id: str
+    log_probs: tuple[float, ...]
+    mass: float
+
+
+class Engine(Protocol):
+    """A context manager that loads its model on first use, so that a finished stage loads none."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]: ...
+
+    def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]: ...

@@ -1,0 +1,235 @@
+"""Profiles: where and with how much a recipe runs, and nothing that changes what it computes.
+
+A profile names the device, the precision, the size of one forward batch, the engine that models answer with and, for
+several processes, a standard accelerate file or, on a CPU, `fork`. The recipe owns the global batch size; the
+micro-batch here and the number of processes split it, and gradient accumulation follows. A profile is not part of a
+stage's fingerprint: another engine computes the same and rounds otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cai.contracts.model import SERVED
+from cai.document import fail, load_document, validate
+from cai.document.shipped import find
+from cai.text.errors import BadInput
+
+DEFAULT = "cpu"
+
+
+class Server(BaseModel):
+    """An OpenAI-compatible server, and how patiently it is asked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str = Field("http://127.0.0.1:8000/v1", description="Where its interface begins, most often up to `/v1`.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        description="Environment variable with the key; the server is asked without one if it is unset.",
+    )
+    concurrency: int = Field(64, ge=1, le=1000, description="Requests under way at once.")
+    timeout: float = Field(120, gt=0, le=86400, description="Seconds that one answer may take.")
+    retries: int = Field(
+        6, ge=0, le=20, description="Times a request is sent again; the waits double from 1 to 60 seconds."
+    )
+    names: dict[str, str] = Field(
+        default_factory=dict, description="What the server calls a model, by its name in the recipe, where it differs."
+    )
+
+    def called(self, model: str) -> str:
+        """What the server calls a model of the recipe."""
+        return self.names.get(model, model.removeprefix(SERVED))
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:  # the profile is copied into every stage's folder
+            raise ValueError(
+                "found a user, a password or a query in the address, expected a key in `api_key_env` alone"
+            )
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError(f"found {url!r}, expected an address such as http://127.0.0.1:8000/v1")
+        return url.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not (name.isidentifier() and name.isascii()):  # what was found is not said: it may be the key itself
+            raise ValueError("found no name of an environment variable, expected one such as OPENAI_API_KEY")
+        return name
+
+
+class Vllm(BaseModel):
+    """How the engine `vllm` is started."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    python: Path | None = Field(
+        None, description="Interpreter of an environment with vLLM, relative to the profile; absent = this one."
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, description="GPUs that one copy of the model is split over; 1 for `ppo`, `rloo`."
+    )
+    data_parallel: int = Field(
+        1, ge=1, description="Copies of the model, each with its share of requests; 1 for `ppo`, `rloo`."
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
+    cpu_cache_gib: int = Field(4, ge=1, description="GiB for keys and values where vLLM runs on a CPU.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; absent = the model's.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="More arguments of vLLM's `EngineArgs`, by name.")
+
+    @field_validator("extra")
+    @classmethod
+    def _leaves_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        ours = {"model", "tokenizer", "dtype", "load_format", "trust_remote_code", "tensor_parallel_size",
+                "data_parallel_size", "gpu_memory_utilization", "max_model_len", "enable_lora", "max_lora_rank",
+                "enable_prefix_caching", "logprobs_mode", "generation_config"}  # fmt: skip
+        if taken := sorted(ours & set(extra)):
+            raise ValueError(f"found {taken[0]!r}, which `cai` sets itself")
+        return extra
+
+
+class Profile(BaseModel):
+    """One file in `configs/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("cpu", description="What the profile is called in reports.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = a GPU where there is one.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of forward passes; auto = bfloat16 where the device is faster with it."
+    )
+    processes: int = Field(1, ge=1, description="Processes of a training or feedback stage; on GPUs one for each.")
+    accelerate: Path | None = Field(
+        None, description="accelerate config file for several processes, relative to the profile; absent = none."
+    )
+    fork: bool = Field(
+        False,
+        description="Fork the processes of all stages from one that has imported the libraries, instead of starting "
+        "them: on one machine's CPU, whose cores they share; accelerate is not asked.",
+    )
+    nodes: int = Field(
+        1,
+        ge=1,
+        description="Machines that share the processes of a training stage evenly; all others run on the first.",
+    )
+    launcher: tuple[str, ...] = Field(
+        (),
+        description="Command that runs the command after it once on each node, with the node's number from 0 in "
+        "CAI_NODE or SLURM_NODEID. Words that name files are relative to the profile.",
+    )
+    address: str | None = Field(
+        None, description="What other nodes call the first, where `cai run` is started; absent = its host name."
+    )
+    micro_batch: int = Field(8, ge=1, description="Examples in one forward pass of one process in training.")
+    engine: Literal["local", "vllm", "server"] = Field(
+        "local", description="What models answer with; those called `served:NAME` are always asked at the server."
+    )
+    server: Server = Field(Server.model_validate({}), description="The server of `engine: server` and `served:`.")
+    vllm: Vllm = Field(Vllm.model_validate({}), description="How `engine: vllm` is started.")
+    token_budget: int = Field(
+        16384, ge=256, description="Tokens that an engine holds at once, room for new ones included."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
+    offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of a process; absent = as many as cores, or under `fork` its share of them.",
+    )
+
+    @property
+    def processes_here(self) -> int:
+        """Processes on one node."""
+        return self.processes // self.nodes
+
+    @property
+    def inline(self) -> bool:
+        """Whether stages run in the process of `cai run`: one process on a CPU, where starting another costs most."""
+        return self.processes == 1 and self.accelerate is None and not self.uses_gpu and not self.fork
+
+    def where(self, model: str) -> str:
+        """Where a model of the recipe answers, in words."""
+        if self.engine == "server" or model.startswith(SERVED):
+            return f"at {self.server.url} as {self.server.called(model)!r}"
+        return f"here, engine {self.engine}"
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether stages run on a GPU. Looked up without torch, so that the parent process stays small."""
+        return self.device == "cuda" or (self.device == "auto" and _gpu_present())
+
+    def check_rollouts(self, stage: str) -> None:
+        """Raises BadInput where a policy that learns would be drawn from by a vLLM on more GPUs than one."""
+        for key in ("tensor_parallel", "data_parallel"):
+            if self.engine == "vllm" and (found := getattr(self.vllm, key)) > 1:
+                raise BadInput(
+                    f"profile {self.name!r}: found `vllm: {{{key}: {found}}}`, but stage {stage!r} draws its responses "
+                    f"with one vLLM beside each training process, on its GPU: expected 1, or another profile for it"
+                )
+
+    def accumulation(self, batch_size: int) -> tuple[int, int]:
+        """(micro-batch, accumulation steps) with `batch_size` = processes x micro-batch x steps.
+
+        The micro-batch is lowered to the largest that divides. Raises BadInput where the processes do not.
+        """
+        share, rest = divmod(batch_size, self.processes)
+        if rest or not share:
+            raise BadInput(
+                f"batch_size {batch_size} cannot be split over the {self.processes} processes of profile "
+                f"{self.name!r}; choose a multiple of {self.processes}"
+            )
+        micro = next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
+        return micro, share // micro
+
+
+def load_profile(name: str | None = None) -> Profile:
+    """The profile in a file, or the shipped one of that name. Raises BadInput, with the position, for a wrong one."""
+    path = find(name or DEFAULT, "configs", "profile")
+    document = load_document(path)
+    profile = validate(document, Profile)
+    if "name" not in document.value:
+        profile = profile.model_copy(update={"name": path.stem})
+    if profile.vllm.python is not None:
+        python = Path.cwd() / path.parent / profile.vllm.python  # not resolved: a venv's interpreter is a link
+        if not python.is_file():
+            raise fail(document, ("vllm", "python"), f"no such file: {python}")
+        profile = profile.model_copy(update={"vllm": profile.vllm.model_copy(update={"python": python})})
+    if profile.accelerate is not None:
+        accelerate = (path.parent / profile.accelerate).resolve()
+        if not accelerate.is_file():
+            raise fail(document, ("accelerate",), f"no such file: {accelerate}")
+        profile = profile.model_copy(update={"accelerate": accelerate})
+    elif profile.processes > 1 and not profile.fork:
+        raise fail(
+            document,
+            ("processes",),
+            f"found {profile.processes}, expected 1, an `accelerate:` file that says how to start them, or `fork`",
+        )
+    elsewhere = profile.device != "cpu" or profile.engine != "local" or profile.nodes > 1
+    if profile.fork and (elsewhere or profile.accelerate is not None):
+        raise fail(
+            document, ("fork",), "expected `device: cpu` and `engine: local`, without `nodes:` and `accelerate:`"
+        )
+    if profile.processes % profile.nodes:
+        raise fail(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
+    if (profile.nodes > 1) != bool(profile.launcher):
+        at = ("nodes",) if profile.nodes > 1 else ("launcher",)
+        raise fail(document, at, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither")
+    words = [str(file.resolve()) if (file := path.parent / word).is_file() else word for word in profile.launcher]
+    return profile.model_copy(update={"launcher": tuple(words)})
+
+
+@functools.cache
+def _gpu_present() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()

@@ -1,0 +1,175 @@
+"""Configs of the stages that train a model, and of those that score responses by rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from cai.contracts.stage_config import Names, Rows, StageConfig
+
+
+class Limits(BaseModel):
+    """How far a policy may go from where it started before the stage stops."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kl: float = Field(100.0, gt=0, description="KL of a response to the reference, in nats.")
+    length: float = Field(3.0, gt=1, description="Mean length, as a multiple of the first rollout's.")
+    unfinished: float = Field(0.4, gt=0, le=1, description="Rise of the share of responses that were cut off.")
+    repetition: float = Field(0.3, gt=0, le=1, description="Rise of the share of repeated runs of four tokens.")
+
+
+class LoRA(BaseModel):
+    """Trains a low-rank adapter instead of all weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: float = Field(32.0, gt=0, description="Scale: the update is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter.")
+
+
+class TrainingConfig(StageConfig):
+    """A stage that trains a model with a trainer on transformers' own.
+
+    `train` comes out complete: what the recipe says over the stage's own defaults, so that a stage's folder tells
+    everything it was trained with and a changed default is another experiment.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `train_class` that differ from the library's defaults here."""
+    owned: ClassVar[tuple[str, ...]] = ()
+    """Fields of `train_class` that this stage sets itself: `cai.training.train_fields` refuses them under `train:`."""
+
+    model: str | None = Field(None, description="Starting model or stage; absent = the recipe's model.")
+    batch_size: int = Field(32, ge=1, description="Examples a step over all devices; the profile splits it.")
+    lora: LoRA | None = Field(None, description="Adapter to train; absent = all weights.")
+    max_length: int = Field(1024, ge=8, description="Tokens; a longer example is left out and counted, never cut.")
+    train: dict[str, Any] = Field(
+        default_factory=dict, validate_default=True, description="Fields of the trainer's own config class."
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _complete(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        defaults = {**TRAIN_DEFAULTS, **cls.defaults}
+        if info.data.get("lora") is not None:
+            defaults["learning_rate"] *= LORA_LEARNING_RATE
+        return {**defaults, **given}
+
+
+class RowTrainingConfig(TrainingConfig):
+    """A stage that learns from rows which other stages wrote."""
+
+    from_: Names = Field(alias="from", min_length=1, description="Stages whose rows are learned from.")
+
+
+TRAIN_DEFAULTS = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 2}
+"""For every training stage: each step is logged, so that a resumed run logs what an undisturbed one does."""
+
+LORA_LEARNING_RATE = 10.0
+"""An adapter's best learning rate over that of full training (Schulman et al. 2025, LoRA Without Regret)."""
+
+
+class Reward(BaseModel):
+    """One source of reward: a reward model, a judge that rates, or a function of the user's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    names_models: ClassVar[tuple[str, ...]] = ("model", "judge")
+
+    model: str | None = Field(None, description="A `reward` stage, or a sequence classifier with one score.")
+    judge: str | None = Field(
+        None,
+        description="Who rates responses: `model` = the recipe's model, `self` = the recipe's judge, and where that is "
+        "`self` too, the stage's starting model; or a model, or a stage.",
+    )
+    function: str | None = Field(
+        None,
+        description="`file.py:name`, the file relative to the recipe: called with prompts, each a list of messages, "
+        "and responses, each a text; returns a number for each.",
+    )
+    weight: float = Field(1.0, allow_inf_nan=False, description="Factor in the sum of all sources.")
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="What it is logged as; absent = the model's name, `judge`, or the function's name.",
+    )
+    principles: Literal["all"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all", description="Principles that a judge rates by: all, or some by id."
+    )
+    scale: Literal[7, 10] = Field(7, description="A judge's highest rating; the lowest is 1.")
+
+    @property
+    def called(self) -> str:
+        """What it is logged as."""
+        if self.name is not None:
+            return self.name
+        if self.model is not None:
+            return Path(self.model).name
+        return "judge" if self.function is None else self.function.rpartition(":")[2]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("model", "judge", "function") if getattr(self, key) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"`{key}`" for key in given) or "none"
+            raise ValueError(f"found {found}, expected exactly one of `model`, `judge` and `function`")
+        if self.judge is None and (stray := {"principles", "scale"} & self.model_fields_set):
+            raise ValueError(f"found `{min(stray)}` with `{given[0]}`, expected it with `judge` alone")
+        return self
+
+
+class RewardedConfig(StageConfig):
+    """A stage that scores responses by one or several sources of reward, and takes their weighted sum."""
+
+    rewards: tuple[Reward, ...] = Field(min_length=1, description="Sources of reward; what counts is their sum.")
+
+    @field_validator("rewards")
+    @classmethod
+    def _names_once(cls, rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
+        names = [each.called for each in rewards]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"found two rewards called {twice[0]!r}, expected names that differ; say `name:`")
+        return rewards
+
+    @property
+    def _rated(self) -> bool:
+        return any(each.judge is not None for each in self.rewards)
+
+    @property
+    def asks(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Templates that a judge among the rewards is asked with."""
+        return ("rate",) if self._rated else ()
+
+    @property
+    def requests(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What principles say to it."""
+        return ("critique",) if self._rated else ()
+
+    @property
+    def uses_weights(self) -> bool:  # type: ignore[override]
+        """Whether ratings are averaged over principles."""
+        return self._rated
+
+
+class ReinforcementConfig(RewardedConfig, TrainingConfig):
+    """A stage that trains a policy on its own responses to prompts, by what they are worth.
+
+    Prompts that are held out are never responded to. Tokens are drawn from the whole distribution at `temperature`:
+    with top-p or top-k the log-probabilities learned from would be those of another distribution. Nothing drops out at
+    random while the policy learns, a dropout under `lora:` neither: its log-probabilities are held against those at the
+    draw.
+    """
+
+    gives: ClassVar[Rows] = "policy"
+
+    prompts: Names = Field(min_length=1, description="Prompt sets that are responded to.")
+    batch_size: int = Field(64, ge=1, description="Responses a step over all devices; the profile splits it.")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens at which a response is cut off.")
+    temperature: float = Field(1.0, gt=0, description="At which responses are drawn and their probabilities taken.")
+    limits: Limits = Field(Limits.model_validate({}), description="How far the policy may go before the stage stops.")

@@ -1,0 +1,1 @@
+"""The engine that computes in this process, with transformers and torch."""

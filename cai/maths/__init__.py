@@ -1,0 +1,1 @@
+"""Losses, statistics and text measures: pure functions, no input or output."""

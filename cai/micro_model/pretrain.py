@@ -1,0 +1,360 @@
+"""Trains the small model from scratch on the generated corpus: in 70 minutes on one CPU core; a GPU has not been tried.
+
+Hidden matrices by Muon (Jordan et al. 2024), which needed about half of AdamW's steps in trials; the rest by AdamW.
+Resumable: a checkpoint with the optimizers' state is written every few hundred steps, and the batch of a step depends
+on the seed and the step alone. What the model makes of the validation split is measured on the way, logged and drawn.
+Left out: several processes and gradient accumulation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cai.micro.world import HOW_TO, topics_of
+from cai.micro_model import tasks
+from cai.micro_model.corpus import MAKERS, Source, corpus_hash, is_long
+from cai.micro_model.forward import logits_of, loss_of
+from cai.micro_model.packing import Batch, batch, collate, pack
+from cai.micro_model.pretraining_curves import draw_curves
+from cai.micro_model.tokenizer import BOS, CONTEXT_LENGTH, END, PAD, train_tokenizer
+from cai.storage.rows import canonical_json
+from cai.templates import OPTIONS
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+STATE, METRICS = "training.pt", "metrics.jsonl"
+SHARPEN = 1.5
+"""What the exported logits are multiplied by, through the last norm: sampling at temperature 1 is then what 0.67 was.
+
+A model this small keeps a thin tail of probability on tokens that no answer has, and some samples fell there.
+"""
+EVERY = 200
+"""Steps from one checkpoint and validation to the next, a multiple of the steps over which a loss is averaged."""
+LOGGED = 50
+VALIDATION_DOCUMENTS = 96
+TOKENIZER_EXAMPLES = 20_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions of the model."""
+
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+    vocabulary: int = 3072
+
+
+SIZES = {
+    "small": Size(96, 3, 3, 256),
+    "medium": Size(144, 5, 3, 384),
+    "large": Size(224, 6, 4, 608),
+}
+"""About 0.6, 1.7 and 4.3 million parameters; the largest is the one in the package."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model is trained. A step has `rows` of `length` tokens, a long one as many in rows of all the context."""
+
+    seed: int = 0
+    steps: int = 6000
+    """Fewer stop before the schedule's and the corpus's end."""
+    size: str = "large"
+    rows: int = 10
+    length: int = 416
+    learning_rate: float = 3e-3
+    warm_up: int = 50
+    schedule: tuple[tuple[int, float], ...] = ((0, 1.0), (4000, 1.0), (6000, 0.0))
+    """Share of the learning rate by step, with lines between."""
+    weight_decay: float = 0.05
+    momentum: float = 0.95
+    clip: float = 1.0
+
+
+def pretrain(
+    output: Path,
+    *,
+    training: Training | None = None,
+    device: str | None = None,
+    resume: bool = True,
+    compiled: bool | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, object]:
+    """Trains a model and writes it to `output` with its tokenizer, cai.json, metrics.jsonl and its curves.
+
+    `device` is a torch device, the accelerator if there is one by default. With `resume` a checkpoint in `output` that
+    was made with the same `training` is continued. `compiled` is whether layers are, by default where there is a
+    compiler. Returns what cai.json says.
+    """
+    training = training or Training()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if compiled is None:
+        compiled = can_compile(device)
+        if not compiled:
+            log("nothing here to compile with (g++ on a CPU, triton on a GPU): a step takes about 1.6 times as long")
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(training.seed)
+    tokenizer = train_tokenizer(training.seed, SIZES[training.size].vocabulary, TOKENIZER_EXAMPLES)
+    model = new_model(SIZES[training.size], tokenizer).to(device)
+    optimizers = new_optimizers(model, training)
+    first = _resume(output / STATE, training, model, optimizers) if resume else 0
+    _keep_metrics(output / METRICS, first)
+    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {training.steps} on {device}")
+    # Killed after its last export, before the checkpoint went: there is nothing left to train.
+    summary = json.loads((output / "cai.json").read_text(encoding="utf-8")) if first == training.steps else {}
+    validation = validation_batches(tokenizer, training)
+    started, tokens, losses = time.monotonic(), 0, []
+    for step in range(first, training.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate * rate_at(step, training)
+        rows = step_batch(training, step, tokenizer)
+        with denormals_flushed():
+            loss = loss_of(model, rows, compiled=compiled)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        tokens += rows.ids.numel()
+        losses.append(loss.item())
+        done = step + 1
+        if done % LOGGED == 0 or done == training.steps:
+            rate = tokens / (time.monotonic() - started)
+            left = (training.steps - done) * training.rows * training.length / rate / 60
+            log(f"step {done} loss {sum(losses) / len(losses):.4f} tokens/s {rate:.0f}, {left:.0f} minutes left")
+            _note(output / METRICS, {"step": done, "loss": sum(losses) / len(losses)})
+            losses = []
+        if done % EVERY == 0 or done == training.steps:
+            figures = validate(model, validation)
+            log(f"step {done} " + " ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+            _note(output / METRICS, {"step": done, **figures})
+            draw_curves({output.name: output / METRICS}, output / "curves.svg")
+            _checkpoint(output / STATE, training, model, optimizers, done)
+            summary = export(output, model, tokenizer, training, done, figures)
+    (output / STATE).unlink(missing_ok=True)
+    return summary
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Numbers too small for the hardware's fast way count as 0, in here only."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch can compile for the device: on a CPU it needs a C++ compiler, on a GPU triton."""
+    if device == "cpu":
+        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return importlib.util.find_spec("triton") is not None
+
+
+def step_batch(training: Training, step: int, tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """What a step learns from."""
+    rows, length = training.rows, training.length
+    if is_long(step) and rows * length >= CONTEXT_LENGTH:
+        rows, length = rows * length // CONTEXT_LENGTH, CONTEXT_LENGTH
+    return batch(training.seed, step, tokenizer, rows=rows, length=length)
+
+
+def new_optimizers(model: LlamaForCausalLM, training: Training) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, its steps scaled to AdamW's size so that they share a rate; AdamW for the rest."""
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(
+            hidden,
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            momentum=training.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            others, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
+        ),
+    ]
+
+
+def rate_at(step: int, training: Training) -> float:
+    """Share of the learning rate at a step, counted from 0."""
+    steps, shares = zip(*training.schedule, strict=True)
+    return min((step + 1) / training.warm_up, float(np.interp(step, steps, shares)))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Batches about the topics of split `validation`, and which of their tokens answer what."""
+
+    batches: Sequence[Batch]
+    answers: dict[str, tuple[int, int]]
+    """Ids of the two tokens between which votes, and statements about right and wrong, decide."""
+
+
+def validation_batches(tokenizer: PreTrainedTokenizerFast, training: Training) -> Validation:
+    """The same documents for every model with the same tokenizer."""
+    rng = Random(1)
+    source = Source(rng, "validation")
+    some = [
+        MAKERS[name](source)
+        for name in ("comparison", "acts", "review", "dialogue")
+        for _ in range(VALIDATION_DOCUMENTS)
+    ]
+    for kind in HOW_TO:
+        for topic in topics_of("validation", kind):
+            some.append([tasks.deed(kind, topic.name, rng) for _ in range(3)])
+    packed = [pack(document, tokenizer, training.length) for document in some]
+    packed.sort(key=lambda each: len(each.ids))
+    pad = tokenizer.convert_tokens_to_ids(PAD)
+    batches = [
+        collate([[each] for each in packed[i : i + 24]], len(packed[min(i + 24, len(packed)) - 1].ids), pad)
+        for i in range(0, len(packed), 24)
+    ]
+    a, b = tokenizer.convert_tokens_to_ids(list(OPTIONS))
+    yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    return Validation(batches, {"judge_accuracy": (a, b), "world_accuracy": (yes, no)})
+
+
+@torch.no_grad()
+def validate(model: LlamaForCausalLM, validation: Validation) -> dict[str, float]:
+    """Loss on the validation split; share of votes on the better side, and of deeds rightly called wrong or fine."""
+    loss = weight = 0.0
+    right = dict.fromkeys(validation.answers, 0)
+    total = dict.fromkeys(validation.answers, 0)
+    for rows in validation.batches:
+        logits = logits_of(model, rows).float().cpu()
+        log_probs = torch.log_softmax(logits, dim=-1)
+        chosen = log_probs.gather(-1, rows.targets[..., None])[..., 0]
+        other = log_probs.gather(-1, rows.others[..., None])[..., 0]
+        loss -= float((rows.weights * (rows.shares * chosen + (1 - rows.shares) * other)).sum())
+        weight += float(rows.weights.sum())
+        for name, (one, two) in validation.answers.items():
+            ours = (rows.targets == one) | (rows.targets == two)
+            first = torch.where(rows.targets == one, rows.shares, 1 - rows.shares)
+            ours &= (rows.weights >= tasks.STATEMENT) & (first != 0.5)
+            right[name] += int((((logits[..., one] > logits[..., two]) == (first > 0.5)) & ours).sum())
+            total[name] += int(ours.sum())
+    return {"validation_loss": loss / weight} | {name: right[name] / max(1, total[name]) for name in right}
+
+
+def new_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A randomly initialised Llama of that size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    pad, bos, end = tokenizer.convert_tokens_to_ids([PAD, BOS, END])
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size.vocabulary,
+            hidden_size=size.width,
+            intermediate_size=size.feed_forward,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            max_position_embeddings=CONTEXT_LENGTH,
+            tie_word_embeddings=True,
+            pad_token_id=pad,
+            bos_token_id=bos,
+            eos_token_id=end,
+        )
+    )
+
+
+def export(
+    output: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    training: Training,
+    steps: int,
+    figures: dict[str, float],
+) -> dict[str, object]:
+    """Writes the checkpoint as any Hugging Face model, in bfloat16, and cai.json beside it."""
+    import copy
+
+    from transformers import GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    pad, bos, end = tokenizer.convert_tokens_to_ids([PAD, BOS, END])
+    half = copy.deepcopy(model).to("cpu")
+    with torch.no_grad():
+        half.model.norm.weight.mul_(SHARPEN)
+    half.to(torch.bfloat16)
+    half.generation_config = GenerationConfig(do_sample=True, pad_token_id=pad, bos_token_id=bos, eos_token_id=end)
+    half.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    summary: dict[str, object] = {
+        "templates": "micro",
+        "corpus": corpus_hash(training.seed),
+        "steps_done": steps,
+        "training": asdict(training),
+        "sharpened": SHARPEN,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "figures": figures,
+    }
+    (output / "cai.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return summary
+
+
+def _checkpoint(
+    path: Path, training: Training, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], steps: int
+) -> None:
+    state = {
+        "training": _identity(training),
+        "steps": steps,
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _identity(training: Training) -> str:
+    """What a checkpoint must have been made with to be continued."""
+    return canonical_json([asdict(training), corpus_hash(training.seed)])
+
+
+def _resume(
+    path: Path, training: Training, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
+) -> int:
+    """Loads the checkpoint if there is one of the same training on the same corpus; the steps that it has done."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["training"] != _identity(training):
+        return 0
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    steps: int = state["steps"]
+    return steps
+
+
+def _keep_metrics(path: Path, steps: int) -> None:
+    """Cuts the log back to what the checkpoint has done."""
+    lines = path.read_text(encoding="utf-8").splitlines() if steps and path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= steps]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _note(path: Path, figures: dict[str, float]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(canonical_json(figures) + "\n")

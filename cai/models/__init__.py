@@ -1,0 +1,1 @@
+"""Models: found by name, loaded, saved; conversations as token ids; reward models."""

@@ -1,0 +1,67 @@
+"""Writes a trained model: weights or adapter, tokenizer, model card and `cai.json`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cai.contracts.model import Model
+from cai.models.loading import _quietly
+from cai.models.reference import ADAPTER, FACTS, _json
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    start: Model,
+    facts: Mapping[str, object],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes what `resolve` and the loaders read: weights or an adapter, tokenizer with template, card, `cai.json`.
+
+    `start` is the model that training began from; `facts` (stage, recipe, constitution …) go to `cai.json` and the
+    card.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quietly():
+        model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+    if (folder / ADAPTER).is_file():
+        # Absolute for PEFT's own loaders; `cai.json` has the way there should both folders move together.
+        config = _json(folder / ADAPTER)
+        config["base_model_name_or_path"] = start.path
+        (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    base = start.path
+    if start.name == "micro":
+        base = "micro"
+    elif Path(start.path).is_absolute():
+        base = os.path.relpath(start.path, folder.resolve())
+    packages = ("torch", "transformers", "trl", "peft")
+    written = {
+        **facts,
+        "base": base,
+        "templates": start.templates,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    (folder / FACTS).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(start, facts, adapter=(folder / ADAPTER).is_file()), encoding="utf-8")
+
+
+def _card(start: Model, facts: Mapping[str, object], *, adapter: bool) -> str:
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items() if isinstance(value, str | int | float))
+    base = f"base_model: {start.path}\n" if not Path(start.path).is_absolute() else ""
+    return (
+        f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\n{base}tags: [constitutional-ai, rlaif]\n---\n\n"
+        f"# {facts.get('stage', 'checkpoint')}, trained from {start.name}\n\n"
+        f"Made by `cai`, a Constitutional AI / RLAIF framework. What it was made with is in `{FACTS}`.\n\n"
+        f"| | |\n|---|---|\n| started from | {start.name} |\n{rows}"
+    )

@@ -1,0 +1,1 @@
+"""Prompts and human preferences from files."""

@@ -1,0 +1,76 @@
+"""The recipe of `cai compare`: one stage over models that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from cai.document import parse_document
+from cai.run.recipe import read_recipe
+from cai.storage import run_folder
+from cai.storage.files import replacing
+from cai.storage.rows import stable_id
+from cai.text.errors import BadInput
+
+
+def comparison_recipe(
+    models: Sequence[str],
+    prompts: str,
+    constitution: str | None,
+    judge: str | None,
+    limit: int | None,
+    runs_folder: Path,
+) -> Path:
+    """Writes the recipe into the folder of its run, which is named by what is compared on what; its path.
+
+    `models` are NAME=MODEL, a model also RUN/STAGE; `prompts` is micro:SPLIT or a file. Raises BadInput for anything
+    else, before anything is written.
+    """
+    named: dict[str, str] = {}
+    for text in models:
+        name, equals, model = text.partition("=")
+        if not equals or not name or not model:
+            raise BadInput(f"found {text!r}, expected NAME=MODEL as in base=micro")
+        if name in named:
+            raise BadInput(f"found the name {name!r} a second time, expected each once")
+        named[name] = _stage_model(model, runs_folder) or _absolute(model)
+    source, colon, split = prompts.partition(":")
+    prompt_set: dict[str, object]
+    if source == "micro" and colon:
+        prompt_set = {"source": "micro", "split": split}
+    elif Path(prompts).exists():
+        prompt_set = {"source": str(Path(prompts).resolve())}
+    else:
+        raise BadInput(f"--prompts {prompts}: no such file, and not micro:SPLIT as in micro:test")
+    if limit is not None:
+        prompt_set["limit"] = limit
+    first = next(iter(named.values()))
+    recipe = {
+        "model": first,
+        "judge": _absolute(judge) if judge else first,
+        "constitution": _absolute(constitution or ("micro" if source == "micro" else "harmlessness")),
+        "prompts": {"prompts": prompt_set},
+        "stages": [{"id": "comparison", "kind": "compare", "models": named, "prompts": "prompts"}],
+    }
+    name = f"compare-{stable_id(recipe)[:8]}"
+    path = runs_folder / name / "recipe.yaml"
+    text = yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True)
+    read_recipe(parse_document(text, path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
+    return path
+
+
+def _stage_model(name: str, runs_folder: Path) -> str | None:
+    """The model that `quickstart/policy` means: what stage `policy` of run `quickstart` trained last."""
+    run, slash, stage = name.partition("/")
+    folder = run_folder.latest(runs_folder / run).get(stage) if slash else None
+    return str((folder / "model").resolve()) if folder and (folder / "model").is_dir() else None
+
+
+def _absolute(name: str) -> str:
+    """A path that holds from any folder; a name that is none is left as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

@@ -1,0 +1,155 @@
+"""What a run leaves on disk, and how to read it back.
+
+    runs/<recipe>/
+        run.json         the recipe's file, overrides, profile, stages in order
+        latest.json      stage id to the folder that stands for it now
+        summary.json     every stage's figures, seconds and failures
+        <stage id>-<fingerprint>/
+            stage.json   resolved config, inputs, versions, times, figures
+            records.jsonl, failures.jsonl | model/ | metrics.jsonl
+            DONE         written last: the digest of the outputs
+
+A stage's folder counts only with its DONE. One process works on a run at a time; the lock belongs to the process and
+goes with it, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cai.storage.files import REMOVED, read_json, replacing, sync_folder, sync_tree, write_json
+from cai.storage.journal import FAILURES, journals
+from cai.text.errors import BadInput, nearest
+
+DONE = "DONE"
+STAGE = "stage.json"
+LATEST = "latest.json"
+SUMMARY = "summary.json"
+RUN = "run.json"
+MODEL = "model"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A stage that is done: where, and the digest of what it left."""
+
+    folder: Path
+    digest: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Its stage.json."""
+        return read_json(self.folder / STAGE) or {}
+
+    @property
+    def model(self) -> Path:
+        """Where the model of a training stage lies."""
+        return self.folder / MODEL
+
+
+def finished(folder: Path) -> Finished | None:
+    """The finished stage in `folder`, or None where it is not done."""
+    try:
+        return Finished(folder, (folder / DONE).read_text(encoding="utf-8").strip())
+    except FileNotFoundError:
+        return None
+
+
+def mark_done(folder: Path, digest: str) -> Finished:
+    """Writes DONE, after everything else in the folder is on the disk."""
+    sync_tree(folder)
+    with replacing(folder / DONE) as file:
+        file.write(digest.encode() + b"\n")
+    sync_folder(folder)
+    return Finished(folder, digest)
+
+
+def latest(run: Path) -> dict[str, Path]:
+    """Stage id to the folder that stands for it now."""
+    return {stage: run / name for stage, name in (read_json(run / LATEST) or {}).items()}
+
+
+def set_latest(run: Path, stage: str, folder: Path) -> None:
+    """Makes `folder` the one that stands for a stage."""
+    names = read_json(run / LATEST) or {}
+    if names.get(stage) != folder.name:
+        write_json(run / LATEST, {**names, stage: folder.name})
+
+
+def n_failures(folder: Path) -> int:
+    """Items of a stage that have no result."""
+    path = folder / FAILURES
+    if not path.exists():
+        return 0
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def n_batches(folder: Path) -> int:
+    """Batches that an unfinished stage has on disk."""
+    n = 0
+    for path in journals(folder):
+        with path.open("rb") as lines:
+            n += max(0, sum(line.endswith(b"\n") for line in lines) - 1)
+    return n
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keeps other processes off a run. Raises BadInput, naming the other process, where one works on it."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BadInput(
+                f"{run}: process {file.read().strip() or '?'} is working on this run; wait for it to end or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def find_run(name: str | None, runs: Path) -> Path:
+    """The run of that name or path; the newest in `runs` where none is named."""
+    known = sorted((path.parent for path in runs.glob(f"*/{RUN}")), key=lambda path: (path / RUN).stat().st_mtime)
+    if name is None:
+        if not known:
+            raise BadInput(f"{runs}: no runs here; start one with `cai run quickstart`")
+        return known[-1]
+    for path in (Path(name), runs / name):
+        if (path / RUN).is_file():
+            return path
+    names = [path.name for path in known]
+    raise BadInput(
+        f"no run {name!r} in {runs}, expected {', '.join(names) or 'one that `cai run` made'}" + nearest(name, names)
+    )
+
+
+def merged(into: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`more` laid over `into`, mappings merged key by key."""
+    for key, value in more.items():
+        old = into.get(key)
+        into[key] = merged(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return into
+
+
+def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
+    """Finished stage folders that latest.json does not name, and their bytes; interrupted ones with `unfinished`."""
+    kept = set(latest(run).values())
+    found = [
+        path.parent
+        for path in sorted(run.glob(f"*/{STAGE}"))
+        if path.parent not in kept and (unfinished or finished(path.parent))
+    ]
+    found = list(dict.fromkeys([*found, *sorted(run.glob(f"*{REMOVED}"))]))  # a kill while removing left these
+    return [(path, sum(each.stat().st_size for each in path.rglob("*") if each.is_file())) for path in found]

@@ -1,0 +1,44 @@
+"""Figures as plain lines in columns, the same on a terminal and in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cai.text.formatting import printable
+
+
+def nested_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Any nested figures, a line each, rates with their intervals."""
+    lines: list[str] = []
+    for key, value in figures.items():
+        if is_rate(value):
+            lines.append(f"{key}: {rate_text(value)}")
+        elif isinstance(value, Mapping):
+            lines += [f"{key}:", *(f"  {line}" for line in nested_lines(value))]
+        else:
+            lines.append(f"{key}: {value}")
+    return [printable(line) for line in lines]
+
+
+def is_rate(value: object) -> bool:
+    """Whether a figure has a value and an interval."""
+    return isinstance(value, Mapping) and "value" in value and "interval" in value
+
+
+def rate_text(rate: Mapping[str, Any] | None) -> str:
+    """`0.12 [0.08, 0.17]`, with the worst cases after it if something failed; a dash where there is no rate."""
+    if rate is None or rate.get("value") is None:
+        return "-"
+    interval = rate.get("interval")
+    bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval and None not in interval else ""
+    worst = f", worst case {rate['bounds'][0]:.2f} to {rate['bounds'][1]:.2f}" if rate.get("missing") else ""
+    return f"{rate['value']:.2f}{bounds}{worst}"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, left-aligned, two spaces apart, under a ruled header."""
+    cells = [[printable(cell) for cell in row] for row in [headers, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]] if any(headers) else ["", *lines[1:]]

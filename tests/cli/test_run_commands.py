@@ -1,0 +1,295 @@
+"""Commands: what they print, where, and which exit code they end with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy_stages
+from click.testing import CliRunner
+
+from cai.cli import main
+from cai.storage import run_folder
+from cai.storage.files import write_json
+from cai.storage.rows import row_lines
+
+
+def cai(*arguments: str):
+    return CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a recipe of toy stages."""
+    monkeypatch.chdir(tmp_path)
+    toy_stages.install(monkeypatch)
+    toy_stages.make_recipe(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["constitution", "check", "harmlessness"]])
+def test_quick_commands_import_nothing_heavy(arguments):
+    code = (
+        f"import sys; from cai.cli import main; main({arguments}, standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'rich') "
+        "if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "status", "show", "clean", "init", "compare", "micro pretrain", "micro evaluate"]
+)
+def test_help_teaches_with_an_example(command):
+    result = cai(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert f"cai {command}" in result.output.split("Options:")[0].partition("\n")[2]
+
+
+def test_run_puts_results_on_stdout_and_progress_on_stderr(folder):
+    result = cai("run", "recipe.yaml", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["failures"] == dict.fromkeys(["texts", "tuned", "more", "labels", "policy"], 0)
+    assert json.loads(Path("runs/toy/summary.json").read_text()) == summary
+    assert "texts: 12 texts, " in result.stderr
+    again = cai("run", "recipe.yaml")
+    assert again.stderr == "reused: texts, tuned, more, labels, policy\n"
+    assert f"model policy  runs/toy/{summary['stages']['policy']}/model" in again.stdout
+
+
+def test_recipes_that_share_a_run_are_noted_and_a_stage_does_not_name_the_machine(folder):
+    assert "ran here before" not in cai("run", "recipe.yaml").stderr
+    Path("other.yaml").write_text(Path("recipe.yaml").read_text())
+    assert f"{folder / 'recipe.yaml'} ran here before under the same name, toy" in cai("run", "other.yaml").stderr
+    facts = json.loads(next(Path("runs/toy").glob("texts-*/stage.json")).read_text())
+    assert set(facts["host"]) == {"machine", "system", "cores"}
+
+
+def test_dry_run_in_words_and_for_a_program(folder):
+    assert "5 would run" in cai("run", "recipe.yaml", "--dry-run").stdout
+    planned = json.loads(cai("run", "recipe.yaml", "--dry-run", "--json").stdout)["stages"]
+    assert [step["status"] for step in planned] == ["runs", "waits", "waits", "waits", "waits"]
+    assert not Path("runs").exists()
+
+
+def test_status_tells_done_from_unfinished(folder):
+    assert cai("status").exit_code == 2
+    cai("run", "recipe.yaml", "--until", "tuned")
+    result = cai("status", "--json")
+    assert [row["status"] for row in json.loads(result.stdout)["stages"]] == ["done", "done", *["not run"] * 3]
+    assert "texts   done" in cai("status", "toy").stdout
+    assert "did you mean 'toy'" in cai("status", "tou").stderr
+
+
+def test_clean_removes_only_what_nothing_stands_on(folder):
+    cai("run", "recipe.yaml")
+    cai("run", "recipe.yaml", "--set", "stages.policy.size=2")
+    old = [path.name for path, _ in run_folder.unused(Path("runs/toy"))]
+    assert len(old) == 1
+    declined = CliRunner().invoke(main, ["clean", "toy"], input="n\n")
+    assert old[0] in declined.stdout
+    assert Path("runs/toy", old[0]).exists()
+    assert cai("clean", "toy", "--yes").exit_code == 0
+    assert not Path("runs/toy", old[0]).exists()
+    assert "5 reused" in cai("run", "recipe.yaml", "--set", "stages.policy.size=2", "--dry-run").stdout
+
+
+def test_clean_keeps_interrupted_stages_unless_told(folder, monkeypatch):
+    monkeypatch.setenv("TOY_ERROR", "texts")
+    cai("run", "recipe.yaml")
+    assert "nothing to remove" in cai("clean", "toy", "--yes").stdout
+    assert len(list(Path("runs/toy").glob("texts-*"))) == 1
+    cai("clean", "toy", "--yes", "--unfinished")
+    assert not list(Path("runs/toy").glob("texts-*"))
+
+
+def test_exit_codes(folder, monkeypatch):
+    assert cai("run", "no-such-recipe").exit_code == 2
+    assert "did you mean 'quickstart'" in cai("run", "quickstrat").stderr
+    assert cai("run", "recipe.yaml", "--on", "no-such-profile").exit_code == 2
+    assert "did you mean 'tensorboard'" in cai("run", "recipe.yaml", "--report-to", "tensorbord").stderr
+    monkeypatch.setenv("TOY_ERROR", "texts")
+    failed = cai("run", "recipe.yaml")
+    assert failed.exit_code == 3
+    assert failed.stderr == "stage 'texts': the pen broke\n"
+    monkeypatch.setenv("TOY_ERROR", "")
+    monkeypatch.setattr("cai.run.pipeline.run_function", lambda kind: raise_(KeyboardInterrupt))
+    assert cai("run", "recipe.yaml").exit_code == 130
+
+
+def raise_(error):
+    raise error
+
+
+def test_init_copies_what_runs_and_overwrites_nothing(tmp_path):
+    from cai.constitution import load_constitution
+    from cai.contracts.profile import load_profile
+    from cai.run.recipe import load_recipe
+
+    result = cai("init", str(tmp_path / "mine"))
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe(tmp_path / "mine" / "recipes" / "quickstart.yaml")
+    assert recipe.constitution == load_constitution(tmp_path / "mine" / "constitutions" / "micro.yaml")
+    assert recipe.constitution.path.is_relative_to(tmp_path)
+    load_profile(str(tmp_path / "mine" / "configs" / "cpu.yaml"))
+    for name in ("assistant", "harmlessness", "helpful-honest", "micro"):
+        path = tmp_path / "mine" / "constitutions" / f"{name}.yaml"
+        assert load_constitution(path).principles == load_constitution(name).principles
+        schema = path.read_text().splitlines()[0].partition("$schema=")[2]
+        assert json.loads((path.parent / schema).read_text())["required"] == ["name"]
+    again = cai("init", str(tmp_path / "mine"))
+    assert again.exit_code == 2
+    assert "is there already" in again.stderr
+
+
+PROMPT = {"prompt_id": "p" * 16, "prompt": [{"role": "user", "content": "why?\nand how?"}], "tags": ["helpful"]}
+DRAWN = {"finish_reason": "stop", "n_tokens": 4, "model": "m", "seed": 1}
+SAMPLES = [
+    {**PROMPT, **DRAWN, "id": name * 16, "response": text}
+    for name, text in (("a", "Because."), ("b", "[red]\x1b[31m\u202eno[/red]"), ("c", "Perhaps."))
+]
+REVISION = {
+    **SAMPLES[0],
+    "id": "d" * 16,
+    "original": "Because.",
+    "response": "Because it is so.",
+    "rounds": [{"principle": "clear", "critique": "Too short.", "revision": "Because it is so.", "outcome": "revised"}],
+}
+VOTE = {
+    **PROMPT,
+    "id": "e" * 16,
+    "judge": "m",
+    "constitution": "c",
+    "a": {"id": "a" * 16, "text": "Because.", "model": "m"},
+    "b": {"id": "b" * 16, "text": "no", "model": "m"},
+    "human": 0.0,
+    "votes": [
+        {"principle": "clear", "order": "ab", "log_odds": 1.5, "mass": 1.0},
+        {"principle": "clear", "order": "ba", "log_odds": 0.5, "mass": 1.0},
+    ],
+}
+PREFERENCE = {
+    **PROMPT,
+    "id": "f" * 16,
+    "pair_id": "e" * 16,
+    "chosen": [{"role": "assistant", "content": "Because."}],
+    "rejected": [{"role": "assistant", "content": "no"}],
+    "p_chosen": 0.73,
+    "log_odds": 1.0,
+    "source": "ai",
+    "judge": "m",
+    "constitution": "c",
+}
+OTHER = {**SAMPLES[0], "id": "9" * 16, "prompt_id": "8" * 16, "response": "Else."}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    """A finished run of five feedback stages about two prompts."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "small"
+    stages = {"responses": [*SAMPLES, OTHER], "revisions": [REVISION], "votes": [VOTE], "preferences": [PREFERENCE]}
+    for (stage, rows), gives in zip(stages.items(), ["texts", "texts", "votes", "preferences"], strict=True):
+        folder = run / f"{stage}-0"
+        folder.mkdir(parents=True)
+        (folder / "records.jsonl").write_text("".join(row_lines(rows)))
+        write_json(folder / "stage.json", {"gives": gives})
+        run_folder.mark_done(folder, "digest")
+        run_folder.set_latest(run, stage, folder)
+    write_json(run / "run.json", {"stages": list(stages)})
+    return run
+
+
+def test_show_tells_a_prompts_whole_life(run):
+    text = cai("show", "small", "p").stdout
+    for words in (
+        "user: why?",
+        "Because.",
+        "round 1: clear, revised",
+        "critique: Too short.",
+        "Perhaps.",
+        "people chose b",
+        "clear           +1.50    +0.50    +1.00  a",
+        "chosen with probability 0.730",
+    ):
+        assert words in text
+    assert "Else." not in text
+
+
+@pytest.mark.parametrize(
+    ("item", "stages"),
+    [
+        ("c", ["responses"]),
+        ("a", ["responses", "revisions", "votes", "preferences"]),
+        ("f", ["responses", "votes", "preferences"]),
+        ("9", ["responses"]),
+    ],
+)
+def test_show_of_one_row_tells_what_it_is_linked_to(run, item, stages):
+    found = json.loads(cai("show", "small", item, "--json").stdout)
+    assert list(found) == stages
+
+
+def test_show_lets_nothing_steer_the_terminal(run):
+    text = cai("show", "small", "b").stdout
+    assert "[red]" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+def test_show_asks_for_one_item(run):
+    assert cai("show", "small", "--random").stdout.startswith(("prompt pppp", "prompt 8888"))
+    assert cai("show", "small").exit_code == 2
+    missing = cai("show", "small", "zz")
+    assert missing.exit_code == 2
+    assert "begins with 'zz'" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["base"], "expected NAME=MODEL"),
+        (["base=start", "base=start"], "a second time"),
+        (["base=start", "--prompts", "nowhere.jsonl"], "no such file, and not micro:SPLIT"),
+    ],
+)
+def test_compare_refuses_in_one_sentence(folder, arguments, words):
+    result = cai("compare", "--prompts", "first.jsonl", *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_compare_writes_nothing_where_a_model_is_missing(folder):
+    result = cai("compare", "--prompts", "first.jsonl", "base=start", "new=no/such/model")
+    assert result.exit_code == 2
+    assert not list(Path("runs").glob("compare-*"))
+
+
+def test_compare_takes_the_model_that_a_stage_trained(folder):
+    from cai.run.comparison_recipe import comparison_recipe
+    from cai.run.recipe import load_recipe
+
+    trained = Path("runs/small/policy-0")
+    shutil.copytree("start", trained / "model")
+    run_folder.set_latest(trained.parent, "policy", trained)
+    path = comparison_recipe(
+        ["base=start", "new=small/policy"], "first.jsonl", "constitution.yaml", None, 3, Path("runs")
+    )
+    assert load_recipe(path).stages["comparison"].models["new"] == str((trained / "model").resolve())
+
+
+def test_compare_writes_a_recipe_that_is_whole(folder):
+    from cai.run.comparison_recipe import comparison_recipe
+    from cai.run.recipe import load_recipe
+
+    path = comparison_recipe(["base=start", "new=start"], "first.jsonl", "constitution.yaml", None, 3, Path("runs"))
+    recipe = load_recipe(path)
+    assert recipe.stages["comparison"].judge == str(folder / "start")
+    assert recipe.prompts["prompts"].limit == 3
+    assert path.parent.name == recipe.name

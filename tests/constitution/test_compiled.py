@@ -1,0 +1,164 @@
+"""Loading a constitution: what documents compile to, and the boundary that `extends` keeps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cai.constitution import load_constitution
+from cai.text.errors import BadInput
+
+BASE = "name: base\nprinciples:\n  - {id: kind, text: Be kind., weight: 2}\n  - {id: brief, text: Be brief.}\n"
+
+
+def write(folder: Path, **documents: str) -> Path:
+    """Writes `name.yaml` for each keyword, `__` in a name standing for a folder; returns the folder."""
+    for name, text in documents.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return folder
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BadInput) as refused:
+        load_constitution(path)
+    return str(refused.value)
+
+
+def test_requests_that_are_not_written_are_derived_from_the_text(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        x="name: x\nprinciples:\n  - {id: a, text: 'Uses {braces}.', compare: Which?}\n"
+        "traits:\n  - {id: b, text: I like to learn.}\n",
+    )
+    principle, trait = load_constitution(tmp_path / "x.yaml").principles
+    assert principle.compare == "Which?"
+    assert "Uses {braces}." in principle.critique
+    assert "Uses {braces}." in principle.revise
+    assert len({trait.critique, trait.revise, trait.compare}) == 3
+    assert all("I like to learn." in request for request in (trait.critique, trait.revise, trait.compare))
+    assert (principle.trait, trait.trait, trait.tags) == (False, True, ("trait",))
+
+
+def test_a_principle_knows_where_it_stands_and_to_which_prompts_it_applies(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base=BASE,
+        x="name: x\nextends: base.yaml\nprinciples:\n  - {id: calm, text: Be calm., applies_to: [red_team, hard]}\n",
+    )
+    kind, _, calm = load_constitution(tmp_path / "x.yaml").principles
+    assert kind.where == f"{tmp_path}/base.yaml:3:10"
+    assert calm.where == f"{tmp_path}/x.yaml:4:10"
+    assert kind.applies([])
+    assert kind.applies(["red_team"])
+    assert calm.applies(["helpful", "hard"])
+    assert not calm.applies(["helpful"])
+    assert not calm.applies([])
+
+
+def test_a_document_is_never_suggested_as_what_it_extends(tmp_path: Path) -> None:
+    write(tmp_path, mine="name: x\nextends: mime.yaml\n")
+    assert "did you mean" not in refusal(tmp_path / "mine.yaml")
+    write(tmp_path, mime2=BASE)
+    assert "did you mean 'mime2.yaml'" in refusal(tmp_path / "mine.yaml")
+
+
+def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
+    turns = "[{role: user, content: 2+2}, {role: assistant, content: '4'}, {role: user, content: Sure}]"
+    case = f"{{prompt: {turns}, better: Y, worse: N}}"
+    write(tmp_path, x=f"name: x\nprinciples:\n- {{id: a, text: T., examples: [{case}]}}\n")
+    (example,) = load_constitution(tmp_path / "x.yaml").principles[0].examples
+    assert example.prompt == "Sure"
+    assert [each["role"] for each in example.conversation] == ["user", "assistant", "user"]
+
+
+def test_the_same_id_replaces_in_place_and_drop_removes(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base=BASE,
+        x="name: x\nextends: base.yaml\nprinciples:\n  - {id: new, text: Be new.}\n"
+        "  - {id: kind, text: Be kinder.}\n  - {id: brief, drop: true}\n",
+    )
+    loaded = load_constitution(tmp_path / "x.yaml")
+    assert [(each.id, each.text, each.weight) for each in loaded.principles] == [
+        ("kind", "Be kinder.", 1.0),
+        ("new", "Be new.", 1.0),
+    ]
+    assert [path.name for path in loaded.documents] == ["base.yaml", "x.yaml"]
+
+
+def test_later_documents_of_a_list_replace_earlier_ones_and_a_shared_base_is_read_once(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base=BASE,
+        one="name: one\nextends: base.yaml\nprinciples: [{id: kind, text: One.}]\n",
+        sub__two="name: two\nextends: ../base.yaml\nprinciples: [{id: brief, text: Two.}]\n",
+        x="name: x\nextends: [one.yaml, sub/two.yaml]\n",
+    )
+    loaded = load_constitution(tmp_path / "x.yaml")
+    assert [(each.id, each.text) for each in loaded.principles] == [("kind", "Be kind."), ("brief", "Two.")]
+    assert len(loaded.documents) == 4
+
+
+def test_many_documents_that_extend_each_other_twice_are_each_compiled_once(tmp_path: Path) -> None:
+    write(tmp_path, d0=BASE)
+    for n in range(1, 40):
+        write(tmp_path, **{f"d{n}": f"name: x\nextends: [d{n - 1}.yaml, d{n - 1}.yaml]\n"})
+    assert len(load_constitution(tmp_path / "d39.yaml").principles) == 2
+    for n in range(40, 70):
+        write(tmp_path, **{f"d{n}": f"name: x\nextends: d{n - 1}.yaml\n"})
+    assert "d20.yaml:2:11: extends[0]: found a chain of more than 50 documents" in refusal(tmp_path / "d69.yaml")
+
+
+def test_extends_cannot_leave_the_folder_of_the_named_document(tmp_path: Path) -> None:
+    write(tmp_path, secret="password: hunter2\n", inside__base=BASE, inside__sub__x="name: x\nextends: ../base.yaml\n")
+    inside = tmp_path / "inside"
+    (inside / "link.yaml").symlink_to(tmp_path / "secret.yaml")
+    (inside / "linked").symlink_to(tmp_path)
+    (inside / "round.yaml").symlink_to(inside / "round.yaml")
+    (inside / "folder.yaml").mkdir()
+    for name, said in {
+        "../secret.yaml": "lies outside of the folder of",
+        "sub/../../secret.yaml": "lies outside of the folder of",
+        "link.yaml": "lies outside of the folder of",
+        "linked/secret.yaml": "lies outside of the folder of",
+        str(inside / "base.yaml"): "found the absolute path",
+        "/dev/zero.yaml": "found the absolute path",
+        "round.yaml": "cannot be read",
+        "folder.yaml": "is no file",
+        "bse.yaml": "is no file; did you mean 'base.yaml'?",
+        "x" * 300 + ".yaml": "inside/x.yaml:2:10: extends: found",
+        "~/base.yaml": "is no file",
+        "base": "expected the relative path of a .yaml file",
+    }.items():
+        write(inside, x=f"name: x\nextends: {name}\n")
+        refused = refusal(inside / "x.yaml")
+        assert said in refused
+        assert "hunter2" not in refused
+        assert re.match(rf"{inside}/x\.yaml:2:10: extends: ", refused)
+    # The boundary is that of the document which is named, whoever wrote the `extends` within.
+    write(inside, x="name: x\nextends: sub/x.yaml\n")
+    assert len(load_constitution(inside / "x.yaml").principles) == 2
+    assert "lies outside of the folder of" in refusal(inside / "sub" / "x.yaml")
+
+
+def test_a_document_that_is_itself_a_link_extends_what_lies_beside_the_link(tmp_path: Path) -> None:
+    write(tmp_path, store__x="name: x\nextends: base.yaml\n", here__base=BASE)
+    (tmp_path / "here" / "x.yaml").symlink_to(tmp_path / "store" / "x.yaml")
+    assert len(load_constitution(tmp_path / "here" / "x.yaml").principles) == 2
+
+
+def test_circles_are_refused_with_the_chain(tmp_path: Path) -> None:
+    write(tmp_path, a="name: a\nextends: b.yaml\n", b="name: b\nextends: [c.yaml]\n", c="name: c\nextends: b.yaml\n")
+    assert refusal(tmp_path / "a.yaml") == (
+        f"{tmp_path}/c.yaml:2:10: extends: found a circle of documents, b.yaml -> c.yaml -> b.yaml, expected it to end"
+    )
+
+
+def test_a_shipped_constitution_is_found_by_name() -> None:
+    assert load_constitution("harmlessness").name == "harmlessness"
+    with pytest.raises(BadInput, match=r"no shipped constitution; did you mean 'harmlessness'\?"):
+        load_constitution("harmlesness")

@@ -1,0 +1,215 @@
+"""A journal that is cut anywhere and continued, by however many ranks, ends with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cai.storage.journal import FAILURES, JOURNAL, RECORDS, Journal, ShareDone, journals, reopen
+from cai.storage.rows import Failure, read_rows
+from cai.text.errors import StageFailed
+
+ITEMS = [{"id": f"item-{n}"} for n in range(7)]
+
+
+def run(folder: Path, items=ITEMS, failing=("item-3",), size=2, stop_after=None, rank=0, ranks=1) -> list[int]:
+    """A stage: two rows for even items, none for odd ones, failures as asked. Returns the batches computed."""
+    journal = Journal(folder, rank=rank, ranks=ranks)
+    computed = []
+    for batch in journal.batches(items, size=size):
+        if len(computed) == stop_after:
+            return computed
+        computed.append(batch.number)
+        ok = [item for item in batch.items if item["id"] not in failing]
+        rows = [
+            {"id": f"{item['id']}/{k}", "text": "naïve “quote”\n", "attempt": batch.attempt}
+            for item in ok
+            if int(item["id"][-1]) % 2 == 0
+            for k in range(2)
+        ]
+        journal.append(batch, rows, [Failure(i["id"], "no") for i in batch.items if i["id"] in failing])
+    with contextlib.suppress(ShareDone):
+        journal.finish()
+    return computed
+
+
+def run_ranks(folder: Path, ranks: int, **options) -> list[list[int]]:
+    """The stage in as many threads, each a rank. Returns the batches that each computed."""
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(lambda rank: run(folder, rank=rank, ranks=ranks, **options), range(ranks)))
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in (RECORDS, FAILURES)}
+
+
+def test_cut_at_any_byte_and_continued_ends_with_the_same_bytes(tmp_path):
+    run(tmp_path)
+    whole, journal = outputs(tmp_path), (tmp_path / JOURNAL).read_bytes()
+    assert whole[RECORDS].count(b"\n") == 8
+    for cut in range(len(journal)):
+        (tmp_path / RECORDS).unlink()
+        (tmp_path / JOURNAL).write_bytes(journal[:cut])
+        run(tmp_path)
+        assert outputs(tmp_path) == whole, f"cut at byte {cut}"
+
+
+def test_rubbish_after_a_crash_of_the_machine_is_discarded(tmp_path):
+    run(tmp_path)
+    whole = outputs(tmp_path)
+    journal = (tmp_path / JOURNAL).read_bytes()
+    first_two = b"".join(journal.splitlines(keepends=True)[:2])
+    (tmp_path / JOURNAL).write_bytes(first_two + b"\0" * 50 + b"\n")
+    assert run(tmp_path) == [1, 2, 3]
+    assert outputs(tmp_path) == whole
+
+
+def test_only_missing_batches_are_computed(tmp_path):
+    assert run(tmp_path, stop_after=2) == [0, 1]
+    assert run(tmp_path) == [2, 3]
+    assert run(tmp_path) == []
+
+
+def test_a_journal_of_another_plan_is_discarded(tmp_path):
+    run(tmp_path, stop_after=2)
+    assert run(tmp_path, items=ITEMS[:6]) == [0, 1, 2]
+    assert run(tmp_path, items=ITEMS[:6], size=3) == [0, 1]
+
+
+def test_items_with_the_same_id_are_refused(tmp_path):
+    with pytest.raises(StageFailed, match="item-0"):
+        run(tmp_path, items=[*ITEMS, ITEMS[0]])
+
+
+def test_a_batch_that_is_not_appended_is_a_bug(tmp_path):
+    with pytest.raises(AssertionError, match="batch 0"):
+        list(Journal(tmp_path).batches(ITEMS, size=2))
+
+
+def test_reopening_computes_only_batches_with_failures_with_a_new_attempt(tmp_path):
+    run(tmp_path)
+    Journal(tmp_path).discard()
+    assert reopen(tmp_path) == 1
+    assert run(tmp_path, failing=()) == [1]
+    rows = read_rows(tmp_path / RECORDS)
+    assert [row["id"] for row in rows] == [f"item-{n}/{k}" for n in (0, 2, 4, 6) for k in range(2)]
+    assert {row["id"]: row["attempt"] for row in rows}["item-2/0"] == 1
+    assert read_rows(tmp_path / FAILURES) == []
+    assert reopen(tmp_path) == 0
+
+
+def test_tokens_of_earlier_processes_are_counted(tmp_path):
+    for stop in (1, None):
+        journal = Journal(tmp_path)
+        for n, batch in enumerate(journal.batches(ITEMS, size=2)):
+            if n == stop:
+                break
+            journal.append(batch, [{"id": item["id"], "n_tokens": 5} for item in batch.items], [])
+    assert journal.tokens == 35
+
+
+def test_rows_of_earlier_batches_can_be_read_while_later_ones_are_computed(tmp_path):
+    run(tmp_path, stop_after=1)
+    journal = Journal(tmp_path)
+    seen = []
+    for batch in journal.batches(ITEMS, size=2):
+        seen.append([row["id"] for row in journal.rows()])
+        journal.append(batch, [{"id": item["id"]} for item in batch.items], [])
+    assert seen[0] == ["item-0/0", "item-0/1"]
+    assert seen[1] == [*seen[0], "item-2", "item-3"]
+
+
+def test_no_items_give_empty_records(tmp_path):
+    assert run(tmp_path, items=[]) == []
+    assert outputs(tmp_path) == {RECORDS: b"", FAILURES: b""}
+
+
+def test_ranks_share_a_plan_and_rank_0_writes_what_one_alone_would(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "three").mkdir()
+    run(tmp_path / "one", size=1)
+    assert run_ranks(tmp_path / "three", 3, size=1) == [[0, 3, 6], [1, 4], [2, 5]]
+    assert outputs(tmp_path / "three") == outputs(tmp_path / "one")
+
+
+def test_no_rank_but_0_goes_on_after_its_share(tmp_path):
+    journal = Journal(tmp_path, rank=1, ranks=2)
+    for batch in journal.batches(ITEMS, size=4):
+        journal.append(batch, [], [])
+    with pytest.raises(ShareDone):
+        journal.finish()
+    assert not (tmp_path / RECORDS).exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2), (2, 2)])
+def test_dead_ranks_leave_their_batches_to_however_many_go_on(tmp_path, before, after):
+    (tmp_path / "one").mkdir()
+    run(tmp_path / "one", size=1)
+    for rank in range(before):
+        run(tmp_path, size=1, rank=rank, ranks=before, stop_after=2)
+    torn = journals(tmp_path)[-1]
+    torn.write_bytes(torn.read_bytes()[:-5])
+    kept = {json.loads(line)["batch"] for path in journals(tmp_path) for line in path.open() if batch_is_whole(line)}
+    assert len(kept) == 2 * before - 1
+    computed = [number for share in run_ranks(tmp_path, after, size=1) for number in share]
+    assert sorted(computed) == sorted(set(range(7)) - kept)
+    assert {name: (tmp_path / name).read_bytes() for name in (RECORDS, FAILURES)} == outputs(tmp_path / "one")
+
+
+def batch_is_whole(line: str) -> bool:
+    return line.endswith("\n") and "batch" in json.loads(line)
+
+
+def test_items_that_build_on_others_wait_for_them_on_every_rank(tmp_path):
+    def work(rank: int) -> dict[int, list[str]]:
+        journal = Journal(tmp_path, rank=rank, ranks=2)
+        seen = {}
+        for batch in journal.batches(ITEMS, size=1, builds_on=4):
+            if rank == 1 and batch.number == 1:
+                ahead.wait(20)
+            seen[batch.number] = [row["id"] for row in journal.rows()]
+            journal.append(batch, [{"id": item["id"]} for item in batch.items], [])
+            if rank == 0 and batch.number == 2:
+                ahead.set()
+        return seen
+
+    ahead = threading.Event()  # rank 0 has done its part of what is built on before rank 1 begins
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    for number, seen in (first | second).items():
+        assert number < 4 or seen[:4] == ["item-0", "item-1", "item-2", "item-3"]
+    assert (list(first), list(second)) == ([0, 2, 4, 6], [1, 3, 5])
+
+
+def test_a_reopened_stage_asks_again_on_all_ranks_whatever_an_earlier_run_left(tmp_path):
+    run_ranks(tmp_path, 2, size=1)
+    assert len(journals(tmp_path)) == 2
+    assert reopen(tmp_path) == 1
+    assert run_ranks(tmp_path, 2, size=1, failing=()) == [[], [3]]
+    assert json.loads((tmp_path / "plan.json").read_text())["attempts"] == {"3": 1}
+    assert read_rows(tmp_path / FAILURES) == []
+
+
+def test_progress_is_that_of_all_ranks(tmp_path):
+    class Told:
+        done = tokens = 0
+
+        def start(self, total: int, unit: str, done: int = 0) -> None:
+            self.done = done
+
+        def advance(self, items: int = 1, tokens: int = 0) -> None:
+            self.done += items
+            self.tokens += tokens
+
+    told = Told()
+    journal = Journal(tmp_path, told, ranks=2)  # type: ignore[arg-type]
+    for n, batch in enumerate(journal.batches(ITEMS, size=2)):
+        if n == 0:
+            run(tmp_path, rank=1, ranks=2)
+        journal.append(batch, [{"id": "row", "n_tokens": 5}], [])
+    assert (told.done, told.tokens, journal.tokens) == (7, 10, 10)

@@ -1,0 +1,176 @@
+"""Runs a feedback stage as the pipeline would, on a real model or on an engine whose answers a test writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from training_stages import Steps
+
+from cai.constitution import Constitution, load_constitution
+from cai.contracts.context import Context
+from cai.contracts.engine import Choice, Completion, Question, Request
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.engines import open_engine
+from cai.stages import config_class, run_function
+from cai.storage.journal import FAILURES, RECORDS, Journal
+from cai.storage.rows import Failure, Message, Prompt, read_rows, row_lines, stable_id
+
+CPU = Profile(device="cpu", dtype="float32", micro_batch=4)
+PRINCIPLES = """
+name: trial
+principles:
+  - {id: calm, text: The assistant stays calm., weight: 2.0}
+  - {id: short, text: The assistant is brief., weight: 0.5}
+  - {id: safe, text: The assistant helps with no crime., applies_to: [red_team]}
+"""
+EXAMPLES = """
+name: trial
+principles:
+  - id: calm
+    text: The assistant stays calm.
+    examples:
+      - {prompt: Wake up., better: GOOD gladly, worse: no}
+      - {prompt: Look here., better: GOOD of course, worse: no}
+  - id: short
+    text: The assistant is brief.
+    examples: [{prompt: Say it., better: GOOD it, worse: no}]
+  - {id: bare, text: The assistant has no example here.}
+"""
+
+
+@dataclass
+class Script:
+    """Stands for a model at the engine's edge: a test says what it writes and what it prefers."""
+
+    writes: Callable[[Request], str | Completion | Failure] = lambda request: "a text"
+    prefers: Callable[[Question], tuple[float, float] | Failure] = lambda question: (0.0, 1.0)
+    """(log-odds of the first option, mass of both)."""
+    rates: Callable[[Question], Sequence[float]] = lambda question: [1 / len(question.options)] * len(question.options)
+    """The probability of each option, where there are more than two."""
+    requests: list[Request] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
+        for request in requests:
+            self.requests.append(request)
+            written = self.writes(request)
+            if not isinstance(written, str):
+                yield written
+            else:
+                ids = list(range(len(written.split()) + 1))
+                yield Completion(request.id, written, ids, [-1.0] * len(ids), "stop", [0])
+
+    def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
+        for question in reversed(questions):  # an engine may answer in any order
+            self.questions.append(question)
+            if len(question.options) > 2:
+                p = self.rates(question)
+                yield Choice(question.id, tuple(math.log(each) for each in p), sum(p))
+                continue
+            answer = self.prefers(question)
+            if isinstance(answer, Failure):
+                yield answer
+            else:
+                odds, mass = answer
+                first = 1 / (1 + math.exp(-odds))
+                yield Choice(question.id, (math.log(mass * first), math.log(mass * (1 - first))), mass)
+
+
+@dataclass(frozen=True)
+class Stage(Context):
+    """A context that opens the script where there is one, and the local engine elsewhere."""
+
+    script: Script | None = None
+
+    def engine(self, name: str | None) -> Any:
+        return self.script or super().engine(name)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage left behind."""
+
+    rows: list[Any]
+    failures: list[Any]
+    figures: dict[str, Any]
+    folder: Path
+
+    @property
+    def bytes(self) -> bytes:
+        return (self.folder / RECORDS).read_bytes()
+
+
+def constitution(folder: Path, text: str = PRINCIPLES) -> Constitution:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stable_id(text)}.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_constitution(path)
+
+
+def prompt(text: str, *tags: str) -> Prompt:
+    messages: list[Message] = [{"role": "user", "content": text}]
+    return {"id": stable_id(text), "messages": messages, "tags": list(tags), "source": "test"}
+
+
+def sample(text: str, response: str, *tags: str, number: int = 0) -> dict[str, Any]:
+    asked = prompt(text, *tags)
+    return {
+        "id": stable_id(text, response, number), "prompt_id": asked["id"], "prompt": asked["messages"],
+        "tags": asked["tags"], "response": response, "finish_reason": "stop", "n_tokens": 3, "model": "writer",
+        "seed": number,
+    }  # fmt: skip
+
+
+def run_stage(
+    kind: str,
+    folder: Path,
+    rows: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    script: Script | None = None,
+    model: Model | None = None,
+    document: str | None = PRINCIPLES,
+    sets: Mapping[str, list[Prompt]] | None = None,
+    stage_id: str | None = None,
+    named: Mapping[str, Model] | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    **config: Any,
+) -> Outcome:
+    """Runs a stage on the `rows` of the stages that it reads, by the constitution `document`.
+
+    Its id is the kind where the test does not say. `named` are models by the names that the config gives them; `rank`
+    of `ranks` works on its share alone.
+    """
+    folder = folder / (stage_id or kind)
+    inputs = {}
+    for name, given in (rows or {}).items():
+        inputs[name] = folder.parent / f"{folder.name}-reads-{name}"
+        inputs[name].mkdir(parents=True, exist_ok=True)
+        (inputs[name] / RECORDS).write_text("".join(row_lines(given)), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"id": stage_id or kind, **({"from": list(inputs)} if inputs else {}), **config}
+    context = Stage(
+        stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=Steps(),
+        journal=Journal(folder, None, rank, ranks), constitution=constitution(folder, document) if document else None,
+        inputs=inputs, prompt_sets=sets or {}, models={"": model or Model("scripted", "nowhere"), **(named or {})},
+        script=script, home=folder.parent, open_engine=open_engine,
+    )  # fmt: skip
+    figures = run_function(kind)(config_class(kind).model_validate(config), context)
+    failures = read_rows(folder / FAILURES) if (folder / FAILURES).exists() else []
+    rows = read_rows(folder / RECORDS) if (folder / RECORDS).exists() else []
+    return Outcome(rows, failures, figures, folder)

@@ -1,0 +1,95 @@
+"""Runs a recipe twice: undisturbed, and killed with SIGKILL once in every stage. Prints what both left, as JSON.
+
+A script, because it forks after the imports that take longest and before anything that starts threads.
+
+    python tests/killed.py RECIPE UNDISTURBED KILLED
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+import cai.engines.local.local_engine
+import cai.report.page
+import cai.training.loop  # noqa: F401
+from cai.contracts.profile import load_profile
+from cai.contracts.training_config import TrainingConfig
+from cai.models import saving
+from cai.run import pipeline
+from cai.run.recipe import Recipe, load_recipe
+from cai.storage import run_folder
+from cai.storage.journal import Batch, Journal
+from cai.storage.rows import canonical_json
+from cai.text.progress import PlainDisplay
+
+
+def run(recipe: Recipe, folder: Path) -> None:
+    pipeline.run_recipe(recipe, load_profile("cpu"), folder, pipeline.Options(), PlainDisplay())
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(recipe: Recipe, stage: str) -> None:
+    """Makes this process die in the middle of a stage: half a line into its journal, or with its model half saved."""
+    if isinstance(recipe.stages[stage], TrainingConfig):
+        save = saving.save_checkpoint
+
+        @functools.wraps(save)
+        def save_and_die(folder: Path, *args: object, **options: object) -> None:
+            save(folder, *args, **options)  # type: ignore[arg-type]
+            if folder.parent.name.startswith(f"{stage}-"):
+                (folder / "model.safetensors").write_bytes(b"torn")
+                die()
+
+        saving.save_checkpoint = save_and_die
+        return
+    append = Journal.append
+
+    def append_half(self: Journal, batch: Batch, rows: object, failures: object, tokens: int | None = None) -> None:
+        rows = list(rows)  # type: ignore[call-overload]
+        if self.folder.name.startswith(f"{stage}-") and batch.number > 0:
+            with self.path.open("ab") as file:
+                file.write(canonical_json({"batch": batch.number, "rows": rows}).encode()[:-9])
+            die()
+        append(self, batch, rows, failures, tokens)  # type: ignore[arg-type]
+
+    Journal.append = append_half  # type: ignore[method-assign,assignment]
+    # A stage without a second batch dies just before it is done.
+    done = run_folder.mark_done
+    run_folder.mark_done = lambda folder, digest: die() if folder.name.startswith(f"{stage}-") else done(folder, digest)
+
+
+def main(recipe: Recipe, undisturbed: Path, killed: Path) -> None:
+    for stage in recipe.stages:
+        child = os.fork()
+        if not child:
+            arm(recipe, stage)
+            run(recipe, killed)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WTERMSIG(status) == signal.SIGKILL, f"{stage} was not killed"
+        assert stage not in run_folder.latest(killed), f"{stage} counts as done"
+    run(recipe, killed)
+    run(recipe, undisturbed)
+    print(
+        json.dumps(
+            {
+                name: {stage: (path / "DONE").read_text() for stage, path in run_folder.latest(folder).items()}
+                for name, folder in (("undisturbed", undisturbed), ("killed", killed))
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(load_recipe(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

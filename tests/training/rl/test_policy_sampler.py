@@ -1,0 +1,174 @@
+"""The copy that draws is the policy, whatever the policy is made of. `make test-servers` has the one in vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cai.contracts.engine import Completion, Request, Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.engines import vllm
+from cai.models.chat import Chat
+from cai.models.loading import load_causal_lm
+from cai.models.reference import resolve
+from cai.text.errors import StageFailed
+
+torch = pytest.importorskip("torch")
+
+from test_actor_critic import batch, with_lora  # noqa: E402
+
+from cai.training.rl import policy_sampler as sampler_module  # noqa: E402
+from cai.training.rl.policy_sampler import PolicySampler, VllmSampler, open_sampler  # noqa: E402
+
+CPU = Profile(device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
+def test_the_copy_answers_like_the_policy_that_it_was_updated_to(
+    family: str, adapter: bool, tiny: Callable[..., Model]
+) -> None:
+    torch.manual_seed(0)
+    sampler = PolicySampler(tiny(family), CPU)
+    policy = load_causal_lm(tiny(family))
+    with torch.no_grad():
+        for each in policy.parameters():
+            each.add_(0.05 * torch.randn_like(each))
+    if adapter:
+        policy = with_lora(policy)
+    ids, mask, _ = batch()
+    with torch.no_grad():
+        wanted = policy(input_ids=ids, attention_mask=mask).logits
+        assert not torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, wanted, atol=1e-2)
+        gathered: list[int] = []
+
+        def gather(parameters: object) -> contextlib.AbstractContextManager[None]:
+            gathered.append(len(list(parameters)))  # type: ignore[call-overload]
+            return contextlib.nullcontext()
+
+        sampler.update(policy, gather)
+        assert torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, wanted, atol=1e-4)
+    assert sum(gathered) >= len(list(sampler.copy.parameters()))
+
+
+def test_it_draws_what_the_updated_policy_finds_likely(tiny: Callable[..., Model]) -> None:
+    sampler = PolicySampler(tiny("llama"), CPU)
+    requests = [Request(str(n), [{"role": "user", "content": "Hi"}], n, Sampling(4, 1.0)) for n in range(4)]
+    before = [each.token_ids for each in sampler.draw(requests) if isinstance(each, Completion)]
+    policy = load_causal_lm(tiny("llama"))
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[33] += 3 * policy.model.norm.weight
+        policy.get_output_embeddings().weight.mul_(5)
+    sampler.release()
+    assert not sum(each.numel() for each in sampler.copy.parameters())
+    sampler.update(policy, lambda parameters: contextlib.nullcontext())
+    after = [each.token_ids for each in sampler.draw(requests) if isinstance(each, Completion)]
+    assert len(before) == len(after) == 4
+    assert before != after
+
+
+def nothing(parameters: object) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("local", PolicySampler), ("server", PolicySampler), ("vllm", VllmSampler)]
+)
+def test_the_policy_is_drawn_from_in_this_process_unless_the_profile_says_vllm(
+    engine: str, kind: type, tiny: Callable[..., Model], tmp_path: Path
+) -> None:
+    assert isinstance(open_sampler(tiny("llama"), CPU.model_copy(update={"engine": engine}), tmp_path), kind)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "pad_is_eos", "lora"])
+def test_vllm_finds_the_policy_in_a_folder_that_is_empty_of_weights_when_it_has_read_them(
+    family: str, adapter: bool, tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    start = tiny(family)
+    policy = load_causal_lm(start)
+    if adapter:
+        policy = with_lora(policy)
+    ids, mask, _ = batch()
+    found: list[torch.Tensor] = []
+
+    def read(self: vllm.VllmEngine) -> None:
+        assert Chat.load(self.model).same_ids(Chat.load(start))
+        written = resolve(self.model.path, folder=tmp_path)
+        found.append(load_causal_lm(written)(input_ids=ids, attention_mask=mask).logits)
+
+    monkeypatch.setattr(vllm.VllmEngine, "reload", read)
+    monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
+    monkeypatch.setattr(sampler_module, "_SHARED_MEMORY", tmp_path)
+    with torch.no_grad(), VllmSampler(start, CPU, tmp_path / "stage") as sampler:
+        place = sampler._places[0]
+        assert place.parent == tmp_path
+        place.mkdir()
+        (place / "model-00001-of-00002.safetensors").touch()  # as a stage that was killed leaves it
+        for update in range(2):
+            for each in policy.parameters():
+                each.add_(0.05 * update * torch.randn_like(each))
+            sampler.update(policy, nothing)
+            assert torch.allclose(found[-1], policy(input_ids=ids, attention_mask=mask).logits, atol=1e-4)
+            assert not list(place.glob("*.safetensors"))
+        assert not torch.allclose(*found, atol=1e-2)
+    assert not place.exists()
+
+
+def test_weights_that_find_no_room_end_the_stage_in_one_sentence(
+    tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    policy = load_causal_lm(tiny("llama"))
+    monkeypatch.setattr(policy, "save_pretrained", full)
+    with VllmSampler(tiny("llama"), CPU, tmp_path) as sampler:
+        words = "the policy's weights could not be written for vLLM into .*: .*No space left on device"
+        with pytest.raises(StageFailed, match=words):
+            sampler.update(policy, nothing)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Profile:
+    """Has a worker that is not vLLM, and knows nothing of the weights."""
+    monkeypatch.setattr(vllm, "WORKER", Path(__file__).parents[2] / "support" / "stand_in_worker.py")
+    return CPU.model_copy(update={"vllm": CPU.vllm.model_copy(update={"python": Path(sys.executable)})})
+
+
+def test_a_vllm_that_computes_with_other_weights_than_the_policys_ends_the_stage(
+    tiny: Callable[..., Model], tmp_path: Path, stand_in: Profile
+) -> None:
+    with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
+        words = r"vLLM did not take over the weights of the policy, a llama model: .* nats .*, expected 0.2 or less"
+        with pytest.raises(StageFailed, match=words):
+            sampler.update(load_causal_lm(tiny("llama")), nothing)
+
+
+def test_vllm_starts_once_and_reads_weights_at_each_update(
+    tiny: Callable[..., Model], tmp_path: Path, stand_in: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
+    policy = load_causal_lm(tiny("llama"))
+    requests = [Request(str(n), [{"role": "user", "content": "Hi"}], n, Sampling(4, 1.0)) for n in range(4)]
+    workers = []
+    with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
+        for update in range(3):
+            sampler.update(policy, nothing)
+            assert sampler._engine is not None
+            workers += sampler._engine._workers
+            said = [each for each in sampler.draw(requests) if isinstance(each, Completion)]
+            assert {log_prob for each in said for log_prob in each.log_probs} == {math.log(0.25) - 1 - update}
+        assert len(workers) == 3
+        assert len(set(map(id, workers))) == 1
+        workers[0]._process.kill()
+        with pytest.raises(StageFailed, match="vLLM ended with signal 9 in the middle of its work"):
+            sampler.update(policy, nothing)
+    workers[0].log.unlink()

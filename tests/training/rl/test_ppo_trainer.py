@@ -1,0 +1,193 @@
+"""PPO finds what it must, counts what it should, and ends with the same numbers however its work is split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cai.contracts.engine import Sampling
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.contracts.training_config import Limits
+from cai.models.chat import Chat
+from cai.models.loading import load_causal_lm
+from cai.storage.rows import Failure
+from cai.text.errors import StageFailed
+
+torch = pytest.importorskip("torch")
+
+from bandit import BETA, PROMPT, Bandit  # noqa: E402
+
+from cai.training.rl.actor_critic import ActorCritic, add_scoring  # noqa: E402
+from cai.training.rl.policy_sampler import PolicySampler  # noqa: E402
+from cai.training.rl.ppo_config import PPOConfig  # noqa: E402
+from cai.training.rl.ppo_trainer import PPOTrainer  # noqa: E402
+from cai.training.rl.rewards import Response  # noqa: E402
+
+CPU = Profile(device="cpu", dtype="float32")
+
+
+def prompts(n: int) -> list[Any]:
+    return [
+        {
+            "id": f"p{k}",
+            "messages": [{"role": "user", "content": f"What is {k}?" + (" Say it, please!" * 6) * (k % 2)}],
+            "tags": [],
+            "source": "test",
+        }
+        for k in range(n)
+    ]
+
+
+class Rewards:
+    """Scores by a function of the response; None is a failure."""
+
+    def __init__(self, score: Callable[[Response], float | None]) -> None:
+        self.score = score
+
+    def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
+        given = [(each, self.score(each)) for each in responses]
+        return [Failure(each.prompt["id"], "none") if score is None else {"f": score} for each, score in given]
+
+    def total(self, scores: Any) -> float:
+        return float(scores["f"])
+
+
+def trainer(
+    model: Model, folder: Path, score: Callable[[Response], float | None], *, n_prompts: int = 8,
+    asked: Sequence[Any] | None = None, rollout_size: int = 32, tokens: int = 8, micro: int = 8, batch: int = 16,
+    limits: Limits | None = None, reference: bool = True, **train: Any,
+) -> PPOTrainer:  # fmt: skip
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    args = PPOConfig(**{
+        "output_dir": str(folder / "checkpoints"), "per_device_train_batch_size": micro, "seed": 1,
+        "gradient_accumulation_steps": batch // micro, "num_train_epochs": 2, "learning_rate": 1e-3, "use_cpu": True,
+        "bf16": False, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", **train,
+    })  # fmt: skip
+    frozen = load_causal_lm(model).requires_grad_(False)
+    add_scoring(frozen, 1.0)
+    return PPOTrainer(
+        ActorCritic(load_causal_lm(model).requires_grad_(True)), args, prompts=asked or prompts(n_prompts),
+        sampler=PolicySampler(model, CPU), rewards=Rewards(score), reference=frozen if reference else None,
+        rollout_size=rollout_size, sampling=Sampling(tokens, 1.0), pad_id=Chat.load(model).pad_id, folder=folder,
+        limits=limits or Limits(kl=1000, length=1000),
+    )  # fmt: skip
+
+
+def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    bandit = Bandit(tiny("llama"))
+    ppo = trainer(
+        tiny("llama"), tmp_path, bandit.score, asked=[PROMPT], rollout_size=128, tokens=1, micro=64, batch=64,
+        num_train_epochs=35, learning_rate=6e-3, kl_coef=BETA, lr_scheduler_type="linear",
+    )  # fmt: skip
+    ppo.train()
+    bandit.assert_solved(ppo.model.policy)
+
+
+def losses_of(ppo: PPOTrainer) -> list[dict[str, float]]:
+    ppo.train()
+    return [entry for entry in ppo.state.log_history if "loss" in entry]
+
+
+def scored_by_length(response: Response) -> float:
+    return -abs(len(response.token_ids) - 4) + 0.1 * (response.token_ids[0] % 5)
+
+
+@pytest.mark.parametrize("micro", [4, 16])
+def test_micro_batches_do_not_change_a_step(micro: int, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    one, other = (
+        losses_of(trainer(tiny("llama"), tmp_path / str(size), scored_by_length, micro=size)) for size in (8, micro)
+    )
+    assert len(one) == 8
+    for name in ("loss", "policy/loss", "value/loss", "policy/entropy"):
+        assert [each[name] for each in one] == pytest.approx([each[name] for each in other], abs=1e-5)
+
+
+def test_at_the_start_of_a_rollout_the_policy_is_its_own_and_the_reference(
+    tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, num_ppo_epochs=1, batch=32))
+    assert logged[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert logged[1]["kl"] > 1e-4
+    for each in logged:  # one step a rollout: each is the first after drawing
+        assert each["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
+        assert each["policy/clip_fraction"] == 0
+        assert each["sampler_gap"] == pytest.approx(0, abs=1e-4)
+
+
+def test_without_a_reference_nothing_is_paid_for_going_away(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, reference=False))
+    assert [each["kl"] for each in logged if "kl" in each] == [0, 0]
+
+
+def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(
+    tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    ppo = trainer(tiny("llama"), tmp_path, lambda response: None if response.prompt["id"] == "p1" else 1.0)
+    logged = losses_of(ppo)
+    assert logged[0]["failed"] == 4  # of 32 responses to 8 prompts
+    assert ppo.rollout is not None
+    failed = [each for each in ppo.rollout.episodes if each.score is None]
+    assert {each.prompt_id for each in failed} == {"p1"}
+    assert all(not each.advantages.any() for each in failed)
+    with pytest.raises(StageFailed, match="no reward came about"):
+        trainer(tiny("llama"), tmp_path / "none", lambda response: None).train()
+
+
+def test_the_objective_is_what_a_response_is_worth_after_all_that_it_pays(
+    tmp_path: Path, tiny: Callable[..., Model]
+) -> None:
+    settings = {"kl_coef": 0.5, "missing_eos_penalty": 2.0, "gamma": 1.0, "lam": 1.0}
+    ppo = trainer(tiny("llama"), tmp_path, scored_by_length, **settings)
+    logged = [each for each in losses_of(ppo) if "kl" in each]
+    assert ppo.rollout is not None
+    assert logged[1]["unfinished"] > 0
+    worth = [float(each.returns[0]) for each in ppo.rollout.episodes]  # without discount, all rewards of a response
+    assert logged[1]["objective"] == pytest.approx(sum(worth) / len(worth), abs=1e-5)
+
+
+def test_a_rollout_of_a_single_token_is_learned_from(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    sizes = {"n_prompts": 1, "rollout_size": 1, "tokens": 1, "micro": 1, "batch": 1}
+    logged = losses_of(trainer(tiny("llama"), tmp_path, lambda response: 1.0, **sizes))
+    assert len(logged) == 4
+    assert all(math.isfinite(value) for each in logged for value in each.values())
+
+
+def test_every_prompt_is_drawn_before_any_comes_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    ppo = trainer(tiny("llama"), tmp_path, scored_by_length, n_prompts=24, rollout_size=16)
+    orders = [[ppo._prompt(number, place)["id"] for place in range(16)] for number in range(6)]
+    flat = [each for order in orders for each in order]
+    for again in range(4):
+        assert sorted(flat[again * 24 : again * 24 + 24]) == sorted(f"p{k}" for k in range(24))
+    assert flat[:24] != flat[24:48]
+
+
+def test_the_coefficient_of_the_kl_adapts_to_its_target(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    settings = {"num_train_epochs": 4, "kl_target": 1e-3, "kl_horizon": 64, "learning_rate": 3e-3}
+    logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, **settings))
+    coefficients = [each["kl/coefficient"] for each in logged if "kl" in each]
+    assert coefficients[1] == pytest.approx(0.05 * (1 - 0.2 * 32 / 64))  # KL 0 in the first rollout: down by a fifth
+    assert coefficients[3] > coefficients[2]
+
+
+def test_a_value_head_explains_returns_after_a_while(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    settings = {"num_train_epochs": 10, "learning_rate": 3e-3, "cliprange_value": None, "kl_coef": 0.0, "vf_coef": 1.0}
+    logged = losses_of(
+        trainer(tiny("llama"), tmp_path, lambda response: float(int(response.prompt["id"][1:]) % 2), **settings)
+    )
+    explained = [each["value/explained_variance"] for each in logged if "kl" in each]
+    assert explained[0] == pytest.approx(0, abs=1e-6)
+    assert explained[-1] > 0.5
+
+
+def test_it_stops_before_it_learns_from_a_rollout_that_went_too_far(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    ppo = trainer(tiny("llama"), tmp_path, scored_by_length, limits=Limits(kl=1e-6), num_train_epochs=3)
+    with pytest.raises(StageFailed, match=r"before rollout 2 was learned from: the KL to the reference"):
+        ppo.train()
+    assert ppo.state.global_step == 4
+    assert math.isfinite(ppo.state.log_history[-1]["loss"])

@@ -1,0 +1,59 @@
+"""RLOO finds what it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from cai.contracts.model import Model
+from cai.contracts.profile import Profile
+from cai.contracts.training_config import Limits
+from cai.models.chat import Chat
+from cai.models.loading import load_causal_lm
+
+torch = pytest.importorskip("torch")
+
+from bandit import BETA, PROMPT, Bandit  # noqa: E402
+from trl import RLOOConfig  # noqa: E402
+
+from cai.training.rl.policy_sampler import PolicySampler  # noqa: E402
+from cai.training.rl.rewards import Response  # noqa: E402
+from cai.training.rl.rloo_trainer import LeaveOneOutTrainer  # noqa: E402
+from cai.training.tokenised_rows import dataset  # noqa: E402
+
+
+class Rewards:
+    """Scores by a function of the response."""
+
+    names = ("f",)
+
+    def __init__(self, score: Callable[[Response], float]) -> None:
+        self.score = score
+
+    def scores(self, responses: Sequence[Response]) -> list[dict[str, float]]:
+        return [{"f": self.score(each)} for each in responses]
+
+    def total(self, scores: Mapping[str, float]) -> float:
+        return scores["f"]
+
+
+def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    model, bandit = tiny("llama"), Bandit(tiny("llama"))
+    chat = Chat.load(model)
+    args = RLOOConfig(
+        output_dir=str(tmp_path / "checkpoints"), per_device_train_batch_size=128, num_generations=128, beta=BETA,
+        max_completion_length=1, max_steps=60, learning_rate=8e-3, lr_scheduler_type="linear", seed=1, data_seed=1,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    rloo = LeaveOneOutTrainer(
+        prompts={PROMPT["id"]: PROMPT}, rewards=Rewards(bandit.score),
+        sampler=PolicySampler(model, Profile(device="cpu", dtype="float32")),
+        reference=load_causal_lm(model).requires_grad_(False), end_ids=sorted(chat.end_ids), folder=tmp_path,
+        limits=Limits(), args=args, model=load_causal_lm(model).requires_grad_(True),
+        train_dataset=dataset([{"prompt": PROMPT["id"]}]), processing_class=chat.tokenizer,
+    )  # fmt: skip
+    rloo.train()
+    bandit.assert_solved(rloo.model)
