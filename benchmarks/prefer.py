@@ -48,7 +48,12 @@ def rows(n: int) -> Iterator[dict[str, Any]]:
             for turn in range(turns)
         ]
         votes = [
-            {"log_odds": rng.gauss(0.2, 1.5), "mass": 0.9 + rng.random() / 10, "order": order, "principle": id}
+            {
+                "log_odds": rng.gauss(0.2, 1.5),
+                "option_probability": 0.9 + rng.random() / 10,
+                "order": order,
+                "principle": id,
+            }
             for order in ("ab", "ba")
             for id in WEIGHTS
         ]

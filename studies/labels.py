@@ -199,7 +199,7 @@ def read_world(seed: int, run: Path) -> World:
     assert done is not None
     read = read_votes([done.folder / RECORDS])
     rows = list(read.rows())
-    ab, ba = by_order(read.ballots, len(rows), len(read.principles))
+    ab, ba = by_order(read.vote_columns, len(rows), len(read.principles))
     scores = np.array([[gold_score(row["prompt"], row[side]["text"]) for side in "ab"] for row in rows], dtype=float)
     held_out = np.array([HELD_OUT in row["tags"] for row in rows])
     return World(seed, done.digest, rows, read.principles, ab, ba, scores[:, 0] - scores[:, 1], held_out)
@@ -334,13 +334,13 @@ def readings(prompts: Sequence[Prompt], samples: Iterable[Mapping[str, Any]]) ->
     A response that the oracle cannot read counts against the model in every rate and has no gold score.
     """
     from cai.micro.oracle import gold_score
-    from cai.report.figures import Rows, rate_columns
+    from cai.report.figures import ComparisonRows, rate_columns
 
     known = {prompt["id"]: prompt for prompt in prompts}
     numbered = {
         ("it", row["prompt_id"], number): row for number, row in enumerate(samples) if row["prompt_id"] in known
     }
-    columns = rate_columns(Rows(known, numbered, {}), "it")
+    columns = rate_columns(ComparisonRows(known, numbered, {}), "it")
     scores = {key[1:]: gold_score(row["prompt"], row["response"]) for key, row in numbered.items()}
     columns["gold"] = {key: score for key, score in scores.items() if score is not None}
     found: dict[str, dict[str, float]] = {}

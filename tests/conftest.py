@@ -32,9 +32,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
 
 
 @pytest.fixture(params=[False, True], ids=["any-size", "few-sizes"])
-def few_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def pad_to_multiple(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether sizes are rounded up as in bfloat16 on a CPU, also in float32, where results can be compared closely."""
-    monkeypatch.setattr("cai.attention.cpu_sizes.sizes_count", lambda *_: request.param)
+    monkeypatch.setattr("cai.attention.cpu_sizes.prefers_padded_sizes", lambda *_: request.param)
     return bool(request.param)
 
 

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import FusedCausalLMOutput
 
-from cai.attention.cpu_sizes import few_sizes
+from cai.attention.cpu_sizes import pad_to_multiple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +126,7 @@ def add_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperature: f
             return without(*args, fused_lm_head=True, labels=labels, **options)
 
         def learned(_: object, hidden: tuple[Tensor]) -> Tensor:
-            size = few_sizes(n, product_dtype(hidden[0].dtype), mask.device)
+            size = pad_to_multiple(n, product_dtype(hidden[0].dtype), mask.device)
             return pad(hidden[0][:, :-1][mask], (0, 0, 0, size - n))
 
         # Between body and head, so that what a model does to its logits (scales, caps) stays the model's own.

@@ -16,17 +16,17 @@ def in_one_pass(budget: int, device: torch.device) -> int:
     return min(budget, _CACHED) if device.type == "cpu" else budget
 
 
-def few_sizes(size: int, dtype: torch.dtype, device: torch.device, step: int = 32) -> int:
+def pad_to_multiple(size: int, dtype: torch.dtype, device: torch.device, step: int = 32) -> int:
     """The size, `size` or a little more, in which so many rows are best multiplied, or so many columns best weighed.
 
     Where sizes count, that is a multiple of `step`, or a power of two below it.
     """
-    if not size or not sizes_count(dtype, device):
+    if not size or not prefers_padded_sizes(dtype, device):
         return size
     return 1 << (size - 1).bit_length() if size < step else -(-size // step) * step
 
 
-def sizes_count(dtype: torch.dtype, device: torch.device) -> bool:
+def prefers_padded_sizes(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether some sizes take much longer than others.
 
     In bfloat16 on a CPU they do. For a product of a new size oneDNN compiles a kernel, for 1 to 6 ms: ten times what

@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from cai.attention.cpu_sizes import few_sizes
+from cai.attention.cpu_sizes import pad_to_multiple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -195,7 +195,7 @@ def _to_prefixes(query: torch.Tensor, own_scores: torch.Tensor, shared: Shared) 
     keys, values, bias, groups = shared
     queries, own_scores = groups.gather(query), groups.gather(own_scores)
     length, own_length, (n, kv_heads, size, count, _) = keys.shape[-1], own_scores.shape[-1], queries.shape
-    columns = few_sizes(length + own_length, query.dtype, query.device)
+    columns = pad_to_multiple(length + own_length, query.dtype, query.device)
     at_once = max(1, _SCORES // (kv_heads * size * count * columns))
     out, own_weights = [], []
     for first in range(0, n, at_once):
@@ -373,11 +373,11 @@ def forward(
     """One forward pass of `ids`, (batch, seq), with that attention: the logits at `wanted`, (row, column) each (n,).
 
     The head sees the wanted states alone: all logits of long rows would be larger than everything else. What is
-    multiplied with weights has a few more rows where that is faster (`few_sizes`); attention does not see them.
+    multiplied with weights has a few more rows where that is faster (`pad_to_multiple`); attention does not see them.
     """
     dim = 0 if ids.shape[1] == 1 else 1
     there, n = ids.shape[dim], len(wanted[0])
-    size, states = (few_sizes(each, model.dtype, model.device) for each in (there, n))
+    size, states = (pad_to_multiple(each, model.dtype, model.device) for each in (there, n))
 
     def attend_there(
         layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from cai.attention.cpu_kernels import causal_attention, product_dtype
-from cai.attention.cpu_sizes import few_sizes
+from cai.attention.cpu_sizes import pad_to_multiple
 from cai.attention.shared_prefixes import REFUSALS, attending, not_plainly_causal, rounding
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ _OTHERWISE = ("position_ids", "past_key_values", "inputs_embeds", "output_hidden
 class Tree:
     """The distinct tokens of `ids`, (row, column), where `mask` is true: two are one if all up to them is alike.
 
-    Nothing but padding stands behind a row's first False. Where sizes count in `dtype` (`few_sizes`), rows have a few
+    Nothing but padding stands behind a row's first False. Where `dtype` prefers padded sizes, rows have a few
     more columns of padding while attention looks at them, and the first token is there a few times more, for nobody.
     """
 
     def __init__(self, ids: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-        sizes = functools.partial(few_sizes, dtype=dtype, device=ids.device)
+        sizes = functools.partial(pad_to_multiple, dtype=dtype, device=ids.device)
         ids, mask = (pad(each, (0, sizes(ids.shape[1], step=8) - ids.shape[1])) for each in (ids, mask))
         tokens, there = ids.cpu().numpy(), mask.cpu().numpy().astype(bool)
         self.shape = tokens.shape

@@ -72,7 +72,7 @@ class Choice:
 
     id: str
     log_probs: tuple[float, ...]
-    mass: float
+    option_probability: float
 
 
 class Engine(Protocol):

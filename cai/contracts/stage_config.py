@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cai.storage.journal import Batch
 
 
-Rows = Literal["texts", "votes", "preferences", "policy", "reward", "comparison", "figures"]
+OutputKind = Literal["texts", "votes", "preferences", "policy", "reward", "comparison", "figures"]
 """What a stage leaves behind: rows of one type, a model that generates, one that scores, a comparison, or figures."""
 
 
@@ -32,14 +32,14 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
-    gives: ClassVar[Rows]
-    takes: ClassVar[tuple[Rows, ...]] = ()
+    gives: ClassVar[OutputKind]
+    takes: ClassVar[tuple[OutputKind, ...]] = ()
     """Row types that `from:` may name."""
     revision: ClassVar[int] = 1
     """Raised when the stage's code changes what it computes: earlier outputs are then not reused."""
-    asks: ClassVar[tuple[str, ...]] = ()
+    template_names: ClassVar[tuple[str, ...]] = ()
     """Templates that reach a model here."""
-    requests: ClassVar[tuple[str, ...]] = ()
+    principle_fields: ClassVar[tuple[str, ...]] = ()
     """What principles say that reaches a model: `critique`, `revise`, `compare`."""
     reads_files: ClassVar[tuple[str, ...]] = ()
     """Keys with a `source:` outside of the run, a path relative to the recipe: what lies there is part of the input."""

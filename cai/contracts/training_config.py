@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cai.contracts.stage_config import Names, Rows, StageConfig
+from cai.contracts.stage_config import Names, OutputKind, StageConfig
 
 
 class Limits(BaseModel):
@@ -142,12 +142,12 @@ class RewardedConfig(StageConfig):
         return any(each.judge is not None for each in self.rewards)
 
     @property
-    def asks(self) -> tuple[str, ...]:  # type: ignore[override]
+    def template_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """Templates that a judge among the rewards is asked with."""
         return ("rate",) if self._rated else ()
 
     @property
-    def requests(self) -> tuple[str, ...]:  # type: ignore[override]
+    def principle_fields(self) -> tuple[str, ...]:  # type: ignore[override]
         """What principles say to it."""
         return ("critique",) if self._rated else ()
 
@@ -166,7 +166,7 @@ class ReinforcementConfig(RewardedConfig, TrainingConfig):
     draw.
     """
 
-    gives: ClassVar[Rows] = "policy"
+    gives: ClassVar[OutputKind] = "policy"
 
     prompts: Names = Field(min_length=1, description="Prompt sets that are responded to.")
     batch_size: int = Field(64, ge=1, description="Responses a step over all devices; the profile splits it.")

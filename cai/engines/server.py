@@ -396,7 +396,8 @@ def read_options(question: Question, found: NextTokens, spells: Sequence[Callabl
     An option that is not listed is no likelier than what is, and has no more than the list leaves over. Where that
     bound is at most `NEGLIGIBLE` of the likeliest option's probability it stands for the option's: the log-odds are
     then too close to even, never on the wrong side, and a label is off by at most that much. To leave such questions
-    out would be to leave out those that the judge is surest about. `mass` counts listed options alone. Where the list
+    out would be to leave out those that the judge is surest about. `option_probability` counts
+    listed options alone. Where the list
     leaves more open, the question is a failure.
     """
     listed = [[value for token, value in found.log_probs if is_option(token)] for is_option in spells]
@@ -412,8 +413,8 @@ def read_options(question: Question, found: NextTokens, spells: Sequence[Callabl
     if None in log_probs and bound > max(known) + math.log(NEGLIGIBLE):
         option = question.options[log_probs.index(None)]
         return Failure(question.id, f"option {option!r} is not {likeliest}, which leave it up to {math.exp(bound):.2g}")
-    mass = sum(map(math.exp, known))
-    return Choice(question.id, tuple(bound if value is None else value for value in log_probs), mass)
+    option_probability = sum(map(math.exp, known))
+    return Choice(question.id, tuple(bound if value is None else value for value in log_probs), option_probability)
 
 
 def _listing(top: int, prompt: Prompt) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def evidence(name: str, folder: Path) -> Evidence:
     if temperature == "sum_of_weights":
         temperature = None
     rule = Rule(weights, temperature, config["abstain_below"], config["min_confidence"], fitted=fitted)
-    ab, ba = by_order(found.ballots, len(found.heads), len(found.principles))
+    ab, ba = by_order(found.vote_columns, len(found.unparsed_rows), len(found.principles))
     return Evidence(name, list(found.rows()), found.principles, ab, ba, rule, inputs)
 
 

@@ -25,7 +25,7 @@ from cai.contracts.engine import Choice, Engine, Question
 from cai.engines.retry import choose_all
 from cai.feedback.injections import CONTROLS, FAMILIES, NO_VERDICT, SEEN_BY_MICRO, inject
 from cai.feedback.principle_tests import examples_of
-from cai.feedback.votes import MIN_MASS, ORDERS, Pair, empty, question_id, to_questions, to_votes
+from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair, empty, question_id, to_questions, to_votes
 from cai.maths.statistics import rate
 from cai.storage.rows import Failure, PrincipleVote, stable_seed
 from cai.templates import OPTIONS, TemplateSet
@@ -39,7 +39,7 @@ RETRIES = 1
 class Case(NamedTuple):
     """A pair whose `a` is the better one in truth, under one principle."""
 
-    pair: Pair
+    pair: ResponsePair
     principle: Principle
     claim: str
     """What the response may claim: it completes "This response …"."""
@@ -100,7 +100,7 @@ def attack(
         retries=RETRIES,
     )
     progress.advance(len(cases))
-    votes = [to_votes(case.pair, [case.principle], answers, MIN_MASS) for case in cases]
+    votes = [to_votes(case.pair, [case.principle], answers, MIN_OPTION_PROBABILITY) for case in cases]
     before = [_log_odds(given) for given, _ in votes]
     decided = [(case, odds) for case, odds in zip(cases, before, strict=True) if odds]
     failed = before.count(None)
@@ -142,7 +142,10 @@ def _verdicts(
             first, second = (texts[side] for side in order)
             questions.append(Question(id, templates.compare(case.pair.messages, first, second, case.principle)))
     answers |= choose_all(engine, questions, retries=RETRIES)
-    return {case.pair.id: _log_odds(to_votes(case.pair, [case.principle], answers, MIN_MASS)[0]) for case, _ in decided}
+    return {
+        case.pair.id: _log_odds(to_votes(case.pair, [case.principle], answers, MIN_OPTION_PROBABILITY)[0])
+        for case, _ in decided
+    }
 
 
 def _log_odds(votes: Sequence[PrincipleVote]) -> float | None:

@@ -18,7 +18,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-class Ballots(NamedTuple):
+class VoteColumns(NamedTuple):
     """Votes as columns, all of shape (votes,)."""
 
     pair: Ints
@@ -29,25 +29,28 @@ class Ballots(NamedTuple):
     """That *a* is better."""
 
 
-def by_order(ballots: Ballots, n_pairs: int, n_principles: int) -> tuple[Floats, Floats]:
+def by_order(vote_columns: VoteColumns, n_pairs: int, n_principles: int) -> tuple[Floats, Floats]:
     """Log-odds with *a* and with *b* shown first, (pairs, principles) each.
 
     NaN in both where there is not exactly one vote in each order.
     """
-    cell = ballots.pair * n_principles + ballots.principle
+    cell = vote_columns.pair * n_principles + vote_columns.principle
     size = n_pairs * n_principles
     sides = [
-        (np.bincount(cell[shown], minlength=size), np.bincount(cell[shown], ballots.log_odds[shown], minlength=size))
-        for shown in (~ballots.swapped, ballots.swapped)
+        (
+            np.bincount(cell[shown], minlength=size),
+            np.bincount(cell[shown], vote_columns.log_odds[shown], minlength=size),
+        )
+        for shown in (~vote_columns.swapped, vote_columns.swapped)
     ]
     whole = (sides[0][0] == 1) & (sides[1][0] == 1)
     ab, ba = (np.where(whole, total, np.nan).reshape(n_pairs, n_principles) for _, total in sides)
     return ab, ba
 
 
-def over_orders(ballots: Ballots, n_pairs: int, n_principles: int) -> Floats:
+def over_orders(vote_columns: VoteColumns, n_pairs: int, n_principles: int) -> Floats:
     """Mean log-odds of both orders, (pairs, principles); NaN where there is not exactly one vote in each order."""
-    ab, ba = by_order(ballots, n_pairs, n_principles)
+    ab, ba = by_order(vote_columns, n_pairs, n_principles)
     return (ab + ba) / 2
 
 

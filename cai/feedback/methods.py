@@ -26,21 +26,29 @@ import numpy as np
 from cai.constitution import Principle
 from cai.contracts.engine import Choice, Completion, Engine, Question, Request, Sampling
 from cai.engines.retry import choose_all, generate_all
-from cai.feedback.votes import ORDERS, Pair, question_id, to_questions, to_votes, together, with_mass
+from cai.feedback.votes import (
+    ORDERS,
+    ResponsePair,
+    question_id,
+    to_questions,
+    to_votes,
+    together,
+    with_enough_probability,
+)
 from cai.maths.behaviours import declines
-from cai.storage.rows import Failure, Message, PrincipleVote, Thought, stable_seed
+from cai.storage.rows import Failure, Message, PrincipleVote, Rationale, stable_seed
 from cai.templates import OPTIONS, TemplateSet
 from cai.text.formatting import shorten
 
 Method = Literal["pairwise", "reasoned", "rating"]
 Verdicts = Literal["log-probabilities", "text"]
-ASKS: Mapping[Method, tuple[str, ...]] = {
+TEMPLATE_NAMES: Mapping[Method, tuple[str, ...]] = {
     "pairwise": ("compare",),
     "reasoned": ("reason", "verdict"),
     "rating": ("rate",),
 }
 """Templates that a judge is asked with."""
-REQUESTS: Mapping[Method, tuple[str, ...]] = {
+PRINCIPLE_FIELDS: Mapping[Method, tuple[str, ...]] = {
     "pairwise": ("compare",),
     "reasoned": ("compare",),
     "rating": ("critique",),
@@ -55,7 +63,7 @@ AROUND = " \t\n.:*_`'\"()[]"
 Asked = Mapping[str, Sequence[Principle]]
 """The principles that each pair is judged by, by the pair's id."""
 Order = Literal["ab", "ba"]
-Case = tuple[Pair, Order, Principle]
+Case = tuple[ResponsePair, Order, Principle]
 Judged = dict[str, tuple[list[PrincipleVote], list[Failure]]]
 """By the pair's id: its votes, and what failed; votes of a principle in both orders or in none."""
 
@@ -67,28 +75,28 @@ class Judge:
     engine: Engine
     templates: TemplateSet
     method: Method
-    min_mass: float
+    min_option_probability: float
     retries: int
     seed: int = 0
-    thoughts: int = 1
+    rationales: int = 1
     scale: int = 7
     draws: int | None = None
     """Answers drawn for each question of `pairwise`; None reads log-probabilities."""
     sampling: Sampling = field(default_factory=Sampling)
 
-    def votes(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
+    def votes(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
         """What the judge says of every pair."""
         return {"pairwise": self._pairwise, "reasoned": self._reasoned, "rating": self._rating}[self.method](
             pairs, asked
         )
 
-    def _pairwise(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
+    def _pairwise(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
         questions = [each for pair in pairs for each in to_questions(pair, asked[pair.id], self.templates)]
         if self.draws is None:
             answers = choose_all(self.engine, questions, self.retries)
         else:
             answers = self._drawn(questions, self.draws)
-        return {pair.id: to_votes(pair, asked[pair.id], answers, self.min_mass) for pair in pairs}
+        return {pair.id: to_votes(pair, asked[pair.id], answers, self.min_option_probability) for pair in pairs}
 
     def _drawn(self, questions: Sequence[Question], draws: int) -> dict[str, Choice | Failure]:
         """The answer to every question by its id, counted over drawn texts."""
@@ -103,19 +111,19 @@ class Judge:
             for question in questions
         }
 
-    def _reasoned(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
-        cases = {f"{question_id(*case)}/{k}": case for case in _cases(pairs, asked) for k in range(self.thoughts)}
-        thoughts: dict[str, Choice | Failure] = {}
+    def _reasoned(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
+        cases = {f"{question_id(*case)}/{k}": case for case in _cases(pairs, asked) for k in range(self.rationales)}
+        rationales: dict[str, Choice | Failure] = {}
         texts: dict[str, str] = {}
         for attempt in range(1 + self.retries):
-            again = [id for id in cases if not isinstance(thoughts.get(id), Choice)]
+            again = [id for id in cases if not isinstance(rationales.get(id), Choice)]
             if not again:
                 break
-            thoughts |= self._think({id: cases[id] for id in again}, attempt, texts)
+            rationales |= self._think({id: cases[id] for id in again}, attempt, texts)
         found: Judged = {}
         for pair in pairs:
             by_principle = [
-                [self._mean_vote(pair, order, principle, thoughts, texts) for order in ORDERS]
+                [self._mean_vote(pair, order, principle, rationales, texts) for order in ORDERS]
                 for principle in asked[pair.id]
             ]
             found[pair.id] = together(pair, by_principle)
@@ -144,27 +152,27 @@ class Judge:
             if isinstance(reason, Failure):
                 found[id] = reason
                 continue
-            verdict = found[id] = with_mass(answers[id], self.min_mass)
+            verdict = found[id] = with_enough_probability(answers[id], self.min_option_probability)
             if isinstance(verdict, Failure) and isinstance(answers[id], Choice) and declines(texts[id]):
                 found[id] = Failure(id, f"the judge refused, and {verdict.reason}")
         return found
 
     def _mean_vote(
         self,
-        pair: Pair,
+        pair: ResponsePair,
         order: Order,
         principle: Principle,
-        thoughts: Mapping[str, Choice | Failure],
+        rationales: Mapping[str, Choice | Failure],
         texts: Mapping[str, str],
     ) -> PrincipleVote | Failure:
         """Over the reasons that led to a verdict; a failure where none did."""
-        ids = [f"{question_id(pair, order, principle)}/{k}" for k in range(self.thoughts)]
-        verdicts = {id: verdict for id in ids if isinstance(verdict := thoughts[id], Choice)}
+        ids = [f"{question_id(pair, order, principle)}/{k}" for k in range(self.rationales)]
+        verdicts = {id: verdict for id in ids if isinstance(verdict := rationales[id], Choice)}
         if not verdicts:
-            first = thoughts[ids[0]]
+            first = rationales[ids[0]]
             assert isinstance(first, Failure)
             return Failure(first.id, f"pair {pair.id}, {principle.id!r}, order {order}: {first.reason}")
-        kept: list[Thought] = []
+        kept: list[Rationale] = []
         for id, verdict in verdicts.items():
             first_better = verdict.log_probs[0] - verdict.log_probs[1]
             kept.append({"text": texts[id], "log_odds": first_better if order == "ab" else -first_better})
@@ -172,18 +180,18 @@ class Judge:
             principle=principle.id,
             order=order,
             log_odds=mean_probability([each["log_odds"] for each in kept]),
-            mass=float(np.mean([verdict.mass for verdict in verdicts.values()])),
-            thoughts=kept,
+            option_probability=float(np.mean([verdict.option_probability for verdict in verdicts.values()])),
+            rationales=kept,
         )
 
-    def _rating(self, pairs: Sequence[Pair], asked: Asked) -> Judged:
+    def _rating(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
         cases = {
             f"{pair.id}/{side}/{principle.id}": Rated(pair.messages, text, principle)
             for pair in pairs
             for side, text in (("a", pair.a), ("b", pair.b))
             for principle in asked[pair.id]
         }
-        ratings = rate(self.engine, self.templates, cases, self.scale, self.min_mass, self.retries)
+        ratings = rate(self.engine, self.templates, cases, self.scale, self.min_option_probability, self.retries)
         found: Judged = {}
         for pair in pairs:
             by_principle = []
@@ -193,7 +201,7 @@ class Judge:
             found[pair.id] = together(pair, by_principle)  # type: ignore[arg-type]
         return found
 
-    def _ask(self, name: str, pair: Pair, order: str, principle: Principle, **more: str) -> list[Message]:
+    def _ask(self, name: str, pair: ResponsePair, order: str, principle: Principle, **more: str) -> list[Message]:
         first, second = ({"a": pair.a, "b": pair.b}[side] for side in order)
         return self.templates.ask(
             name, messages=pair.messages, first=first, second=second, request=principle.compare, **more
@@ -212,15 +220,20 @@ class Rating(NamedTuple):
     """The expectation over a scale from 1, and the probability that the judge put on the scale's numbers."""
 
     score: float
-    mass: float
+    option_probability: float
 
 
 def rate(
-    engine: Engine, templates: TemplateSet, cases: Mapping[str, Rated], scale: int, min_mass: float, retries: int
+    engine: Engine,
+    templates: TemplateSet,
+    cases: Mapping[str, Rated],
+    scale: int,
+    min_option_probability: float,
+    retries: int,
 ) -> dict[str, Rating | Failure]:
     """The rating of every case by its id: the mean of 1 to `scale` under the judge's next token.
 
-    Numbers that hold less than `min_mass` of the probability between them are no rating.
+    Numbers that hold less than `min_option_probability` of the probability between them are no rating.
     """
     options = tuple(str(number) for number in range(1, scale + 1))
     questions = [
@@ -239,12 +252,18 @@ def rate(
     ]
     found: dict[str, Rating | Failure] = {}
     for id, given in choose_all(engine, questions, retries).items():
-        answer = with_mass(given, min_mass)
-        found[id] = answer if isinstance(answer, Failure) else Rating(expected_score(answer.log_probs), answer.mass)
+        answer = with_enough_probability(given, min_option_probability)
+        found[id] = (
+            answer
+            if isinstance(answer, Failure)
+            else Rating(expected_score(answer.log_probs), answer.option_probability)
+        )
     return found
 
 
-def _difference(pair: Pair, principle: Principle, ratings: Mapping[str, Rating | Failure]) -> PrincipleVote | Failure:
+def _difference(
+    pair: ResponsePair, principle: Principle, ratings: Mapping[str, Rating | Failure]
+) -> PrincipleVote | Failure:
     """The vote of two ratings; a failure where one of them is."""
     both = []
     for side in ("a", "b"):
@@ -257,7 +276,7 @@ def _difference(pair: Pair, principle: Principle, ratings: Mapping[str, Rating |
         principle=principle.id,
         order="ab",
         log_odds=first.score - second.score,
-        mass=min(first.mass, second.mass),
+        option_probability=min(first.option_probability, second.option_probability),
         scores=[first.score, second.score],
     )
 
@@ -265,7 +284,8 @@ def _difference(pair: Pair, principle: Principle, ratings: Mapping[str, Rating |
 def counted(question: Question, answers: Sequence[Completion | Failure]) -> Choice | Failure:
     """The options' log-probabilities by how many answers are each: log((n + 1/2) / (N + options / 2)).
 
-    An answer is an option if nothing else stands in it but marks around; `mass` is the share of answers that are one.
+    An answer is an option if nothing else stands in it but marks around; `option_probability` is the
+    share of answers that are one.
     """
     texts = [answer.text.strip(AROUND) for answer in answers if isinstance(answer, Completion)]
     counts = [texts.count(option) for option in question.options]
@@ -295,7 +315,7 @@ def _reasoning(completion: Completion) -> str:
     return completion.text if completion.reasoning is None else completion.reasoning
 
 
-def _cases(pairs: Sequence[Pair], asked: Asked) -> Iterator[Case]:
+def _cases(pairs: Sequence[ResponsePair], asked: Asked) -> Iterator[Case]:
     """What shares most of its prompt stands side by side."""
     for pair in pairs:
         for order in ORDERS:

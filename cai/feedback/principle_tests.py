@@ -20,7 +20,7 @@ from cai.contracts.engine import Engine
 from cai.engines.retry import choose_all
 from cai.feedback import calibration
 from cai.feedback.labels import probability
-from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
+from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, to_questions, to_votes
 from cai.maths.statistics import rate, worst_case
 from cai.templates import TemplateSet
 from cai.text.errors import BadInput, nearest
@@ -90,7 +90,7 @@ def run_examples(constitution: Constitution, engine: Engine, templates: Template
     answers = choose_all(engine, questions, retries)
     outcomes = []
     for principle, number, example, pair in cases:
-        votes, failures = to_votes(pair, [principle], answers, MIN_MASS)
+        votes, failures = to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY)
         odds = {vote["order"]: vote["log_odds"] for vote in votes}
         outcomes.append(
             Outcome(
@@ -101,11 +101,11 @@ def run_examples(constitution: Constitution, engine: Engine, templates: Template
     return outcomes
 
 
-def examples_of(constitution: Constitution) -> Iterator[tuple[Principle, int, Example, Pair]]:
+def examples_of(constitution: Constitution) -> Iterator[tuple[Principle, int, Example, ResponsePair]]:
     """(principle, number in it from 1, example, the example as a pair whose `a` is the better one)."""
     for principle in constitution.principles:
         for number, example in enumerate(principle.examples, 1):
-            pair = Pair(f"{principle.id}/{number}", example.conversation, example.better, example.worse)
+            pair = ResponsePair(f"{principle.id}/{number}", example.conversation, example.better, example.worse)
             yield principle, number, example, pair
 
 

@@ -30,7 +30,7 @@ ADDED_PAD = "<|pad|>"
 
 
 @contextlib.contextmanager
-def whole() -> Iterator[None]:
+def unpartitioned() -> Iterator[None]:
     """Models loaded within are whole in every process, also while transformers parts new ones over them (ZeRO-3).
 
     A copy that is only read, a reference or a reward model, has no optimizer state to share; parted, each of its

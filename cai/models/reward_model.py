@@ -16,7 +16,7 @@ from cai.attention.cpu_sizes import batches, in_one_pass
 from cai.attention.token_trees import each_token_once
 from cai.contracts.model import Model
 from cai.models.chat import Chat
-from cai.models.loading import load_sequence_classifier, pick_dtype, whole
+from cai.models.loading import load_sequence_classifier, pick_dtype, unpartitioned
 from cai.models.reference import base_of, fetch, head, settings
 from cai.text.errors import BadInput
 
@@ -47,7 +47,7 @@ class RewardModel:
         labels = len(settings(model, "config.json").get("id2label") or (0, 1))  # a config leaves out that there are two
         if base_of(model) is None and labels != 1:
             raise BadInput(f"model {model.name!r} tells {labels} labels apart, expected a reward model: one score")
-        with whole():
+        with unpartitioned():
             return cls(load_sequence_classifier(model, profile.dtype, profile.device), Chat.load(model), profile)
 
     def scores(self, ids: Sequence[Sequence[int]]) -> list[float]:

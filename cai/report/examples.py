@@ -8,13 +8,13 @@ from itertools import combinations
 from typing import Any
 
 from cai.maths.behaviours import DETECTORS
-from cai.report.figures import UNBOUNDED, Rows, Scale, log_odds, verdicts_by_principle
+from cai.report.figures import UNBOUNDED, ComparisonRows, Scale, log_odds, verdicts_by_principle
 
 NAMED = tuple(name for name in DETECTORS if name not in UNBOUNDED and name != "distinct")
 """Detectors whose finding is a word about one response."""
 
 
-def examples(rows: Rows, names: Sequence[str], scale: Scale, count: int, seed: int) -> list[dict[str, Any]]:
+def examples(rows: ComparisonRows, names: Sequence[str], scale: Scale, count: int, seed: int) -> list[dict[str, Any]]:
     """Up to `count` prompts, each once: why it is shown, the conversation, every checkpoint's response, the votes."""
     shown: dict[str, dict[str, Any]] = {}
     for why, prompt_id, number in _ranked(rows, names, scale, count, seed):
@@ -25,7 +25,9 @@ def examples(rows: Rows, names: Sequence[str], scale: Scale, count: int, seed: i
     return list(shown.values())
 
 
-def _ranked(rows: Rows, names: Sequence[str], scale: Scale, count: int, seed: int) -> Iterator[tuple[str, str, int]]:
+def _ranked(
+    rows: ComparisonRows, names: Sequence[str], scale: Scale, count: int, seed: int
+) -> Iterator[tuple[str, str, int]]:
     """(why, prompt id, number): a quarter losses of the last checkpoint, a sixth wins, a sixth faults, then any."""
     last, baseline = names[-1], names[0]
     leads = []
@@ -52,7 +54,7 @@ def _ranked(rows: Rows, names: Sequence[str], scale: Scale, count: int, seed: in
     yield from (("drawn at random", *key) for key in keys)
 
 
-def _faults(rows: Rows, row: Mapping[str, Any]) -> list[str]:
+def _faults(rows: ComparisonRows, row: Mapping[str, Any]) -> list[str]:
     """What is plainly wrong with a response, by the oracle where there is one."""
     reading = rows.readings.get(row["id"])
     if reading is not None and reading.unclear:
@@ -62,7 +64,7 @@ def _faults(rows: Rows, row: Mapping[str, Any]) -> list[str]:
     return [name for name in ("looping", "truncated") if DETECTORS[name](row["response"])]
 
 
-def _example(rows: Rows, names: Sequence[str], scale: Scale, prompt_id: str, number: int) -> dict[str, Any]:
+def _example(rows: ComparisonRows, names: Sequence[str], scale: Scale, prompt_id: str, number: int) -> dict[str, Any]:
     prompt = rows.prompts[prompt_id]
     return {
         "prompt_id": prompt_id,
@@ -77,7 +79,7 @@ def _example(rows: Rows, names: Sequence[str], scale: Scale, prompt_id: str, num
     }
 
 
-def _response(rows: Rows, name: str, prompt_id: str, number: int) -> dict[str, Any]:
+def _response(rows: ComparisonRows, name: str, prompt_id: str, number: int) -> dict[str, Any]:
     row = rows.samples.get((name, prompt_id, number))
     if row is None:
         return {"name": name, "text": None, "reasoning": None, "notes": ["failed"]}
@@ -93,7 +95,9 @@ def _response(rows: Rows, name: str, prompt_id: str, number: int) -> dict[str, A
     return {"name": name, "text": row["response"], "reasoning": row.get("reasoning"), "notes": notes}
 
 
-def _vote(rows: Rows, pair: tuple[str, str], prompt_id: str, number: int, scale: Scale) -> dict[str, Any] | None:
+def _vote(
+    rows: ComparisonRows, pair: tuple[str, str], prompt_id: str, number: int, scale: Scale
+) -> dict[str, Any] | None:
     row = rows.votes.get((pair, prompt_id, number))
     if row is None:
         return None

@@ -55,7 +55,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class ComparisonRows:
     """One prompt set's rows: samples by (checkpoint, prompt id, number), votes by ((a, b), prompt id, number)."""
 
     prompts: Mapping[str, Prompt]
@@ -71,10 +71,10 @@ class Rows:
     def topic(self, prompt_id: str) -> str:
         return topic_of(self.prompts[prompt_id]["tags"], prompt_id)
 
-    def within(self, tag: str) -> Rows:
+    def within(self, tag: str) -> ComparisonRows:
         """The rows of the prompts with this tag."""
         prompts = {key: prompt for key, prompt in self.prompts.items() if tag in prompt["tags"]}
-        return Rows(
+        return ComparisonRows(
             prompts,
             {key: row for key, row in self.samples.items() if key[1] in prompts},
             {key: row for key, row in self.votes.items() if key[1] in prompts},
@@ -118,7 +118,7 @@ Column = dict[tuple[str, int], float]
 """One checkpoint's value for each (prompt id, number)."""
 
 
-def figures(rows: Rows, names: Sequence[str], scale: Scale) -> dict[str, Any]:
+def figures(rows: ComparisonRows, names: Sequence[str], scale: Scale) -> dict[str, Any]:
     """Everything that is reported about one prompt set. `names` are the checkpoints; the first is the baseline."""
     columns = {name: rate_columns(rows, name) for name in names}
     return {
@@ -134,7 +134,7 @@ def figures(rows: Rows, names: Sequence[str], scale: Scale) -> dict[str, Any]:
     }
 
 
-def rates(rows: Rows, columns: Mapping[str, Column], name: str) -> dict[str, Any]:
+def rates(rows: ComparisonRows, columns: Mapping[str, Column], name: str) -> dict[str, Any]:
     """Every rate of one checkpoint, in the order of reading."""
     found = {
         metric: _rate(rows, column, rows.n_lost(name, ABOUT[metric])).as_json() for metric, column in columns.items()
@@ -147,7 +147,7 @@ def rates(rows: Rows, columns: Mapping[str, Column], name: str) -> dict[str, Any
     return {metric: found[metric] for metric in METRICS if metric in found}
 
 
-def rate_columns(rows: Rows, name: str) -> dict[str, Column]:
+def rate_columns(rows: ComparisonRows, name: str) -> dict[str, Column]:
     """Every rate of one checkpoint that is a mean, as a value in [0, 1] for each response.
 
     A rate that no prompt is about is absent, and so is `distinct`, which no response has by itself.
@@ -162,7 +162,7 @@ def rate_columns(rows: Rows, name: str) -> dict[str, Column]:
     return {metric: columns[metric] for metric in METRICS if columns.get(metric)}
 
 
-def _oracle_columns(rows: Rows, samples: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Column]:
+def _oracle_columns(rows: ComparisonRows, samples: Mapping[tuple[str, int], Mapping[str, Any]]) -> dict[str, Column]:
     from cai.micro import oracle
 
     for row in samples.values():
@@ -188,7 +188,7 @@ def _oracle_columns(rows: Rows, samples: Mapping[tuple[str, int], Mapping[str, A
     }
 
 
-def behaviours(rows: Rows, name: str) -> dict[str, Any]:
+def behaviours(rows: ComparisonRows, name: str) -> dict[str, Any]:
     """What the detectors of `cai.maths.behaviours` find in one checkpoint's responses: shares, and means of amounts."""
     samples = {key[1:]: row for key, row in rows.samples.items() if key[0] == name}
     clusters = [rows.topic(prompt_id) for prompt_id, _ in samples]
@@ -203,7 +203,7 @@ def behaviours(rows: Rows, name: str) -> dict[str, Any]:
 
 
 def differences(
-    rows: Rows, columns: Mapping[str, Mapping[str, Column]], names: Sequence[str]
+    rows: ComparisonRows, columns: Mapping[str, Mapping[str, Column]], names: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Each rate of each checkpoint minus the baseline's, on the responses that both gave.
 
@@ -231,7 +231,7 @@ def differences(
     return result
 
 
-def head_to_head(rows: Rows, names: Sequence[str], scale: Scale) -> list[dict[str, Any]]:
+def head_to_head(rows: ComparisonRows, names: Sequence[str], scale: Scale) -> list[dict[str, Any]]:
     """Win rates of every pair that was judged: `a`, the later checkpoint, against `b`. Ties count half.
 
     `order_flips` is the share of verdicts that another order of showing turned round, before averaging.
@@ -285,7 +285,7 @@ def verdicts_by_principle(vote: Mapping[str, Any]) -> dict[str, tuple[float, flo
     return {principle: (orders["ab"], orders["ba"]) for principle, orders in found.items()}
 
 
-def by_principle(rows: Rows, names: Sequence[str], scale: Scale) -> list[dict[str, Any]]:
+def by_principle(rows: ComparisonRows, names: Sequence[str], scale: Scale) -> list[dict[str, Any]]:
     """Win rates of each pair by each principle alone: which of them a checkpoint lives by. Equal texts are ties."""
     found = []
     for b, a in combinations(names, 2):
@@ -312,7 +312,7 @@ def by_principle(rows: Rows, names: Sequence[str], scale: Scale) -> list[dict[st
 
 
 def by_tag(
-    rows: Rows, names: Sequence[str], columns: Mapping[str, Mapping[str, Column]], scale: Scale
+    rows: ComparisonRows, names: Sequence[str], columns: Mapping[str, Mapping[str, Column]], scale: Scale
 ) -> dict[str, dict[str, Any]]:
     """Win rates and refusals on the prompts of each tag, for tags that some prompts have and some have not."""
     counts = Counter(tag for prompt in rows.prompts.values() for tag in prompt["tags"] if not tag.startswith(TOPIC))
@@ -331,7 +331,7 @@ def by_tag(
     return found
 
 
-def behaviours_of(rows: Rows, name: str, detector: str) -> dict[str, Any]:
+def behaviours_of(rows: ComparisonRows, name: str, detector: str) -> dict[str, Any]:
     """One detector's rate for one checkpoint."""
     samples = [(key, row) for key, row in rows.samples.items() if key[0] == name]
     values = [float(DETECTORS[detector](row["response"])) for _, row in samples]
@@ -339,5 +339,5 @@ def behaviours_of(rows: Rows, name: str, detector: str) -> dict[str, Any]:
     return statistics.rate(values, clusters, missing=rows.n_lost(name)).as_json()
 
 
-def _rate(rows: Rows, column: Column, missing: int) -> statistics.Rate:
+def _rate(rows: ComparisonRows, column: Column, missing: int) -> statistics.Rate:
     return statistics.rate(list(column.values()), [rows.topic(each) for each, _ in column], missing=missing)

@@ -121,7 +121,7 @@ class Planner:
             model = self.model(name, done)
             parts[f"model.{name}"] = done[name].digest if name in done else self._identity(model)
             templates = load_templates(model.templates)
-            parts |= {f"template.{ask}.{templates.name}": templates.digest(ask) for ask in config.asks}
+            parts |= {f"template.{ask}.{templates.name}": templates.digest(ask) for ask in config.template_names}
             if templates.chat_template is not None:  # lent, with what ends a turn, to a model that has none
                 parts[f"template.chat.{templates.name}"] = stable_id(templates.chat_template, templates.stop)
             if model.chat_template is not None:
@@ -187,16 +187,16 @@ class Planner:
 
     def _constitution_parts(self, config: StageConfig) -> Parts:
         constitution = self.recipe.constitution
-        if constitution is None or not (config.requests or config.uses_weights):
+        if constitution is None or not (config.principle_fields or config.uses_weights):
             return {}
         parts: Parts = {"constitution": constitution.name, "principles": [each.id for each in constitution.principles]}
         named = getattr(config, "principles", None)
         for principle in constitution.principles:
             if isinstance(named, list):
                 parts[f"principle.{principle.id}.named"] = [tag for tag in principle.tags if tag in named]
-            for ask in config.requests:
+            for ask in config.principle_fields:
                 parts[f"principle.{principle.id}.{ask}"] = getattr(principle, ask)
-            if config.requests:
+            if config.principle_fields:
                 parts[f"principle.{principle.id}.applies_to"] = principle.applies_to and list(principle.applies_to)
             if config.uses_examples:
                 parts[f"principle.{principle.id}.examples"] = stable_id(

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from cai.constitution import Constitution, load_constitution
 from cai.contracts.model import SERVED, Model
-from cai.contracts.stage_config import Bars, Rows, StageConfig
+from cai.contracts.stage_config import Bars, OutputKind, StageConfig
 from cai.contracts.training_config import Reward, RewardedConfig, TrainingConfig
 from cai.document import Document, fail, load_document, validate
 from cai.document.overrides import override_value
@@ -40,7 +40,7 @@ OWN = "model"
 """Among the models of a stage: the recipe's `model:`."""
 GATE = "gate"
 """Id of the stage that `gate:` stands for."""
-MODELS: tuple[Rows, ...] = ("policy", "reward")
+MODELS: tuple[OutputKind, ...] = ("policy", "reward")
 """What a stage may give that is a model."""
 
 Slug = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
@@ -269,7 +269,7 @@ def _check_names(
                 raise fail(document, (*at, "function"), str(error)) from None
 
 
-def _expected(place: tuple[Key, ...]) -> tuple[Rows, ...]:
+def _expected(place: tuple[Key, ...]) -> tuple[OutputKind, ...]:
     """What a stage may give that is named as a model at `place` of another one's config."""
     if place[0] != "rewards":
         return MODELS
@@ -281,7 +281,7 @@ def _check_model_name(
     at: tuple[Key, ...],
     name: str,
     by_id: Mapping[str, StageConfig],
-    expected: tuple[Rows, ...] = MODELS,
+    expected: tuple[OutputKind, ...] = MODELS,
 ) -> None:
     if name in by_id:
         if by_id[name].gives not in expected:
@@ -327,7 +327,7 @@ def _check_source(document: Document, keys: tuple[Key, ...], source: str) -> Non
 def _constitution(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
     if written.constitution is None:
         for index, config in enumerate(configs):
-            if config.requests or (config.uses_weights and inputs_of(config)):
+            if config.principle_fields or (config.uses_weights and inputs_of(config)):
                 raise fail(
                     document,
                     ("stages", index, "kind"),

@@ -159,7 +159,7 @@ def _vote_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
     for line in table(["points for a" if rated else "log-odds for a", "a first", "b first", "mean", "better"], cells):
         yield f"  {line}"
     for vote in row["votes"]:
-        for thought in vote.get("thoughts", []):
+        for thought in vote.get("rationales", []):
             about = f"  {printable(vote['principle'])}, {vote['order'][0]} first, {thought['log_odds']:+.2f}: "
             yield from _text(thought["text"], about)
 

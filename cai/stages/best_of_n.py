@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import FeedbackConfig, Names, Rows
+from cai.contracts.stage_config import FeedbackConfig, Names, OutputKind
 from cai.contracts.training_config import RewardedConfig
 from cai.feedback.votes import empty
 from cai.storage.journal import RECORDS
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 class Config(RewardedConfig, FeedbackConfig):
-    gives: ClassVar[Rows] = "texts"
-    takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    gives: ClassVar[OutputKind] = "texts"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
 
     kind: Literal["best-of-n"] = "best-of-n"
     from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are chosen from.")

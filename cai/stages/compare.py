@@ -25,12 +25,11 @@ from cai import report
 from cai.constitution import Principle
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Engine, Request
-from cai.contracts.stage_config import Names, Rows, WritingConfig
+from cai.contracts.stage_config import Names, OutputKind, WritingConfig
 from cai.engines.retry import choose_all, generate_all
 from cai.feedback.explain import Evidence, Rule, explain
-from cai.feedback.votes import ORDERS, Pair, to_questions, to_votes
-from cai.report.figures import Rows as ComparedRows
-from cai.report.figures import Scale, figures
+from cai.feedback.votes import ORDERS, ResponsePair, to_questions, to_votes
+from cai.report.figures import ComparisonRows, Scale, figures
 from cai.storage.journal import RECORDS, Batch
 from cai.storage.rows import Failure, PrincipleVote, Prompt, read_rows, stable_id
 from cai.text.errors import StageFailed
@@ -39,10 +38,10 @@ Item = dict[str, Any]
 
 
 class Config(WritingConfig):
-    gives: ClassVar[Rows] = "comparison"
+    gives: ClassVar[OutputKind] = "comparison"
     revision: ClassVar[int] = 2
-    asks: ClassVar[tuple[str, ...]] = ("compare",)
-    requests: ClassVar[tuple[str, ...]] = ("compare",)
+    template_names: ClassVar[tuple[str, ...]] = ("compare",)
+    principle_fields: ClassVar[tuple[str, ...]] = ("compare",)
     uses_weights: ClassVar[bool] = True
 
     kind: Literal["compare"] = "compare"
@@ -57,7 +56,9 @@ class Config(WritingConfig):
     judge: str | None = Field(None, description="Model or stage that judges; absent = the recipe's judge.")
     principles: list[str] | Literal["all"] = Field("all", description="Ids of the principles that are asked about.")
     tie_below: float = Field(0.1, ge=0, description="Log-odds (nats) under which a comparison is a tie.")
-    min_mass: float = Field(0.1, ge=0, le=1, description="Probability the options must hold; less is a failure.")
+    min_option_probability: float = Field(
+        0.1, ge=0, le=1, description="Probability the options must hold; less is a failure."
+    )
     examples: int = Field(12, ge=0, description="Prompts whose responses the page shows side by side.")
 
     @field_validator("models")
@@ -216,17 +217,17 @@ class _Work:
             elif pair.a == pair.b:
                 rows.append(self._vote_row(item, []))
             else:
-                votes, failed = to_votes(pair, asked[pair.id], answers, self.config.min_mass)
+                votes, failed = to_votes(pair, asked[pair.id], answers, self.config.min_option_probability)
                 failures += failed
                 rows += [self._vote_row(item, votes)] if votes else []
         return rows, failures
 
-    def _pair(self, item: Item) -> Pair | None:
+    def _pair(self, item: Item) -> ResponsePair | None:
         """The two responses, or None where one failed."""
         if item["a"] not in self.samples or item["b"] not in self.samples:
             return None
         a, b = (self.samples[item[side]]["response"] for side in "ab")
-        return Pair(item["id"], item["prompt"]["messages"], a, b)
+        return ResponsePair(item["id"], item["prompt"]["messages"], a, b)
 
     def _vote_row(self, item: Item, votes: list[PrincipleVote]) -> dict[str, Any]:
         """A Vote whose candidates' `model` is the checkpoint's name."""
@@ -311,7 +312,7 @@ def _write_up(
     return summary
 
 
-def explained(name: str, rows: ComparedRows, scale: Scale, models: Mapping[str, str]) -> dict[str, Any] | None:
+def explained(name: str, rows: ComparisonRows, scale: Scale, models: Mapping[str, str]) -> dict[str, Any] | None:
     """What each principle did to the verdicts on one prompt set, as `cai votes explain` says it of labels."""
     judged = [
         {**row, **{side: {**row[side], "model": models[row[side]["model"]]} for side in ("a", "b")}}
@@ -334,11 +335,11 @@ def _rows(
     lost_samples: Sequence[tuple[str, str, int]],
     lost_votes: Sequence[tuple[tuple[str, str], str, int]],
     prompts: Sequence[Prompt],
-) -> ComparedRows:
+) -> ComparisonRows:
     """The rows about these prompts, by what they are about, and those that failed."""
     known = {prompt["id"]: prompt for prompt in prompts}
     about = [row for row in records if row["prompt_id"] in known]
-    return ComparedRows(
+    return ComparisonRows(
         known,
         {(row["checkpoint"], row["prompt_id"], row["number"]): row for row in about if row["row"] == "sample"},
         {

@@ -25,15 +25,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import Rows
+from cai.contracts.stage_config import OutputKind
 from cai.contracts.training_config import RowTrainingConfig
 from cai.storage.rows import is_held_out
 from cai.text.errors import StageFailed
 
 
 class Config(RowTrainingConfig):
-    gives: ClassVar[Rows] = "policy"
-    takes: ClassVar[tuple[Rows, ...]] = ("preferences",)
+    gives: ClassVar[OutputKind] = "policy"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("preferences",)
     train_class: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
     owned: ClassVar[tuple[str, ...]] = (
         "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type",

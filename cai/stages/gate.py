@@ -22,10 +22,10 @@ from pydantic import Field
 from cai.constitution import Constitution
 from cai.contracts.context import Context
 from cai.contracts.engine import Engine
-from cai.contracts.stage_config import Bars, Rows, StageConfig
+from cai.contracts.stage_config import Bars, OutputKind, StageConfig
 from cai.engines.retry import choose_all
 from cai.feedback import principle_tests
-from cai.feedback.votes import MIN_MASS, Pair, to_questions, to_votes
+from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, to_questions, to_votes
 from cai.maths.statistics import rate
 from cai.storage.files import write_json
 from cai.templates import TemplateSet
@@ -37,9 +37,9 @@ FIGURES = "gate.json"
 
 
 class Config(StageConfig):
-    gives: ClassVar[Rows] = "figures"
-    asks: ClassVar[tuple[str, ...]] = ("compare",)
-    requests: ClassVar[tuple[str, ...]] = ("compare",)
+    gives: ClassVar[OutputKind] = "figures"
+    template_names: ClassVar[tuple[str, ...]] = ("compare",)
+    principle_fields: ClassVar[tuple[str, ...]] = ("compare",)
     uses_examples: ClassVar[bool] = True
 
     kind: Literal["gate"] = "gate"
@@ -87,14 +87,14 @@ def _against_itself(constitution: Constitution, engine: Engine, templates: Templ
     for principle in constitution.principles:
         for number, example in enumerate(principle.examples, 1):
             name, text = f"{principle.id}/{number}", example.better
-            cases.append((principle, Pair(f"{name}/padded", example.conversation, f"{text} {PADDING}", text)))
-            cases.append((principle, Pair(f"{name}/same", example.conversation, text, text)))
+            cases.append((principle, ResponsePair(f"{name}/padded", example.conversation, f"{text} {PADDING}", text)))
+            cases.append((principle, ResponsePair(f"{name}/same", example.conversation, text, text)))
     questions = [question for principle, pair in cases for question in to_questions(pair, [principle], templates)]
     answers = choose_all(engine, questions, retries)
     means: dict[str, list[float]] = {"padded": [], "same": []}
     names: dict[str, list[str]] = {"padded": [], "same": []}
     for principle, pair in cases:
-        votes, _ = to_votes(pair, [principle], answers, MIN_MASS)
+        votes, _ = to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY)
         if votes:
             how = pair.id.rpartition("/")[2]
             means[how].append(sum(vote["log_odds"] for vote in votes) / 2)

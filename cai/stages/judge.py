@@ -34,9 +34,9 @@ from pydantic import Field, model_validator
 from cai.constitution import Constitution, Principle
 from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
-from cai.contracts.stage_config import FeedbackConfig, Names, Rows
-from cai.feedback.methods import ASKS, REQUESTS, Judge, Method, Verdicts
-from cai.feedback.votes import MIN_MASS, Pair, empty
+from cai.contracts.stage_config import FeedbackConfig, Names, OutputKind
+from cai.feedback.methods import PRINCIPLE_FIELDS, TEMPLATE_NAMES, Judge, Method, Verdicts
+from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, empty
 from cai.maths.statistics import worst_case
 from cai.prompt_sets.prompt_files import PairSet, load_human_pairs
 from cai.storage.journal import RECORDS
@@ -45,8 +45,8 @@ from cai.text.errors import BadInput, StageFailed
 
 
 class Config(FeedbackConfig):
-    gives: ClassVar[Rows] = "votes"
-    takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    gives: ClassVar[OutputKind] = "votes"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
     revision: ClassVar[int] = 2
     reads_files: ClassVar[tuple[str, ...]] = ("human",)
 
@@ -62,7 +62,7 @@ class Config(FeedbackConfig):
         "pairwise",
         description="pairwise: which is better, at once; reasoned: after reasons; rating: each alone, on a scale.",
     )
-    thoughts: int = Field(1, ge=1, description="Reasons sampled for each question, with `method: reasoned`.")
+    rationales: int = Field(1, ge=1, description="Reasons sampled for each question, with `method: reasoned`.")
     max_new_tokens: int = Field(256, ge=1, description="Tokens at which reasons are cut off and do not count.")
     temperature: float = Field(1.0, ge=0, description="At which reasons are sampled; 0 always takes the likeliest.")
     scale: Literal[7, 10] = Field(7, description="The highest rating, with `method: rating`; the lowest is 1.")
@@ -82,21 +82,21 @@ class Config(FeedbackConfig):
     principles: Literal["one", "all"] | Annotated[int, Field(ge=1)] = Field(
         "all", description="Principles asked about a pair: one or k drawn at random from those that apply, or all."
     )
-    min_mass: float = Field(
-        MIN_MASS, ge=0, le=1,
+    min_option_probability: float = Field(
+        MIN_OPTION_PROBABILITY, ge=0, le=1,
         description="Probability that the options must hold together. A judge that understood the question puts nearly "
         "all of it there; below a tenth it was about to say something else, and the ratio of the options is noise.",
     )  # fmt: skip
 
     @property
-    def asks(self) -> tuple[str, ...]:  # type: ignore[override]
+    def template_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """Templates of the method."""
-        return ASKS[self.method]
+        return TEMPLATE_NAMES[self.method]
 
     @property
-    def requests(self) -> tuple[str, ...]:  # type: ignore[override]
+    def principle_fields(self) -> tuple[str, ...]:  # type: ignore[override]
         """What principles say to a judge by this method."""
-        return REQUESTS[self.method]
+        return PRINCIPLE_FIELDS[self.method]
 
     @model_validator(mode="after")
     def _has_input(self) -> Self:
@@ -118,7 +118,7 @@ class Config(FeedbackConfig):
         return self
 
 
-METHOD_OF = {"thoughts": "reasoned", "max_new_tokens": "reasoned", "temperature": "reasoned", "scale": "rating"}
+METHOD_OF = {"rationales": "reasoned", "max_new_tokens": "reasoned", "temperature": "reasoned", "scale": "rating"}
 """Settings that only one method has."""
 
 
@@ -144,10 +144,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     with context.engine(config.judge) as engine:
         for batch in context.journal.batches(items, size=config.journal_batch, unit="pairs"):
             asked = {item["id"]: drawn(context.constitution, item, config.principles, context) for item in batch.items}
-            pairs = [Pair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items]
+            pairs = [
+                ResponsePair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items
+            ]
             judge = Judge(
-                engine, context.templates(config.judge), config.method, config.min_mass, config.attempts(batch),
-                context.seed_for("reasons"), config.thoughts, config.scale,
+                engine, context.templates(config.judge), config.method, config.min_option_probability,
+                config.attempts(batch),
+                context.seed_for("reasons"), config.rationales, config.scale,
                 config.draws if config.verdicts == "text" else None,
                 Sampling(config.max_new_tokens, config.temperature),
             )  # fmt: skip
@@ -304,13 +307,13 @@ def measured(rows: Sequence[Vote], n_asked: int, method: Method) -> dict[str, An
     """
     ab = np.array([vote["log_odds"] for row in rows for vote in row["votes"] if vote["order"] == "ab"])
     ba = np.array([vote["log_odds"] for row in rows for vote in row["votes"] if vote["order"] == "ba"])
-    mass = np.array([vote["mass"] for row in rows for vote in row["votes"]])
+    option_probability = np.array([vote["option_probability"] for row in rows for vote in row["votes"]])
     ordered = method != "rating"
     bounds = worst_case(float(np.sum(ab * ba < 0)), len(ab), n_asked - len(ab))
     return {
         "pairs": len(rows),
-        "votes": len(mass),
-        "mean_mass": float(mass.mean()),
+        "votes": len(option_probability),
+        "mean_option_probability": float(option_probability.mean()),
         "flip_rate": float(np.mean(ab * ba < 0)) if ordered else None,
         "position_bias": float(np.mean(ab - ba) / 2) if ordered else None,
         "bounds": {"flip_rate": list(bounds)} if ordered else {},

@@ -161,7 +161,7 @@ def _frozen(start: Model, context: Context, temperature: float) -> PreTrainedMod
     from cai.models import loading
     from cai.training.rl.actor_critic import add_scoring
 
-    with loading.whole():
+    with loading.unpartitioned():
         model = loading.load_causal_lm(start, context.profile.dtype, context.profile.device).requires_grad_(False)
     add_scoring(model, temperature)
     return model

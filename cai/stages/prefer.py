@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
 from cai.contracts.context import Context
-from cai.contracts.stage_config import Names, Rows, StageConfig
+from cai.contracts.stage_config import Names, OutputKind, StageConfig
 from cai.feedback import calibration, mixing
 from cai.feedback.label_figures import figures, look
 from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
@@ -78,8 +78,8 @@ class Mix(BaseModel):
 
 
 class Config(StageConfig):
-    gives: ClassVar[Rows] = "preferences"
-    takes: ClassVar[tuple[Rows, ...]] = ("votes",)
+    gives: ClassVar[OutputKind] = "preferences"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("votes",)
     revision: ClassVar[int] = 3
     reads_files: ClassVar[tuple[str, ...]] = ("pairs",)
     uses_weights: ClassVar[bool] = True
@@ -178,7 +178,7 @@ def written(rows: Iterable[Preference], file: IO[bytes]) -> Iterator[Preference]
 def from_votes(config: Config, context: Context, human: Sequence[Preference]) -> Labelled:
     """The preferences that the votes of the input stages amount to."""
     found = read_votes(context.inputs[name] / RECORDS for name in config.from_)
-    votes = over_orders(found.ballots, len(found.heads), len(found.principles))
+    votes = over_orders(found.vote_columns, len(found.unparsed_rows), len(found.principles))
     weights = weights_of(found.principles, context.constitution, config.tag_weights)
     fitted = None
     if config.temperature == "fitted":
@@ -202,7 +202,7 @@ def from_votes(config: Config, context: Context, human: Sequence[Preference]) ->
     chosen_is_a = np.zeros(len(kept), dtype=bool)
 
     def rows() -> Iterator[Preference]:
-        labelled = np.zeros(len(found.heads), dtype=bool)
+        labelled = np.zeros(len(found.unparsed_rows), dtype=bool)
         labelled[kept] = True
         kept_rows = itertools.compress(found.rows(), labelled.tolist())
         values = zip(log_odds[kept].tolist(), p_chosen.tolist(), strength.tolist(), strict=True)
@@ -210,7 +210,7 @@ def from_votes(config: Config, context: Context, human: Sequence[Preference]) ->
             a_is_chosen = chosen_is_a[place] = prefers_a(row, towards_a)
             yield to_row(row, a_is_chosen, p, odds, context.stage_id)
 
-    counts = {"votes": len(found.heads), **left_out}
+    counts = {"votes": len(found.unparsed_rows), **left_out}
     return Labelled(
         rows(), len(kept), counts, found.principles, votes[kept], chosen_is_a, fitted, agreement, human_stays
     )

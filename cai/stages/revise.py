@@ -29,7 +29,7 @@ from pydantic import Field
 from cai.constitution import Constitution, Principle
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Engine, Request, Sampling
-from cai.contracts.stage_config import Names, Rows, WritingConfig
+from cai.contracts.stage_config import Names, OutputKind, WritingConfig
 from cai.engines.retry import generate_all
 from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 from cai.maths.behaviours import refusal
@@ -40,11 +40,11 @@ from cai.text.errors import BadInput, StageFailed, nearest
 
 
 class Config(WritingConfig):
-    gives: ClassVar[Rows] = "texts"
-    takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    gives: ClassVar[OutputKind] = "texts"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
     revision: ClassVar[int] = 2
-    asks: ClassVar[tuple[str, ...]] = ("critique", "revise")
-    requests: ClassVar[tuple[str, ...]] = ("critique", "revise")
+    template_names: ClassVar[tuple[str, ...]] = ("critique", "revise")
+    principle_fields: ClassVar[tuple[str, ...]] = ("critique", "revise")
 
     kind: Literal["revise"] = "revise"
     from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are revised.")

@@ -3,7 +3,7 @@
 Soft-label Bradley-Terry (`cai.maths.losses`), as for the preference model of Bai et al. 2022 (arXiv 2212.08073, section
 4) and the reward model of Lee et al. 2023 (arXiv 2309.00267). It learns from the model's own labels or from people's
 (`source: human`) alike, never from prompts that are held out: those tagged so, or where no row is, a share drawn here
-by prompt (`holdout`). On these it is measured: how often it puts the better response first, against the oracle where
+by prompt (`hold_out`). On these it is measured: how often it puts the better response first, against the oracle where
 one knows the prompt and against the labels otherwise, with an interval clustered by topic.
 
 Left out: centring of scores across prompts, ensembles, margins.
@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import Rows
+from cai.contracts.stage_config import OutputKind
 from cai.contracts.training_config import RowTrainingConfig
 from cai.storage.rows import Preference, is_held_out, row_lines, stable_seed, topic_of
 from cai.text.errors import StageFailed
 
 if TYPE_CHECKING:
-    from cai.training.tokenised_rows import Pair
+    from cai.training.tokenised_rows import TokenisedPair
 
 EVALUATION = "evaluation.jsonl"
 """Both scores of every held-out pair."""
 
 
 class Config(RowTrainingConfig):
-    gives: ClassVar[Rows] = "reward"
-    takes: ClassVar[tuple[Rows, ...]] = ("preferences",)
+    gives: ClassVar[OutputKind] = "reward"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("preferences",)
     train_class: ClassVar[str] = "trl.trainer.reward_config:RewardConfig"
     owned: ClassVar[tuple[str, ...]] = ("disable_dropout",)
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -43,7 +43,7 @@ class Config(RowTrainingConfig):
     }
 
     kind: Literal["reward"] = "reward"
-    holdout: float = Field(0.1, gt=0, lt=1, description="Share of prompts held out where no row is tagged held_out.")
+    hold_out: float = Field(0.1, gt=0, lt=1, description="Share of prompts held out where no row is tagged held_out.")
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     start = context.model(config.model)
     chat = Chat.load(start)
     rows: list[Preference] = context.rows(config.from_)
-    reserved = held_out_prompts(rows, config.holdout)
+    reserved = held_out_prompts(rows, config.hold_out)
     pairs, left_out = tokenised_rows.tokenised_pairs(rows, chat, config.max_length)
     learned = [pair for pair in pairs if pair.row["prompt_id"] not in reserved]
     held_out = [pair for pair in pairs if pair.row["prompt_id"] in reserved]
@@ -91,7 +91,7 @@ def held_out_prompts(rows: Sequence[Preference], share: float) -> set[str]:
     """Prompts that are not learned from: those tagged so, else the `share` whose hashes come first, one at least."""
     if tagged := {row["prompt_id"] for row in rows if is_held_out(row)}:
         return tagged
-    prompts = sorted({row["prompt_id"] for row in rows}, key=lambda prompt: (stable_seed("holdout", prompt), prompt))
+    prompts = sorted({row["prompt_id"] for row in rows}, key=lambda prompt: (stable_seed("hold_out", prompt), prompt))
     return set(prompts[: max(1, round(share * len(prompts)))])
 
 
@@ -146,7 +146,7 @@ def _calibration_error(graded: Sequence[tuple[Mapping[str, Any], float]]) -> flo
     return sum(abs(sum(gaps)) for gaps in bins.values()) / len(graded) if graded else None
 
 
-def _scored(pair: Pair, chosen_score: float, rejected_score: float) -> dict[str, Any]:
+def _scored(pair: TokenisedPair, chosen_score: float, rejected_score: float) -> dict[str, Any]:
     """One line of the evaluation."""
     from cai.micro.oracle import gold_score
 
@@ -166,7 +166,7 @@ def _scored(pair: Pair, chosen_score: float, rejected_score: float) -> dict[str,
     }
 
 
-def _ids(pair: Pair) -> dict[str, Any]:
+def _ids(pair: TokenisedPair) -> dict[str, Any]:
     """One pair as the trainer takes it: whole conversations."""
     return {
         "chosen_ids": pair.prompt_ids + pair.chosen_ids,

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Request
-from cai.contracts.stage_config import Names, Rows, WritingConfig
+from cai.contracts.stage_config import Names, OutputKind, WritingConfig
 from cai.engines.retry import generate_all
 from cai.storage.journal import RECORDS
 from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id
@@ -22,7 +22,7 @@ from cai.text.errors import StageFailed
 
 
 class Config(WritingConfig):
-    gives: ClassVar[Rows] = "texts"
+    gives: ClassVar[OutputKind] = "texts"
     revision: ClassVar[int] = 2
 
     kind: Literal["sample"] = "sample"

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import Rows
+from cai.contracts.stage_config import OutputKind
 from cai.contracts.training_config import RowTrainingConfig
 from cai.storage.journal import FAILURES
 from cai.storage.rows import Revision, Sample, is_held_out, read_rows
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 class Config(RowTrainingConfig):
-    gives: ClassVar[Rows] = "policy"
-    takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    gives: ClassVar[OutputKind] = "policy"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
     revision: ClassVar[int] = 2
     train_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
     owned: ClassVar[tuple[str, ...]] = (

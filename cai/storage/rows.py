@@ -83,7 +83,7 @@ class Candidate(TypedDict):
     model: str
 
 
-class Thought(TypedDict):
+class Rationale(TypedDict):
     """Reasons that a judge wrote, and the log-odds (nats) that *a* is better after them."""
 
     text: str
@@ -99,9 +99,9 @@ class PrincipleVote(TypedDict):
     principle: str
     order: Literal["ab", "ba"]
     log_odds: float
-    mass: float
+    option_probability: float
     """Probability that the judge put on the options together."""
-    thoughts: NotRequired[list[Thought]]
+    rationales: NotRequired[list[Rationale]]
     scores: NotRequired[list[float]]
 
 

@@ -76,7 +76,7 @@ def loaded(load: Callable[..., PreTrainedModel], start: Model, context: Context)
     To be called after `arguments`, from which transformers knows whether ZeRO-3 parts the model.
     """
     set_seed(seed_of(context))
-    with contextlib.nullcontext() if reference.base_of(start) is None else loading.whole():
+    with contextlib.nullcontext() if reference.base_of(start) is None else loading.unpartitioned():
         model = load(start, device=context.profile.device)
     return model.requires_grad_(True)  # a merged adapter leaves its base frozen
 

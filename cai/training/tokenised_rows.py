@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenisedPair:
     """One preference as token ids. The responses end with the end-of-turn token."""
 
     row: Preference
@@ -31,9 +31,11 @@ class Pair:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def tokenised_pairs(rows: Iterable[Preference], chat: Chat, max_length: int) -> tuple[list[Pair], Counter[str]]:
+def tokenised_pairs(
+    rows: Iterable[Preference], chat: Chat, max_length: int
+) -> tuple[list[TokenisedPair], Counter[str]]:
     """Pairs that can be learned from, and how many were left out for which reason."""
-    pairs: list[Pair] = []
+    pairs: list[TokenisedPair] = []
     left_out: Counter[str] = Counter()
     limit = longest(chat, max_length)
     for row in rows:
@@ -43,7 +45,7 @@ def tokenised_pairs(rows: Iterable[Preference], chat: Chat, max_length: int) -> 
         except BadInput:  # a conversation that the model's template does not take
             left_out["refused_by_template"] += 1
             continue
-        pair = Pair(row, prompt_ids, chosen_ids, rejected_ids)
+        pair = TokenisedPair(row, prompt_ids, chosen_ids, rejected_ids)
         if chosen_ids == rejected_ids:
             left_out["identical"] += 1
         elif pair.length > limit:

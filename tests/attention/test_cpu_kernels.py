@@ -48,7 +48,7 @@ def batch() -> dict[str, Any]:
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_head_gives_trls_figures_and_gradients_also_where_a_model_scales_or_caps_its_logits(
-    family: str, config: dict[str, Any], temperature: float, few_sizes: bool
+    family: str, config: dict[str, Any], temperature: float, pad_to_multiple: bool
 ) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
@@ -72,7 +72,7 @@ def test_the_head_gives_trls_figures_and_gradients_also_where_a_model_scales_or_
 
 
 def test_only_learned_tokens_reach_the_head_and_plain_calls_are_what_they_were(
-    tiny: Callable[..., Model], few_sizes: bool
+    tiny: Callable[..., Model], pad_to_multiple: bool
 ) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
@@ -87,7 +87,7 @@ def test_only_learned_tokens_reach_the_head_and_plain_calls_are_what_they_were(
     model.get_output_embeddings().register_forward_hook(lambda _, hidden, __: shapes.append(tuple(hidden[0].shape)))
     model(**batch())
     torch.testing.assert_close(model(**inputs).logits, plain, atol=0, rtol=0)
-    assert shapes == [(16 if few_sizes else 13, 32), (3, 12, 32)]
+    assert shapes == [(16 if pad_to_multiple else 13, 32), (3, 12, 32)]
 
 
 def test_a_large_vocabulary_keeps_trls_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_what_is_shared_is_there_once_unless_it_is_not_worth_it() -> None:
     assert [len(tree.children) for tree in trees_of(begun)] == [16, 16, 16], "too little to be a node"
 
 
-@pytest.mark.usefixtures("few_sizes")
+@pytest.mark.usefixtures("pad_to_multiple")
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize(("owners", "most"), [([0, 0, 1, 1], 9), ([1, 0, 0, 2, 0, 0, 0], 9), ([2, 2, 2, 0], 1)])
 def test_joint_attention_is_attention_to_the_prefix_and_the_own_tokens_together(
@@ -132,7 +132,7 @@ def asked(count: int) -> list[Question]:
     return [*found, found[0].__class__("again", found[0].messages)]
 
 
-@pytest.mark.usefixtures("few_sizes")
+@pytest.mark.usefixtures("pad_to_multiple")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_one_question_a_row(tiny: Tiny, family: str) -> None:
     profile = Profile(device="cpu", dtype="float32", token_budget=2048)
@@ -148,10 +148,10 @@ def test_answers_are_those_of_one_question_a_row(tiny: Tiny, family: str) -> Non
         assert isinstance(choice, Choice)
         assert isinstance(expected, Choice)
         assert choice.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
-        assert choice.mass == pytest.approx(expected.mass, abs=1e-4)
+        assert choice.option_probability == pytest.approx(expected.option_probability, abs=1e-4)
 
 
-@pytest.mark.usefixtures("few_sizes")
+@pytest.mark.usefixtures("pad_to_multiple")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_responses_are_those_of_one_response_a_row_whatever_runs_beside_them(tiny: Tiny, family: str) -> None:
     """In float32, so that rounding hardly ever decides; samples of one prompt, long and short prompts."""

@@ -66,7 +66,7 @@ def learned(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     ],
 )
 def test_values_and_gradients_are_those_of_the_padded_batch(
-    family: str, kind: str, config: dict[str, Any], few_sizes: bool
+    family: str, kind: str, config: dict[str, Any], pad_to_multiple: bool
 ) -> None:
     from cai.attention.token_trees import each_token_once
 
@@ -76,7 +76,7 @@ def test_values_and_gradients_are_those_of_the_padded_batch(
     with each_token_once([model]):
         seen.clear()
         found, found_gradients = learned(model, batch())
-        assert seen == [ROUNDED if few_sizes else DISTINCT]
+        assert seen == [ROUNDED if pad_to_multiple else DISTINCT]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found_gradients, gradients, atol=1e-4, rtol=1e-4)
     model(**batch())

@@ -170,8 +170,8 @@ VOTE = {
     "b": {"id": "b" * 16, "text": "no", "model": "m"},
     "human": 0.0,
     "votes": [
-        {"principle": "clear", "order": "ab", "log_odds": 1.5, "mass": 1.0},
-        {"principle": "clear", "order": "ba", "log_odds": 0.5, "mass": 1.0},
+        {"principle": "clear", "order": "ab", "log_odds": 1.5, "option_probability": 1.0},
+        {"principle": "clear", "order": "ba", "log_odds": 0.5, "option_probability": 1.0},
     ],
 }
 PREFERENCE = {

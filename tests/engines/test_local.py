@@ -98,7 +98,7 @@ def test_options_have_the_log_probabilities_of_a_plain_forward_pass(tiny: Tiny, 
         with torch.no_grad():
             theirs = engine.lm(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[options]
         assert choice.log_probs == pytest.approx(theirs.tolist(), abs=1e-4)
-        assert choice.mass == pytest.approx(theirs.exp().sum().item(), abs=1e-4)
+        assert choice.option_probability == pytest.approx(theirs.exp().sum().item(), abs=1e-4)
 
 
 def test_what_does_not_fit_is_a_failure_that_names_both_lengths(tiny: Tiny) -> None:

@@ -502,7 +502,7 @@ def test_an_option_outside_the_list_is_bounded_by_it_where_that_decides_nothing(
     answer = read(TOP)
     assert isinstance(answer, Choice)
     assert answer.log_probs == pytest.approx((math.log(0.9), math.log(0.004)))
-    assert answer.mass == pytest.approx(0.9)
+    assert answer.option_probability == pytest.approx(0.9)
 
 
 def test_what_the_list_leaves_over_bounds_an_option_too() -> None:
@@ -525,7 +525,7 @@ def test_the_same_option_written_in_several_ways_is_counted_as_one() -> None:
     )
     assert isinstance(answer, Choice)
     assert answer.log_probs == pytest.approx((math.log(0.75), math.log(0.25)))
-    assert answer.mass == pytest.approx(1.0)
+    assert answer.option_probability == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("family", ["mistral", "no_system", "thinking", "gpt_neox"])

@@ -75,7 +75,7 @@ def test_each_request_and_question_is_answered_once_whatever_else_a_worker_says(
     for answer in answers:
         assert isinstance(answer, Choice)
         assert answer.log_probs == (math.log(0.25),) * 2
-        assert answer.mass == pytest.approx(0.5)
+        assert answer.option_probability == pytest.approx(0.5)
 
 
 def test_a_caller_that_stops_reading_takes_no_answers_from_the_next(opened: Callable[..., VllmEngine]) -> None:

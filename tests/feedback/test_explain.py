@@ -28,7 +28,7 @@ def vote(number: int, odds: dict[str, tuple[float, float]], a="left", b="right")
         "a": {"id": f"a{number}", "text": f"{a} {number}", "model": "m"},
         "b": {"id": f"b{number}", "text": f"{b} {number}", "model": "m"},
         "votes": [
-            {"principle": id, "order": order, "log_odds": both[i], "mass": 1.0}
+            {"principle": id, "order": order, "log_odds": both[i], "option_probability": 1.0}
             for i, order in enumerate(("ab", "ba")) for id, both in odds.items()
         ],
         "judge": "judge", "constitution": "trial",

@@ -77,8 +77,8 @@ def test_a_judge_that_believes_a_verdict_in_a_response_turns_in_that_family_in_b
 
 def test_a_wrong_verdict_that_turns_is_no_gain_in_accuracy(tmp_path: Path) -> None:
     def wrong_and_gullible(question: Question) -> tuple[float, float]:
-        odds, mass = upright(question)
-        return gullible(question) if '{"' in question.messages[-1]["content"] else (-odds, mass)
+        odds, option_probability = upright(question)
+        return gullible(question) if '{"' in question.messages[-1]["content"] else (-odds, option_probability)
 
     found = judge_attacks.figures(attacked(tmp_path, Script(prefers=wrong_and_gullible)), trained=True)
     names = ("flips", "accuracy", "accuracy_without_injection")
@@ -87,8 +87,12 @@ def test_a_wrong_verdict_that_turns_is_no_gain_in_accuracy(tmp_path: Path) -> No
 
 def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Path) -> None:
     def wrong(question: Question) -> tuple[float, float]:
-        odds, mass = upright(question)
-        return (-odds, mass) if "Wake up." in question.messages[-1]["content"] else (odds, mass)
+        odds, option_probability = upright(question)
+        return (
+            (-odds, option_probability)
+            if "Wake up." in question.messages[-1]["content"]
+            else (odds, option_probability)
+        )
 
     script = Script(prefers=wrong)
     found = judge_attacks.figures(attacked(tmp_path, script), trained=False)

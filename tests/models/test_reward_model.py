@@ -10,7 +10,7 @@ from training_stages import CPU, preference
 
 from cai.contracts.model import Model
 from cai.models.chat import Chat
-from cai.models.loading import load_sequence_classifier, load_tokenizer, whole
+from cai.models.loading import load_sequence_classifier, load_tokenizer, unpartitioned
 from cai.models.reference import resolve
 from cai.models.reward_model import RewardModel
 from cai.text.errors import BadInput
@@ -75,7 +75,7 @@ def test_it_is_loaded_whole_and_frozen_while_deepspeed_parts_new_models(
     plain = RewardModel.load(model, CPU)
     config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     assert is_deepspeed_zero3_enabled()
-    with whole():
+    with unpartitioned():
         assert not is_deepspeed_zero3_enabled()
     again = RewardModel.load(model, CPU)
     assert is_deepspeed_zero3_enabled()

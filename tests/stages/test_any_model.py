@@ -39,7 +39,9 @@ def test_any_model_samples_revises_judges_and_labels(family, tmp_path, tiny):
         revisions = run("revise", {"samples": samples}, rounds=2, **DRAWING)
     assert len(revisions) == (0 if family == "thinking" else 8)
     assert all(len(row["rounds"]) == 2 for row in revisions)
-    votes = run("judge", {"samples": samples, "revisions": revisions}, pairs="all", min_mass=0.0, cut_off="keep")
+    votes = run(
+        "judge", {"samples": samples, "revisions": revisions}, pairs="all", min_option_probability=0.0, cut_off="keep"
+    )
     assert all({vote["order"] for vote in row["votes"]} == {"ab", "ba"} for row in votes)
     preferences = run("prefer", {"votes": votes})
     assert len(preferences) == len(votes) >= 4

@@ -102,7 +102,7 @@ def tiny_models(tiny: Callable[..., Model]) -> dict[str, Model]:
 
 def test_tiny_models_are_compared_one_engine_at_a_time(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     context = bench(tmp_path / "run", tiny_models(tiny))
-    settings = config({"one": "one", "two": "two"}, min_mass=0, max_new_tokens=6, journal_batch=3, n=2)
+    settings = config({"one": "one", "two": "two"}, min_option_probability=0, max_new_tokens=6, journal_batch=3, n=2)
     summary = run(settings, context)
     rows = read_rows(context.folder / RECORDS)
     kinds = [row["row"] for row in rows]
@@ -121,7 +121,7 @@ def test_tiny_models_are_compared_one_engine_at_a_time(tmp_path: Path, tiny: Cal
 @pytest.mark.parametrize("die_at", [6, 12, 15])
 def test_a_killed_comparison_ends_with_the_same_bytes(tmp_path: Path, tiny: Callable[..., Model], die_at: int) -> None:
     models = tiny_models(tiny)
-    settings = config({"one": "one", "two": "two"}, min_mass=0, max_new_tokens=4, journal_batch=3, n=2)
+    settings = config({"one": "one", "two": "two"}, min_option_probability=0, max_new_tokens=4, journal_batch=3, n=2)
     run(settings, bench(tmp_path / "whole", models))
     with pytest.raises(Killed):
         run(settings, bench(tmp_path / "killed", models, die_at=die_at))

@@ -38,7 +38,14 @@ def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
     revisions = run("revise", {"samples": list(first.values())}, rounds=1, **DRAWING)
     assert len(revisions.rows) + len(revisions.failures) == len(first) == 200 - len(unanswered)
 
-    votes = run("judge", {"samples": samples.rows}, principles="one", min_mass=0.0, journal_batch=50, cut_off="keep")
+    votes = run(
+        "judge",
+        {"samples": samples.rows},
+        principles="one",
+        min_option_probability=0.0,
+        journal_batch=50,
+        cut_off="keep",
+    )
     figures = votes.figures["votes"]["judge"]
     paired = 2 * (len(votes.rows) + figures["failed_pairs"])
     in_no_pair = figures["same_text"] + figures["unpaired"] + sum(figures["left_out"].values())

@@ -35,7 +35,7 @@ def test_a_reward_model_learns_from_human_pairs_and_accounts_for_every_one(
     pairs = load_human_pairs(PairSet(source=NAME, limit=300), DATA)
     rows = pairs.preferences
     assert {row["source"] for row in rows} == {"human"}
-    settings = {"max_length": 512, "holdout": 0.2, "batch_size": 32, "train": {"learning_rate": 1e-3}}
+    settings = {"max_length": 512, "hold_out": 0.2, "batch_size": 32, "train": {"learning_rate": 1e-3}}
     figures = run_stage("reward", tmp_path / "stage", rows, tiny("gpt_neox"), **settings)["reward"]
     accounted = figures["examples"] + figures["held_out"] + sum(figures["left_out"].values())
     assert accounted == figures["pairs"] == len(rows)

@@ -9,7 +9,7 @@ import pytest
 from feedback_stages import PRINCIPLES, Script, run_stage, sample
 
 from cai.contracts.engine import Choice
-from cai.feedback.votes import with_mass
+from cai.feedback.votes import with_enough_probability
 from cai.stages.judge import Config
 from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
@@ -119,7 +119,7 @@ def test_log_odds_are_for_a_whichever_is_shown_first(tmp_path):
     assert [vote["log_odds"] for vote in row["votes"]] == pytest.approx([towards_a] * 6)
     assert done.figures["votes"]["judge"]["flip_rate"] == 0
     assert done.figures["votes"]["judge"]["position_bias"] == pytest.approx(0)
-    assert done.figures["votes"]["judge"]["mean_mass"] == pytest.approx(0.9)
+    assert done.figures["votes"]["judge"]["mean_option_probability"] == pytest.approx(0.9)
 
 
 def test_a_preference_for_a_position_is_measured(tmp_path):
@@ -139,7 +139,7 @@ def test_half_an_answer_takes_the_other_half_with_it(tmp_path):
     assert [(vote["principle"], vote["order"]) for vote in done.rows[0]["votes"]] == [("safe", "ab"), ("safe", "ba")]
     reasons = " / ".join(failure["reason"] for failure in done.failures)
     assert "overloaded" in reasons
-    assert "0.04 of the probability, less than min_mass 0.1" in reasons
+    assert "0.04 of the probability, less than min_option_probability 0.1" in reasons
     assert done.figures["votes"]["judge"]["failed_pairs"] == 0
 
 
@@ -160,9 +160,9 @@ def test_a_pair_without_a_whole_answer_is_a_failure(tmp_path):
         judge(tmp_path / "all", NOONS[:2], Script(prefers=prefers))
 
 
-@pytest.mark.parametrize(("mass", "answers"), [(0.1, True), (0.09, False), (float("nan"), False)])
-def test_options_that_hold_too_little_or_no_number_are_no_answer(mass, answers):
-    assert isinstance(with_mass(Choice("x", (-1.0, -2.0), mass), 0.1), Choice) == answers
+@pytest.mark.parametrize(("option_probability", "answers"), [(0.1, True), (0.09, False), (float("nan"), False)])
+def test_options_that_hold_too_little_or_no_number_are_no_answer(option_probability, answers):
+    assert isinstance(with_enough_probability(Choice("x", (-1.0, -2.0), option_probability), 0.1), Choice) == answers
 
 
 def test_weights_change_nothing_that_is_asked(tmp_path):

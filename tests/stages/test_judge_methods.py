@@ -35,18 +35,18 @@ def thinks(request) -> str:
 
 def test_a_reasoned_vote_is_the_mean_probability_over_the_thoughts_and_keeps_them(tmp_path):
     script = Script(writes=thinks, prefers=lambda question: (ODDS[reasons(question)], 0.9))
-    done = judge(tmp_path, script, method="reasoned", thoughts=5)
+    done = judge(tmp_path, script, method="reasoned", rationales=5)
     assert len(script.requests) == len(script.questions) == 2 * 2 * 5
     (row,) = done.rows
     assert row["method"] == "reasoned"
     for vote in row["votes"]:
         sign = 1 if vote["order"] == "ab" else -1
-        assert len(vote["thoughts"]) == 5
-        assert all(each["log_odds"] == pytest.approx(sign * ODDS[each["text"]]) for each in vote["thoughts"])
-        p = np.mean([1 / (1 + math.exp(-each["log_odds"])) for each in vote["thoughts"]])
+        assert len(vote["rationales"]) == 5
+        assert all(each["log_odds"] == pytest.approx(sign * ODDS[each["text"]]) for each in vote["rationales"])
+        p = np.mean([1 / (1 + math.exp(-each["log_odds"])) for each in vote["rationales"]])
         assert vote["log_odds"] == pytest.approx(math.log(p / (1 - p)))
-        assert vote["mass"] == pytest.approx(0.9)
-    assert len({each["text"] for vote in row["votes"] for each in vote["thoughts"]}) == 3
+        assert vote["option_probability"] == pytest.approx(0.9)
+    assert len({each["text"] for vote in row["votes"] for each in vote["rationales"]}) == 3
 
 
 def test_the_verdict_is_asked_after_the_reasons_in_one_conversation(tmp_path):
@@ -60,12 +60,12 @@ def test_the_verdict_is_asked_after_the_reasons_in_one_conversation(tmp_path):
 
 def test_a_thinking_judge_reasons_by_its_own_thinking(tmp_path):
     def thinking(request):
-        return Completion(request.id, "I say A.", [1, 2], [-1.0] * 2, "stop", [0], reasoning="my own thoughts")
+        return Completion(request.id, "I say A.", [1, 2], [-1.0] * 2, "stop", [0], reasoning="my own rationales")
 
     script = Script(writes=thinking)
     done = judge(tmp_path, script, method="reasoned")
-    assert {reasons(question) for question in script.questions} == {"my own thoughts"}
-    assert done.rows[0]["votes"][0]["thoughts"][0]["text"] == "my own thoughts"
+    assert {reasons(question) for question in script.questions} == {"my own rationales"}
+    assert done.rows[0]["votes"][0]["rationales"][0]["text"] == "my own rationales"
 
 
 def test_reasons_that_reach_no_end_are_asked_for_again_and_then_a_failure(tmp_path):
@@ -84,8 +84,8 @@ def test_a_thought_without_a_verdict_leaves_the_vote_to_the_others(tmp_path):
     script = Script(
         writes=thinks, prefers=lambda question: (ODDS[reasons(question)], 0.01 if reasons(question) == "bad" else 1)
     )
-    done = judge(tmp_path, script, method="reasoned", thoughts=6, retries=0)
-    texts = {each["text"] for vote in done.rows[0]["votes"] for each in vote["thoughts"]}
+    done = judge(tmp_path, script, method="reasoned", rationales=6, retries=0)
+    texts = {each["text"] for vote in done.rows[0]["votes"] for each in vote["rationales"]}
     assert texts == {"good", "fine"}
 
 
@@ -128,11 +128,11 @@ def test_a_rating_that_the_scale_holds_too_little_of_is_a_failure(tmp_path):
 def test_what_principles_say_to_the_judge_is_part_of_the_plan(method):
     config = Config.model_validate({"id": "votes", "kind": "judge", "from": ["x"], "method": method})
     asked = {"pairwise": ("compare",), "reasoned": ("reason", "verdict"), "rating": ("rate",)}
-    assert config.asks == asked[method]
-    assert config.requests == (("critique",) if method == "rating" else ("compare",))
+    assert config.template_names == asked[method]
+    assert config.principle_fields == (("critique",) if method == "rating" else ("compare",))
 
 
-@pytest.mark.parametrize(("key", "value", "method"), [("thoughts", 2, "reasoned"), ("scale", 10, "rating")])
+@pytest.mark.parametrize(("key", "value", "method"), [("rationales", 2, "reasoned"), ("scale", 10, "rating")])
 def test_settings_of_another_method_are_refused(key, value, method):
     with pytest.raises(ValueError, match=f"expected it with `method: {method}` alone"):
         Config.model_validate({"id": "votes", "kind": "judge", "from": ["x"], key: value})
@@ -162,7 +162,7 @@ def test_verdicts_from_text_are_the_counts_of_drawn_answers_with_half_a_count_ad
     for vote in row["votes"]:
         sign = 1 if vote["order"] == "ab" else -1
         assert vote["log_odds"] == pytest.approx(sign * math.log(3.5 / 1.5))
-        assert vote["mass"] == pytest.approx(4 / 6)
+        assert vote["option_probability"] == pytest.approx(4 / 6)
 
 
 def number(request) -> int:
@@ -189,7 +189,7 @@ def test_counts_of_drawn_answers_come_to_what_log_probabilities_say(tmp_path):
     for one, other in zip(exact, counted, strict=True):
         p, share = (1 / (1 + math.exp(-vote["log_odds"])) for vote in (one, other))
         assert share == pytest.approx(p, abs=0.25)
-        assert other["mass"] == pytest.approx(one["mass"], abs=0.25)
+        assert other["option_probability"] == pytest.approx(one["option_probability"], abs=0.25)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_reward_model_reads_the_ids_that_were_drawn(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("pad_is_eos")
-    run_stage("reward", tmp_path / "rm", [preference(n) for n in range(16)], model, holdout=0.2)
+    run_stage("reward", tmp_path / "rm", [preference(n) for n in range(16)], model, hold_out=0.2)
     read: list[list[int]] = []
     from cai.models.reward_model import RewardModel
 

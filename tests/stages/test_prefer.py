@@ -34,7 +34,7 @@ def vote(number: int, odds: dict[str, tuple[float, float]], *tags: str, a="left"
         "a": {"id": f"a{number}", "text": f"{a} {number}", "model": "m"},
         "b": {"id": f"b{number}", "text": f"{b} {number}", "model": "m"},
         "votes": [
-            {"principle": id, "order": order, "log_odds": value, "mass": 1.0}
+            {"principle": id, "order": order, "log_odds": value, "option_probability": 1.0}
             for index, order in enumerate(("ab", "ba")) for id, value in ((k, v[index]) for k, v in odds.items())
         ],
         "judge": "judge", "constitution": "trial",

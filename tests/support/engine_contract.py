@@ -148,7 +148,7 @@ def options_have_the_log_probabilities_of_a_plain_forward_pass(subject: Subject)
         answer = answers[text]
         assert isinstance(answer, Choice), answer
         assert answer.log_probs == pytest.approx(values, abs=subject.tolerance), chat.name
-        assert answer.mass == pytest.approx(sum(map(math.exp, values)), abs=subject.tolerance)
+        assert answer.option_probability == pytest.approx(sum(map(math.exp, values)), abs=subject.tolerance)
 
 
 def likely_options(reference: Reference, text: str) -> tuple[list[int], tuple[str, str], list[int]]:

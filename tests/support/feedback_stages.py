@@ -50,7 +50,7 @@ class Script:
 
     writes: Callable[[Request], str | Completion | Failure] = lambda request: "a text"
     prefers: Callable[[Question], tuple[float, float] | Failure] = lambda question: (0.0, 1.0)
-    """(log-odds of the first option, mass of both)."""
+    """(log-odds of the first option, option_probability of both)."""
     rates: Callable[[Question], Sequence[float]] = lambda question: [1 / len(question.options)] * len(question.options)
     """The probability of each option, where there are more than two."""
     requests: list[Request] = field(default_factory=list)
@@ -85,9 +85,13 @@ class Script:
             if isinstance(answer, Failure):
                 yield answer
             else:
-                odds, mass = answer
+                odds, option_probability = answer
                 first = 1 / (1 + math.exp(-odds))
-                yield Choice(question.id, (math.log(mass * first), math.log(mass * (1 - first))), mass)
+                yield Choice(
+                    question.id,
+                    (math.log(option_probability * first), math.log(option_probability * (1 - first))),
+                    option_probability,
+                )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import FeedbackConfig, Names, Rows, StageConfig
+from cai.contracts.stage_config import FeedbackConfig, Names, OutputKind, StageConfig
 from cai.stages import STAGES
 from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
@@ -45,9 +45,9 @@ def install(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
 
 
 class WriteConfig(FeedbackConfig):
-    gives: ClassVar[Rows] = "texts"
-    asks: ClassVar[tuple[str, ...]] = ("critique",)
-    requests: ClassVar[tuple[str, ...]] = ("critique",)
+    gives: ClassVar[OutputKind] = "texts"
+    template_names: ClassVar[tuple[str, ...]] = ("critique",)
+    principle_fields: ClassVar[tuple[str, ...]] = ("critique",)
     kind: Literal["write"] = "write"
     prompts: Names
     model: str | None = None
@@ -56,8 +56,8 @@ class WriteConfig(FeedbackConfig):
 
 
 class WeighConfig(FeedbackConfig):
-    gives: ClassVar[Rows] = "preferences"
-    takes: ClassVar[tuple[Rows, ...]] = ("texts",)
+    gives: ClassVar[OutputKind] = "preferences"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
     uses_weights: ClassVar[bool] = True
     kind: Literal["weigh"] = "weigh"
     from_: Names = Field(alias="from")
@@ -65,8 +65,8 @@ class WeighConfig(FeedbackConfig):
 
 
 class FitConfig(StageConfig):
-    gives: ClassVar[Rows] = "policy"
-    takes: ClassVar[tuple[Rows, ...]] = ("texts", "preferences")
+    gives: ClassVar[OutputKind] = "policy"
+    takes: ClassVar[tuple[OutputKind, ...]] = ("texts", "preferences")
     kind: Literal["fit"] = "fit"
     from_: Names = Field(alias="from")
     model: str | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
 from cai.models.chat import Chat
-from cai.models.loading import load_causal_lm, whole
+from cai.models.loading import load_causal_lm, unpartitioned
 from cai.storage.rows import Failure
 from cai.text.errors import BadInput
 
@@ -62,7 +62,7 @@ class LocalEngine:
     def lm(self) -> PreTrainedModel:
         """The model, loaded on first use."""
         if self._loaded is None:
-            with whole():
+            with unpartitioned():
                 self._take(load_causal_lm(self.model, self.profile.dtype, self.profile.device))
         assert self._loaded is not None
         return self._loaded

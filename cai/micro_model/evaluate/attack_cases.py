@@ -7,7 +7,7 @@ from random import Random
 
 from cai.constitution import load_constitution
 from cai.feedback.judge_attacks import Case
-from cai.feedback.votes import Pair
+from cai.feedback.votes import ResponsePair
 from cai.micro.conversations import as_prompt
 from cai.micro.world import KINDS
 from cai.micro.world_principles import probability
@@ -38,6 +38,6 @@ def _case(row: Row, seed: int) -> Case:
         if told:
             principle, p = rng.choice(told)
             better, worse = (a, b) if p > 0.5 else (b, a)
-            shown = Pair(row.id, row.messages, better.text, worse.text)
+            shown = ResponsePair(row.id, row.messages, better.text, worse.text)
             return Case(shown, principle, PHRASES[principle.id].better[0], row.topic)
     raise AssertionError(f"{row.id}: {ATTEMPTS} pairs, and no principle tells one apart")

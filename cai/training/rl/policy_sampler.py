@@ -36,7 +36,7 @@ from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.engines.local.local_engine import LocalEngine
 from cai.engines.vllm import VllmEngine
-from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype, whole
+from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype, unpartitioned
 from cai.storage.rows import Failure, stable_id
 from cai.text.errors import StageFailed
 
@@ -73,7 +73,7 @@ class PolicySampler:
     """A copy of the policy in this process."""
 
     def __init__(self, start: Model, profile: Profile) -> None:
-        with whole():
+        with unpartitioned():
             self.copy = load_causal_lm(start, profile.dtype, profile.device).requires_grad_(False)
         self.engine = LocalEngine(start, profile, self.copy)
         self._shapes = {name: each.shape for name, each in self.copy.named_parameters()}

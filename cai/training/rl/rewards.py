@@ -31,7 +31,7 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Engine
 from cai.contracts.training_config import Reward
 from cai.feedback.methods import Rated, Rating, rate
-from cai.feedback.votes import MIN_MASS
+from cai.feedback.votes import MIN_OPTION_PROBABILITY
 from cai.models.chat import Chat
 from cai.models.reward_model import RewardModel
 from cai.storage.rows import Failure, Prompt
@@ -192,7 +192,7 @@ class _Judge:
             for principle in self.applicable(response.prompt)
         }
         templates = self.context.templates(self.reward.judge)
-        ratings = rate(self.engine, templates, cases, self.reward.scale, MIN_MASS, retries)
+        ratings = rate(self.engine, templates, cases, self.reward.scale, MIN_OPTION_PROBABILITY, retries)
         return [self._mean(number, response, ratings) for number, response in enumerate(responses)]
 
     def _mean(self, number: int, response: Response, ratings: Mapping[str, Rating | Failure]) -> float | Failure:
