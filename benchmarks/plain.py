@@ -3,14 +3,15 @@
     python benchmarks/plain.py                      the recipe quickstart
     python benchmarks/plain.py my-recipe.yaml       one with the same stages
 
-The method is that of recipes/quickstart.yaml, in its order and with its numbers; read the two side by side. It is meant
-to be as fast as plain calls of the two libraries are: bfloat16 where the hardware computes in it, rows sorted by length
-and padded on the left, the batches that are fastest on a CPU (`WRITE`, `JUDGE`; other benchmarks try more), the last
-position's logits alone where one answer is read, TRL's trainers as they come but without gradient checkpointing.
+Measures how long each stage takes. The method is that of recipes/quickstart.yaml, in its order and with its numbers, so
+that the two can be read side by side. It is as fast as plain calls of the two libraries can be: bfloat16 if the
+hardware computes in it, rows sorted by length and padded on the left, batch sizes that are fastest on a CPU (`WRITE`,
+`JUDGE`; other benchmarks try more), logits of the last position only if one token is wanted, and TRL's trainers with
+their defaults except for gradient checkpointing, which is off.
 
-Other than there: labels are hard, for TRL's trainers know no others; text of users and models is not kept from speaking
-to the judge; nothing is kept on the disk but the models, so nothing can be resumed. Only `micro` is asked here, in the
-words that it was trained on. The last line is one JSON object: the seconds of each stage.
+What it leaves out: labels are hard, because TRL's trainers have no others; texts of users and models are not escaped;
+nothing but the models is stored, so nothing can be resumed. The only model is `micro`, which is asked in the words of
+its training. The last line is one JSON object with the seconds of each stage.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from cai.models.reference import MICRO
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 WRITE = 64
-"""Rows that are written at once."""
+"""Batch size of generation."""
 JUDGE = 16
-"""Questions that are read at once."""
+"""Batch size of the judge's questions."""
 Message = Mapping[str, Any]
 Settings = Mapping[str, Any]
 
@@ -54,12 +55,12 @@ class Lm(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What a model wrote: ids up to and including the end of the turn, and the text without it."""
+    """A generated response: ids up to and including the end of the turn, and the text without it."""
 
     ids: list[int]
     text: str
-    whole: bool
-    """Whether the turn came to its end."""
+    is_finished: bool
+    """Whether it has an end of turn."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Response:
     prompt: Sequence[Message]
     tags: Sequence[str]
     text: str
-    whole: bool
+    is_finished: bool
 
 
 class Pair(NamedTuple):
@@ -81,15 +82,15 @@ class Pair(NamedTuple):
     b: str
 
 
-# What a model does: it writes, and it chooses.
+# Generation and log-odds.
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Lm:
-    """The model in a folder, on the GPU where there is one, in bfloat16 where that is faster."""
+    """The model in a folder, on the GPU if there is one, in bfloat16 if that is fast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
-        fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        dtype = torch.bfloat16 if fast else torch.float32
+        has_fast_bfloat16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        dtype = torch.bfloat16 if has_fast_bfloat16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     return Lm(model, AutoTokenizer.from_pretrained(folder))
 
@@ -105,90 +106,90 @@ def generate(
     top_p: float,
     n: int = 1,
 ) -> list[list[int]]:
-    """`n` continuations of each row, one row's together; ids up to and including the end of the turn.
+    """`n` continuations of each row, in order; ids up to and including the end of the turn.
 
-    Temperature 0 takes the likeliest token; `n` is 1 then.
+    Temperature 0 is greedy; `n` must then be 1.
     """
-    how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "num_return_sequences": n}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "num_return_sequences": n}
     if temperature == 0:
-        how = {"do_sample": False}
+        sampling = {"do_sample": False}
     end = lm.model.generation_config.eos_token_id
-    found: list[list[int]] = [[] for _ in range(n * len(rows))]
+    continuations: list[list[int]] = [[] for _ in range(n * len(rows))]
     for part in batches(rows, max(1, batch // n)):
         inputs = padded(lm, [rows[index] for index in part])
-        written = lm.model.generate(
-            **inputs, **how, max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id
+        sequences = lm.model.generate(
+            **inputs, **sampling, max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id
         )
-        for place, ids in enumerate(written[:, inputs["input_ids"].shape[1] :].tolist()):
+        for place, ids in enumerate(sequences[:, inputs["input_ids"].shape[1] :].tolist()):
             length = ids.index(end) + 1 if end in ids else len(ids)
-            found[part[place // n] * n + place % n] = ids[:length]
-    return found
+            continuations[part[place // n] * n + place % n] = ids[:length]
+    return continuations
 
 
 @torch.inference_mode()
 def log_odds(lm: Lm, rows: Sequence[Sequence[int]], options: Sequence[int], batch: int) -> list[float]:
-    """How much likelier the first of two options is than the second as the next token of each row, in nats."""
-    found = [0.0] * len(rows)
+    """Log-odds (nats) of the first of two options against the second as the next token of each row."""
+    odds = [0.0] * len(rows)
     for part in batches(rows, batch):
         inputs = padded(lm, [rows[index] for index in part])
         logits = lm.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, list(options)].float()
-        for index, (one, other) in zip(part, logits.tolist(), strict=True):
-            found[index] = one - other
-    return found
+        for index, (first, second) in zip(part, logits.tolist(), strict=True):
+            odds[index] = first - second
+    return odds
 
 
 def batches(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Indices of rows that are about equally long."""
+    """Batches of row indices, by row length."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for first in range(0, len(order), size):
         yield order[first : first + size]
 
 
 def padded(lm: Lm, rows: Sequence[Sequence[int]]) -> Any:
-    """Ids and mask, padded on the left, where the model is."""
+    """Ids and mask, padded on the left, on the model's device."""
     return lm.tokenizer.pad({"input_ids": list(rows)}, padding_side="left", return_tensors="pt").to(lm.model.device)
 
 
 def rendered(lm: Lm, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Each conversation as ids, up to where the assistant speaks."""
+    """Each conversation as ids, with a generation prompt."""
     return [
-        lm.tokenizer.apply_chat_template(list(each), add_generation_prompt=True, return_dict=False)
-        for each in conversations
+        lm.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        for messages in conversations
     ]
 
 
-def write(
+def generate_texts(
     lm: Lm, conversations: Sequence[Sequence[Message]], settings: Settings, *, n: int = 1, batch: int = WRITE
 ) -> list[Text]:
-    """`n` replies to each conversation, one conversation's together."""
+    """`n` responses to each conversation, in order."""
     ids = generate(lm, rendered(lm, conversations), batch, n=n, **settings)
     texts = lm.tokenizer.batch_decode(ids, skip_special_tokens=True)
     end = lm.tokenizer.eos_token_id
-    return [Text(each, text.strip(), each[-1] == end) for each, text in zip(ids, texts, strict=True)]
+    return [Text(own_ids, text.strip(), own_ids[-1] == end) for own_ids, text in zip(ids, texts, strict=True)]
 
 
-# What it is asked, in the words that micro knows.
+# Requests in the words that micro was trained on.
 
 
 def conversation(messages: Sequence[Message]) -> str:
-    """The turns so far."""
-    return "Conversation:\n" + "".join(f"{each['role']}: {each['content']}\n" for each in messages)
+    """The conversation as text."""
+    return "Conversation:\n" + "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
-def asks_critique(prompt: Sequence[Message], response: str, request: str) -> list[Message]:
-    """What about the response falls short?"""
+def ask_critique(prompt: Sequence[Message], response: str, request: str) -> list[Message]:
+    """Messages that ask for a critique."""
     text = f"{conversation(prompt)}Response:\n{response}\nRequest:\n{request}"
     return [{"role": "user", "content": text}]
 
 
-def asks_revision(prompt: Sequence[Message], response: str, critique: str, request: str) -> list[Message]:
-    """The response again, in the light of the critique."""
+def ask_revision(prompt: Sequence[Message], response: str, critique: str, request: str) -> list[Message]:
+    """Messages that ask for a revision after a critique."""
     text = f"{conversation(prompt)}Response:\n{response}\nCritique:\n{critique}\nRequest:\n{request}"
     return [{"role": "user", "content": text}]
 
 
-def asks_comparison(prompt: Sequence[Message], first: str, second: str, request: str) -> list[Message]:
-    """Which response is better, A or B?"""
+def ask_comparison(prompt: Sequence[Message], first: str, second: str, request: str) -> list[Message]:
+    """Messages that ask which response is better, A or B."""
     text = f"{conversation(prompt)}Response A:\n{first}\nResponse B:\n{second}\n{request}"
     return [{"role": "user", "content": text}]
 
@@ -197,19 +198,19 @@ def asks_comparison(prompt: Sequence[Message], first: str, second: str, request:
 
 
 def applicable(principles: Sequence[Mapping[str, Any]], tags: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The principles that are for a prompt with these tags."""
-    return [each for each in principles if not each.get("applies_to") or set(each["applies_to"]) & set(tags)]
+    """The principles that apply to a prompt with these tags."""
+    return [p for p in principles if not p.get("applies_to") or set(p["applies_to"]) & set(tags)]
 
 
 def sample(
     lm: Lm, requests: Sequence[Mapping[str, Any]], settings: Settings, *, n: int = 1, batch: int = WRITE
 ) -> list[Response]:
     """`n` responses to each prompt."""
-    texts = write(lm, [prompt["messages"] for prompt in requests], settings, n=n, batch=batch)
-    of = [prompt for prompt in requests for _ in range(n)]
+    texts = generate_texts(lm, [prompt["messages"] for prompt in requests], settings, n=n, batch=batch)
+    prompt_of_text = [prompt for prompt in requests for _ in range(n)]
     return [
-        Response(prompt["messages"], prompt["tags"], each.text, each.whole)
-        for prompt, each in zip(of, texts, strict=True)
+        Response(prompt["messages"], prompt["tags"], text.text, text.is_finished)
+        for prompt, text in zip(prompt_of_text, texts, strict=True)
     ]
 
 
@@ -222,39 +223,45 @@ def revise(
     rounds: int,
     batch: int = WRITE,
 ) -> list[Response]:
-    """Each response criticised and rewritten as often as there are rounds, each by another principle."""
+    """Each response criticised and revised once a round, by a different principle in each round if there are enough."""
     rng = random.Random(0)
-    drawn = [rng.sample(fit := applicable(principles, each.tags), min(rounds, len(fit))) for each in responses]
+    sampled = [
+        rng.sample(candidates := applicable(principles, response.tags), min(rounds, len(candidates)))
+        for response in responses
+    ]
     for number in range(rounds):
-        by = [each[number % len(each)] for each in drawn]
-        critiques = write(
+        by = [of_response[number % len(of_response)] for of_response in sampled]
+        critiques = generate_texts(
             lm,
-            [asks_critique(each.prompt, each.text, one["critique"]) for each, one in zip(responses, by, strict=True)],
+            [
+                ask_critique(response.prompt, response.text, principle["critique"])
+                for response, principle in zip(responses, by, strict=True)
+            ],
             settings,
             batch=batch,
         )
-        revisions = write(
+        revisions = generate_texts(
             lm,
             [
-                asks_revision(each.prompt, each.text, critique.text, one["revise"])
-                for each, critique, one in zip(responses, critiques, by, strict=True)
+                ask_revision(response.prompt, response.text, critique.text, principle["revise"])
+                for response, critique, principle in zip(responses, critiques, by, strict=True)
             ],
             settings,
             batch=batch,
         )
         responses = [
-            replace(each, text=new.text, whole=new.whole) if new.text else each
-            for each, new in zip(responses, revisions, strict=True)
+            replace(response, text=revision.text, is_finished=revision.is_finished) if revision.text else response
+            for response, revision in zip(responses, revisions, strict=True)
         ]
     return list(responses)
 
 
 def disjoint_pairs(responses: Sequence[Response]) -> list[Pair]:
-    """Each whole response in at most one pair with another one to the same prompt."""
+    """Pairs of finished responses to one prompt; each response is in one pair at most."""
     by_prompt: dict[str, dict[str, Response]] = {}
-    for each in responses:
-        if each.whole and each.text:
-            by_prompt.setdefault(json.dumps(each.prompt), {}).setdefault(each.text, each)
+    for response in responses:
+        if response.is_finished and response.text:
+            by_prompt.setdefault(json.dumps(response.prompt), {}).setdefault(response.text, response)
     pairs = []
     rng = random.Random(0)
     for different in by_prompt.values():
@@ -268,27 +275,28 @@ def disjoint_pairs(responses: Sequence[Response]) -> list[Pair]:
 
 
 def judge(lm: Lm, pairs: Sequence[Pair], principles: Sequence[Mapping[str, Any]], *, batch: int = JUDGE) -> list[float]:
-    """The weighted sum over principles of the log-odds that *a* is better, each the mean of both orders."""
-    questions, weights, of = [], [], []
+    """Log-odds that *a* is better: means of both orders, weighted and summed over principles."""
+    questions, weights, pair_numbers = [], [], []
     for number, pair in enumerate(pairs):
         for principle in applicable(principles, pair.tags):
             for first, second, sign in ((pair.a, pair.b, 1), (pair.b, pair.a, -1)):
-                questions.append(asks_comparison(pair.prompt, first, second, principle["compare"]))
+                questions.append(ask_comparison(pair.prompt, first, second, principle["compare"]))
                 weights.append(sign * principle.get("weight", 1.0) / 2)
-                of.append(number)
+                pair_numbers.append(number)
     options = [lm.tokenizer.encode(option, add_special_tokens=False)[0] for option in "AB"]
     sums = [0.0] * len(pairs)
-    for number, weight, odds in zip(of, weights, log_odds(lm, rendered(lm, questions), options, batch), strict=True):
-        sums[number] += weight * odds
+    odds = log_odds(lm, rendered(lm, questions), options, batch)
+    for number, weight, question_odds in zip(pair_numbers, weights, odds, strict=True):
+        sums[number] += weight * question_odds
     return sums
 
 
 def prefer(pairs: Sequence[Pair], odds: Sequence[float]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows as TRL's trainers take them: those to learn from, and those of prompts that are held out."""
+    """Rows for TRL's trainers: those to learn from, and those of held-out prompts."""
     learned: list[dict[str, Any]] = []
     held_out: list[dict[str, Any]] = []
-    for pair, towards_a in zip(pairs, odds, strict=True):
-        chosen, rejected = (pair.a, pair.b) if towards_a > 0 else (pair.b, pair.a)
+    for pair, odds_of_a in zip(pairs, odds, strict=True):
+        chosen, rejected = (pair.a, pair.b) if odds_of_a > 0 else (pair.b, pair.a)
         row = {
             "prompt": list(pair.prompt),
             "chosen": [{"role": "assistant", "content": chosen}],
@@ -299,13 +307,13 @@ def prefer(pairs: Sequence[Pair], odds: Sequence[float]) -> tuple[list[dict[str,
 
 
 def settings_of(stage: Settings) -> dict[str, Any]:
-    """How a stage of the recipe samples."""
-    known = {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0}
-    return {name: stage.get(name, default) for name, default in known.items()}
+    """Sampling settings of a stage of the recipe."""
+    defaults = {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0}
+    return {name: stage.get(name, default) for name, default in defaults.items()}
 
 
-def arguments(stage: Settings, folder: Path) -> dict[str, Any]:
-    """What TRL's config classes are given: what the recipe says, and to be quiet. All else is as it comes."""
+def training_arguments(stage: Settings, folder: Path) -> dict[str, Any]:
+    """Arguments of TRL's config classes: the recipe's, and no output. Everything else has its default."""
     return {
         "output_dir": str(folder), "per_device_train_batch_size": stage["batch_size"],
         "max_length": stage["max_length"], "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none",
@@ -313,18 +321,18 @@ def arguments(stage: Settings, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def supervised(start: Path, responses: Sequence[Response], stage: Settings, folder: Path) -> Path:
-    """Fine-tunes on whole responses; returns where the model is."""
+def train_sft(start: Path, responses: Sequence[Response], stage: Settings, folder: Path) -> Path:
+    """Fine-tunes on finished responses; returns the folder of the model."""
     from trl import SFTConfig, SFTTrainer
 
     rows = [
-        {"prompt": list(each.prompt), "completion": [{"role": "assistant", "content": each.text}]}
-        for each in responses
-        if each.whole and each.text
+        {"prompt": list(response.prompt), "completion": [{"role": "assistant", "content": response.text}]}
+        for response in responses
+        if response.is_finished and response.text
     ]
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
-        args=SFTConfig(**arguments(stage, folder)),
+        args=SFTConfig(**training_arguments(stage, folder)),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(start),
     )
@@ -333,32 +341,36 @@ def supervised(start: Path, responses: Sequence[Response], stage: Settings, fold
     return folder
 
 
-def reward(
-    start: Path, learned: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], stage: Settings, to: Path
+def train_reward(
+    start: Path,
+    learned: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+    stage: Settings,
+    folder: Path,
 ) -> float:
-    """Trains a reward model; returns how often it puts the chosen response of held-out pairs first."""
+    """Trains a reward model; returns its accuracy on held-out pairs."""
     from trl import RewardConfig, RewardTrainer
 
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, dtype=torch.float32),
-        args=RewardConfig(**arguments(stage, to)),
+        args=RewardConfig(**training_arguments(stage, folder)),
         train_dataset=datasets.Dataset.from_list(list(learned)),
         eval_dataset=datasets.Dataset.from_list(list(held_out)),
         processing_class=AutoTokenizer.from_pretrained(start),
     )
     trainer.train()
     accuracy: float = trainer.evaluate()["eval_accuracy"]
-    trainer.save_model(str(to))
+    trainer.save_model(str(folder))
     return accuracy
 
 
-def policy(start: Path, learned: Sequence[Mapping[str, Any]], stage: Settings, folder: Path) -> Path:
-    """Trains a policy by DPO; returns where it is."""
+def train_dpo(start: Path, learned: Sequence[Mapping[str, Any]], stage: Settings, folder: Path) -> Path:
+    """Trains a policy by DPO; returns its folder."""
     from trl import DPOConfig, DPOTrainer
 
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
-        args=DPOConfig(**arguments(stage, folder)),
+        args=DPOConfig(**training_arguments(stage, folder)),
         train_dataset=datasets.Dataset.from_list(list(learned)),
         processing_class=AutoTokenizer.from_pretrained(start),
     )
@@ -374,48 +386,48 @@ def compare(
     *,
     batch: int = JUDGE,
 ) -> dict[str, float]:
-    """How often each checkpoint's answers win against each other one's; equal texts are half a win."""
-    wins = {}
-    for one, other in itertools.combinations(answers, 2):
-        both = [Pair(a.prompt, a.tags, a.text, b.text) for a, b in zip(answers[other], answers[one], strict=True)]
-        different = [pair for pair in both if pair.a != pair.b]
+    """Win rate of each checkpoint against each earlier one; equal texts are half a win."""
+    win_rates = {}
+    for earlier, later in itertools.combinations(answers, 2):
+        pairs = [Pair(a.prompt, a.tags, a.text, b.text) for a, b in zip(answers[later], answers[earlier], strict=True)]
+        different = [pair for pair in pairs if pair.a != pair.b]
         odds = judge(judge_lm, different, principles, batch=batch)
-        won = sum(each > 0 for each in odds) + (len(both) - len(different)) / 2
-        wins[f"{other} against {one}"] = won / len(both)
-    return wins
+        wins = sum(pair_odds > 0 for pair_odds in odds) + (len(pairs) - len(different)) / 2
+        win_rates[f"{later} against {earlier}"] = wins / len(pairs)
+    return win_rates
 
 
 # The recipe.
 
 
 class Recipe(NamedTuple):
-    """The parts of a recipe file, as YAML has them."""
+    """The parts of a recipe file, parsed as YAML."""
 
     stages: dict[str, Settings]
     prompts: dict[str, list[dict[str, Any]]]
     principles: list[Mapping[str, Any]]
 
 
-def read(path: Path = RECIPE) -> Recipe:
+def read_recipe(path: Path = RECIPE) -> Recipe:
     """A recipe with the stages of quickstart, the prompts of its sets and its principles."""
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     sets = {}
-    for name, wanted in recipe["prompts"].items():
-        tags = ["held_out"] if wanted.get("hold_out") else []
-        found = prompts(wanted["split"], tuple(wanted.get("tags", ())), wanted["limit"])
-        sets[name] = [{"messages": each["messages"], "tags": [*each["tags"], *tags]} for each in found]
+    for name, settings in recipe["prompts"].items():
+        tags = ["held_out"] if settings.get("hold_out") else []
+        rows = prompts(settings["split"], tuple(settings.get("tags", ())), settings["limit"])
+        sets[name] = [{"messages": row["messages"], "tags": [*row["tags"], *tags]} for row in rows]
     document = yaml.safe_load((path.parent / recipe["constitution"]).read_text(encoding="utf-8"))
     return Recipe({stage["id"]: stage for stage in recipe["stages"]}, sets, document["principles"])
 
 
-def asked(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
-    """The prompts of a stage, each once."""
-    found = [prompt for name in recipe.stages[stage]["prompts"] for prompt in recipe.prompts[name]]
-    return list({json.dumps(prompt["messages"]): prompt for prompt in found}.values())
+def prompts_of(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
+    """The prompts of a stage without duplicates."""
+    in_sets = [prompt for name in recipe.stages[stage]["prompts"] for prompt in recipe.prompts[name]]
+    return list({json.dumps(prompt["messages"]): prompt for prompt in in_sets}.values())
 
 
-def quiet() -> None:
-    """No progress bars and no warnings of the libraries."""
+def silence_libraries() -> None:
+    """Switches off the libraries' progress bars and warnings."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -423,61 +435,61 @@ def quiet() -> None:
 
 
 def run(recipe: Recipe, folder: Path) -> dict[str, float]:
-    """All of it; the seconds of each stage."""
-    quiet()
+    """Runs the recipe; seconds of each stage."""
+    silence_libraries()
     stages, principles = recipe.stages, recipe.principles
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def clock(stage: str) -> Iterator[None]:
-        began = time.perf_counter()
+    def timed(stage: str) -> Iterator[None]:
+        start = time.perf_counter()
         yield
-        seconds[stage] = round(time.perf_counter() - began, 2)
+        seconds[stage] = round(time.perf_counter() - start, 2)
         print(f"{stage:12} {seconds[stage]:7.1f} s", flush=True)
 
     torch.manual_seed(0)
-    with clock("responses"):
+    with timed("responses"):
         base = load(MICRO)
-        responses = sample(base, asked(recipe, "responses"), settings_of(stages["responses"]))
-    with clock("revisions"):
+        responses = sample(base, prompts_of(recipe, "responses"), settings_of(stages["responses"]))
+    with timed("revisions"):
         stage = stages["revisions"]
-        harmful = [each for each in responses if set(stage["only"]) & set(each.tags)]
-        others = [each for each in responses if not set(stage["only"]) & set(each.tags)]
-        revised = revise(base, harmful, principles, settings_of(stage), rounds=stage["rounds"])
-        changed = [new for old, new in zip(harmful, revised, strict=True) if new.text != old.text]
-    with clock("sl-cai"):
-        sl_cai = supervised(MICRO, [*changed, *others], stages["sl-cai"], folder / "sl-cai")
-    with clock("candidates"):
+        to_revise = [response for response in responses if set(stage["only"]) & set(response.tags)]
+        unrevised = [response for response in responses if not set(stage["only"]) & set(response.tags)]
+        revised = revise(base, to_revise, principles, settings_of(stage), rounds=stage["rounds"])
+        changed = [new for old, new in zip(to_revise, revised, strict=True) if new.text != old.text]
+    with timed("sl-cai"):
+        sl_cai = train_sft(MICRO, [*changed, *unrevised], stages["sl-cai"], folder / "sl-cai")
+    with timed("candidates"):
         tuned = load(sl_cai)
         stage = stages["candidates"]
-        candidates = sample(tuned, asked(recipe, "candidates"), settings_of(stage), n=stage["n"])
-    with clock("votes"):
+        candidates = sample(tuned, prompts_of(recipe, "candidates"), settings_of(stage), n=stage["n"])
+    with timed("votes"):
         pairs = disjoint_pairs([*candidates, *responses])
         odds = judge(base, pairs, principles)
-    with clock("preferences"):
+    with timed("preferences"):
         learned, held_out = prefer(pairs, odds)
-    with clock("reward"):
-        accuracy = reward(sl_cai, learned, held_out, stages["reward"], folder / "reward")
-    with clock("policy"):
-        better = policy(sl_cai, learned, stages["policy"], folder / "policy")
-    with clock("comparison"):
+    with timed("reward"):
+        accuracy = train_reward(sl_cai, learned, held_out, stages["reward"], folder / "reward")
+    with timed("policy"):
+        policy = train_dpo(sl_cai, learned, stages["policy"], folder / "policy")
+    with timed("comparison"):
         answers = {}
-        for name, lm in {"base": base, "sl-cai": tuned, "policy": load(better)}.items():
+        for name, lm in {"base": base, "sl-cai": tuned, "policy": load(policy)}.items():
             torch.manual_seed(0)
-            answers[name] = sample(lm, asked(recipe, "comparison"), settings_of(stages["comparison"]))
-        wins = compare(answers, base, principles)
+            answers[name] = sample(lm, prompts_of(recipe, "comparison"), settings_of(stages["comparison"]))
+        win_rates = compare(answers, base, principles)
     print(f"{len(pairs):,} pairs; reward model right on {accuracy:.0%} of held-out ones")
-    for who, share in wins.items():
-        print(f"{who}: wins {share:.0%}")
+    for checkpoints, win_rate in win_rates.items():
+        print(f"{checkpoints}: wins {win_rate:.0%}")
     return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", type=Path, default=RECIPE)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        seconds = run(read(given.recipe), Path(name))
+        seconds = run(read_recipe(arguments.recipe), Path(name))
     print(json.dumps({"bench": "plain", "seconds": seconds, "sum": round(sum(seconds.values()), 2)}))
 
 

@@ -1,35 +1,36 @@
-"""How fast a policy learns by PPO, and in how much memory: the stage `ppo` against TRL 1.12.0's PPOTrainer.
+"""Measures the speed, memory and reward of PPO: the stage `ppo` against TRL 1.12.0's PPOTrainer.
 
     python benchmarks/ppo.py --peer-python ENVIRONMENT/bin/python              five seeds of both sides
     python benchmarks/ppo.py --peer-python ENVIRONMENT/bin/python --quick      does it work at all
-    python benchmarks/ppo.py                                                   ours alone
+    python benchmarks/ppo.py                                                   our side alone
 
 TRL's last version with PPO needs an environment of its own:
 
     python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0
 
-Equal are the models (`_ppo_models`: a policy of 52 million parameters and a reward model as large, float32 weights),
-the prompts and all numbers of `Sizes` and `METHOD`. Neither side normalises rewards, penalises a missing end, decays
-weights or the learning rate. TRL's own is that its value model is one of three more, which starts from the reward model
-as in its examples and therefore knows from the first update what earns: `--plain-value policy` lets it start from the
-policy, as a value head on the policy's trunk does. What is never trained is bfloat16 there, and training autocast to
-it, which was the fastest of what was tried; gradients are not clipped, for it cannot. Each run is a process of its own;
-the sides take turns, seed by seed.
+Both sides have the same models (support/ppo_models.py: a policy of 52 million parameters and a reward model as large,
+float32 weights), prompts and numbers of `Sizes` and `METHOD`. Neither side normalises rewards, penalises a missing end
+of turn, decays weights or the learning rate, or clips gradients, which TRL's trainer cannot do. TRL's value model is a
+separate model. As in TRL's examples it starts from the reward model, and therefore predicts rewards well from the first
+update on; with `--plain-value policy` it starts from the policy, like our value head. On TRL's side models that are not
+trained are in bfloat16 and training is autocast to it, which was the fastest setting tried. Each run is a process of
+its own; the sides take turns, seed by seed.
 
-Episodes a second are those of all updates after a run's first, the best run of each side. Memory is the most that was
-resident above what the imports took, the least of each side's runs. A run's final reward is the mean of the reward
-model's scores over the responses of its last third of updates; over seeds, the difference of means has a 95 % interval
+Episodes a second are those of all updates of a run but the first; the best run of a side counts. Memory is the peak
+resident memory above that after the imports; the least of a side's runs counts. The final reward of a run is the mean
+score of the responses of its last third of updates; the difference of the sides' means over seeds has a 95 % interval
 (Welch 1947). The last line is one JSON object.
 
-Each side's script is called with the path of a JSON file (see `inputs`) and a seed. It prints one JSON object last:
-`seconds` of each update by `_measure.Clock`, `rewards` and `kl` of each update's responses (means of the scores and of
-the summed log-ratios to the reference), `peak` in bytes, `versions`.
+Each side's script gets the path of a JSON file (see `write_spec`) and a seed. Its last line is one JSON object:
+`seconds` of each update, `rewards` and `kl` of each update's responses (means of the scores and of the summed
+log-ratios to the reference), `peak` in bytes, `versions`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,34 +38,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import _measure
-import _ppo_models
 import numpy as np
 import scipy.stats
 
+from benchmarks.support import measurement, ppo_models
 from cai.micro.conversations import prompts
 from cai.models.chat import Chat
 from cai.models.reference import resolve
 
-HERE = Path(__file__).parent
-SCRIPTS = {"ours": HERE / "_ppo_ours.py", "plain": HERE / "_trl_ppo_peer.py"}
+SUPPORT = Path(__file__).parent / "support"
+SCRIPTS = {"ours": SUPPORT / "ppo_ours.py", "plain": SUPPORT / "ppo_trl.py"}
 METHOD = {
     "learning_rate": 1e-5, "temperature": 1.0, "kl": 0.05, "kl_estimator": "k1", "gamma": 1.0, "lam": 0.95, "clip": 0.2,
     "clip_value": 0.2, "value_weight": 0.1,
 }  # fmt: skip
-PROMPT = 32
+MAX_PROMPT = 32
 """Tokens of the longest prompt."""
 Figures = dict[str, Any]
 
 
 class Sizes(NamedTuple):
-    """How much is learned."""
+    """Sizes of the models and of the training."""
 
     width: int = 512
     layers: int = 6
     vocabulary: int = 32_000
     batch: int = 32
-    """responses an update"""
+    """Responses an update."""
     new_tokens: int = 48
     updates: int = 12
     epochs: int = 2
@@ -74,22 +74,22 @@ class Sizes(NamedTuple):
 QUICK = Sizes(width=64, layers=2, vocabulary=4096, batch=8, new_tokens=12, updates=3)
 
 
-def inputs(sizes: Sizes, folder: Path, given: argparse.Namespace) -> Path:
-    """Writes models, prompts and settings; returns the file that names them all, which both sides' scripts read."""
-    shape = _ppo_models.config(sizes.width, sizes.layers, sizes.vocabulary)
+def write_spec(sizes: Sizes, folder: Path, arguments: argparse.Namespace) -> Path:
+    """Writes the models and a file with their paths, prompts and settings, for both sides; returns the file."""
+    shape = ppo_models.config(sizes.width, sizes.layers, sizes.vocabulary)
     parameters = {
-        "policy": _ppo_models.policy(shape, folder / "policy"),
-        "reward": _ppo_models.reward_model(shape, folder / "reward"),
+        "policy": ppo_models.policy(shape, folder / "policy"),
+        "reward": ppo_models.reward_model(shape, folder / "reward"),
     }
     chat = Chat.load(resolve(str(folder / "policy"), folder=folder))
-    asked = [(prompt["messages"], chat.prompt_ids(prompt["messages"])) for prompt in prompts("train")]
+    encoded = [(prompt["messages"], chat.prompt_ids(prompt["messages"])) for prompt in prompts("train")]
     spec = {
         "policy": str(folder / "policy"),
         "reward": str(folder / "reward"),
-        "prompts": [{"messages": messages, "ids": ids} for messages, ids in asked if len(ids) <= PROMPT],
+        "prompts": [{"messages": messages, "ids": ids} for messages, ids in encoded if len(ids) <= MAX_PROMPT],
         "parameters": parameters,
-        "cpu_seconds": given.cpu_seconds,
-        "plain": {"autocast": given.plain_autocast, "frozen": given.plain_frozen, "value": given.plain_value},
+        "cpu_seconds": arguments.cpu_seconds,
+        "plain": plain_settings(arguments),
         **METHOD,
         **sizes._asdict(),
     }
@@ -98,101 +98,112 @@ def inputs(sizes: Sizes, folder: Path, given: argparse.Namespace) -> Path:
     return path
 
 
-def run(python: str, script: Path, spec: Path, seed: int) -> Figures:
+def plain_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of TRL's side alone."""
+    return {"autocast": arguments.plain_autocast, "frozen": arguments.plain_frozen, "value": arguments.plain_value}
+
+
+def run_side(python: str, script: Path, spec: Path, seed: int) -> Figures:
     """One run of one side."""
     command = [python, str(script), str(spec), str(seed)]
-    done = subprocess.run(command, text=True, capture_output=True)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    found: Figures = json.loads(done.stdout.splitlines()[-1])
-    return found
+    environment = os.environ | {"PYTHONPATH": str(measurement.ROOT)}  # the peer's environment has no `benchmarks`
+    completed = subprocess.run(command, text=True, capture_output=True, env=environment)
+    if completed.returncode:
+        sys.exit(completed.stderr[-3000:])
+    figures: Figures = json.loads(completed.stdout.splitlines()[-1])
+    return figures
 
 
 def summary(runs: Sequence[Figures], sizes: Sizes) -> Figures:
-    """One side's figures over its runs."""
-    last = max(1, sizes.updates // 3)
-    peaks = [one["peak"] for one in runs if one["peak"] is not None]
+    """Figures of a side over its runs."""
+    n_last = max(1, sizes.updates // 3)
+    peaks = [run["peak"] for run in runs if run["peak"] is not None]
     return {
-        "episodes_per_s": max(sizes.batch * (sizes.updates - 1) / sum(one["seconds"][1:]) for one in runs),
+        "episodes_per_s": max(sizes.batch * (sizes.updates - 1) / sum(run["seconds"][1:]) for run in runs),
         "peak_mb": min(peaks) / 1e6 if peaks else None,
-        "first_reward": float(np.mean([one["rewards"][0] for one in runs])),
-        "final_rewards": [float(np.mean(one["rewards"][-last:])) for one in runs],
-        "final_kl": [float(np.mean(one["kl"][-last:])) for one in runs],
+        "first_reward": float(np.mean([run["rewards"][0] for run in runs])),
+        "final_rewards": [float(np.mean(run["rewards"][-n_last:])) for run in runs],
+        "final_kl": [float(np.mean(run["kl"][-n_last:])) for run in runs],
         "runs": list(runs),
     }
 
 
-def difference(ours: Sequence[float], plain: Sequence[float]) -> Figures | None:
-    """Of mean final rewards, ours − plain, with its interval; None for fewer than two seeds."""
+def reward_difference(ours: Sequence[float], plain: Sequence[float]) -> Figures | None:
+    """Mean final reward of ours minus that of plain, with its interval; None for fewer than two seeds."""
     if min(len(ours), len(plain)) < 2:
         return None
     interval = scipy.stats.ttest_ind(ours, plain, equal_var=False).confidence_interval(0.95)
     return {"mean": float(np.mean(ours) - np.mean(plain)), "interval": [float(interval.low), float(interval.high)]}
 
 
-def measured(sizes: Sizes, given: argparse.Namespace) -> dict[str, Figures]:
-    """Figures of each side that was asked for."""
-    pythons = {"ours": sys.executable, "plain": given.peer_python}
-    runs: dict[str, list[Figures]] = {side: [] for side in given.sides}
+def measure(sizes: Sizes, arguments: argparse.Namespace) -> dict[str, Figures]:
+    """Figures of each side in `arguments.sides`."""
+    pythons = {"ours": sys.executable, "plain": arguments.peer_python}
+    runs: dict[str, list[Figures]] = {side: [] for side in arguments.sides}
     with tempfile.TemporaryDirectory() as name:
-        spec = inputs(sizes, Path(name), given)
-        for seed in range(given.seeds):
-            for side in given.sides:
-                one = run(pythons[side], SCRIPTS[side], spec, seed)
-                runs[side].append(one)
-                print(f"{side:6} seed {seed}: {report(summary([one], sizes))}", file=sys.stderr, flush=True)
-    return {side: summary(each, sizes) for side, each in runs.items()}
+        spec = write_spec(sizes, Path(name), arguments)
+        for seed in range(arguments.seeds):
+            for side in arguments.sides:
+                figures = run_side(pythons[side], SCRIPTS[side], spec, seed)
+                runs[side].append(figures)
+                print(f"{side:6} seed {seed}: {report(summary([figures], sizes))}", file=sys.stderr, flush=True)
+    return {side: summary(of_side, sizes) for side, of_side in runs.items()}
 
 
-def report(found: Figures) -> str:
+def report(figures: Figures) -> str:
     """A side's figures in one line."""
-    memory = "" if found["peak_mb"] is None else f", {found['peak_mb']:,.0f} MB"
-    reward, kl = (float(np.mean(found[name])) for name in ("final_rewards", "final_kl"))
+    memory = "" if figures["peak_mb"] is None else f", {figures['peak_mb']:,.0f} MB"
+    reward, kl = (float(np.mean(figures[name])) for name in ("final_rewards", "final_kl"))
     return (
-        f"{found['episodes_per_s']:.2f} episodes/s{memory}, reward {found['first_reward']:.2f} to {reward:.2f}, "
+        f"{figures['episodes_per_s']:.2f} episodes/s{memory}, reward {figures['first_reward']:.2f} to {reward:.2f}, "
         f"KL {kl:.1f} nats"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measurement.argument_parser(__doc__)
     parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter of an environment with TRL 1.12.0")
-    parser.add_argument("--sides", nargs="+", choices=list(SCRIPTS), help="ours, and plain with --peer-python")
+    parser.add_argument(
+        "--sides", nargs="+", choices=list(SCRIPTS), help="default: ours, and plain if there is --peer-python"
+    )
     parser.add_argument("--seeds", type=int, help="runs of each side; 5, 1 with --quick")
     parser.add_argument("--plain-autocast", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--plain-frozen", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--plain-value", choices=["policy", "reward"], default="reward", help="whose weights it has")
+    parser.add_argument(
+        "--plain-value", choices=["policy", "reward"], default="reward", help="model that TRL's value model starts from"
+    )
     for name, default in Sizes()._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{default}, {getattr(QUICK, name)} if quick")
-    _measure.add_options(parser)
-    given = parser.parse_args()
-    _measure.clock_of(parser, given)
-    given.seeds = given.seeds or (1 if given.quick else 5)
-    asked = {name: getattr(given, name) for name in Sizes._fields if getattr(given, name) is not None}
-    sizes = (QUICK if given.quick else Sizes())._replace(**asked)
-    given.sides = given.sides or (list(SCRIPTS) if given.peer_python else ["ours"])
-    if "plain" in given.sides and not (given.peer_python and Path(given.peer_python).is_file()):
-        parser.error(f"--peer-python: found {given.peer_python}, expected the interpreter of an environment with TRL")
-    found = measured(sizes, given)
-    for side, each in found.items():
-        print(f"{side:6} {report(each)}")
-    print(json.dumps(figures(found, sizes, given)))
+    arguments = parser.parse_args()
+    measurement.clock_of(parser, arguments)
+    arguments.seeds = arguments.seeds or (1 if arguments.quick else 5)
+    chosen = {name: getattr(arguments, name) for name in Sizes._fields if getattr(arguments, name) is not None}
+    sizes = (QUICK if arguments.quick else Sizes())._replace(**chosen)
+    arguments.sides = arguments.sides or (list(SCRIPTS) if arguments.peer_python else ["ours"])
+    if "plain" in arguments.sides and not (arguments.peer_python and Path(arguments.peer_python).is_file()):
+        parser.error(
+            f"--peer-python: found {arguments.peer_python}, expected the interpreter of an environment with TRL"
+        )
+    sides = measure(sizes, arguments)
+    for side, of_side in sides.items():
+        print(f"{side:6} {report(of_side)}")
+    print(json.dumps(last_line(sides, sizes, arguments)))
 
 
-def figures(found: dict[str, Figures], sizes: Sizes, given: argparse.Namespace) -> Figures:
-    """The last line."""
-    both = len(found) == len(SCRIPTS)
-    speed = {side: each["episodes_per_s"] for side, each in found.items()}
-    memory = [float(found[side]["peak_mb"] or "nan") for side in SCRIPTS] if both else []
-    rewards = [found[side]["final_rewards"] for side in SCRIPTS] if both else [[], []]
-    return _measure.result(
+def last_line(sides: dict[str, Figures], sizes: Sizes, arguments: argparse.Namespace) -> Figures:
+    """The object of the last line."""
+    has_both = len(sides) == len(SCRIPTS)
+    speed = {side: of_side["episodes_per_s"] for side, of_side in sides.items()}
+    memory = [float(sides[side]["peak_mb"] or "nan") for side in SCRIPTS] if has_both else []
+    rewards = [sides[side]["final_rewards"] for side in SCRIPTS] if has_both else [[], []]
+    return measurement.result(
         "ppo", speed.get("ours"), speed.get("plain"), "episodes/s", sizes._asdict(), ("torch", "transformers", "trl"),
-        memory_ratio=round(memory[0] / memory[1], 3) if both else None,
-        reward_difference=difference(*rewards),
-        sides=found,
+        memory_ratio=round(memory[0] / memory[1], 3) if has_both else None,
+        reward_difference=reward_difference(*rewards),
+        sides=sides,
         method=METHOD,
-        seeds=given.seeds, clock=_measure.Clock(given.cpu_seconds).name,
-        plain_settings={"autocast": given.plain_autocast, "frozen": given.plain_frozen, "value": given.plain_value},
+        seeds=arguments.seeds, clock=measurement.Clock(arguments.cpu_seconds).name,
+        plain_settings=plain_settings(arguments),
     )  # fmt: skip
 
 

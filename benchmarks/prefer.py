@@ -1,11 +1,11 @@
-"""How long `prefer` takes to turn the votes of many pairs into preferences, and how much memory, on one core.
+"""Measures how long the stage `prefer` takes to make preferences of many votes on one core, and its peak memory.
 
     python benchmarks/prefer.py            100,000 pairs, 16 principles, both orders: 3.2 million votes
     python benchmarks/prefer.py --quick    2,000 pairs
 
-Ours is the whole stage: it reads the votes, writes the preferences to the disk and computes the figures. Plain is what
-one would write first: `json.loads`, loops and `json.dumps`, row by row, and no figures. Each runs in a process of its
-own, and the rows of both must be the same. The last line is one JSON object; times are in seconds.
+Ours is the whole stage: it reads the votes, writes the preferences to disk and computes the figures. Plain is the
+obvious program without figures: `json.loads`, loops and `json.dumps`, row by row. Each runs in a process of its own,
+and both must write the same rows. The last line is one JSON object; times are in seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _measure
+from benchmarks.support import measurement
 
 PRINCIPLES = 16
 WEIGHTS = {f"principle-{n:02}": 0.5 + n / 10 for n in range(PRINCIPLES)}
@@ -33,13 +32,13 @@ STAGE = "preferences"
 
 
 def text(rng: random.Random, words: int) -> str:
-    """Words, a line break and a quotation here and there: what a response is made of."""
-    drawn = rng.choices(WORDS, k=words)
-    return " ".join(drawn[: words // 2]) + '.\n"' + " ".join(drawn[words // 2 :]) + '."'
+    """Random words with a line break and quotation marks, which JSON escapes."""
+    sampled = rng.choices(WORDS, k=words)
+    return " ".join(sampled[: words // 2]) + '.\n"' + " ".join(sampled[words // 2 :]) + '."'
 
 
 def rows(n: int) -> Iterator[dict[str, Any]]:
-    """Votes as `judge` leaves them, on prompts of one to five turns and responses of about 60 words."""
+    """Votes as `judge` writes them, on prompts of one to five messages and responses of about 60 words."""
     rng = random.Random(0)
     for number in range(n):
         turns = rng.choice((1, 1, 3, 5))
@@ -67,8 +66,8 @@ def rows(n: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def make(folder: Path, n: int) -> None:
-    """The votes on the disk, and the constitution by whose principles they are."""
+def write_inputs(folder: Path, n: int) -> None:
+    """Writes the votes, and the constitution that has their principles."""
     from cai.storage.rows import row_lines
 
     (folder / "votes").mkdir()
@@ -79,8 +78,8 @@ def make(folder: Path, n: int) -> None:
     (folder / "constitution.yaml").write_text("\n".join(document) + "\n")
 
 
-def ours(folder: Path) -> None:
-    """The stage, as a run calls it."""
+def prefer_ours(folder: Path) -> None:
+    """The stage, called as a run calls it."""
     from cai.constitution import load_constitution
     from cai.contracts.context import Context
     from cai.contracts.profile import load_profile
@@ -92,15 +91,15 @@ def ours(folder: Path) -> None:
     output = folder / "ours"
     output.mkdir()
     context = Context(
-        stage_id=STAGE, folder=output, seed=0, profile=load_profile("cpu"), progress=PlainDisplay().begin(STAGE),
+        stage_id=STAGE, folder=output, seed=0, profile=load_profile("cpu"), progress=PlainDisplay().begin_stage(STAGE),
         journal=Journal(output), constitution=load_constitution(folder / "constitution.yaml"),
         inputs={"votes": folder / "votes"}, prompt_sets={}, models={}, open_engine=open_engine,
     )  # fmt: skip
     run(Config.model_validate({"id": STAGE, "from": "votes"}), context)
 
 
-def plain(folder: Path) -> None:
-    """The same preferences, written the plain way."""
+def prefer_plain(folder: Path) -> None:
+    """The same preferences by a plain program."""
     output = folder / "plain"
     output.mkdir()
     with (
@@ -113,8 +112,8 @@ def plain(folder: Path) -> None:
             for vote in row["votes"]:
                 odds.setdefault(vote["principle"], {})[vote["order"]] = vote["log_odds"]
             total = weight = 0.0
-            for id, both in odds.items():
-                total += WEIGHTS[id] * (both["ab"] + both["ba"]) / 2
+            for id, by_order in odds.items():
+                total += WEIGHTS[id] * (by_order["ab"] + by_order["ba"]) / 2
                 weight += WEIGHTS[id]
             mean = total / weight
             chosen, rejected = (row["a"], row["b"]) if mean > 0 else (row["b"], row["a"])
@@ -133,67 +132,70 @@ def plain(folder: Path) -> None:
                 "judge": row["judge"],
                 "constitution": row["constitution"],
             }
-            written = json.dumps(preference, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-            file.write(written + "\n")
+            text = json.dumps(preference, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            file.write(text + "\n")
 
 
-def measured(way: str, folder: Path) -> dict[str, Any]:
-    """Seconds and peak memory of one way, on one core, in a process of its own."""
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+SIDES = {"ours": prefer_ours, "plain": prefer_plain}
 
 
-def run_one(way: str, folder: Path) -> None:
-    """What `measured` starts: imports are not timed, the first touch of everything else is."""
+def measure(side: str, folder: Path) -> dict[str, Any]:
+    """Seconds and peak memory of one side, on one core, in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
+    return measurement.run_for_json(command, os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run_side(side: str, folder: Path) -> None:
+    """The process of `measure`. Imports are not timed; everything else that a first run needs is."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import cai.stages.prefer  # noqa: F401
 
-    began = time.perf_counter(), time.process_time()
-    {"ours": ours, "plain": plain}[way](folder)
-    seconds, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-    print(json.dumps({"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_rss": _measure.peak_rss()}))
+    start, cpu_start = time.perf_counter(), time.process_time()
+    SIDES[side](folder)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    print(json.dumps({"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_rss": measurement.peak_rss()}))
 
 
 def check(folder: Path) -> int:
-    """The number of rows, which both ways must have written alike, numbers to 12 digits."""
+    """Checks that both sides wrote the same rows, numbers to 12 digits; returns the number of rows."""
     n = 0
-    with (folder / "ours" / "records.jsonl").open() as one, (folder / "plain" / "records.jsonl").open() as other:
-        for n, (left, right) in enumerate(zip(one, other, strict=True), 1):
-            a, b = json.loads(left), json.loads(right)
+    with (
+        (folder / "ours" / "records.jsonl").open(encoding="utf-8") as our_lines,
+        (folder / "plain" / "records.jsonl").open(encoding="utf-8") as plain_lines,
+    ):
+        for n, (our_line, plain_line) in enumerate(zip(our_lines, plain_lines, strict=True), 1):
+            ours, plain = json.loads(our_line), json.loads(plain_line)
             for key in ("p_chosen", "log_odds"):
-                assert math.isclose(a.pop(key), b.pop(key), rel_tol=1e-12, abs_tol=1e-12), (n, key)
-            assert a == b, n
+                assert math.isclose(ours.pop(key), plain.pop(key), rel_tol=1e-12, abs_tol=1e-12), (n, key)
+            assert ours == plain, n
     return n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2,000 pairs instead of 100,000")
+    parser = measurement.argument_parser(__doc__, quick="2,000 pairs instead of 100,000", clock=False)
     parser.add_argument("--pairs", type=int, help="this many pairs")
-    parser.add_argument("--way", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.way:
-        run_one(given.way, given.folder)
+    arguments = parser.parse_args()
+    if arguments.side:
+        run_side(arguments.side, arguments.folder)
         return
-    n = given.pairs or (2_000 if given.quick else 100_000)
+    n = arguments.pairs or (2_000 if arguments.quick else 100_000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(folder, n)
+        write_inputs(folder, n)
         size = (folder / "votes" / "records.jsonl").stat().st_size
-        found = {way: measured(way, folder) for way in ("ours", "plain")}
-        same = check(folder)
-    print(f"{n:,} pairs, {2 * PRINCIPLES * n:,} votes, {size / 1e6:,.0f} MB; the {same:,} rows of both are the same")
-    for way, each in found.items():
-        print(f"{way:6} {each['seconds']:6.2f} s, {(each['peak_rss'] or 0) / 1e6:6,.0f} MB at most")
-    result = _measure.result(
-        "prefer", found["ours"]["seconds"], found["plain"]["seconds"], "seconds",
+        figures = {side: measure(side, folder) for side in SIDES}
+        n_rows = check(folder)
+    print(f"{n:,} pairs, {2 * PRINCIPLES * n:,} votes, {size / 1e6:,.0f} MB; the {n_rows:,} rows of both are the same")
+    for side, of_side in figures.items():
+        print(f"{side:6} {of_side['seconds']:6.2f} s, {(of_side['peak_rss'] or 0) / 1e6:6,.0f} MB at most")
+    result = measurement.result(
+        "prefer", figures["ours"]["seconds"], figures["plain"]["seconds"], "seconds",
         {"pairs": n, "principles": PRINCIPLES, "votes": 2 * PRINCIPLES * n, "bytes": size}, ("numpy", "pyarrow"),
-        cpu_seconds={way: each["cpu_seconds"] for way, each in found.items()},
-        peak_rss={way: each["peak_rss"] for way, each in found.items()},
+        cpu_seconds={side: of_side["cpu_seconds"] for side, of_side in figures.items()},
+        peak_rss={side: of_side["peak_rss"] for side, of_side in figures.items()},
     )  # fmt: skip
     print(json.dumps(result))
 

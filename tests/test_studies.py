@@ -1,15 +1,14 @@
-"""The parts of benchmarks that need no model: what is made of votes, and the page that is made of results."""
+"""The parts of the studies that need no model: arithmetic on votes, and the page that is made of results."""
 
 from __future__ import annotations
 
 import json
 
-import findings_page
-import labels
 import numpy as np
 import pytest
 
-from cai.feedback import calibration
+from cai.maths import calibration
+from studies import findings_page, labels
 
 IDS = [f"pair {i}" for i in range(200)]
 PRINCIPLES = ["direct", "harmless", "helpful", "polite"]
@@ -29,29 +28,29 @@ def pool(noise: float = 1.0) -> labels.Pool:
 
 def test_principles_are_drawn_among_those_that_voted_and_more_of_them_hold_fewer():
     votes = pool().ab
-    kept = {k: ~np.isnan(labels.draw_principles(IDS, PRINCIPLES, votes, k, 0)) for k in (1, 2, 4)}
-    assert (kept[1].sum(axis=1) == 1).all()
-    assert (kept[2].sum(axis=1) == 2).all()
-    assert (kept[4] == ~np.isnan(votes)).all()
-    assert not (kept[1] & ~kept[2]).any()
-    assert len(set(np.argmax(kept[1], axis=1))) == 4
+    is_kept = {k: ~np.isnan(labels.keep_sampled_principles(IDS, PRINCIPLES, votes, k, 0)) for k in (1, 2, 4)}
+    assert (is_kept[1].sum(axis=1) == 1).all()
+    assert (is_kept[2].sum(axis=1) == 2).all()
+    assert (is_kept[4] == ~np.isnan(votes)).all()
+    assert not (is_kept[1] & ~is_kept[2]).any()
+    assert len(set(np.argmax(is_kept[1], axis=1))) == 4
 
 
 def test_a_bias_in_both_orders_leaves_the_mean_of_log_odds_and_the_side_of_single_principles():
-    given = pool()
+    held_out = pool()
     bias = labels.position_bias(IDS, PRINCIPLES, "ab")
     assert bias.mean() == pytest.approx(2, abs=0.15)
     assert bias.std() == pytest.approx(1, abs=0.1)
-    found = labels.averaged(given.ab + bias, given.ba - bias)
-    assert found["log-odds"] == pytest.approx(given.ab, nan_ok=True)
-    same_side = (found["probability"] > 0) == (found["log-odds"] > 0)
-    assert same_side[~np.isnan(given.ab)].all()
-    right = {way: given.right(given.label(votes)).mean() for way, votes in found.items()}
+    averages = labels.average_orders(held_out.ab + bias, held_out.ba - bias)
+    assert averages["log-odds"] == pytest.approx(held_out.ab, nan_ok=True)
+    same_side = (averages["probability"] > 0) == (averages["log-odds"] > 0)
+    assert same_side[~np.isnan(held_out.ab)].all()
+    right = {way: held_out.right(held_out.label(votes)).mean() for way, votes in averages.items()}
     assert right["one order"] < 0.7 < right["log-odds"]
 
 
 def test_shares_are_exact_and_a_larger_one_holds_a_smaller_one():
-    few, many = (labels.first(IDS, share, "flipped", 0) for share in (0.15, 0.3))
+    few, many = (labels.sample_share(IDS, share, "flipped", 0) for share in (0.15, 0.3))
     assert (few.sum(), many.sum()) == (30, 60)
     assert not (few & ~many).any()
 
@@ -67,41 +66,43 @@ def test_a_difference_between_seeds_counts_where_every_row_is_alike():
 
 
 def test_abstention_trades_coverage_for_nothing_that_is_not_there():
-    found = labels.by_abstention(pool())
-    coverage = [each["coverage"]["value"] for each in found["abstain_below"].values()]
+    figures = labels.by_abstention(pool())
+    coverage = [of_threshold["coverage"]["value"] for of_threshold in figures["abstain_below"].values()]
     assert coverage[0] == 1
     assert coverage == sorted(coverage, reverse=True)
-    strict = found["min_confidence"]["0.99"]
+    strict = figures["min_confidence"]["0.99"]
     assert strict["accuracy"]["value"] > strict["accuracy_of_dropped"]["value"]
 
 
 def test_the_page_and_its_figures_come_of_results_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "RESAMPLES", 20)
-    given = pool()
-    rate = given.estimate(given.right(given.label(given.ab))) | {"examples": [100, 110]}
-    apart = given.difference(TRUTH, TRUTH)
-    policy = dict.fromkeys(labels.POLICY, rate)
-    drawn = labels.by_principles(given)
+    monkeypatch.setattr(calibration, "N_RESAMPLES", 20)
+    held_out = pool()
+    rate = held_out.estimate(held_out.right(held_out.label(held_out.ab))) | {"examples": [100, 110]}
+    difference = held_out.difference(TRUTH, TRUTH)
+    policy = dict.fromkeys(labels.POLICY_METRICS, rate)
+    principles = labels.by_principles(held_out)
     for k in ("1", "3", "all"):
-        drawn[k] |= {"reward": rate, "reward_all_less_these": apart}
-    found = labels.tier1(given) | {
+        principles[k] |= {"reward": rate, "reward_all_less_these": difference}
+    results = labels.tier1(held_out) | {
         "labels": {
             "reward": dict.fromkeys(labels.KINDS, rate),
-            "reward_less_soft": dict.fromkeys([*labels.KINDS][1:], apart),
+            "reward_less_soft": dict.fromkeys([*labels.KINDS][1:], difference),
             "policy": dict.fromkeys(["base", *labels.KINDS], policy),
-            "policy_less_soft": dict.fromkeys(["base", *[*labels.KINDS][1:]], dict.fromkeys(labels.POLICY, apart)),
+            "policy_less_soft": dict.fromkeys(
+                ["base", *[*labels.KINDS][1:]], dict.fromkeys(labels.POLICY_METRICS, difference)
+            ),
         },
-        "principles": drawn,
-        "orders": labels.by_orders(given),
-        "noise": {share: dict.fromkeys(("0", "0.3"), rate | {"less_clean": apart}) for share in ("0.5", "1")},
-        "noise_for_pairs": [{"flipped": 0.3, "share": 0.5, **apart}],
-        "abstention": labels.by_abstention(given),
+        "principles": principles,
+        "orders": labels.by_orders(held_out),
+        "noise": {share: dict.fromkeys(("0", "0.3"), rate | {"less_clean": difference}) for share in ("0.5", "1")},
+        "noise_for_pairs": [{"flipped": 0.3, "share": 0.5, **difference}],
+        "abstention": labels.by_abstention(held_out),
         "train": labels.TRAIN,
         "cpu_seconds": 60.0,
-        **labels.surroundings([], given, 5, labels.QUICK),
+        **labels.surroundings([], held_out, 5, labels.QUICK),
     }
-    found["sizes"]["pairs_learned"] = [100, 110]
-    findings_page.write_page(json.loads(json.dumps(found)), tmp_path / "findings.md")
+    results["sizes"]["pairs_learned"] = [100, 110]
+    findings_page.write_page(json.loads(json.dumps(results)), tmp_path / "findings.md")
     page = (tmp_path / "findings.md").read_text()
     for name in ("calibration", *findings_page.FIGURES):
         assert f"(findings/{name}.svg)" in page

@@ -1,1 +1,1 @@
-"""What engines and trainers share: attention over shared prefixes, and what is tuned for CPUs."""
+"""Attention for engines and training: patched attention, shared prefixes, token trees, and all tuning for CPUs."""

@@ -1,6 +1,6 @@
-"""The command line: what each command takes and which exit code it ends with, a file a group.
+"""The command line: options and exit codes of all commands, one file for each group of commands.
 
-Heavy imports stand inside their commands, so that `cai --help` and `cai constitution check` stay quick.
+Heavy imports are inside their commands, so that `cai --help` and `cai constitution check` stay quick.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Run      cai run quickstart
          cai show quickstart --random
 Compare  cai compare base=micro policy=quickstart/policy --prompts micro:test
 """
-"""The three things that its users do."""
+"""Examples of the three uses, at the end of `cai --help`."""
 
 
 class Commands(click.Group):
-    """A group whose commands end a `CaiError` as one sentence on stderr and with the exit code of its class."""
+    """A group whose commands report a `CaiError` as one sentence on stderr and exit with the code of its class."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from cai.cli.options import JSON, PROFILE
 from cai.text.errors import BadInput
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group()
@@ -22,10 +18,10 @@ def constitution() -> None:
 
 @constitution.command("check")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--strict", is_flag=True, help="Name what is weak too: no examples, no criterion, twice the same.")
+@click.option("--strict", is_flag=True, help="Name weaknesses too: no examples, no criterion, twice the same.")
 @JSON
 def constitution_check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
-    """Load each document with what it extends. Exit code 2 if one is wrong; every wrong one is named.
+    """Load each document with those that it extends. Exit code 2 if one is wrong; every wrong one is named.
 
     With --strict, exit code 1 if none is wrong and one is weak.
     """
@@ -33,7 +29,7 @@ def constitution_check(files: tuple[str, ...], strict: bool, as_json: bool) -> N
     from cai.constitution.weaknesses import weaknesses
     from cai.templates.constitution_text import summary, summary_line
 
-    facts: list[dict[str, object]] = []
+    summaries: list[dict[str, object]] = []
     errors: list[dict[str, str]] = []
     weak: list[str] = []
     for file in files:
@@ -43,44 +39,46 @@ def constitution_check(files: tuple[str, ...], strict: bool, as_json: bool) -> N
             errors.append({"path": file, "message": str(error)})
             click.echo(str(error), err=True)
             continue
-        facts.append(summary(document))
-        found = list(weaknesses(document)) if strict else []
-        weak += found
+        summaries.append(summary(document))
+        sentences = list(weaknesses(document)) if strict else []
+        weak += sentences
         if not as_json:
-            click.echo("\n".join([summary_line(document), *found]))
+            click.echo("\n".join([summary_line(document), *sentences]))
     if as_json:
-        click.echo(json.dumps({"documents": facts, "errors": errors} | ({"weak": weak} if strict else {})))
+        click.echo(json.dumps({"documents": summaries, "errors": errors} | ({"weak": weak} if strict else {})))
     if errors or weak:
         raise SystemExit(BadInput.exit_code if errors else 1)
 
 
 @constitution.command("show")
 @click.argument("file")
-@click.option("--prompt", is_flag=True, help="Show what a critic, a reviser and a judge are asked.")
-@click.option("--principle", metavar="ID", help="Only this principle.")
+@click.option("--prompt", is_flag=True, help="Show the requests to critic, reviser and judge.")
+@click.option("--principle", "principle_id", metavar="ID", help="Only this principle.")
 @click.option("--templates", default="default", show_default=True, metavar="SET", help="Template set for --prompt.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def constitution_show(file: str, prompt: bool, principle: str | None, templates: str, as_json: bool) -> None:
-    """Show the compiled document: extended documents merged, traits and absent requests derived.
+@JSON
+def constitution_show(file: str, prompt: bool, principle_id: str | None, templates: str, as_json: bool) -> None:
+    """Show the compiled document: extended documents merged, traits and absent principle fields derived.
 
     FILE is a path, or the name of a shipped constitution such as `harmlessness`.
     """
     from dataclasses import replace
 
     from cai.constitution import load_constitution
-    from cai.templates.constitution_text import asked, asked_lines, document_lines
+    from cai.templates.constitution_text import document_lines, example_requests, request_lines
 
     document = load_constitution(file)
-    if principle is not None:
-        document = replace(document, principles=(document.principle(principle),))
+    if principle_id is not None:
+        document = replace(document, principles=(document.principle(principle_id),))
     if prompt:
         from cai.templates import load_templates
 
-        chosen = load_templates(templates)
+        template_set = load_templates(templates)
         if as_json:
-            click.echo(json.dumps({each.id: asked(each, chosen) for each in document.principles}))
+            requests = {principle.id: example_requests(principle, template_set) for principle in document.principles}
+            click.echo(json.dumps(requests))
         else:
-            click.echo("\n".join(line for each in document.principles for line in asked_lines(each, chosen)).rstrip())
+            lines = (line for principle in document.principles for line in request_lines(principle, template_set))
+            click.echo("\n".join(lines).rstrip())
     elif as_json:
         click.echo(json.dumps(document.plain()))
     else:
@@ -104,7 +102,7 @@ def constitution_test(
     on: str | None,
     as_json: bool,
 ) -> None:
-    """Put every example to a judge under its principle, in both orders; name those that it sees the other way.
+    """Put every example to a judge under its principle, in both orders; name those that it decides the other way.
 
     \b
     cai constitution test constitutions/micro.yaml --min-accuracy 0.95
@@ -112,7 +110,7 @@ def constitution_test(
     """
     from cai.constitution import load_constitution
     from cai.contracts.profile import load_profile
-    from cai.run.pipeline import prepare
+    from cai.run.stage_run import prepare
 
     document = load_constitution(file)
     profile = load_profile(on)
@@ -128,11 +126,11 @@ def constitution_test(
     judge = reference.resolve(model, templates=templates, folder=Path.cwd())
     with open_engine(judge, profile) as engine:
         outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates))
-    figures = principle_tests.figures(outcomes)
+    figures = principle_tests.example_figures(outcomes)
     if as_json:
         click.echo(json.dumps({"constitution": document.name, "model": judge.name} | figures))
     else:
-        click.echo("\n".join(principle_tests.lines(outcomes)))
+        click.echo("\n".join(principle_tests.example_lines(outcomes)))
     if min_accuracy is not None and figures["accuracy"] < min_accuracy:
         raise SystemExit(1)
 

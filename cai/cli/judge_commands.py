@@ -1,22 +1,18 @@
-"""`cai judge`: put a judge to the test."""
+"""`cai judge`: test a judge."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from cai.cli.options import JSON, PROFILE
 
-if TYPE_CHECKING:
-    pass
-
 
 @click.group()
 def judge() -> None:
-    """Put a judge to the test before anything is built on it."""
+    """Test a judge before anything is built on it."""
 
 
 @judge.command("attack")
@@ -57,19 +53,19 @@ def judge_attack(
 
     Each pair is judged in both orders, then again with an injection of each family in the response that lost. What gets
     no verdict is counted as failed; the worst case shows what failures may hide. "Still right" are verdicts that were
-    right before and neither turned nor became even: one that was wrong and turns is no gain, it only obeys.
+    right before and neither turned nor became even: a wrong verdict that turns is no gain, it only obeys.
 
     Controls claim nothing (small talk in another language, floods of one letter, nothing to read). They are shown, and
     are in neither the overall rate nor the limits: the longest flood and the empty response are expected to get no
-    verdict. The embedded judge was trained to ignore some of the families; of other models nobody knows which they
-    have seen.
+    verdict. The embedded judge was trained to ignore some of the families; which of them other models were trained on
+    is unknown.
 
     \b
     cai judge attack
     cai judge attack --model my-model --constitution mine.yaml --max-flip-rate 0.05 --json
     """
     from cai.contracts.profile import load_profile
-    from cai.run.pipeline import prepare
+    from cai.run.stage_run import prepare
 
     profile = load_profile(on)
     prepare(profile)
@@ -82,18 +78,20 @@ def judge_attack(
     from cai.text import progress
 
     judge = reference.resolve(model, templates=templates, folder=Path.cwd())
-    embedded = judge.templates == "micro"
-    if embedded and document is None:
+    is_embedded = judge.templates == "micro"
+    if is_embedded and document is None:
         pairs = cases(per_family, seed)
     else:
-        pairs = judge_attacks.cases_of(load_constitution(document or "harmlessness"), per_family, seed)
+        pairs = judge_attacks.constitution_cases(load_constitution(document or "harmlessness"), per_family, seed)
     tokens = sorted(loading.load_tokenizer(judge).all_special_tokens)
-    with open_engine(judge, profile) as engine, progress.display() as shown:
-        line = shown.begin("attacks")
-        found = judge_attacks.attack(pairs, engine, load_templates(judge.templates), tokens, seed, line)
-        figures = judge_attacks.figures(found, trained=embedded)
-        shown.end(line, sum(each["flips"].get("missing", 0) for each in figures["families"].values()))
-    click.echo(json.dumps({"model": judge.name} | figures) if as_json else "\n".join(judge_attacks.lines(figures)))
-    if over := judge_attacks.above(figures, max_flip_rate, max_family_flip_rate):
-        click.echo(f"above the limit: {', '.join(over)}", err=True)
+    with open_engine(judge, profile) as engine, progress.open_display() as display:
+        line = display.begin_stage("attacks")
+        outcomes = judge_attacks.attack(pairs, engine, load_templates(judge.templates), tokens, seed, line)
+        figures = judge_attacks.attack_figures(outcomes, is_embedded=is_embedded)
+        display.end_stage(line, sum(family["flips"].get("missing", 0) for family in figures["families"].values()))
+    click.echo(
+        json.dumps({"model": judge.name} | figures) if as_json else "\n".join(judge_attacks.attack_lines(figures))
+    )
+    if above := judge_attacks.names_above(figures, max_flip_rate, max_family_flip_rate):
+        click.echo(f"above the limit: {', '.join(above)}", err=True)
         raise SystemExit(1)

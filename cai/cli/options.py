@@ -20,5 +20,5 @@ PROFILE = click.option("--on", "on", metavar="PROFILE", help="Where to run: a pr
 
 
 def to_stderr(text: str) -> None:
-    """Prints progress, where stdout may be one JSON object."""
+    """Prints progress on stderr, because stdout may be one JSON object."""
     click.echo(text, err=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cai.cli.options import JSON, PROFILE, RUNS
-from cai.text.errors import BadInput, nearest
+from cai.text.errors import BadInput, did_you_mean
 
 if TYPE_CHECKING:
-    from cai.run.pipeline import Options
+    from cai.run.plan import Options
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
@@ -50,7 +50,7 @@ def run(
     cai run quickstart --set stages.policy.train.beta=0.2 --dry-run
     cai run my-project/recipes/quickstart.yaml --on 8gpu-zero3 --until preferences
     """
-    from cai.run.pipeline import Options
+    from cai.run.plan import Options
 
     options = Options(until, redo_from, retry_failures, _trackers(report_to))
     _run(recipe, overrides, on, options, dry_run, runs_folder, as_json)
@@ -61,7 +61,7 @@ def _trackers(names: str | None) -> tuple[str, ...]:
     chosen = tuple(name.strip() for name in (names or "").split(",") if name.strip())
     for name in chosen:
         if name not in TRACKERS:
-            raise BadInput(f"--report-to {name}: expected some of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
+            raise BadInput(f"--report-to {name}: expected some of {', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}")
         if find_spec(name) is None:
             raise BadInput(f"--report-to {name}: the package {name} is not installed")
     return chosen
@@ -76,9 +76,9 @@ def _run(
     runs_folder: Path,
     as_json: bool,
 ) -> None:
-    """Runs or plans a recipe and says what came of it."""
+    """Runs or plans a recipe and prints the plan or the results."""
     from cai.contracts.profile import load_profile
-    from cai.run import pipeline, status
+    from cai.run import pipeline, plan, status
     from cai.run.recipe import load_recipe
     from cai.text import progress
 
@@ -86,20 +86,22 @@ def _run(
     recipe = load_recipe(name, overrides)
     folder = runs_folder / recipe.name
     if dry_run:
-        steps = pipeline.plan_recipe(recipe, profile, folder, options)
+        steps = plan.plan_recipe(recipe, profile, folder, options)
         if as_json:
-            click.echo(json.dumps({"stages": status.plan_json(steps), "models": status.asked_where(steps, profile)}))
+            click.echo(
+                json.dumps({"stages": status.plan_json(steps), "models": status.engine_by_model(steps, profile)})
+            )
         else:
             click.echo("\n".join(status.plan_lines(steps, profile)))
         return
-    summary = pipeline.run_recipe(recipe, profile, folder, options, progress.display())
+    summary = pipeline.run_recipe(recipe, profile, folder, options, progress.open_display())
     if as_json:
         click.echo(json.dumps(summary))
         return
     if lines := status.figure_lines(summary):
         click.echo("\n".join(lines))
     _echo_comparison(summary)
-    click.echo("\n".join(status.where_lines(folder, summary)))
+    click.echo("\n".join(status.result_lines(folder, summary)))
 
 
 def _echo_comparison(summary: Mapping[str, Any]) -> None:
@@ -108,13 +110,13 @@ def _echo_comparison(summary: Mapping[str, Any]) -> None:
         return
     from rich.console import Console
 
-    from cai.report import table
+    from cai.report.terminal_table import comparison_tables
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
     console.print()
-    console.print(table(summary))
+    console.print(comparison_tables(summary))
 
 
 @click.command()
@@ -133,7 +135,7 @@ def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
 
     folder = find_run(run, runs_folder)
     if as_json:
-        click.echo(json.dumps({"run": str(folder), "stages": status.status_rows(folder)}))
+        click.echo(json.dumps({"run": str(folder), "stages": status.stage_statuses(folder)}))
         return
     click.echo("\n".join(status.status_lines(folder)))
     _echo_comparison(read_json(folder / SUMMARY) or {})
@@ -146,7 +148,7 @@ def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
 @RUNS
 @JSON
 def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json: bool) -> None:
-    """Show one item's life: prompt, responses, critiques, revisions, votes, preference.
+    """Show everything about one item: prompt, responses, critiques, revisions, votes, preference.
 
     ITEM is the id of a prompt, response, pair or preference in records.jsonl, or its first characters.
 
@@ -154,13 +156,13 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
     cai show quickstart 3f9a
     cai show quickstart --random
     """
-    from cai.run.show import life, life_lines
+    from cai.run.show import find_item_rows, item_lines
     from cai.storage.run_folder import find_run
 
     if (item is None) != at_random:
         raise BadInput("cai show RUN ITEM shows an item, cai show RUN --random picks one; give one of the two")
-    found = life(find_run(run, runs_folder), item)
-    click.echo(json.dumps(found) if as_json else "\n".join(life_lines(found)))
+    rows_by_stage = find_item_rows(find_run(run, runs_folder), item)
+    click.echo(json.dumps(rows_by_stage) if as_json else "\n".join(item_lines(rows_by_stage)))
 
 
 @click.command()
@@ -174,7 +176,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
     \b
     cai clean quickstart
     """
-    from cai.storage.files import remove
+    from cai.storage.files import remove_folder
     from cai.storage.run_folder import find_run, locked, unused
 
     folder = find_run(run, runs_folder)
@@ -186,7 +188,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
             click.echo(f"{folder}: nothing to remove")
         elif yes or click.confirm(f"Remove {len(old)} folders?"):
             for path, _ in old:
-                remove(path)
+                remove_folder(path)
             click.echo(f"removed {len(old)} folders")
 
 
@@ -247,7 +249,7 @@ def compare(
     cai compare base=micro policy=quickstart/policy --prompts micro:test
     """
     from cai.run.comparison_recipe import comparison_recipe
-    from cai.run.pipeline import Options
+    from cai.run.plan import Options
 
     recipe = comparison_recipe(models, prompts, document, judge, limit, runs_folder)
     _run(recipe, overrides, on, Options(), False, runs_folder, as_json)

@@ -1,4 +1,4 @@
-"""`cai votes`: what principles and judges do, by the votes of finished runs."""
+"""`cai votes`: figures about principles and judges from the votes of finished runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cai.cli.options import JSON, RUNS
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
-    from cai.feedback.truth import Kind
+    from cai.feedback.truth import TruthKind
 
 
 @click.group()
 def votes() -> None:
-    """Say what principles and judges do, from the votes of finished runs: no model is asked."""
+    """Figures about principles and judges from the votes of finished runs: no model is asked."""
 
 
 EXAMPLE_PAIRS = click.option(
@@ -31,7 +31,7 @@ EXAMPLE_PAIRS = click.option(
 @RUNS
 @JSON
 def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
-    """Say of every principle how often it decides, with whom it goes, and which labels turn without it.
+    """Show how often each principle decides, which others it agrees with, and which labels turn without it.
 
     RUN is a run's name or folder, or RUN/STAGE where several stages of it turn votes into preferences.
 
@@ -39,29 +39,33 @@ def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -
     cai votes explain quickstart
     cai votes explain quickstart --examples 10 --json
     """
-    from cai.feedback import explain
+    from cai.feedback.explain import explain, explanation_lines
+    from cai.feedback.labelled_votes import load_labelled_votes
 
-    found = explain.explain(explain.evidence(run, runs_folder), n_examples)
-    click.echo(json.dumps(found) if as_json else "\n".join(explain.explain_lines(found)))
+    explanation = explain(load_labelled_votes(run, runs_folder), n_examples)
+    click.echo(json.dumps(explanation) if as_json else "\n".join(explanation_lines(explanation)))
 
 
 @votes.command("diff")
-@click.argument("one")
-@click.argument("other")
+@click.argument("first")
+@click.argument("second")
 @EXAMPLE_PAIRS
 @RUNS
 @JSON
-def votes_diff(one: str, other: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
     """Compare two judges, or two wordings of principles, on the pairs that two runs have in common.
 
     \b
     cai votes diff quickstart my-run
     cai votes diff my-run/by-micro my-run/by-another
     """
-    from cai.feedback import explain
+    from cai.feedback.labelled_votes import load_labelled_votes
+    from cai.feedback.vote_differences import compare_votes, difference_lines
 
-    found = explain.diff(explain.evidence(one, runs_folder), explain.evidence(other, runs_folder), n_examples)
-    click.echo(json.dumps(found) if as_json else "\n".join(explain.diff_lines(found)))
+    differences = compare_votes(
+        load_labelled_votes(first, runs_folder), load_labelled_votes(second, runs_folder), n_examples
+    )
+    click.echo(json.dumps(differences) if as_json else "\n".join(difference_lines(differences)))
 
 
 @votes.command("calibrate")
@@ -70,29 +74,29 @@ def votes_diff(one: str, other: str, n_examples: int, runs_folder: Path, as_json
 @click.option(
     "--truth",
     type=click.Choice(["human", "oracle"]),
-    help="What labels are held against: people's choice, or the world's oracle. Absent: whichever there is.",
+    help="What labels are measured against: people's choice, or the world's oracle. Absent: whichever there is.",
 )
 @RUNS
 @JSON
-def votes_calibrate(run: str, picture: Path | None, truth: Kind | None, runs_folder: Path, as_json: bool) -> None:
-    """Say whether labels are right as often as they say, where it is known which response is better.
+def votes_calibrate(run: str, picture: Path | None, truth: TruthKind | None, runs_folder: Path, as_json: bool) -> None:
+    """Measure whether labels are right as often as they say, where it is known which response is better.
 
     People know it of the pairs that a judge stage reads with `human: {source: hh.jsonl.gz}`, the embedded world's
-    oracle of answers to prompts of source micro. Where the 95 % interval of accuracy, clustered by prompt or topic,
-    holds one half, the judge is not distinguishable from chance.
+    oracle of responses to prompts of source micro. Where the 95 % interval of accuracy, clustered by prompt or topic,
+    contains one half, the judge is not distinguishable from chance.
 
     \b
     cai votes calibrate quickstart --picture reliability.svg
     cai votes calibrate my-run --truth human --json
     """
-    from cai.feedback import calibration
-    from cai.feedback.explain import evidence
+    from cai.feedback.judge_calibration import calibrate_labels, calibration_lines
+    from cai.feedback.labelled_votes import load_labelled_votes
 
     if picture is not None and picture.suffix not in {".svg", ".png"}:
         raise BadInput(f"--picture: found {picture.name!r}, expected a file .svg or .png")
-    found = calibration.of_labels(evidence(run, runs_folder), truth)
+    calibration = calibrate_labels(load_labelled_votes(run, runs_folder), truth)
     if picture is not None:
         from cai.report.reliability import draw_reliability
 
-        draw_reliability(found, picture)
-    click.echo(json.dumps(found) if as_json else "\n".join(calibration.lines(found)))
+        draw_reliability(calibration, picture)
+    click.echo(json.dumps(calibration) if as_json else "\n".join(calibration_lines(calibration)))

@@ -1,10 +1,10 @@
-"""The constitution: a YAML document of principles and character traits, compiled to what a model is asked.
+"""The constitution: a YAML document of principles and character traits, compiled to principle fields for models.
 
-`load_constitution` reads a document with everything that it extends. Left out: asking a model anything (stages do) and
-judging whether a principle is a good one (its examples, put to a model, do).
+`load_constitution` reads a document with those that it extends. Left out: requests to models, which stages make, and
+the quality of a principle, which `cai constitution test` measures on its examples.
 """
 
-from cai.constitution.compiled import Constitution, Example, Principle, load_constitution
+from cai.constitution.compiled import Constitution, Example, Principle, applicable_principles, load_constitution
 from cai.constitution.schema import json_schema
 
-__all__ = ["Constitution", "Example", "Principle", "json_schema", "load_constitution"]
+__all__ = ["Constitution", "Example", "Principle", "applicable_principles", "json_schema", "load_constitution"]

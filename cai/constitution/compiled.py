@@ -1,66 +1,68 @@
-"""Loads a constitution: reads the document and what it extends, merges them, and derives what the author left out.
+"""Loads a constitution: reads the document and those that it extends, merges them, and derives absent fields.
 
-The document that the user names sets the boundary: everything it extends, directly or not, lies in its folder or below,
-symbolic links followed. A principle of the same id replaces the inherited one in its place; `drop: true` removes it.
+The folder of the document that the user names is the boundary: every document that it extends, directly or not, is in
+that folder or below it, with symbolic links followed. A principle with the id of an inherited one takes its place;
+`drop: true` removes the inherited one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cai.constitution.schema import ConstitutionDocument, Entry, ExampleEntry, PrincipleEntry, TraitEntry
-from cai.document import Document, fail, load_document, validate
-from cai.document.shipped import shipped, shipped_names
+from cai.document import Document, error_at, load_document, validate
+from cai.document.shipped import shipped_folder, shipped_names
 from cai.storage.rows import Message
-from cai.text.errors import BadInput, nearest
+from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import Key, printable, shorten
 
 MAX_DOCUMENTS = 50
 
-PRINCIPLE_REQUESTS = {
+PRINCIPLE_FIELDS = {
     "critique": "Say specifically and briefly where the response falls short of this principle, or that it does not: "
     "{text}",
     "revise": "Rewrite the response so that it lives up to this principle, and keep what was already good about it: "
     "{text}",
     "compare": "Which response lives up better to this principle? {text}",
 }
-"""What a model is asked about a principle whose author wrote no request of that kind."""
+"""The principle fields of a principle whose author did not write them, derived from its text."""
 
-TRAIT_REQUESTS = {
+TRAIT_FIELDS = {
     "critique": 'This is how the assistant describes its own character: "{text}" Say specifically and briefly where '
     "the response does not sound like it, or that it does.",
     "revise": 'Rewrite the response as an assistant would that can truthfully say of itself: "{text}" Let the trait '
     "show only where it fits the conversation; do not announce it.",
     "compare": 'Which response is more like what an assistant would write that can truthfully say of itself: "{text}"',
 }
+"""The same for traits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An edge case of a principle: two responses to one conversation, the first of them better by the principle."""
+    """An edge case of a principle: two responses to one conversation, of which the principle prefers the first."""
 
     messages: tuple[tuple[str, str], ...]
-    """(role, content), the last of them the user's."""
+    """(role, content) of each message; the last message is the user's."""
     better: str
     worse: str
 
     @property
     def prompt(self) -> str:
-        """What the user says last."""
+        """The user's last message."""
         return self.messages[-1][1]
 
     @property
     def conversation(self) -> list[Message]:
-        """The conversation as templates and engines take it."""
+        """The messages in the form that templates and engines take."""
         return [{"role": role, "content": content} for role, content in self.messages]  # type: ignore[typeddict-item]
 
 
 @dataclass(frozen=True, slots=True)
 class Principle:
-    """One principle, complete: what a person reads and what a model is asked."""
+    """One principle with its text for people and its principle fields for models."""
 
     id: str
     text: str
@@ -72,139 +74,138 @@ class Principle:
     applies_to: tuple[str, ...] | None = None
     examples: tuple[Example, ...] = ()
     trait: bool = False
-    """Whether it was written as a trait of character."""
-    where: str = field(default="", compare=False)
+    """Whether the author wrote it as a trait of character."""
+    location: str = field(default="", compare=False)
     """`file:line:column` of its id."""
 
     def weighted(self, by_tag: Mapping[str, float]) -> float:
-        """Its weight, times the factor of each of its tags that has one."""
+        """Its weight times the factors that `by_tag` has for its tags."""
         return self.weight * math.prod(by_tag.get(tag, 1.0) for tag in self.tags)
 
     def applies(self, tags: Sequence[str]) -> bool:
-        """Whether the principle is for a prompt with these tags."""
+        """Whether the principle applies to a prompt with these tags."""
         return self.applies_to is None or not set(self.applies_to).isdisjoint(tags)
+
+
+def applicable_principles(principles: Iterable[Principle], tags: Sequence[str]) -> list[Principle]:
+    """The principles that apply to a prompt with these tags."""
+    return [principle for principle in principles if principle.applies(tags)]
 
 
 @dataclass(frozen=True, slots=True)
 class Constitution:
-    """A document with everything that it extends, compiled."""
+    """A document, merged with the documents that it extends."""
 
     name: str
     description: str
     principles: tuple[Principle, ...]
     path: Path
     documents: tuple[Path, ...] = ()
-    """Every file that was read, the named one last."""
+    """Every file that was read; the one that the user named is the last."""
 
     def principle(self, id: str) -> Principle:
-        """The principle of that id. Raises BadInput for an id that is not one."""
-        ids = [each.id for each in self.principles]
-        if id not in ids:
-            raise BadInput(printable(f"{self.path}: no principle {id!r}{nearest(id, ids)}"))
-        return self.principles[ids.index(id)]
+        """The principle of that id. Raises BadInput for an unknown id."""
+        principles_by_id = {principle.id: principle for principle in self.principles}
+        if id not in principles_by_id:
+            raise BadInput(printable(f"{self.path}: no principle {id!r}{did_you_mean(id, principles_by_id)}"))
+        return principles_by_id[id]
 
     def plain(self) -> dict[str, object]:
-        """As plain data for JSON, in the words of a document that extends nothing."""
-        return {
-            "name": self.name,
-            "description": self.description,
-            "principles": [
-                {
-                    "id": each.id, "text": each.text, "critique": each.critique, "revise": each.revise,
-                    "compare": each.compare, "weight": each.weight, "tags": list(each.tags),
-                    "applies_to": None if each.applies_to is None else list(each.applies_to),
-                    "examples": [
-                        {"prompt": one.conversation, "better": one.better, "worse": one.worse} for one in each.examples
-                    ],
-                    "trait": each.trait,
-                }
-                for each in self.principles
-            ],
-        }  # fmt: skip
+        """Plain data for JSON, with the keys of a document that extends nothing."""
+        principles = []
+        for principle in self.principles:
+            examples = [
+                {"prompt": example.conversation, "better": example.better, "worse": example.worse}
+                for example in principle.examples
+            ]
+            principles.append(asdict(principle) | {"examples": examples})
+            del principles[-1]["location"]
+        return {"name": self.name, "description": self.description, "principles": principles}
 
 
 def load_constitution(path: Path | str) -> Constitution:
     """The constitution in a file, or the shipped one of that name. Raises BadInput with `file:line:column`."""
-    path = _find(Path(path))
+    path = _resolve_name(Path(path))
     # The named file may itself be a link: its author put it into this folder.
     loader = _Loader(path.parent.resolve())
-    merged = loader.compile(path, ())
-    document, written = loader.read[path.absolute()]
-    if not merged:
-        raise fail(document, (), "found neither principles nor traits, expected at least one")
-    return Constitution(written.name, written.description, tuple(merged.values()), path, tuple(loader.paths))
+    principles = loader.compile(path, ())
+    document, written = loader.documents[path.absolute()]
+    if not principles:
+        raise error_at(document, (), "found neither principles nor traits, expected at least one")
+    return Constitution(written.name, written.description, tuple(principles.values()), path, tuple(loader.paths))
 
 
-def _find(path: Path) -> Path:
-    """`path`, or the shipped document that is called so."""
+def _resolve_name(path: Path) -> Path:
+    """`path`, or the shipped document of that name."""
     if path.suffix or len(path.parts) != 1 or path.exists():
         return path
     names = shipped_names("constitutions")
     if path.name in names:
-        return shipped("constitutions") / f"{path.name}.yaml"
-    raise BadInput(printable(f"{path}: no such file, and no shipped constitution{nearest(path.name, names)}"))
+        return shipped_folder("constitutions") / f"{path.name}.yaml"
+    raise BadInput(printable(f"{path}: no such file, and no shipped constitution{did_you_mean(path.name, names)}"))
 
 
 class _Loader:
-    """Reads each document once, whichever of the others extend it, and remembers what it compiles to."""
+    """Reads and compiles each document once, however many documents extend it."""
 
-    def __init__(self, tree: Path) -> None:
-        self.tree = tree
-        self.read: dict[Path, tuple[Document, ConstitutionDocument]] = {}
+    def __init__(self, boundary: Path) -> None:
+        self.boundary = boundary
+        """The folder that all extended documents are in, or below."""
+        self.documents: dict[Path, tuple[Document, ConstitutionDocument]] = {}
         self.compiled: dict[Path, dict[str, Principle]] = {}
         self.paths: list[Path] = []
 
     def compile(self, path: Path, chain: tuple[Path, ...]) -> dict[str, Principle]:
-        """Principles by id of the document at `path`, which the documents in `chain` are waiting for."""
+        """Principles by id of the document at `path`, which the last of `chain` extends, which the one before does."""
         if path.absolute() in self.compiled:
             return self.compiled[path.absolute()]
         document = load_document(path)
         written = validate(document, ConstitutionDocument)
-        self.read[path.absolute()] = (document, written)
-        merged: dict[str, Principle] = {}
-        for keys, name in _extended(written):
+        self.documents[path.absolute()] = (document, written)
+        principles: dict[str, Principle] = {}
+        for keys, name in _extended_names(written):
             base = self._resolve(document, keys, name, (*chain, path))
-            # In place where the id is known already, so that the order stays that of the document read first.
-            merged.update(self.compile(base, (*chain, path)))
-        _merge(merged, document, written)
-        self.compiled[path.absolute()] = merged
+            # `update` keeps the place of an id that it replaces: the order is that of the document read first.
+            principles.update(self.compile(base, (*chain, path)))
+        _merge(principles, document, written)
+        self.compiled[path.absolute()] = principles
         self.paths.append(path)
-        return merged
+        return principles
 
     def _resolve(self, document: Document, keys: tuple[Key, ...], name: str, chain: tuple[Path, ...]) -> Path:
-        """The file that `name` at `keys` of `document` means."""
+        """The path of the document `name` that `document`, the last of `chain`, extends at `keys`."""
         shown = shorten(repr(name), 100)
         if Path(name).is_absolute():
-            raise fail(document, keys, f"found the absolute path {shown}, expected one relative to this document")
+            raise error_at(document, keys, f"found the absolute path {shown}, expected one relative to this document")
         try:
             target = (chain[-1].parent / name).resolve()
             exists = target.is_file()
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "symbolic links in a circle"
-            raise fail(document, keys, f"found {shown}, which cannot be read: {reason}") from None
-        if not target.is_relative_to(self.tree):
-            raise fail(
+            raise error_at(document, keys, f"found {shown}, which cannot be read: {reason}") from None
+        if not target.is_relative_to(self.boundary):
+            raise error_at(
                 document,
                 keys,
                 f"found {shown}, which lies outside of the folder of {chain[0]}, expected a "
                 "document in that folder or below",
             )
-        seen = [each.resolve() for each in chain]
-        if target in seen:
-            names = [each.name for each in (*chain[seen.index(target) :], target)]
-            raise fail(document, keys, f"found a circle of documents, {' -> '.join(names)}, expected it to end")
+        resolved_chain = [path.resolve() for path in chain]
+        if target in resolved_chain:
+            names = [path.name for path in (*chain[resolved_chain.index(target) :], target)]
+            raise error_at(document, keys, f"found a circle of documents, {' -> '.join(names)}, expected it to end")
         if len(chain) >= MAX_DOCUMENTS:
-            raise fail(document, keys, f"found a chain of more than {MAX_DOCUMENTS} documents, expected fewer")
+            raise error_at(document, keys, f"found a chain of more than {MAX_DOCUMENTS} documents, expected fewer")
         if not exists:
             siblings = target.parent.iterdir() if target.parent.is_dir() else ()
-            others = [each.name for each in siblings if each not in seen]
-            raise fail(document, keys, f"found {shown}, which is no file{nearest(target.name, others)}")
-        # `..` has been followed: what is compared, cached and reported is one path for one file.
-        return chain[0].parent / target.relative_to(self.tree)
+            names = [path.name for path in siblings if path not in resolved_chain]
+            raise error_at(document, keys, f"found {shown}, which is no file{did_you_mean(target.name, names)}")
+        # The path from the first document's folder, without `..`: each file has one path in caches and messages.
+        return chain[0].parent / target.relative_to(self.boundary)
 
 
-def _extended(written: ConstitutionDocument) -> list[tuple[tuple[Key, ...], str]]:
-    """(keys, path) of each document that `written` extends."""
+def _extended_names(written: ConstitutionDocument) -> list[tuple[tuple[Key, ...], str]]:
+    """(keys, relative path) of each document that `written` extends."""
     if written.extends is None:
         return []
     if isinstance(written.extends, str):
@@ -212,34 +213,34 @@ def _extended(written: ConstitutionDocument) -> list[tuple[tuple[Key, ...], str]
     return [(("extends", index), name) for index, name in enumerate(written.extends)]
 
 
-def _merge(merged: dict[str, Principle], document: Document, written: ConstitutionDocument) -> None:
-    """Change what was inherited into what this document says."""
-    own: dict[str, str] = {}
+def _merge(principles: dict[str, Principle], document: Document, written: ConstitutionDocument) -> None:
+    """Changes the inherited `principles` as this document says."""
+    locations: dict[str, str] = {}
     entries: list[tuple[tuple[Key, ...], PrincipleEntry | TraitEntry]] = [
-        *((("principles", index), principle) for index, principle in enumerate(written.principles)),
-        *((("traits", index), trait) for index, trait in enumerate(written.traits)),
+        *((("principles", index, "id"), principle) for index, principle in enumerate(written.principles)),
+        *((("traits", index, "id"), trait) for index, trait in enumerate(written.traits)),
     ]
     for keys, entry in entries:
-        at = (*keys, "id")
-        if entry.id in own:
-            raise fail(document, at, f"found the id {entry.id!r} a second time, expected it once; see {own[entry.id]}")
-        own[entry.id] = document.where(at)
+        if entry.id in locations:
+            message = f"found the id {entry.id!r} a second time, expected it once; see {locations[entry.id]}"
+            raise error_at(document, keys, message)
+        locations[entry.id] = document.location(keys)
         if not entry.drop:
-            merged[entry.id] = _compiled(entry, own[entry.id])
-        elif entry.id in merged:
-            del merged[entry.id]
+            principles[entry.id] = _compiled(entry, locations[entry.id])
+        elif entry.id in principles:
+            del principles[entry.id]
         else:
-            raise fail(
+            raise error_at(
                 document,
-                at,
+                keys,
                 f"found 'drop: true' for {entry.id!r}, expected the id of a principle in an "
-                f"extended document{nearest(entry.id, merged)}",
+                f"extended document{did_you_mean(entry.id, principles)}",
             )
 
 
-def _compiled(entry: Entry, where: str) -> Principle:
-    trait = isinstance(entry, TraitEntry)
-    derived = TRAIT_REQUESTS if trait else PRINCIPLE_REQUESTS
+def _compiled(entry: Entry, location: str) -> Principle:
+    is_trait = isinstance(entry, TraitEntry)
+    derived = TRAIT_FIELDS if is_trait else PRINCIPLE_FIELDS
     return Principle(
         id=entry.id,
         text=entry.text,
@@ -247,11 +248,11 @@ def _compiled(entry: Entry, where: str) -> Principle:
         revise=entry.revise or derived["revise"].replace("{text}", entry.text),
         compare=entry.compare or derived["compare"].replace("{text}", entry.text),
         weight=entry.weight,
-        tags=entry.tags or (("trait",) if trait else ()),
+        tags=entry.tags or (("trait",) if is_trait else ()),
         applies_to=entry.applies_to,
-        examples=tuple(_example(each) for each in entry.examples),
-        trait=trait,
-        where=where,
+        examples=tuple(map(_example, entry.examples)),
+        trait=is_trait,
+        location=location,
     )
 
 

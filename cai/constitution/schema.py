@@ -1,6 +1,6 @@
-"""What may stand in a constitution: the document as its author writes it, before anything is merged or derived.
+"""The schema of a constitution: the document as its author writes it, before anything is merged or derived.
 
-The descriptions here are what an editor shows: schema.json beside this file is generated from them.
+`schema.json` beside this file is generated from it; editors show the descriptions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def _slug(value: str) -> str:
     if not _SLUG.match(value) or len(value) > 64:
-        better = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:64]
-        hint = f"; did you mean {better!r}?" if _SLUG.match(better) else ""
+        slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:64]
+        hint = f"; did you mean {slug!r}?" if _SLUG.match(slug) else ""
         raise ValueError(
             f"found {describe(value)}, expected up to 64 lower-case letters, digits and single '-' or '_' "
             f"between them{hint}"
@@ -31,8 +31,8 @@ def _slug(value: str) -> str:
 def _text(value: str) -> str:
     if not value.strip():
         raise ValueError("found an empty text, expected something to say")
-    if odd := _CONTROL.search(value):
-        raise ValueError(f"found the control character {odd.group()!r}, expected text")
+    if control := _CONTROL.search(value):
+        raise ValueError(f"found the control character {control.group()!r}, expected text")
     if len(value) > MAX_TEXT:
         raise ValueError(f"found a text of {len(value):,} characters, expected at most {MAX_TEXT:,}")
     return value.strip()
@@ -130,8 +130,8 @@ class Entry(Written):
 
     @model_validator(mode="after")
     def _has_a_text_or_drops(self) -> Entry:
-        if self.drop and (others := sorted(self.model_fields_set - {"id", "drop"})):
-            raise ValueError(f"found 'drop: true' beside {', '.join(others)}, expected it with 'id' alone")
+        if self.drop and (fields := sorted(self.model_fields_set - {"id", "drop"})):
+            raise ValueError(f"found 'drop: true' beside {', '.join(fields)}, expected it with 'id' alone")
         if not self.drop and not self.text:
             raise ValueError("found no 'text', expected the principle in a sentence or two")
         return self
@@ -164,22 +164,21 @@ class ConstitutionDocument(Written):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a constitution, for editors; `cai/constitution/schema.json` is this."""
     schema = ConstitutionDocument.model_json_schema()
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidy(schema)}
-    return schema
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidy(schema)}
 
 
 def _tidy(part: Any) -> Any:
-    """Without what an editor would only show as noise: generated titles, empty defaults, null for absent keys."""
+    """`part` without generated titles, empty defaults and the null of absent keys, which are noise in an editor."""
     if isinstance(part, list):
-        return [_tidy(each) for each in part]
+        return [_tidy(item) for item in part]
     if not isinstance(part, dict):
         return part
     tidy = {key: _tidy(value) for key, value in part.items() if key != "title" or isinstance(value, dict)}
     if tidy.get("default", 0) in ("", None, []):
         del tidy["default"]
     if "anyOf" in tidy:
-        forms = [form for form in tidy["anyOf"] if form != {"type": "null"}]
-        tidy = {**tidy, "anyOf": forms} if len(forms) > 1 else {**tidy, **forms[0]}
-        if len(forms) == 1:
+        types = [type_ for type_ in tidy["anyOf"] if type_ != {"type": "null"}]
+        tidy = {**tidy, "anyOf": types} if len(types) > 1 else {**tidy, **types[0]}
+        if len(types) == 1:
             del tidy["anyOf"]
     return tidy

@@ -1,7 +1,7 @@
-"""What makes a document weak without being wrong: principles that nobody can test, tell apart or apply.
+"""Weaknesses of valid documents: principles that cannot be tested, told apart or applied.
 
-Each weakness is one sentence with the place of the principle. Left out: whether a judge follows the principle (`cai
-constitution test` asks one).
+Each weakness is one sentence with the location of the principle. Left out: whether a judge follows the principle, which
+`cai constitution test` measures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cai.constitution.compiled import Constitution, Principle
 from cai.text.formatting import printable, shorten
 
 ALIKE = 0.9
-"""Share of words in common, in order, from which two texts read the same (Ratcliff and Obershelp 1988)."""
+"""Ratio of matching words (Ratcliff and Obershelp 1988) from which two texts count as the same."""
 
 _NO_CRITERION = frozenset(
     re.findall(
@@ -26,23 +26,23 @@ _NO_CRITERION = frozenset(
         user's what which with would you your""",
     )
 )
-"""Words that say that one of two is to be chosen, and nothing about why."""
+"""Words that ask for a choice between two responses without saying by which criterion."""
 
 
 def weaknesses(constitution: Constitution) -> Iterator[str]:
-    """Every weakness, principle by principle, then the pairs that read the same."""
+    """The weaknesses of each principle, then the pairs of principles that read the same."""
     for principle in constitution.principles:
         if not principle.examples:
-            yield _said(principle, "has no example, expected one at least, so that it can be tested")
+            yield _sentence(principle, "has no example, expected one at least, so that it can be tested")
         if _NO_CRITERION.issuperset(_words(principle.compare)):
-            yield _said(principle, f"`compare` names no criterion: {shorten(repr(principle.compare), 80)}")
+            yield _sentence(principle, f"`compare` names no criterion: {shorten(repr(principle.compare), 80)}")
         for number, example in enumerate(principle.examples, 1):
-            if " ".join(example.better.split()) == " ".join(example.worse.split()):
-                yield _said(principle, f"in example {number} `better` and `worse` are the same text")
-    for one, other in itertools.combinations(constitution.principles, 2):
+            if example.better.split() == example.worse.split():
+                yield _sentence(principle, f"in example {number} `better` and `worse` are the same text")
+    for earlier, later in itertools.combinations(constitution.principles, 2):
         for field in ("text", "compare"):
-            if _alike(getattr(one, field), getattr(other, field)):
-                yield _said(other, f"`{field}` reads the same as that of {one.id!r}")
+            if _reads_the_same(getattr(earlier, field), getattr(later, field)):
+                yield _sentence(later, f"`{field}` reads the same as that of {earlier.id!r}")
                 break
 
 
@@ -50,9 +50,9 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.lower())
 
 
-def _alike(one: str, other: str) -> bool:
-    return SequenceMatcher(None, _words(one), _words(other), autojunk=False).ratio() >= ALIKE
+def _reads_the_same(text_a: str, text_b: str) -> bool:
+    return SequenceMatcher(None, _words(text_a), _words(text_b), autojunk=False).ratio() >= ALIKE
 
 
-def _said(principle: Principle, what: str) -> str:
-    return printable(f"{principle.where}: {principle.id!r}: {what}")
+def _sentence(principle: Principle, weakness: str) -> str:
+    return printable(f"{principle.location}: {principle.id!r}: {weakness}")

@@ -1,1 +1,1 @@
-"""What layers agree on: stage configs, references, context, profile, engine interface."""
+"""Interfaces between layers: stage configs, references, context, profile, model, engine."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai.storage.journal import FAILURES, RECORDS, Journal
 from cai.storage.rows import Prompt, read_rows, stable_seed
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from cai.contracts.engine import Engine
     from cai.contracts.model import Model
     from cai.contracts.profile import Profile
-    from cai.storage.journal import Journal
 
 from cai.templates import TemplateSet, load_templates
 from cai.text.progress import Progress
@@ -45,16 +45,29 @@ class Context:
     def rows(self, stages: str | Iterable[str]) -> list[Any]:
         """The records of one or several input stages, in the order named."""
         names = [stages] if isinstance(stages, str) else stages
-        return [row for name in names for row in read_rows(self.inputs[name] / "records.jsonl")]
+        return [row for name in names for row in read_rows(self.inputs[name] / RECORDS)]
 
     def prompts(self, sets: Sequence[str]) -> list[Prompt]:
         """The prompts of the named sets, in order. One that is in several comes once, with the tags of all of them."""
-        found: dict[str, Prompt] = {}
+        by_id: dict[str, Prompt] = {}
         for prompt in (prompt for name in sets for prompt in self.prompt_sets[name]):
-            if earlier := found.get(prompt["id"]):
+            if earlier := by_id.get(prompt["id"]):
                 prompt = {**earlier, "tags": list(dict.fromkeys([*earlier["tags"], *prompt["tags"]]))}
-            found[prompt["id"]] = prompt
-        return list(found.values())
+            by_id[prompt["id"]] = prompt
+        return list(by_id.values())
+
+    def chosen_prompts(self, sets: Sequence[str], n: int | None) -> set[str]:
+        """Ids of the prompts of the named sets: all, or `n` of each set, chosen by seed."""
+        chosen: set[str] = set()
+        for name in sets:
+            ids = [prompt["id"] for prompt in self.prompts([name])]
+            chosen.update(sorted(ids, key=lambda prompt_id: stable_seed(self.seed, "judged", prompt_id))[:n])
+        return chosen
+
+    def failures(self, stage: str) -> list[Any]:
+        """What failed in an input stage, `{"id", "reason"}` each."""
+        path = self.inputs[stage] / FAILURES
+        return read_rows(path) if path.exists() else []
 
     def model(self, name: str | None) -> Model:
         """The model of that name in the recipe; the recipe's own for None."""

@@ -15,7 +15,7 @@ from cai.storage.rows import Failure, Message
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 leave the distribution whole."""
+    """How the next token is sampled. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 keep the whole distribution."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -26,7 +26,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One response wanted. `seed` decides its randomness alone, whatever shares its batch."""
+    """A request for one response. Its tokens depend on `seed` alone, not on what shares its batch."""
 
     id: str
     messages: Sequence[Message]
@@ -36,10 +36,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """`token_ids` and `log_probs` are as drawn, the end-of-turn token included; `text` has neither it nor reasoning.
+    """A response. `token_ids` and `log_probs` (nats) are those of the sampled tokens, the end-of-turn token included;
+    `text` holds neither that token nor the reasoning.
 
-    A server that does not tell ids leaves them empty, and `prompt_ids` and `log_probs` too: nothing is encoded again to
-    stand for what was drawn. `counted` is then the number of tokens by its own account.
+    A server that returns no ids leaves `token_ids`, `prompt_ids` and `log_probs` empty: the text is not encoded again.
+    `counted` is then the number of tokens that the server reports.
     """
 
     id: str
@@ -53,13 +54,13 @@ class Completion:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens drawn."""
+        """Tokens sampled."""
         return len(self.token_ids) or self.counted
 
 
 @dataclass(frozen=True)
 class Question:
-    """Which of `options` comes next? Each option is a single token in this context."""
+    """Asks which of `options` comes next. Each option is a single token in this context."""
 
     id: str
     messages: Sequence[Message]
@@ -68,7 +69,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """Natural log-probability of each option as the next token, and the probability they hold together."""
+    """Log-probability (nats) of each option as the next token, and the probability of all options together."""
 
     id: str
     log_probs: tuple[float, ...]

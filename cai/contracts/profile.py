@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cai.contracts.model import SERVED
-from cai.document import fail, load_document, validate
-from cai.document.shipped import find
+from cai.document import error_at, load_document, validate
+from cai.document.shipped import find_file
 from cai.text.errors import BadInput
 
 DEFAULT = "cpu"
@@ -114,7 +114,7 @@ class Profile(BaseModel):
     fork: bool = Field(
         False,
         description="Fork the processes of all stages from one that has imported the libraries, instead of starting "
-        "them: on one machine's CPU, whose cores they share; accelerate is not asked.",
+        "them: on one machine's CPU, whose cores they share; accelerate is not used.",
     )
     nodes: int = Field(
         1,
@@ -136,7 +136,7 @@ class Profile(BaseModel):
     server: Server = Field(Server.model_validate({}), description="The server of `engine: server` and `served:`.")
     vllm: Vllm = Field(Vllm.model_validate({}), description="How `engine: vllm` is started.")
     token_budget: int = Field(
-        16384, ge=256, description="Tokens that an engine holds at once, room for new ones included."
+        16384, ge=256, description="Tokens whose keys and values an engine holds at once, new ones included."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
@@ -168,12 +168,12 @@ class Profile(BaseModel):
         return self.device == "cuda" or (self.device == "auto" and _gpu_present())
 
     def check_rollouts(self, stage: str) -> None:
-        """Raises BadInput where a policy that learns would be drawn from by a vLLM on more GPUs than one."""
+        """Raises BadInput where a vLLM on several GPUs would sample from a policy in training."""
         for key in ("tensor_parallel", "data_parallel"):
-            if self.engine == "vllm" and (found := getattr(self.vllm, key)) > 1:
+            if self.engine == "vllm" and (n_gpus := getattr(self.vllm, key)) > 1:
                 raise BadInput(
-                    f"profile {self.name!r}: found `vllm: {{{key}: {found}}}`, but stage {stage!r} draws its responses "
-                    f"with one vLLM beside each training process, on its GPU: expected 1, or another profile for it"
+                    f"profile {self.name!r}: found `vllm: {{{key}: {n_gpus}}}`, but stage {stage!r} samples its "
+                    f"responses with one vLLM beside each training process, on its GPU: expected 1, or another profile for it"
                 )
 
     def accumulation(self, batch_size: int) -> tuple[int, int]:
@@ -193,7 +193,7 @@ class Profile(BaseModel):
 
 def load_profile(name: str | None = None) -> Profile:
     """The profile in a file, or the shipped one of that name. Raises BadInput, with the position, for a wrong one."""
-    path = find(name or DEFAULT, "configs", "profile")
+    path = find_file(name or DEFAULT, "configs", "profile")
     document = load_document(path)
     profile = validate(document, Profile)
     if "name" not in document.value:
@@ -201,29 +201,29 @@ def load_profile(name: str | None = None) -> Profile:
     if profile.vllm.python is not None:
         python = Path.cwd() / path.parent / profile.vllm.python  # not resolved: a venv's interpreter is a link
         if not python.is_file():
-            raise fail(document, ("vllm", "python"), f"no such file: {python}")
+            raise error_at(document, ("vllm", "python"), f"no such file: {python}")
         profile = profile.model_copy(update={"vllm": profile.vllm.model_copy(update={"python": python})})
     if profile.accelerate is not None:
         accelerate = (path.parent / profile.accelerate).resolve()
         if not accelerate.is_file():
-            raise fail(document, ("accelerate",), f"no such file: {accelerate}")
+            raise error_at(document, ("accelerate",), f"no such file: {accelerate}")
         profile = profile.model_copy(update={"accelerate": accelerate})
     elif profile.processes > 1 and not profile.fork:
-        raise fail(
+        raise error_at(
             document,
             ("processes",),
             f"found {profile.processes}, expected 1, an `accelerate:` file that says how to start them, or `fork`",
         )
     elsewhere = profile.device != "cpu" or profile.engine != "local" or profile.nodes > 1
     if profile.fork and (elsewhere or profile.accelerate is not None):
-        raise fail(
+        raise error_at(
             document, ("fork",), "expected `device: cpu` and `engine: local`, without `nodes:` and `accelerate:`"
         )
     if profile.processes % profile.nodes:
-        raise fail(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
+        raise error_at(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
     if (profile.nodes > 1) != bool(profile.launcher):
         at = ("nodes",) if profile.nodes > 1 else ("launcher",)
-        raise fail(document, at, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither")
+        raise error_at(document, at, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither")
     words = [str(file.resolve()) if (file := path.parent / word).is_file() else word for word in profile.launcher]
     return profile.model_copy(update={"launcher": tuple(words)})
 

@@ -5,56 +5,59 @@ A config is *what* a stage computes and part of its fingerprint; the stage's `ru
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from cai.contracts.engine import Sampling
+from cai.contracts.references import OutputKind
 
 if TYPE_CHECKING:
     from cai.storage.journal import Batch
 
-
-OutputKind = Literal["texts", "votes", "preferences", "policy", "reward", "comparison", "figures"]
-"""What a stage leaves behind: rows of one type, a model that generates, one that scores, a comparison, or figures."""
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[list[str], BeforeValidator(_as_list)]
-"""One name or several."""
+PrincipleField = Literal["critique", "revise", "compare", "examples", "weight"]
+"""What of a principle a stage's output depends on; `weight` reaches no model."""
 
 
 class StageConfig(BaseModel):
-    """What every stage says about itself. A subclass adds its own keys, each default in this one place."""
+    """What every stage says about itself. A subclass adds its own keys, each default in this one place.
+
+    What a key refers to is said by its type (`cai.contracts.references`). The recipe's model and judge stand in where a
+    reference says so, and `self` is resolved, before a stage sees its config.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
     gives: ClassVar[OutputKind]
-    takes: ClassVar[tuple[OutputKind, ...]] = ()
-    """Row types that `from:` may name."""
     revision: ClassVar[int] = 1
     """Raised when the stage's code changes what it computes: earlier outputs are then not reused."""
-    template_names: ClassVar[tuple[str, ...]] = ()
-    """Templates that reach a model here."""
-    principle_fields: ClassVar[tuple[str, ...]] = ()
-    """What principles say that reaches a model: `critique`, `revise`, `compare`."""
-    reads_files: ClassVar[tuple[str, ...]] = ()
-    """Keys with a `source:` outside of the run, a path relative to the recipe: what lies there is part of the input."""
-    uses_weights: ClassVar[bool] = False
-    """Whether principles' weights matter here."""
-    uses_examples: ClassVar[bool] = False
-    """Whether principles' examples do."""
-    names_models: ClassVar[tuple[str, ...]] = ("model", "models", "judge")
-    """Keys whose values, or values' values, name models or stages that train one. The recipe's model and judge stand in
-    where `model` or `judge` is absent, and `judge: self` is resolved, before a stage sees its config."""
     train_class: ClassVar[str | None] = None
     """`module:Class` of the library's config that `train:` is checked against and handed to."""
 
     id: str = Field(description="Name of the stage in the recipe.")
     kind: str = Field(description="Which stage this is.")
+
+    def template_names(self) -> tuple[str, ...]:
+        """Templates that reach a model here."""
+        return ()
+
+    def principle_fields(self) -> tuple[PrincipleField, ...]:
+        """What of the principles the output depends on."""
+        return ()
+
+
+class CompositeConfig(StageConfig):
+    """A stage that is made of others: it is replaced by them before anything is planned."""
+
+    def parts(self) -> list[Mapping[str, Any]]:
+        """The stages as a recipe would write them, the last one under this stage's own id, the others under ids that
+        `part_id` makes. Called when the recipe's model and judge stand in for absent names."""
+        raise TypeError(f"{type(self).__name__} defines no parts")
+
+    def part_id(self, *names: str) -> str:
+        """An id of a part; a recipe's own ids have no dots."""
+        return ".".join((self.id, *names))
 
 
 class FeedbackConfig(StageConfig):
@@ -67,8 +70,8 @@ class FeedbackConfig(StageConfig):
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
 
     def attempts(self, batch: Batch) -> int:
-        """Retries for a batch. A reopened one repeats the attempts made before, so that what had succeeded comes out
-        as it was."""
+        """Retries for a batch. A reopened batch repeats its earlier attempts, so that items which had succeeded come
+        out as they were."""
         return (self.retries + 1) * (batch.attempt + 1) - 1
 
 
@@ -77,8 +80,8 @@ class WritingConfig(FeedbackConfig):
 
     max_new_tokens: int = Field(256, ge=1, description="Tokens at which a text is cut off.")
     temperature: float = Field(1.0, ge=0, description="0 always takes the likeliest token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Draws from the likeliest tokens that hold this much; 1 = all.")
-    top_k: int = Field(0, ge=0, description="Draws from this many of the likeliest tokens; 0 = all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Samples from the likeliest tokens that hold this much; 1 = all.")
+    top_k: int = Field(0, ge=0, description="Samples from this many of the likeliest tokens; 0 = all.")
     stop: tuple[str, ...] = Field((), description="Strings that end a text, besides the model's own end of turn.")
 
     @property

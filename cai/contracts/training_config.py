@@ -8,7 +8,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cai.contracts.stage_config import Names, OutputKind, StageConfig
+from cai.contracts.references import (
+    FunctionRef,
+    OneOrMore,
+    OutputKind,
+    PrincipleRef,
+    PromptSetRef,
+    RaterRef,
+    RewardModelRef,
+    StartRef,
+)
+from cai.contracts.stage_config import PrincipleField, StageConfig
 
 
 class Limits(BaseModel):
@@ -45,7 +55,7 @@ class TrainingConfig(StageConfig):
     owned: ClassVar[tuple[str, ...]] = ()
     """Fields of `train_class` that this stage sets itself: `cai.training.train_fields` refuses them under `train:`."""
 
-    model: str | None = Field(None, description="Starting model or stage; absent = the recipe's model.")
+    model: StartRef | None = Field(None, description="Starting model or stage; absent = the recipe's model.")
     batch_size: int = Field(32, ge=1, description="Examples a step over all devices; the profile splits it.")
     lora: LoRA | None = Field(None, description="Adapter to train; absent = all weights.")
     max_length: int = Field(1024, ge=8, description="Tokens; a longer example is left out and counted, never cut.")
@@ -55,17 +65,11 @@ class TrainingConfig(StageConfig):
 
     @field_validator("train")
     @classmethod
-    def _complete(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _complete(cls, train: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         defaults = {**TRAIN_DEFAULTS, **cls.defaults}
         if info.data.get("lora") is not None:
             defaults["learning_rate"] *= LORA_LEARNING_RATE
-        return {**defaults, **given}
-
-
-class RowTrainingConfig(TrainingConfig):
-    """A stage that learns from rows which other stages wrote."""
-
-    from_: Names = Field(alias="from", min_length=1, description="Stages whose rows are learned from.")
+        return {**defaults, **train}
 
 
 TRAIN_DEFAULTS = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 2}
@@ -80,15 +84,13 @@ class Reward(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    names_models: ClassVar[tuple[str, ...]] = ("model", "judge")
-
-    model: str | None = Field(None, description="A `reward` stage, or a sequence classifier with one score.")
-    judge: str | None = Field(
+    model: RewardModelRef | None = Field(None, description="A `reward` stage, or a sequence classifier with one score.")
+    judge: RaterRef | None = Field(
         None,
         description="Who rates responses: `model` = the recipe's model, `self` = the recipe's judge, and where that is "
         "`self` too, the stage's starting model; or a model, or a stage.",
     )
-    function: str | None = Field(
+    function: FunctionRef | None = Field(
         None,
         description="`file.py:name`, the file relative to the recipe: called with prompts, each a list of messages, "
         "and responses, each a text; returns a number for each.",
@@ -99,13 +101,13 @@ class Reward(BaseModel):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         description="What it is logged as; absent = the model's name, `judge`, or the function's name.",
     )
-    principles: Literal["all"] | Annotated[list[str], Field(min_length=1)] = Field(
+    principles: Literal["all"] | Annotated[list[PrincipleRef], Field(min_length=1)] = Field(
         "all", description="Principles that a judge rates by: all, or some by id."
     )
     scale: Literal[7, 10] = Field(7, description="A judge's highest rating; the lowest is 1.")
 
     @property
-    def called(self) -> str:
+    def log_name(self) -> str:
         """What it is logged as."""
         if self.name is not None:
             return self.name
@@ -115,12 +117,12 @@ class Reward(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [key for key in ("model", "judge", "function") if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = " and ".join(f"`{key}`" for key in given) or "none"
-            raise ValueError(f"found {found}, expected exactly one of `model`, `judge` and `function`")
-        if self.judge is None and (stray := {"principles", "scale"} & self.model_fields_set):
-            raise ValueError(f"found `{min(stray)}` with `{given[0]}`, expected it with `judge` alone")
+        sources = [key for key in ("model", "judge", "function") if getattr(self, key) is not None]
+        if len(sources) != 1:
+            named = " and ".join(f"`{key}`" for key in sources) or "none"
+            raise ValueError(f"found {named}, expected exactly one of `model`, `judge` and `function`")
+        if self.judge is None and (judge_keys := {"principles", "scale"} & self.model_fields_set):
+            raise ValueError(f"found `{min(judge_keys)}` with `{sources[0]}`, expected it with `judge` alone")
         return self
 
 
@@ -132,44 +134,35 @@ class RewardedConfig(StageConfig):
     @field_validator("rewards")
     @classmethod
     def _names_once(cls, rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
-        names = [each.called for each in rewards]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"found two rewards called {twice[0]!r}, expected names that differ; say `name:`")
+        names = [reward.log_name for reward in rewards]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"found two rewards called {repeated[0]!r}, expected names that differ; say `name:`")
         return rewards
 
     @property
-    def _rated(self) -> bool:
-        return any(each.judge is not None for each in self.rewards)
+    def has_judge(self) -> bool:
+        """Whether a judge rates responses."""
+        return any(reward.judge is not None for reward in self.rewards)
 
-    @property
-    def template_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Templates that a judge among the rewards is asked with."""
-        return ("rate",) if self._rated else ()
+    def template_names(self) -> tuple[str, ...]:
+        return ("rate",) if self.has_judge else ()
 
-    @property
-    def principle_fields(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What principles say to it."""
-        return ("critique",) if self._rated else ()
-
-    @property
-    def uses_weights(self) -> bool:  # type: ignore[override]
-        """Whether ratings are averaged over principles."""
-        return self._rated
+    def principle_fields(self) -> tuple[PrincipleField, ...]:
+        return ("critique", "weight") if self.has_judge else ()
 
 
 class ReinforcementConfig(RewardedConfig, TrainingConfig):
     """A stage that trains a policy on its own responses to prompts, by what they are worth.
 
-    Prompts that are held out are never responded to. Tokens are drawn from the whole distribution at `temperature`:
-    with top-p or top-k the log-probabilities learned from would be those of another distribution. Nothing drops out at
-    random while the policy learns, a dropout under `lora:` neither: its log-probabilities are held against those at the
-    draw.
+    Prompts that are held out are never responded to. Tokens are sampled from the whole distribution at `temperature`:
+    with top-p or top-k the log-probabilities learned from would be those of another distribution. Dropout is off, that
+    of `lora:` too: log-probabilities are compared with those at sampling time.
     """
 
     gives: ClassVar[OutputKind] = "policy"
 
-    prompts: Names = Field(min_length=1, description="Prompt sets that are responded to.")
+    prompts: OneOrMore[PromptSetRef] = Field(min_length=1, description="Prompt sets that are responded to.")
     batch_size: int = Field(64, ge=1, description="Responses a step over all devices; the profile splits it.")
     max_new_tokens: int = Field(256, ge=1, description="Tokens at which a response is cut off.")
-    temperature: float = Field(1.0, gt=0, description="At which responses are drawn and their probabilities taken.")
+    temperature: float = Field(1.0, gt=0, description="At which responses are sampled and scored by the policy.")
     limits: Limits = Field(Limits.model_validate({}), description="How far the policy may go before the stage stops.")

@@ -1,6 +1,6 @@
-"""YAML documents with positions: whatever is wrong with one is said in one sentence, at its line and column."""
+"""YAML documents with positions: every problem in one is reported in one sentence, with its line and column."""
 
-from cai.document.building import Node, scalar
-from cai.document.reading import Document, fail, load_document, parse_document, validate
+from cai.document.building import Node, resolve_scalar
+from cai.document.reading import Document, error_at, load_document, parse_document, validate
 
-__all__ = ["Document", "Node", "fail", "load_document", "parse_document", "scalar", "validate"]
+__all__ = ["Document", "Node", "error_at", "load_document", "parse_document", "resolve_scalar", "validate"]

@@ -1,16 +1,17 @@
-"""Builds a document's nodes from the parser's events: plain data, each value with its line and column.
+"""Builds a document's nodes from the YAML parser's events: plain data, each value with its line and column.
 
-Without recursion, so that depth, size and what aliases expand to are bounded before anything is built. Scalars follow
-YAML 1.2: `on` and `no` are text, `2e-4` is a number. Left out on purpose: tags, merge keys, several documents in one
-file, dates.
+`yaml.compose` does not fit: it gives an alias the position of its anchor, and it recurses as deep as the file nests.
+Scalars follow YAML 1.2: `on` and `no` are text, `2e-4` is a number. Left out on purpose: tags, merge keys, several
+documents in one file, dates.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import yaml
 
@@ -18,13 +19,19 @@ from cai.text.errors import BadInput
 from cai.text.formatting import Key, describe, printable, shorten
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
-"""What a document is made of."""
+"""The data in a document."""
 
-MAX_NODES = 100_000
+MAX_VALUES = 100_000
 MAX_CHARACTERS = 10_000_000
 MAX_DEPTH = 60
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TAGS = {
+    yaml.ScalarEvent: "tag:yaml.org,2002:str",
+    yaml.SequenceStartEvent: "tag:yaml.org,2002:seq",
+    yaml.MappingStartEvent: "tag:yaml.org,2002:map",
+}
+"""The only tag that a value of each kind may have, which changes nothing."""
 _INT = re.compile(r"[-+]?[0-9]{1,300}\Z")
 _BASED = re.compile(r"0o[0-7]{1,300}\Z|0x[0-9a-fA-F]{1,300}\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
@@ -45,27 +52,38 @@ _HINTS = {
     "did not find expected '-' indicator": "found a line that does not fit the list around it, expected its '-' in one "
     "column",
     "found unexpected end of stream": "found the end of the file, expected the quote to be closed",
-    "found undefined alias": "found an alias to an anchor that does not exist, expected the text itself",
     "found character that cannot start any token": "found a character that cannot begin a value, expected the text "
     "in quotes",
 }
+"""The beginnings of libyaml's messages, and the messages for the user in their place."""
+
+
+class Position(NamedTuple):
+    """A place in a file; both numbers count from 1."""
+
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.line}:{self.column}"
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value and where it stands. `children` and `keys` belong to mappings and, without `keys`, to lists."""
+    """A value and its position."""
 
     value: Plain
-    line: int
-    column: int
+    position: Position
     children: dict[Key, Node] = field(default_factory=dict)
-    keys: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """The nodes in a mapping or a list."""
+    keys: dict[str, Position] = field(default_factory=dict)
+    """The positions of a mapping's keys."""
     source: str = ""
-    """Where the value came from if not from the file, as a message names it: `--set stages.policy.beta=2`."""
+    """The origin of a value that is not from the file, for messages: `--set stages.policy.beta=2`."""
 
 
-def scalar(text: str) -> bool | int | float | str | None:
-    """What an unquoted YAML scalar stands for, by the rules of YAML 1.2; also how `--set key=value` reads a value."""
+def resolve_scalar(text: str) -> bool | int | float | str | None:
+    """The value of an unquoted YAML scalar, by the rules of YAML 1.2; also how `--set key=value` reads a value."""
     if text in _SPECIAL:
         return _SPECIAL[text]
     if _INT.match(text):
@@ -77,222 +95,175 @@ def scalar(text: str) -> bool | int | float | str | None:
     return text
 
 
-@dataclass(slots=True)
-class _Open:
-    """A mapping or list whose end has not come yet. `key` is the mapping's key that waits for its value."""
-
-    node: Node
-    anchor: str | None
-    size: tuple[int, int]
-    key: str | None = None
-    height: int = 0
-    """Levels below this one."""
+def build_nodes(path: Path, text: str) -> Node:
+    """The root node of the document in `text`. Raises BadInput, with `path` and a position, where it is not valid."""
+    return _Builder(path, text).build()
 
 
-@dataclass(frozen=True, slots=True)
-class _Anchored:
-    """What an alias stands for, and what it adds each time that it is used."""
-
-    node: Node
-    nodes: int
-    characters: int
-    height: int
-
-
-class Builder:
-    """Turns the parser's events into nodes, counting nodes and characters with aliases expanded."""
+class _Builder:
+    """Builds nodes by recursive descent over the parser's events; `MAX_DEPTH` bounds the recursion."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
-        self.text = text
-        self.nodes = 0
-        self.characters = 0
-        self.open: list[_Open] = []
-        self.anchors: dict[str, _Anchored | None] = {}
-        """None while the anchored value is still open."""
-        self.root: Node | None = None
+        self.lines = text.splitlines()
+        self.events: Iterator[yaml.Event] = yaml.parse(text, Loader=_LOADER)
+        self.anchors: dict[str, Node | None] = {}
+        """The node of each anchor; None while its value is still being built."""
+        self.n_values = self.n_characters = 0
+        """Values and characters so far, with aliases expanded."""
 
     def build(self) -> Node:
-        events = yaml.parse(self.text, Loader=_LOADER)
+        root = None
         try:
-            for event in events:
-                self._take(event)
+            for event in self.events:
+                if isinstance(event, yaml.DocumentStartEvent):
+                    if root is not None:
+                        raise self._error(event, "found a second document, expected one document in a file")
+                    root = self._node(next(self.events), depth=0)
         except yaml.YAMLError as error:
-            raise self._syntax(error) from None
-        if self.root is None:
-            raise self._error(None, "found an empty document, expected a mapping of keys to values")
-        return self.root
+            raise self._syntax_error(error) from None
+        if root is None:
+            raise self._error_at(Position(1, 1), "found an empty document, expected a mapping of keys to values")
+        return root
 
-    def _take(self, event: yaml.Event) -> None:
-        if isinstance(event, yaml.DocumentStartEvent):
-            if self.root is not None:
-                raise self._error(event, "found a second document, expected one document in a file")
-        elif isinstance(event, yaml.AliasEvent):
-            self._alias(event)
-        elif isinstance(event, yaml.ScalarEvent):
-            self._scalar(event)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            self._start(event)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            closed = self.open.pop()
-            if self.open:
-                self.open[-1].height = max(self.open[-1].height, closed.height + 1)
-            if closed.anchor:
-                nodes, characters = closed.size
-                self.anchors[closed.anchor] = _Anchored(
-                    closed.node, self.nodes - nodes, self.characters - characters, closed.height + 1
-                )
+    def _node(self, event: yaml.Event, depth: int, key_position: Position | None = None) -> Node:
+        """The node that `event` begins, inside of `depth` lists and mappings."""
+        if isinstance(event, yaml.AliasEvent):
+            return self._copied(self._anchored(event), event, depth, position=_position(event))
+        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+        self._check_tag(event)
+        anchor = event.anchor
+        if isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event)
+            self._count(event, 1, len(event.value))
+            # libyaml may place an absent value past the end of the file; its key is a better place.
+            is_absent = value is None and not event.value
+            node = Node(value, key_position if is_absent and key_position else _position(event))
+        else:
+            if anchor:
+                self.anchors[anchor] = None
+            node = self._collection(event, depth + 1)
+        if anchor:
+            self.anchors[anchor] = node
+        return node
 
-    def _start(self, event: yaml.CollectionStartEvent) -> None:
-        mapping = isinstance(event, yaml.MappingStartEvent)
-        self._check_tag(event, {"tag:yaml.org,2002:map" if mapping else "tag:yaml.org,2002:seq", "!"})
-        self._check_depth(event, 1)
-        if self.open and isinstance(self.open[-1].node.value, dict) and self.open[-1].key is None:
-            raise self._error(event, f"found a {'mapping' if mapping else 'list'} as a key, expected text")
-        line, column = _mark(event)
-        node = Node({} if mapping else [], line, column)
-        before = (self.nodes, self.characters)
-        self._place(event, node, 1, 0)
-        if event.anchor:
-            self.anchors[event.anchor] = None
-        self.open.append(_Open(node, event.anchor, before))
+    def _collection(self, start: yaml.Event, depth: int) -> Node:
+        self._check_depth(start, depth)
+        self._count(start, 1, 0)
+        children: dict[Key, Node] = {}
+        keys: dict[str, Position] = {}
+        for event in self.events:
+            if isinstance(event, yaml.CollectionEndEvent):
+                break
+            if isinstance(start, yaml.SequenceStartEvent):
+                children[len(children)] = self._node(event, depth)
+            else:
+                key = self._key(event, keys)
+                keys[key] = _position(event)
+                children[key] = self._node(next(self.events), depth, keys[key])
+        like: Plain = [] if isinstance(start, yaml.SequenceStartEvent) else {}
+        return Node(value_of(like, children), _position(start), children, keys)
 
-    def _scalar(self, event: yaml.ScalarEvent) -> None:
-        self._check_tag(event, {"tag:yaml.org,2002:str", "!"})
-        plain = event.style in (None, "") and not event.tag
-        line, column = _mark(event)
-        if plain and event.end_mark is not None and event.end_mark.line >= line:
-            self._check_continuation(line, event.end_mark.line)
-        if self.open and isinstance(self.open[-1].node.value, dict) and self.open[-1].key is None:
-            self._key(event, scalar(event.value) if plain else event.value)
-            return
-        if plain and not event.value and self.open and self.open[-1].key is not None:
-            line, column = self.open[-1].node.keys[self.open[-1].key]  # the parser may place nothing past the end
-        node = Node(scalar(event.value) if plain else event.value, line, column)
-        if event.anchor:
-            self.anchors[event.anchor] = _Anchored(node, 1, len(event.value), 0)
-        self._place(event, node, 1, len(event.value))
-
-    def _key(self, event: yaml.ScalarEvent, key: Plain) -> None:
-        parent = self.open[-1]
+    def _key(self, event: yaml.Event, keys: dict[str, Position]) -> str:
+        if isinstance(event, yaml.AliasEvent):
+            self._anchored(event)
+            raise self._error(event, "found an alias as a key, expected text")
+        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+        self._check_tag(event)
+        if not isinstance(event, yaml.ScalarEvent):
+            kind = "mapping" if isinstance(event, yaml.MappingStartEvent) else "list"
+            raise self._error(event, f"found a {kind} as a key, expected text")
+        key = self._scalar(event)
         if not isinstance(key, str):
             raise self._error(event, f"found {describe(key)} as a key, expected text; put it in quotes")
         if key == "<<" and not event.style:
             raise self._error(event, "found the merge key '<<', expected the keys themselves")
-        if key in parent.node.keys:
-            line, column = parent.node.keys[key]
-            raise self._error(
-                event,
-                f"found the key {shorten(key, 60)!r} a second time, expected it once; it stands "
-                f"at {line}:{column} already",
+        if key in keys:
+            message = (
+                f"found the key {shorten(key, 60)!r} a second time, expected it once; it stands at {keys[key]} already"
             )
-        parent.node.keys[key] = _mark(event)
-        parent.key = key
+            raise self._error(event, message)
         self._count(event, 0, len(key))
+        return key
 
-    def _alias(self, event: yaml.AliasEvent) -> None:
-        if event.anchor not in self.anchors:
-            raise self._error(event, _HINTS["found undefined alias"])
-        anchored = self.anchors[event.anchor]
-        if anchored is None:
-            raise self._error(event, f"found the alias *{event.anchor} inside of what it stands for, expected an end")
-        if self.open and isinstance(self.open[-1].node.value, dict) and self.open[-1].key is None:
-            raise self._error(event, "found an alias as a key, expected text")
-        self._check_depth(event, anchored.height)
-        self._count(event, anchored.nodes, anchored.characters)
-        if self.open:
-            self.open[-1].height = max(self.open[-1].height, anchored.height)
-        # A copy: whoever changes one of the two places does not change the other.
-        line, column = _mark(event)
-        self._place(event, replace(_copied(anchored.node), line=line, column=column), 0, 0)
+    def _scalar(self, event: yaml.ScalarEvent) -> bool | int | float | str | None:
+        if event.style or event.tag:
+            return str(event.value)
+        assert event.end_mark is not None
+        # Text on several lines must not swallow a line that its author indented with a tab.
+        for index in range(_position(event).line, min(event.end_mark.line + 1, len(self.lines))):
+            if tab := _tab(self.lines[index]):
+                raise self._error_at(Position(index + 1, tab[1]), "found a tab in the indentation, expected spaces")
+        return resolve_scalar(event.value)
 
-    def _place(self, event: yaml.Event, node: Node, nodes: int, characters: int) -> None:
-        """Put a finished or a just opened node where it belongs."""
-        self._count(event, nodes, characters)
-        if not self.open:
-            self.root = node
-            return
-        parent = self.open[-1]
-        if isinstance(parent.node.value, dict):
-            assert parent.key is not None
-            parent.node.value[parent.key] = node.value
-            parent.node.children[parent.key] = node
-            parent.key = None
-        elif isinstance(parent.node.value, list):
-            parent.node.children[len(parent.node.value)] = node
-            parent.node.value.append(node.value)
+    def _anchored(self, alias: yaml.AliasEvent) -> Node:
+        if alias.anchor not in self.anchors:
+            raise self._error(alias, "found an alias to an anchor that does not exist, expected the text itself")
+        node = self.anchors[alias.anchor]
+        if node is None:
+            raise self._error(alias, f"found the alias *{alias.anchor} inside of what it stands for, expected an end")
+        return node
 
-    def _count(self, event: yaml.Event, nodes: int, characters: int) -> None:
-        self.nodes += nodes
-        self.characters += characters
-        if self.nodes > MAX_NODES or self.characters > MAX_CHARACTERS:
+    def _copied(self, node: Node, alias: yaml.Event, depth: int, position: Position) -> Node:
+        """A copy of `node` for `alias`, so that changing the value in one place leaves the other place alone."""
+        if isinstance(node.value, list | dict):
+            self._check_depth(alias, depth + 1)
+        n_characters = len(node.value) if isinstance(node.value, str) else sum(map(len, node.keys))
+        self._count(alias, 1, n_characters)
+        children = {key: self._copied(child, alias, depth + 1, child.position) for key, child in node.children.items()}
+        return Node(value_of(node.value, children), position, children, node.keys)
+
+    def _count(self, event: yaml.Event, n_values: int, n_characters: int) -> None:
+        self.n_values += n_values
+        self.n_characters += n_characters
+        if self.n_values > MAX_VALUES or self.n_characters > MAX_CHARACTERS:
             raise self._error(
                 event,
-                f"found more than {MAX_NODES:,} values or {MAX_CHARACTERS:,} characters with "
+                f"found more than {MAX_VALUES:,} values or {MAX_CHARACTERS:,} characters with "
                 "aliases expanded, expected a document that a person wrote",
             )
 
-    def _check_depth(self, event: yaml.Event, height: int) -> None:
-        if len(self.open) + height > MAX_DEPTH:
+    def _check_depth(self, event: yaml.Event, depth: int) -> None:
+        if depth > MAX_DEPTH:
             raise self._error(event, f"found more than {MAX_DEPTH} levels, expected a document that a person wrote")
 
-    def _check_tag(self, event: yaml.Event, allowed: set[str]) -> None:
-        tag = getattr(event, "tag", None)
-        if tag and tag not in allowed:
-            name = tag.replace("tag:yaml.org,2002:", "!!")
+    def _check_tag(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
+        if event.tag and event.tag not in {_TAGS[type(event)], "!"}:
+            name = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise self._error(event, f"found the tag {shorten(name, 60)!r}, expected plain YAML without tags")
 
-    def _check_continuation(self, first: int, last: int) -> None:
-        """Text on several lines must not swallow a line that its author indented with a tab. Lines count from 0."""
-        lines = self.text.splitlines()
-        for number in range(first, min(last + 1, len(lines))):
-            if tab := _tab(lines[number]):
-                raise BadInput(
-                    printable(f"{self.path}:{number + 1}:{tab[1]}: found a tab in the indentation, expected spaces")
-                )
-
-    def _syntax(self, error: yaml.YAMLError) -> BadInput:
-        """The sentence for what the parser could not read."""
+    def _syntax_error(self, error: yaml.YAMLError) -> BadInput:
         mark = getattr(error, "problem_mark", None)
         problem = str(getattr(error, "problem", None) or error)
         if mark is None:
-            return self._error(None, f"found {problem}, expected YAML")
-        lines = self.text.splitlines()
-        near = lines[mark.line] if mark.line < len(lines) else ""
-        if (tab := _tab(near)) and mark.column <= tab[0]:
-            return BadInput(
-                printable(f"{self.path}:{mark.line + 1}:{tab[1]}: found a tab in the indentation, expected spaces")
-            )
-        hint = next((text for start, text in _HINTS.items() if problem.startswith(start)), "")
-        begun = getattr(error, "context_mark", None)
-        since = (
-            f"; what is wrong may begin at {begun.line + 1}:{begun.column + 1}"
-            if (begun is not None and begun.line != mark.line)
-            else ""
-        )
-        message = (hint or f"{problem}: expected YAML") + since
-        return BadInput(printable(f"{self.path}:{mark.line + 1}:{mark.column + 1}: {message}"))
+            return self._error_at(Position(1, 1), f"found {problem}, expected YAML")
+        tab = _tab(self.lines[mark.line]) if mark.line < len(self.lines) else None
+        if tab and mark.column <= tab[0]:
+            return self._error_at(Position(mark.line + 1, tab[1]), "found a tab in the indentation, expected spaces")
+        hints = (hint for beginning, hint in _HINTS.items() if problem.startswith(beginning))
+        message = next(hints, f"{problem}: expected YAML")
+        context = getattr(error, "context_mark", None)
+        if context is not None and context.line != mark.line:
+            message += f"; what is wrong may begin at {context.line + 1}:{context.column + 1}"
+        return self._error_at(Position(mark.line + 1, mark.column + 1), message)
 
-    def _error(self, event: yaml.Event | None, message: str) -> BadInput:
-        line, column = _mark(event) if event is not None else (1, 1)
-        return BadInput(printable(f"{self.path}:{line}:{column}: {message}"))
+    def _error(self, event: yaml.Event, message: str) -> BadInput:
+        return self._error_at(_position(event), message)
+
+    def _error_at(self, position: Position, message: str) -> BadInput:
+        return BadInput(printable(f"{self.path}:{position}: {message}"))
 
 
-def _mark(event: yaml.Event) -> tuple[int, int]:
-    mark = event.start_mark
-    assert mark is not None
-    return mark.line + 1, mark.column + 1
+def _position(event: yaml.Event) -> Position:
+    """The position of the event's first character."""
+    assert event.start_mark is not None
+    return Position(event.start_mark.line + 1, event.start_mark.column + 1)
 
 
 def _tab(line: str) -> tuple[int, int] | None:
     """Width of the indentation and column, from 1, of the first tab in it; None where there is no tab."""
     indent = line[: len(line) - len(line.lstrip(" \t"))]
     return (len(indent), indent.index("\t") + 1) if "\t" in indent and line.strip() else None
-
-
-def _copied(node: Node) -> Node:
-    children = {key: _copied(child) for key, child in node.children.items()}
-    return replace(node, value=value_of(node.value, children), children=children)
 
 
 def value_of(like: Plain, children: dict[Key, Node]) -> Plain:

@@ -1,55 +1,62 @@
-"""What ships with the package and is found by name from any folder: recipes, constitutions and profiles.
+"""Recipes, constitutions and profiles that ship with the package and are found by name from any folder.
 
-In a checkout these folders lie beside the package; in a wheel they lie inside of it.
+In a checkout these folders are beside the package; in a wheel they are inside of it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cai.text.errors import BadInput, nearest
+from cai.text.errors import BadInput, did_you_mean
 
 STARTER = ("recipes/quickstart.yaml", "configs/cpu.yaml")
 SCHEMA = "constitution/schema.json"
 _PACKAGE = Path(__file__).parent.parent
 
 
-def shipped(folder: str) -> Path:
+def shipped_folder(folder: str) -> Path:
     """The folder `recipes`, `constitutions` or `configs` that belongs to this installation."""
-    inside = _PACKAGE / folder
-    return inside if inside.is_dir() else _PACKAGE.parent / folder
+    in_wheel = _PACKAGE / folder
+    return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / folder
 
 
 def shipped_names(folder: str) -> list[str]:
     """Names, without suffix, of the YAML files in a shipped folder."""
-    return sorted(path.stem for path in shipped(folder).glob("*.yaml"))
+    return sorted(path.stem for path in shipped_folder(folder).glob("*.yaml"))
 
 
 def copy_starter(folder: Path) -> list[Path]:
-    """Copies the constitutions with their schema, a recipe and a profile; the new files. Nothing is overwritten."""
+    """Copies the constitutions with their schema, a recipe and a profile to `folder`; returns the new files.
+
+    Raises BadInput, before anything is copied, where one of the files exists already.
+    """
     constitutions = [f"constitutions/{name}.yaml" for name in shipped_names("constitutions")]
-    sources = {
-        folder / name: shipped(name.partition("/")[0]) / name.partition("/")[2] for name in (*constitutions, *STARTER)
-    }
+    sources = {}
+    for name in (*constitutions, *STARTER):
+        kind, _, file = name.partition("/")
+        sources[folder / name] = shipped_folder(kind) / file
     sources[folder / "constitutions" / "schema.json"] = _PACKAGE / SCHEMA
-    if there := [str(path) for path in sources if path.exists()]:
-        raise BadInput(f"{there[0]} is there already; give another folder")
+    if existing := [str(path) for path in sources if path.exists()]:
+        raise BadInput(f"{existing[0]} is there already; give another folder")
     for path, source in sources.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The first line of a constitution tells editors where its schema lies, which is beside the copies.
+        # The first line of a constitution tells editors where its schema is: beside the copies.
         text = source.read_text(encoding="utf-8")
         path.write_text(text.replace(f"$schema=../cai/{SCHEMA}", "$schema=schema.json", 1), encoding="utf-8")
     return list(sources)
 
 
-def find(name: str, folder: str, what: str) -> Path:
-    """The file `name`, or the shipped one that is called so. Raises BadInput, naming the shipped ones, for neither."""
+def find_file(name: str, folder: str, kind: str) -> Path:
+    """The file `name`, or the file of that name in a shipped folder; messages call it a `kind`.
+
+    Raises BadInput, with the shipped names, where there is neither.
+    """
     path = Path(name)
     if path.is_file():
         return path
-    known = shipped_names(folder)
-    if path.name == name and path.stem in known and path.suffix in {"", ".yaml"}:
-        return shipped(folder) / f"{path.stem}.yaml"
+    names = shipped_names(folder)
+    if path.name == name and path.stem in names and path.suffix in {"", ".yaml"}:
+        return shipped_folder(folder) / f"{path.stem}.yaml"
     if path.suffix or path.name != name:
-        raise BadInput(f"{name}: no such file" + nearest(path.stem, known))
-    raise BadInput(f"no {what} {name!r}, expected a file or one of {', '.join(known)}" + nearest(name, known))
+        raise BadInput(f"{name}: no such file" + did_you_mean(path.stem, names))
+    raise BadInput(f"no {kind} {name!r}, expected a file or one of {', '.join(names)}" + did_you_mean(name, names))

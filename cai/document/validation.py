@@ -1,7 +1,7 @@
-"""Turns what pydantic found wrong with a document into one sentence with a position.
+"""Turns pydantic's errors about a document into one sentence with a position.
 
-Of several problems the first in the document is reported, and how many others there are. A missing key is not reported
-beside an unknown one of the same mapping, which is most likely that key misspelt.
+Of several problems the sentence reports the first in the document and counts the others. A missing key is not reported
+beside an unknown key of the same mapping, which most likely is the missing one misspelt.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from types import UnionType
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from cai.document import Document, fail
-from cai.text.errors import BadInput, nearest
+from cai.document import Document, error_at
+from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import Key, describe, shorten
 
 _EXPECTED = {
@@ -52,33 +52,34 @@ _HINTS = {
 
 
 def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], error: ValidationError) -> BadInput:
-    """The error to raise for what `model` says of the part of `document` at `at`."""
-    found: dict[tuple[Key, ...], list[ErrorDetails]] = {}
-    for each in error.errors(include_url=False):
-        keys = _place(document, at, each)
-        found.setdefault(keys, []).append(each)
-    # Every branch of a union complains; the branch that came furthest is the one that was meant.
+    """The error to raise for pydantic's `error` about the part of `document` at `at`, which is no `model`."""
+    problems: dict[tuple[Key, ...], list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False):
+        problems.setdefault(_keys_in_document(document, at, details), []).append(details)
+    # Every branch of a union complains; the author meant the branch with the deepest problem.
     deepest = {
-        keys: each
-        for keys, each in found.items()
-        if not any(other[: len(keys)] == keys and len(other) > len(keys) for other in found) or _is_missing(each)
+        keys: errors
+        for keys, errors in problems.items()
+        if _is_missing(errors) or not any(keys == deeper[: len(keys)] and keys != deeper for deeper in problems)
     }
-    unknown = {keys[:-1] for keys, each in deepest.items() if each[0]["type"] == "extra_forbidden"}
-    problems = {keys: each for keys, each in deepest.items() if not (_is_missing(each) and keys in unknown)} or found
+    unknown = {keys[:-1] for keys, errors in deepest.items() if errors[0]["type"] == "extra_forbidden"}
+    without_misspelt = {
+        keys: errors for keys, errors in deepest.items() if not (_is_missing(errors) and keys in unknown)
+    }
+    problems = without_misspelt or problems
     keys = min(problems, key=document.key_position)
     sentence = _sentence(model, keys[len(at) :], problems[keys])
-    others = len(problems) - 1
-    if others:
-        sentence += f" ({others} more {'problem' if others == 1 else 'problems'} after this one)"
-    return fail(document, keys, sentence, key=problems[keys][0]["type"] == "extra_forbidden")
+    if n_later := len(problems) - 1:
+        sentence += f" ({n_later} more {'problem' if n_later == 1 else 'problems'} after this one)"
+    return error_at(document, keys, sentence, key=problems[keys][0]["type"] == "extra_forbidden")
 
 
 def _is_missing(errors: list[ErrorDetails]) -> bool:
     return errors[0]["type"] == "missing"
 
 
-def _place(document: Document, at: tuple[Key, ...], error: ErrorDetails) -> tuple[Key, ...]:
-    """Where in the document an error stands: its location without the names of union branches."""
+def _keys_in_document(document: Document, at: tuple[Key, ...], error: ErrorDetails) -> tuple[Key, ...]:
+    """The keys that lead to a problem: pydantic's location without the names of union branches."""
     keys = at
     for step in error["loc"]:
         if step in document.node(keys).children:
@@ -90,11 +91,11 @@ def _sentence(model: type[BaseModel], keys: tuple[Key, ...], errors: list[ErrorD
     first = errors[0]
     kind, value, context = first["type"], first["input"], first.get("ctx", {})
     if kind == "extra_forbidden":
-        known = sorted(known_keys(model, keys[:-1]))
-        choices = f"one of {', '.join(known)}" if known else "no key"
-        return f"unknown key, expected {choices}{nearest(str(keys[-1]), known)}"
+        names = sorted(_known_keys(model, keys[:-1]))
+        choices = f"one of {', '.join(names)}" if names else "no key"
+        return f"unknown key, expected {choices}{did_you_mean(str(keys[-1]), names)}"
     if kind == "missing":
-        absent = " and no ".join(repr(str(each["loc"][-1])) for each in errors)
+        absent = " and no ".join(repr(str(error["loc"][-1])) for error in errors)
         return f"found no {absent}, expected in every {_noun(keys)}"
     if kind == "value_error":
         return str(context.get("error", first["msg"]))
@@ -103,15 +104,15 @@ def _sentence(model: type[BaseModel], keys: tuple[Key, ...], errors: list[ErrorD
         names = [name.strip("' ") for name in expected.replace(" or ", ", ").split(", ")]
         tag = str(context.get("tag", value))
         shown = describe(tag) if kind == "union_tag_invalid" else describe(value)
-        return f"found {shown}, expected one of {', '.join(names)}{nearest(tag, names)}"
+        return f"found {shown}, expected one of {', '.join(names)}{did_you_mean(tag, names)}"
     if kind == "union_tag_not_found":
         return f"found no {context.get('discriminator', 'kind')}, expected it to say what this is"
-    expected = " or ".join(dict.fromkeys(_expected(each) for each in errors))
+    expected = " or ".join(dict.fromkeys(_expected(error) for error in errors))
     return f"found {describe(value)}, expected {expected}{_HINTS.get((kind, type(value)), '')}"
 
 
 def _expected(error: ErrorDetails) -> str:
-    """What would have been right, in plain words."""
+    """The kind of value that pydantic wanted, in plain words."""
     kind, context = error["type"], error.get("ctx", {})
     if kind in _EXPECTED:
         return _EXPECTED[kind]
@@ -135,45 +136,45 @@ def _expected(error: ErrorDetails) -> str:
 
 
 def _noun(keys: tuple[Key, ...]) -> str:
-    """What the mapping at `keys` is: `item of principles`, `examples`, `document`."""
+    """What messages call the mapping at `keys`: `item of 'principles'`, `'examples'`, `document`."""
     names = [key for key in keys if isinstance(key, str)]
     if not names:
         return "document"
     return f"item of '{names[-1]}'" if isinstance(keys[-1], int) else f"'{names[-1]}'"
 
 
-def known_keys(model: type[BaseModel], keys: tuple[Key, ...]) -> set[str]:
-    """The keys that the mapping at `keys` may have, in any of the forms that its place allows."""
-    forms: list[object] = [model]
+def _known_keys(model: type[BaseModel], keys: tuple[Key, ...]) -> set[str]:
+    """The keys that the mapping at `keys` may have, in any of the types that it may be of."""
+    types: list[object] = [model]
     for key in keys:
-        forms = [inner for form in forms for each in _alternatives(form) for inner in _inside(each, key)]
-    models = [each for form in forms for each in _alternatives(form) if _is_model(each)]
-    return {field.alias or name for each in models for name, field in each.model_fields.items()}
+        types = [inner for outer in types for member in _members(outer) for inner in _types_at(member, key)]
+    models = [member for type_ in types for member in _members(type_) if _is_model(member)]
+    return {field.alias or name for model in models for name, field in model.model_fields.items()}
 
 
-def _is_model(form: object) -> typing.TypeGuard[type[BaseModel]]:
-    return isinstance(form, type) and issubclass(form, BaseModel)
+def _is_model(type_: object) -> typing.TypeGuard[type[BaseModel]]:
+    return isinstance(type_, type) and issubclass(type_, BaseModel)
 
 
-def _alternatives(form: object) -> Iterator[object]:
-    """The members of a union, of unions within it, and what annotations wrap."""
-    origin = typing.get_origin(form)
+def _members(type_: object) -> Iterator[object]:
+    """The members of a union, of unions within it, and the types that annotations wrap."""
+    origin = typing.get_origin(type_)
     if origin is typing.Annotated:
-        yield from _alternatives(typing.get_args(form)[0])
+        yield from _members(typing.get_args(type_)[0])
     elif origin in (typing.Union, UnionType):
-        for member in typing.get_args(form):
-            yield from _alternatives(member)
+        for member in typing.get_args(type_):
+            yield from _members(member)
     else:
-        yield form
+        yield type_
 
 
-def _inside(form: object, key: Key) -> Iterator[object]:
-    """What stands at `key` within a value of this form."""
-    if _is_model(form):
-        for name, field in form.model_fields.items():
+def _types_at(type_: object, key: Key) -> Iterator[object]:
+    """The types that the value at `key` of a value of this type may have."""
+    if _is_model(type_):
+        for name, field in type_.model_fields.items():
             if key == (field.alias or name):
                 yield field.annotation
-    elif typing.get_origin(form) is dict:
-        yield typing.get_args(form)[1]
-    elif typing.get_origin(form) in (list, tuple) and isinstance(key, int):
-        yield typing.get_args(form)[0]
+    elif typing.get_origin(type_) is dict:
+        yield typing.get_args(type_)[1]
+    elif typing.get_origin(type_) in (list, tuple) and isinstance(key, int):
+        yield typing.get_args(type_)[0]

@@ -1,8 +1,8 @@
 """Engines: conversations in; text, token ids and log-probabilities out.
 
-An engine turns messages into token ids with `cai.chat`, once, and hands the ids back with every completion, so that a
-trainer never decodes and encodes again. Requests carry messages rather than ids because a hosted server takes nothing
-else. Results come in any order and carry the id of what they answer; what cannot be answered is a `Failure`, never an
+An engine turns messages into token ids once, with `cai.models.chat`, and returns the ids with every completion, so that
+a trainer never decodes and encodes again. Requests carry messages rather than ids because a hosted server takes nothing
+else. Results come in any order, with the id of their request; a request without an answer is a `Failure`, never an
 exception and never a score.
 """
 
@@ -18,7 +18,7 @@ from cai.contracts.engine import Engine
 
 
 def open_engine(model: Model, profile: Profile) -> Engine:
-    """The engine that `profile` names, for `model`; the server for a model that is known by name alone."""
+    """The engine that `profile` names, for `model`; the server for a model that is known by its name there alone."""
     if model.served or profile.engine == "server":
         from cai.engines.server import ServerEngine
 

@@ -1,7 +1,7 @@
-"""Asks an engine again what it could not answer.
+"""Retries of requests and questions that an engine could not answer.
 
-Only chance and the network can turn a failure into an answer: a drawn text gets another seed with every attempt, an
-over-long prompt fails as quickly the second time as the first. Thinking without a response after it is no answer.
+A retry can succeed where the network or chance decides: a sampled text gets another seed with every attempt. An
+over-long prompt fails again at once. Reasoning without a response after it is a failure.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from typing import TypeVar
 from cai.contracts.engine import Choice, Completion, Engine, Question, Request
 from cai.storage.rows import Failure, stable_seed
 
-Asked = TypeVar("Asked", Request, Question)
+Item = TypeVar("Item", Request, Question)
 
 
 def generate_all(
-    engine: Engine, requests: Sequence[Request], retries: int, *, whole: bool = False
+    engine: Engine, requests: Sequence[Request], retries: int, *, fail_if_cut_off: bool = False
 ) -> dict[str, Completion | Failure]:
     """The completion of every request by its id, or the last failure after 1 + `retries` attempts.
 
-    With `whole` a text that was cut off is a failure.
+    With `fail_if_cut_off` a text that reached its token limit is a failure.
     """
     results: dict[str, Completion | Failure] = {}
     for attempt in range(1 + retries):
-        again = unanswered(requests, results)
-        if not again:
+        pending = _unanswered(requests, results)
+        if not pending:
             break
         if attempt:
-            again = [replace(request, seed=stable_seed(request.seed, attempt)) for request in again]
-        results.update((result.id, _answer(result, whole)) for result in engine.generate(again))
+            pending = [replace(request, seed=stable_seed(request.seed, attempt)) for request in pending]
+        results.update((result.id, _check(result, fail_if_cut_off)) for result in engine.generate(pending))
     return results
 
 
-def _answer(result: Completion | Failure, whole: bool) -> Completion | Failure:
+def _check(result: Completion | Failure, fail_if_cut_off: bool) -> Completion | Failure:
+    """The result, or a failure if it is no complete response."""
     if isinstance(result, Failure):
         return result
-    if whole and result.finish_reason == "length":
+    if fail_if_cut_off and result.finish_reason == "length":
         return Failure(result.id, f"it was cut off after {result.n_tokens} tokens, before it came to an end")
     if result.text or not result.reasoning:
         return result
@@ -48,15 +49,15 @@ def choose_all(engine: Engine, questions: Sequence[Question], retries: int) -> d
     """The choice for every question by its id, or the last failure after 1 + `retries` attempts."""
     results: dict[str, Choice | Failure] = {}
     for _ in range(1 + retries):
-        again = unanswered(questions, results)
-        if not again:
+        pending = _unanswered(questions, results)
+        if not pending:
             break
-        results.update((result.id, result) for result in engine.choose(again))
+        results.update((result.id, result) for result in engine.choose(pending))
     return results
 
 
-def unanswered(
-    asked: Sequence[Asked], results: dict[str, Completion | Failure] | dict[str, Choice | Failure]
-) -> list[Asked]:
-    """What of `asked` has no result yet or failed, in order."""
-    return [one for one in asked if isinstance(results.get(one.id, Failure(one.id, "")), Failure)]
+def _unanswered(
+    items: Sequence[Item], results: dict[str, Completion | Failure] | dict[str, Choice | Failure]
+) -> list[Item]:
+    """The items without a result and those that failed, in order."""
+    return [item for item in items if isinstance(results.get(item.id, Failure(item.id, "")), Failure)]

@@ -1,12 +1,12 @@
-"""One server: requests sent many at once, again where that can help, and errors in words that are safe to show.
+"""One server: many requests at once, retries where they can help, and error messages that are safe to show.
 
-A request that meets a busy, broken or absent server is sent again after a wait that doubles each time, drawn from its
-upper half so that many requests do not come back together. Where the server says how long to wait (Retry-After), all
-requests wait as long. What still fails is `Refused`. The key comes from the environment, goes into the header, and is
-taken out of everything that a server says: some repeat the header in their error pages.
+A request that meets a busy, broken or absent server is sent again after a wait that doubles each time and is drawn from
+its upper half, so that many requests do not come back together. Where the server says how long to wait (Retry-After),
+all requests wait as long. A request that still fails raises `RequestFailed`. The key comes from the environment, goes
+into the header, and is removed from everything that a server answers: some repeat the header in their error pages.
 
-An event loop in a thread of its own does the work, so that results are there as they come in, also below a notebook's
-own loop. Left out: streaming of single tokens, several servers.
+An event loop in a thread of its own does the work, so that results are available as they come in, also inside a
+notebook, which has a loop of its own. Left out: streaming of single tokens, several servers.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ Result = TypeVar("Result")
 Answer = TypeVar("Answer", bound=BaseModel)
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
-"""Seconds before the first repetition and, at most, before any that the server does not put off itself."""
+"""Seconds before the first retry, and before later ones at most; what the server asks for is added."""
 LONGEST_DELAY = 600.0
-"""Seconds that a server may ask to wait; one that asks for more refuses."""
-PASSING = {408, 409, 425, 429}
-"""Status codes below 500 that another try can turn into an answer."""
+"""Seconds that a server may ask to wait; more than that is a failure."""
+RETRIED_STATUS_CODES = {408, 409, 425, 429}
+"""Status codes below 500 for which a retry can succeed."""
 
 
-class Refused(Exception):
-    """What was asked has no answer. `status` is HTTP's, None where nothing readable came back."""
+class RequestFailed(Exception):
+    """A request without an answer. `status` is HTTP's, None where nothing readable came back."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
@@ -60,14 +60,14 @@ class Connection:
         self._client = openai.AsyncOpenAI(
             base_url=server.url,
             api_key=key or "none",
-            max_retries=0,  # `ask` sends again, also what came back garbled
-            timeout=None,  # `ask` bounds the whole answer, not each read
+            max_retries=0,  # `request` retries, also after answers that cannot be read
+            timeout=None,  # `request` limits the time of the whole answer, not of each read
         )
-        # The processes of a stage share what the profile allows; `cai.run.launch` says how many they are.
+        # The processes of a stage, which `cai.run.launch` starts, share what the profile allows.
         self.concurrency = max(1, server.concurrency // int(os.environ.get("WORLD_SIZE", "1")))
-        self._free = asyncio.Semaphore(self.concurrency)
-        self._answered = False
-        self._silent_until = 0.0
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self._has_answered = False
+        self._paused_until = 0.0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -76,13 +76,13 @@ class Connection:
         return f"server {self.server.url}"
 
     def close(self) -> None:
-        """Cancels what is under way and ends the thread."""
+        """Cancels pending requests and ends the thread."""
 
         async def end() -> None:
-            under_way = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in under_way:
+            pending = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in pending:
                 task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            await asyncio.gather(*pending, return_exceptions=True)
             await self._client.close()
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result()
@@ -90,16 +90,16 @@ class Connection:
         self._thread.join()
         self._loop.close()
 
-    def each(self, asks: Sequence[Callable[[], Awaitable[Result]]]) -> Iterator[Result]:
-        """The results as they come in. An exception in one, or an end of the iteration, cancels all others."""
+    def run_all(self, calls: Sequence[Callable[[], Awaitable[Result]]]) -> Iterator[Result]:
+        """The calls' results as they come in. An exception in one, or an end of the iteration, cancels all others."""
         results: SimpleQueue[Result | Exception | None] = SimpleQueue()
 
-        async def one(ask: Callable[[], Awaitable[Result]]) -> None:
-            async with self._free:
-                results.put(await ask())
+        async def run(call: Callable[[], Awaitable[Result]]) -> None:
+            async with self._slots:
+                results.put(await call())
 
-        async def every() -> None:
-            tasks = [asyncio.create_task(one(ask)) for ask in asks]
+        async def run_tasks() -> None:
+            tasks = [asyncio.create_task(run(call)) for call in calls]
             try:
                 await asyncio.gather(*tasks)
                 results.put(None)
@@ -110,11 +110,11 @@ class Connection:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-        done = asyncio.run_coroutine_threadsafe(every(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(run_tasks(), self._loop)
         try:
             while True:
                 try:
-                    result = results.get(timeout=0.2)  # Ctrl-C is seen when this thread wakes
+                    result = results.get(timeout=0.2)  # so that this thread wakes and notices Ctrl-C
                 except Empty:
                     continue
                 if result is None:
@@ -123,42 +123,43 @@ class Connection:
                     raise result
                 yield result
         finally:
-            done.cancel()
+            future.cancel()
 
-    async def ask(
+    async def request(
         self,
         method: Literal["get", "post"],
         path: str,
-        kind: type[Answer],
+        answer_type: type[Answer],
         body: Mapping[str, Any] | None = None,
         retries: int | None = None,
     ) -> Answer:
-        """The server's answer, read as `kind`. Raises Refused; BadInput where a key is refused or lacks credit."""
+        """The server's answer. Raises RequestFailed; BadInput where the key is refused or has no credit left."""
         retries = self.server.retries if retries is None else retries
         attempt = 0
         while True:
-            await pause(self._silent_until - time.monotonic())
+            await pause(self._paused_until - time.monotonic())
             delay = 0.0
             try:
                 async with asyncio.timeout(self.server.timeout):
                     if method == "get":
-                        found = await self._client.get(path, cast_to=object)
+                        parsed_json = await self._client.get(path, cast_to=object)
                     else:
-                        found = await self._client.post(path, cast_to=object, body=body)
-                answer = kind.model_validate(found)
-                self._answered = True
+                        parsed_json = await self._client.post(path, cast_to=object, body=body)
+                answer = answer_type.model_validate(parsed_json)
+                self._has_answered = True
                 return answer
             except openai.APIStatusError as error:
-                status, reason = error.status_code, f"answered {error.status_code}: {self._said(error)}"
-                if status == 401 or (status == 403 and not self._answered):  # later 403 is said of flagged inputs too
+                status, reason = error.status_code, f"answered {error.status_code}: {self._error_message(error)}"
+                # After the first answer 403 can also mean that an input was flagged.
+                if status == 401 or (status == 403 and not self._has_answered):
                     raise BadInput(f"{self} refuses {self._whose_key()}: it {reason}") from None
                 if status == 402:
                     raise BadInput(f"{self} has no credit left for us: it {reason}") from None
-                if status not in PASSING and status < 500:
-                    raise Refused(f"{self} {reason}", status) from None
-                delay = _delay(error.response.headers.get("retry-after"))
+                if status not in RETRIED_STATUS_CODES and status < 500:
+                    raise RequestFailed(f"{self} {reason}", status) from None
+                delay = _retry_after_seconds(error.response.headers.get("retry-after"))
                 if delay > LONGEST_DELAY:
-                    raise Refused(f"{self} {reason}; it asks to wait {delay:.0f} seconds", status) from None
+                    raise RequestFailed(f"{self} {reason}; it asks to wait {delay:.0f} seconds", status) from None
             except TimeoutError:
                 status, reason = None, f"gave no answer within {self.server.timeout:g} seconds"
             except openai.APIConnectionError as error:
@@ -167,9 +168,9 @@ class Connection:
                 status, reason = None, "gave an answer that cannot be read"
             if attempt >= retries:
                 times = f", {attempt + 1} times in a row" if attempt else ""
-                raise Refused(f"{self} {reason}{times}", status)
-            if delay:  # what it said to one it means for all
-                self._silent_until = max(self._silent_until, time.monotonic() + delay)
+                raise RequestFailed(f"{self} {reason}{times}", status)
+            if delay:  # the server means all requests
+                self._paused_until = max(self._paused_until, time.monotonic() + delay)
             await pause(delay + min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1))
             attempt += 1
 
@@ -179,7 +180,7 @@ class Connection:
             f"the key in ${name}" if os.environ.get(name, "").strip() else f"to answer without a key (${name} is unset)"
         )
 
-    def _said(self, error: openai.APIStatusError) -> str:
+    def _error_message(self, error: openai.APIStatusError) -> str:
         """The message in an error's body, or the body."""
         body = error.body
         for name in ("error", "message", "detail"):  # {"error": {"message": …}}, {"error": …}, {"detail": …}
@@ -188,7 +189,7 @@ class Connection:
         return self.clean(str(body or error.response.reason_phrase))
 
     def clean(self, text: str) -> str:
-        """A server's words: without the key, on one line, short."""
+        """Text from a server: without the key, on one line, short."""
         return shorten(printable(" ".join(self._conceal(text).split())), 200)
 
 
@@ -197,7 +198,7 @@ async def pause(seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-def _delay(retry_after: str | None) -> float:
+def _retry_after_seconds(retry_after: str | None) -> float:
     """Seconds that a Retry-After header asks for, in either of its forms; 0 where it does not say."""
     if retry_after is None:
         return 0.0

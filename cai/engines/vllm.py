@@ -1,14 +1,13 @@
 """The engine `vllm`: vLLM on this machine's GPUs, or its CPU build.
 
 Each of `data_parallel` workers (`cai.engines.vllm_worker`) is a process with vLLM in it, started on first use with the
-interpreter that the profile names, so that vLLM may have the versions of torch and transformers that it asks for, and
-so that every byte of a device's memory is free again afterwards. Conversations become ids here, with `cai.models.chat`,
-as in the engine `local`, and results come back as they finish. Options are read as next-token log-probabilities: for
-those of prompts vLLM recomputes what it has cached. Requests that begin alike go to the same worker, one behind the
-other.
+interpreter that the profile names, so that vLLM can have its own versions of torch and transformers, and so that all of
+a device's memory is free again afterwards. Conversations become ids here, with `cai.models.chat`, as in the engine
+`local`, and results come back as they finish. Options are read as next-token log-probabilities: for log-probabilities
+of prompts vLLM would recompute what it has cached. Requests that begin alike go to the same worker, in order.
 
-An adapter is served by vLLM on top of its base where vLLM has all that it does; otherwise, and where adapters are
-stacked, it is merged into a copy first. Left out: several machines, models that are not generative.
+vLLM serves an adapter on top of its base if it supports all of the adapter's features; otherwise, and if adapters are
+stacked, the adapter is merged into a copy first. Left out: several machines, models that do not generate.
 """
 
 from __future__ import annotations
@@ -33,35 +32,35 @@ from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
-from cai.models.reference import ADAPTER, base_of, fetch, settings
+from cai.models.reference import ADAPTER, base_of, fetch, read_model_json
 from cai.storage.rows import Failure
 from cai.text.errors import BadInput, CaiError, StageFailed
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 Line = dict[str, Any]
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks of adapters that vLLM makes room for."""
-_NOT_PASSED_ON = (
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes as the highest rank of an adapter."""
+_REMOVED_VARIABLES = (
     "PYTHONPATH", "PYTHONHOME",
     "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_",
 )  # fmt: skip
-"""Begin names of what leads to our packages, or would make vLLM one of the processes that train together."""
-_GRACE = 20.0
-"""Seconds in which a process that was told to end has ended."""
+"""Prefixes of environment variables that lead to our packages, or would make vLLM one of the training processes."""
+_GRACE_SECONDS = 20.0
+"""How long a process may take to end by itself before it is killed."""
 
 
 class VllmEngine:
     """One model, in as many processes as the profile's `vllm: {data_parallel: …}` says.
 
-    `empty` starts vLLM with weights that mean nothing, until `reload` reads those in the model's folder.
+    With `dummy_weights`, vLLM starts without reading weights, until `reload` reads those in the model's folder.
     """
 
-    def __init__(self, model: Model, profile: Profile, *, empty: bool = False) -> None:
+    def __init__(self, model: Model, profile: Profile, *, dummy_weights: bool = False) -> None:
         self.model = model
         self.profile = profile
-        self.empty = empty
+        self.dummy_weights = dummy_weights
         self._resources = contextlib.ExitStack()
-        self._asked = 0
+        self._n_sent = 0
 
     def __enter__(self) -> Self:
         return self
@@ -85,112 +84,115 @@ class VllmEngine:
             sampling = request.sampling
             try:
                 prompt = chat.prompt_ids(request.messages)
-                self._check(prompt, sampling.max_new_tokens)
-                if 0 < sampling.temperature < 0.01:  # it would be raised to that, with a word in the log
-                    raise BadInput(f"vLLM draws at temperature 0 or from 0.01 on, found {sampling.temperature}")
+                self._check_length(prompt, sampling.max_new_tokens)
+                if 0 < sampling.temperature < 0.01:  # vLLM would raise it to 0.01
+                    raise BadInput(f"vLLM samples at temperature 0 or from 0.01 on, found {sampling.temperature}")
             except BadInput as error:
                 yield Failure(request.id, str(error))
                 continue
             stop = [*chat.stop, *sampling.stop]
-            wanted: Line = {
+            settings: Line = {
                 "max_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
-                "logprobs": 0,  # of the drawn token alone
-                "ignore_eos": True,  # the chat knows what ends a turn
+                "logprobs": 0,  # of the sampled token alone
+                "ignore_eos": True,  # `stop_token_ids` end a turn
                 "stop_token_ids": sorted(chat.end_ids),
-                "logit_bias": {token: -float("inf") for token in self._banned},
+                "logit_bias": {token: -float("inf") for token in self._banned_ids},
                 "stop": stop,
                 "detokenize": bool(stop),
             }
             if sampling.temperature:
-                wanted["seed"] = request.seed
-            lines.append({"prompt": prompt, "sampling": wanted})
+                settings["seed"] = request.seed
+            lines.append({"prompt": prompt, "sampling": settings})
             fitting.append(request)
-        for number, answer in self._answers(lines):
-            request, prompt = fitting[number], lines[number]["prompt"]
+        for index, answer in self._answers(lines):
+            request, prompt = fitting[index], lines[index]["prompt"]
             if answer.get("finish_reason") not in {"stop", "length"}:
                 yield Failure(request.id, _refusal(answer))
                 continue
             ids = answer["token_ids"]
-            said = chat.text(ids, stop=(*chat.stop, *request.sampling.stop))
+            text = chat.text(ids, stop=(*chat.stop, *request.sampling.stop))
             log_probs = [log_prob for _, log_prob in answer["log_probs"]]
-            yield Completion(request.id, said.text, ids, log_probs, answer["finish_reason"], prompt, said.reasoning)
+            yield Completion(request.id, text.text, ids, log_probs, answer["finish_reason"], prompt, text.reasoning)
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
         """The options' log-probabilities, or a failure, for each question. Raises StageFailed where vLLM fails."""
         lines: list[Line] = []
         fitting: list[Question] = []
-        most = max((len(question.options) for question in questions), default=0)
+        max_options = max((len(question.options) for question in questions), default=0)
         for question in questions:
             try:
                 prompt, options = self.chat.question(question.messages, question.options)
-                self._check(prompt, 1)
+                self._check_length(prompt, 1)
             except BadInput as error:
                 yield Failure(question.id, str(error))
                 continue
-            # Equally many for all: where vLLM pads, it pads with token 0, which may be an option.
-            wanted = options + options[:1] * (most - len(options))
-            sampling = {"max_tokens": 1, "temperature": 0, "logprob_token_ids": wanted, "detokenize": False}
+            # The same number for all questions: vLLM would pad with token 0, which may be an option.
+            token_ids = options + options[:1] * (max_options - len(options))
+            sampling = {"max_tokens": 1, "temperature": 0, "logprob_token_ids": token_ids, "detokenize": False}
             lines.append({"prompt": prompt, "sampling": sampling})
             fitting.append(question)
-        for number, answer in self._answers(lines):
-            question = fitting[number]
+        for index, answer in self._answers(lines):
+            question = fitting[index]
             if answer.get("finish_reason") not in {"stop", "length"}:
                 yield Failure(question.id, _refusal(answer))
                 continue
-            scores = [log_prob for _, log_prob in answer["log_probs"][1 : 1 + len(question.options)]]  # [0] was drawn
+            # The first log-probability is that of the sampled token.
+            scores = [log_prob for _, log_prob in answer["log_probs"][1 : 1 + len(question.options)]]
             yield Choice(question.id, tuple(scores), sum(map(math.exp, scores)))
 
-    def _check(self, prompt: Sequence[int], room: int) -> None:
+    def _check_length(self, prompt: Sequence[int], n_new: int) -> None:
+        """Raises BadInput for a prompt that does not fit the model's context with `n_new` more tokens."""
         limits = [limit for limit in (self.chat.context_length, self.profile.vllm.max_model_len) if limit is not None]
-        if limits and len(prompt) + room > min(limits):
+        if limits and len(prompt) + n_new > min(limits):
             raise BadInput(
-                f"the prompt has {len(prompt)} tokens and {room} more are wanted, but {self.model.name!r} takes "
+                f"the prompt has {len(prompt)} tokens and {n_new} more are wanted, but {self.model.name!r} takes "
                 f"{min(limits)} in all"
             )
 
     @functools.cached_property
-    def _banned(self) -> list[int]:
-        """The pad token, unless it ends turns or lies outside what the model can draw."""
-        config = settings(self.model, "config.json")
-        rows = (config.get("text_config") or config)["vocab_size"]
+    def _banned_ids(self) -> list[int]:
+        """The pad token, unless it ends turns or is outside of the model's vocabulary."""
+        config = read_model_json(self.model, "config.json")
+        vocab_size = (config.get("text_config") or config)["vocab_size"]
         pad = self.chat.pad_id
-        return [] if pad in self.chat.end_ids or pad >= rows else [pad]
+        return [] if pad in self.chat.end_ids or pad >= vocab_size else [pad]
 
     def _answers(self, lines: Sequence[Line]) -> Iterator[tuple[int, Line]]:
         """(index, answer) of every line, as they come."""
-        order = sorted(range(len(lines)), key=lambda n: lines[n]["prompt"])
-        owed: dict[str, int] = {}
-        for index, worker in enumerate(self._workers if lines else []):
-            share = order[index * len(order) // len(self._workers) : (index + 1) * len(order) // len(self._workers)]
-            ids = [f"{self._asked + n}" for n in share]  # what an earlier caller left unread has other ids
-            owed |= dict(zip(ids, share, strict=True))
-            worker.send([{"id": one, **lines[n]} for one, n in zip(ids, share, strict=True)])
-        self._asked += len(lines)
-        yield from self._results_of(owed)
+        order = sorted(range(len(lines)), key=lambda index: lines[index]["prompt"])
+        pending: dict[str, int] = {}
+        for number, worker in enumerate(self._workers if lines else []):
+            share = order[number * len(order) // len(self._workers) : (number + 1) * len(order) // len(self._workers)]
+            # Ids are new for every caller: an earlier one may have left answers unread.
+            index_by_id = {f"{self._n_sent + index}": index for index in share}
+            pending |= index_by_id
+            worker.send([{"id": id, **lines[index]} for id, index in index_by_id.items()])
+        self._n_sent += len(lines)
+        yield from self._receive(pending)
 
     def reload(self) -> None:
-        """Reads the weights in the model's folder anew; what others have computed is forgotten.
+        """Reads the weights in the model's folder again; vLLM forgets the keys and values of the old ones.
 
         Raises StageFailed where vLLM fails.
         """
-        owed = {f"{self._asked + n}": n for n in range(len(self._workers))}
-        self._asked += len(owed)
-        for id, worker in zip(owed, self._workers, strict=True):
+        pending = {f"{self._n_sent + number}": number for number in range(len(self._workers))}
+        self._n_sent += len(pending)
+        for id, worker in zip(pending, self._workers, strict=True):
             worker.send([{"id": id, "reload": True}])
-        for _ in self._results_of(owed):
+        for _ in self._receive(pending):
             pass
 
-    def _results_of(self, owed: dict[str, int]) -> Iterator[tuple[int, Line]]:
-        """(number, answer) of everything that is owed, by id, as it comes."""
-        while owed:
+    def _receive(self, pending: dict[str, int]) -> Iterator[tuple[int, Line]]:
+        """(index, answer) for each of `pending`, an index by its id, as they come."""
+        while pending:
             worker, answer = self._results.get()
             if answer is None or "error" in answer:
                 raise worker.failure(answer, "in the middle of its work")
-            if (number := owed.pop(answer["id"], None)) is not None:
-                yield number, answer
+            if (index := pending.pop(answer["id"], None)) is not None:
+                yield index, answer
 
     @functools.cached_property
     def _results(self) -> queue.SimpleQueue[tuple[Worker, Line | None]]:
@@ -198,10 +200,10 @@ class VllmEngine:
 
     @functools.cached_property
     def _workers(self) -> list[Worker]:
-        """The processes, loaded."""
-        python, start = self.profile.vllm.python or Path(sys.executable), self._start()
+        """The processes, once they have loaded the model."""
+        python, first_line = self.profile.vllm.python or Path(sys.executable), self._first_line()
         workers = [
-            self._resources.enter_context(Worker(python, environment, start, self._results))
+            self._resources.enter_context(Worker(python, environment, first_line, self._results))
             for environment in _environments(self.profile)
         ]
         for _ in workers:
@@ -215,17 +217,17 @@ class VllmEngine:
                 )
         return workers
 
-    def _start(self) -> Line:
-        """A worker's first line."""
+    def _first_line(self) -> Line:
+        """The first line that a worker is sent: vLLM's arguments, and an adapter."""
         options = self.profile.vllm
         dtype = "bfloat16" if self.profile.uses_gpu else str(pick_dtype("auto", pick_device("cpu"))).split(".")[1]
-        folder, adapter = self._served()
+        folder, adapter = self._weights_and_adapter()
         arguments: Line = {
             "model": str(folder),
             "dtype": dtype if self.profile.dtype == "auto" else self.profile.dtype,
-            "load_format": "dummy" if self.empty else "safetensors",
+            "load_format": "dummy" if self.dummy_weights else "safetensors",
             "trust_remote_code": False,
-            "generation_config": "vllm",  # sampling is what the request says
+            "generation_config": "vllm",  # sampling settings come from the request alone
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "tensor_parallel_size": options.tensor_parallel,
@@ -237,15 +239,15 @@ class VllmEngine:
             arguments["kv_cache_memory_bytes"] = options.cpu_cache_gib << 30
         if adapter is not None:
             rank = int(_adapter_config(adapter)["r"])
-            arguments |= {"enable_lora": True, "max_lora_rank": next(room for room in _RANKS if room >= rank)}
+            arguments |= {"enable_lora": True, "max_lora_rank": next(limit for limit in _LORA_RANKS if limit >= rank)}
         return {"arguments": arguments | options.extra, "adapter": adapter and str(adapter)}
 
-    def _served(self) -> tuple[Path, Path | None]:
-        """(folder of a whole model, folder of the adapter on top of it or None)."""
+    def _weights_and_adapter(self) -> tuple[Path, Path | None]:
+        """(folder of a full model, folder of the adapter on top of it or None)."""
         folder, base = fetch(self.model), base_of(self.model)
         if base is None:
             return folder, None
-        if base_of(base) is None and _plain(_adapter_config(folder)):
+        if base_of(base) is None and _is_supported(_adapter_config(folder)):
             return fetch(base), folder
         merged = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="cai-merged-")))
         load_causal_lm(self.model, self.profile.dtype).save_pretrained(merged)
@@ -254,19 +256,19 @@ class VllmEngine:
 
 
 class Worker:
-    """One process. Its answers go to `results`, and None when it has ended."""
+    """One process. Its answers go to `results`; None follows when it has ended."""
 
     def __init__(
         self,
         python: Path,
         environment: Mapping[str, str],
-        start: Line,
+        first_line: Line,
         results: queue.SimpleQueue[tuple[Worker, Line | None]],
     ) -> None:
         self.python = python
         handle, name = tempfile.mkstemp(prefix="cai-vllm-", suffix=".log")
         self.log = Path(name)
-        self._failed = False
+        self._has_failed = False
         try:
             self._process = subprocess.Popen(
                 [str(python), str(WORKER)],
@@ -282,39 +284,40 @@ class Worker:
         finally:
             os.close(handle)
         threading.Thread(target=self._read, args=(results,), daemon=True).start()
-        self.send([start])
+        self.send([first_line])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ends the process and all that it started. The log stays where something went wrong."""
+        """Ends the process and all that it started. The log is kept if it has failed."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_GRACE)
+            self._process.wait(_GRACE_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        if not self._failed:
+        if not self._has_failed:
             self.log.unlink(missing_ok=True)
 
     def send(self, lines: Sequence[Line]) -> None:
-        """Hands over lines. Where the process is gone, `results` says so."""
+        """Sends lines. If the process has ended, `results` says so."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.writelines(json.dumps(line).encode() + b"\n" for line in lines)
             self._process.stdin.flush()
 
     def failure(self, answer: Line | None, when: str) -> CaiError:
-        """The error that `answer`, or the end of the process without one, means for the user."""
-        self._failed = True
+        """The error that tells the user about `answer`, or about the end of the process where it is None."""
+        self._has_failed = True
         if answer is None:
             code = self._process.wait()
-            ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-            said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            return StageFailed(f"vLLM ended with {ended} {when}{_last(said)}; see {self.log}")
+            status = f"signal {-code}" if code < 0 else f"exit code {code}"
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last_line = f"; its last words: {lines[-1].strip()[:300]}" if lines else ""
+            return StageFailed(f"vLLM ended with {status} {when}{last_line}; see {self.log}")
         if "No module named 'vllm'" in answer["error"]:
             return BadInput(
                 f"{self.python} has no vLLM: set `vllm: {{python: …}}` in the profile to the interpreter of an "
@@ -328,12 +331,8 @@ class Worker:
             try:
                 results.put((self, json.loads(line)))
             except ValueError:
-                break  # it was killed in the middle of a line
+                break  # the process was killed in the middle of a line
         results.put((self, None))
-
-
-def _last(said: Sequence[str]) -> str:
-    return f"; its last words: {said[-1].strip()[:300]}" if said else ""
 
 
 def _refusal(answer: Line) -> str:
@@ -345,33 +344,33 @@ def _refusal(answer: Line) -> str:
 
 
 def _environments(profile: Profile) -> list[dict[str, str]]:
-    """Each worker's: nothing that leads to our packages or to the network, and GPUs of its own.
+    """The environment of each worker: nothing that leads to our packages or to the network, and GPUs of its own.
 
-    Of several processes that train, each has a worker on the GPU that it trains on (tried on CPUs alone). Raises
+    Of several training processes, each has a worker on the GPU that it trains on (tested on CPUs alone). Raises
     BadInput where there are too few GPUs.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_PASSED_ON)}
-    common = kept | {
-        "PYTHONSAFEPATH": "1",  # the worker's own folder has a `vllm.py`: this file
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_REMOVED_VARIABLES)}
+    common = inherited | {
+        "PYTHONSAFEPATH": "1",  # else `import vllm` would import this file, which is in the worker's folder
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would keep the worker's end of the channel open
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked process would keep the worker's pipes open
     }
     options = profile.vllm
-    if not profile.uses_gpu:  # a second process for scheduling takes a third of a small machine's time
+    if not profile.uses_gpu:  # vLLM's scheduling in a second process takes a third of a small machine's time
         return [common | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}] * options.data_parallel
-    here, ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if options.data_parallel == ranks == 1:
+    local_rank, n_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if options.data_parallel == n_ranks == 1:
         return [common]
-    size, wanted = options.tensor_parallel, options.tensor_parallel * options.data_parallel
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = named.split(",") if named else [f"{n}" for n in range(here + wanted)]
-    devices = devices[here:]
-    if len(devices) < wanted:
-        raise BadInput(f"the profile wants {wanted} GPUs for vLLM, but CUDA_VISIBLE_DEVICES names {named}")
-    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(devices[n : n + size])} for n in range(0, wanted, size)]
+    size, n_gpus = options.tensor_parallel, options.tensor_parallel * options.data_parallel
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [f"{n}" for n in range(local_rank + n_gpus)]
+    devices = devices[local_rank:]
+    if len(devices) < n_gpus:
+        raise BadInput(f"the profile wants {n_gpus} GPUs for vLLM, but CUDA_VISIBLE_DEVICES names {visible}")
+    return [common | {"CUDA_VISIBLE_DEVICES": ",".join(devices[n : n + size])} for n in range(0, n_gpus, size)]
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
@@ -379,17 +378,17 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _plain(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter has nothing but two low-rank factors a matrix, at places where vLLM takes them."""
-    more = ("modules_to_save", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication",
+def _is_supported(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter is nothing but two low-rank factors per matrix, of matrices that vLLM adapts."""
+    unsupported = ("modules_to_save", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication",
             "target_parameters", "use_qalora", "trainable_token_indices")  # fmt: skip
     targets = config.get("target_modules")
     return (
         config.get("peft_type") == "LORA"
         and config.get("bias", "none") == "none"
         and config.get("init_lora_weights", True) is True
-        and not any(config.get(name) for name in more)
+        and not any(config.get(name) for name in unsupported)
         and isinstance(targets, list)
         and not {"embed_tokens", "lm_head"} & set(targets)
-        and config["r"] <= _RANKS[-1]
+        and config["r"] <= _LORA_RANKS[-1]
     )

@@ -1,13 +1,13 @@
-"""vLLM in a process of its own, asked with JSON lines on stdin and answering with JSON lines on stdout.
+"""vLLM in a process of its own: JSON lines on stdin, answers as JSON lines on stdout.
 
 The parent, `cai.engines.vllm`, starts it with the interpreter of vLLM's environment, which may have other versions of
-torch and transformers than ours: nothing but the standard library and vLLM is imported here. The first line holds the
-arguments of vLLM's engine and an adapter; the answer to it says that it is loaded, and on what. Every other line is one
+torch and transformers than ours: only the standard library and vLLM are imported here. The first line has the arguments
+of vLLM's engine and an adapter; its answer says that the model is loaded, and on which device. Every other line is one
 request: an id, token ids, and the fields of vLLM's `SamplingParams`. It is answered when it is finished, in any order.
-Or it is an id and `reload`: the weights in the model's folder are others now; answered when requests before it are
-finished and what comes after it is computed with the new ones alone.
+A line with an id and `reload` says that the weights in the model's folder have changed: it is answered when all earlier
+requests are finished, and later ones are computed with the new weights alone.
 
-What vLLM itself prints goes to stderr. When stdin ends, the parent is done or dead, and the whole process group goes.
+What vLLM itself prints goes to stderr. When stdin ends, the parent has ended, and the whole process group is killed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Line = dict[str, Any]
 
 
 def main() -> int:
-    """Serves until stdin ends. An error of vLLM is the last line."""
-    # Processes that vLLM starts, and its prints, must reach neither end of the channel.
+    """Serves until stdin ends. An error of vLLM is its last answer."""
+    # What vLLM prints, and the processes that it starts, must not reach these pipes.
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -54,39 +54,39 @@ def _write(outgoing: IO[str], line: Line) -> None:
 
 
 def _serve(lines: queue.SimpleQueue[Line], outgoing: IO[str]) -> None:
-    start = lines.get()
+    first_line = lines.get()
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.exceptions import VLLMError
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind
 
-    known = [field.name for field in dataclasses.fields(EngineArgs)]
-    for name in start["arguments"]:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"EngineArgs has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    engine = LLMEngine.from_engine_args(EngineArgs(**start["arguments"]))
-    adapter = LoRARequest("adapter", 1, start["adapter"]) if start["adapter"] else None
+    argument_names = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in first_line["arguments"]:
+        if name not in argument_names:
+            similar = difflib.get_close_matches(name, argument_names, n=1)
+            raise ValueError(f"EngineArgs has no {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else ""))
+    engine = LLMEngine.from_engine_args(EngineArgs(**first_line["arguments"]))
+    adapter = LoRARequest("adapter", 1, first_line["adapter"]) if first_line["adapter"] else None
     _write(outgoing, {"ready": current_platform.device_type})
     while True:
         while not lines.empty() or not engine.has_unfinished_requests():
-            asked = lines.get()
-            if "reload" in asked:
+            line = lines.get()
+            if "reload" in line:
                 while engine.has_unfinished_requests():
                     _step(engine, outgoing)
                 _reload(engine)
-                _write(outgoing, {"id": asked["id"], "reloaded": True})
+                _write(outgoing, {"id": line["id"], "reloaded": True})
                 continue
-            sampling = asked["sampling"]
+            sampling = line["sampling"]
             bias = {int(token): value for token, value in sampling.pop("logit_bias", {}).items()}
             try:
                 params = SamplingParams(
                     **sampling, logit_bias=bias or None, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY
                 )
-                engine.add_request(asked["id"], {"prompt_token_ids": asked["prompt"]}, params, lora_request=adapter)
+                engine.add_request(line["id"], {"prompt_token_ids": line["prompt"]}, params, lora_request=adapter)
             except (ValueError, VLLMError) as error:
-                _write(outgoing, {"id": asked["id"], "refused": " ".join(str(error).split())})
+                _write(outgoing, {"id": line["id"], "refused": " ".join(str(error).split())})
         _step(engine, outgoing)
 
 
@@ -94,7 +94,7 @@ def _step(engine: Any, outgoing: IO[str]) -> None:
     """Computes one more token of each request, and answers those that are finished."""
     for result in engine.step():
         output = result.outputs[0]
-        flat = output.logprobs  # None where it was aborted
+        flat = output.logprobs  # None if it was aborted
         _write(
             outgoing,
             {
@@ -107,7 +107,7 @@ def _step(engine: Any, outgoing: IO[str]) -> None:
 
 
 def _reload(engine: Any) -> None:
-    """Reads the weights again, into the same tensors, and forgets what the old ones computed."""
+    """Reads the weights again, into the same tensors, and forgets the keys and values of the old ones."""
     engine.collective_rpc("update_config", args=({"load_config": {"load_format": "safetensors"}},))
     engine.collective_rpc("reload_weights")
     from vllm.platforms import current_platform
@@ -119,9 +119,10 @@ def _reload(engine: Any) -> None:
 
 
 def _pack_head(model: Any) -> None:
-    """On CPUs a layer multiplies by a packed copy of its weight, and that of a head tied to embeddings is not renewed.
+    """Renews the packed weight of a head that is tied to the embeddings.
 
-    It has no weights of its own in the file, so that vLLM passes over it. Tensors themselves are renewed everywhere.
+    On CPUs vLLM's layers multiply by packed copies of their weights. `reload_weights` repacks the layers whose weights
+    it finds in the file, and a tied head has none there.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

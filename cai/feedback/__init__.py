@@ -1,1 +1,1 @@
-"""What a model's judgement of its own texts is made into: revisions found in what it wrote, votes, and labels."""
+"""Votes of a judge and how they become labels, figures about both, and which part of a reviser's text is a revision."""

@@ -1,146 +1,143 @@
-"""What preferences look like before anything is trained on them: how sure, how long, which behaviours win, how true.
+"""Figures of preferences before anything is trained on them: confidence, length, behaviours that win, accuracy.
 
-Truth is known for prompts of the embedded world alone, whose oracle scores a response. Labels are measured on held-out
-prompts where there are any. A pair whose two responses the oracle scores alike is a tie and says nothing about labels;
-one with a response that it cannot read is counted as unclear.
+The truth is known for prompts of the embedded world alone, whose oracle scores a response. Labels are measured on
+held-out prompts where there are any. A pair whose responses the oracle scores alike is a tie, which says nothing about
+labels; a pair with a response that the oracle cannot read is counted as unclear.
 
-Preferences pass by once, on their way to the disk: of 100,000 only numbers are kept.
+Preferences are added one at a time while they are written; only numbers are kept of each.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cai.feedback.labels import Floats
-from cai.feedback.votes import failed_pairs
+from cai.feedback.failed_pairs import MeasuredOn, n_failed_pairs
+from cai.feedback.truth import is_of_embedded_world
 from cai.maths.behaviours import DETECTORS, n_words
 from cai.maths.statistics import rate
-from cai.storage.rows import HELD_OUT, TOPIC, Message, Preference, topic_of
+from cai.maths.vote_aggregation import Floats
+from cai.storage.rows import Preference, is_held_out, topic_of
 
-LOOKED_AT = 1000
-"""Pairs that the text detectors read, evenly spread: they take longer than everything else here."""
-
-
-@dataclass
-class Seen:
-    """What is kept of preferences that have passed by, a value for each: not the texts."""
-
-    p_chosen: list[float] = field(default_factory=list)
-    gold: list[float] = field(default_factory=list)
-    """The oracle's score of the chosen response less that of the rejected one; NaN where it has none."""
-    held_out: list[bool] = field(default_factory=list)
-    clusters: list[str] = field(default_factory=list)
-    n_words: list[tuple[int, int]] = field(default_factory=list)
-    """Of the chosen and of the rejected response."""
-    detected: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """What every text detector found, by side, in some of them."""
-    acts: dict[str, Counter[str]] = field(default_factory=dict)
-    """What wins against what in the embedded world, by class of request."""
+MAX_DETECTED = 1000
+"""Pairs that the text detectors read, evenly spread: they take longer than all other figures."""
 
 
-def look(rows: Iterable[Preference], n: int) -> Seen:
-    """Goes through `n` preferences once."""
-    seen = Seen(detected={name: {"chosen": [], "rejected": []} for name in DETECTORS})
-    step = -(-n // LOOKED_AT)
-    for number, row in enumerate(rows):
-        chosen, rejected = text(row["chosen"]), text(row["rejected"])
-        of_world = any(tag.startswith(TOPIC) for tag in row["tags"])
-        seen.p_chosen.append(row["p_chosen"])
-        seen.held_out.append(HELD_OUT in row["tags"])
-        seen.clusters.append(topic_of(row["tags"], row["prompt_id"]) if of_world else row["prompt_id"])
-        seen.n_words.append((n_words(chosen), n_words(rejected)))
-        seen.gold.append(_gold_margin(row, seen.acts) if of_world else np.nan)
-        if number % step == 0:
+class LabelStatistics:
+    """Numbers of each preference, added in order: 100,000 preferences fit in memory without their texts."""
+
+    def __init__(self, n_preferences: int) -> None:
+        self.p_chosen: list[float] = []
+        self.sign_of_chosen: list[float] = []
+        """1 where *a* of the judged pair is chosen, -1 where *b* is; NaN without a judge."""
+        self.gold_margins: list[float] = []
+        """Oracle's score of the chosen response minus that of the rejected one; NaN where it has none."""
+        self.held_out: list[bool] = []
+        self.clusters: list[str] = []
+        self.word_counts: list[tuple[int, int]] = []
+        """Words of the chosen and of the rejected response."""
+        self.detected: dict[str, dict[str, list[float]]] = {name: {"chosen": [], "rejected": []} for name in DETECTORS}
+        """Values of each text detector by side, for every `self.detector_step`-th pair."""
+        self.detector_step = -(-n_preferences // MAX_DETECTED)
+        self.acts: dict[str, Counter[str]] = {}
+        """Counts of "winning act over losing act" by class of request in the embedded world."""
+
+    def add(self, preference: Preference, a_is_chosen: bool | None = None) -> None:
+        """Records the numbers of the next preference; `a_is_chosen` is None without a judge."""
+        texts = {"chosen": preference["chosen"][-1]["content"], "rejected": preference["rejected"][-1]["content"]}
+        is_of_world = is_of_embedded_world(preference["tags"])
+        if len(self.p_chosen) % self.detector_step == 0:
             for name, detector in DETECTORS.items():
-                seen.detected[name]["chosen"].append(float(detector(chosen)))
-                seen.detected[name]["rejected"].append(float(detector(rejected)))
-    return seen
+                for side, text in texts.items():
+                    self.detected[name][side].append(float(detector(text)))
+        self.p_chosen.append(preference["p_chosen"])
+        self.sign_of_chosen.append(np.nan if a_is_chosen is None else 1.0 if a_is_chosen else -1.0)
+        self.held_out.append(is_held_out(preference))
+        self.clusters.append(topic_of(preference["tags"], preference["prompt_id"]))
+        self.word_counts.append((n_words(texts["chosen"]), n_words(texts["rejected"])))
+        self.gold_margins.append(self._gold_margin(preference, texts) if is_of_world else np.nan)
 
+    def _gold_margin(self, preference: Preference, texts: dict[str, str]) -> float:
+        """The oracle's margin; counts the acts of both responses."""
+        from cai.micro.oracle import gold_score, read
 
-def _gold_margin(row: Preference, acts: dict[str, Counter[str]]) -> float:
-    """The oracle's margin, and its reading of both responses into `acts`."""
-    from cai.micro.oracle import gold_score, read
+        prompt = preference["prompt"]
+        chosen, rejected = read(prompt, texts["chosen"]), read(prompt, texts["rejected"])
+        if chosen.kind is not None:
+            acts = f"{chosen.act or 'unclear'} over {rejected.act or 'unclear'}"
+            self.acts.setdefault(chosen.kind, Counter())[acts] += 1
+        better, worse = gold_score(prompt, texts["chosen"]), gold_score(prompt, texts["rejected"])
+        return float("nan") if better is None or worse is None else better - worse
 
-    responses = text(row["chosen"]), text(row["rejected"])
-    chosen, rejected = (read(row["prompt"], response) for response in responses)
-    if chosen.kind is not None:
-        acts.setdefault(chosen.kind, Counter())[f"{chosen.act or 'unclear'} over {rejected.act or 'unclear'}"] += 1
-    better, worse = (gold_score(row["prompt"], response) for response in responses)
-    return float("nan") if better is None or worse is None else better - worse
+    def figures(self, principles: Sequence[str], log_odds: Floats, judge_folders: Sequence[Path]) -> dict[str, Any]:
+        """Figures of all preferences; those from `accuracy` on only where the oracle knows any of their prompts.
 
-
-def figures(seen: Seen, principles: Sequence[str], votes: Floats, stages: Sequence[Path]) -> dict[str, Any]:
-    """Everything below. `votes`: log-odds towards the chosen response, (rows, principles), NaN where there is none.
-
-    What the judge of one of the `stages` failed on is within accuracy's bounds, whatever its label would be.
-    """
-    p, gold, held_out = np.array(seen.p_chosen), np.array(seen.gold), np.array(seen.held_out, dtype=bool)
-    measured = held_out if held_out.any() else np.ones(len(p), dtype=bool)
-    measured_on = "held_out" if held_out.any() else "all"
-    decided = measured & ~np.isnan(gold) & (gold != 0)
-    found: dict[str, Any] = {
-        "pairs": len(p),
-        "mean_confidence": float(p.mean()),
-        "undecided": int((p == 0.5).sum()),
-        "longer_wins": longer_wins(seen),
-        "behaviours": {
-            name: {side: float(np.mean(values)) for side, values in by_side.items()}
-            for name, by_side in seen.detected.items()
-        },
-        "principles": by_principle(principles, votes, np.where(decided, gold, np.nan)),
-    }
-    if not np.isnan(gold).all():
-        # An even label has said nothing, so it is not right.
-        right = (gold > 0) & (p > 0.5)
-        found["accuracy"] = rate(
-            right[decided].astype(float).tolist(),
-            [seen.clusters[index] for index in np.flatnonzero(decided)],
-            missing=failed_pairs(stages, "oracle", measured_on),
-        ).as_json()
-        found["measured_on"] = measured_on
-        found["ties"] = int((measured & (gold == 0)).sum())
-        found["unclear"] = int((measured & np.isnan(gold)).sum())
-        found["acts"] = {kind: dict(counts.most_common()) for kind, counts in sorted(seen.acts.items())}
-    return found
-
-
-def longer_wins(seen: Seen) -> dict[str, Any] | None:
-    """Share of pairs of different length, in words, whose longer response is chosen; None without such pairs."""
-    words = np.array(seen.n_words)
-    different = np.flatnonzero(words[:, 0] != words[:, 1]).tolist()
-    longer = (words[different, 0] > words[different, 1]).astype(float)
-    return rate(longer.tolist(), [seen.clusters[index] for index in different]).as_json() if different else None
-
-
-def by_principle(principles: Sequence[str], votes: Floats, gold: Floats) -> dict[str, dict[str, Any]]:
-    """How often each principle voted, how strongly (nats), how often with the label, and with the truth.
-
-    `agreement_with_gold` is how often the principle favours the response that the oracle scores higher by everything it
-    looks at. It is no accuracy: a principle about one thing may rightly favour the other response.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for column, id in sorted(enumerate(principles), key=lambda pair: pair[1]):
-        vote = votes[:, column]
-        voted = ~np.isnan(vote)
-        if not voted.any():
-            continue
-        known = voted & ~np.isnan(gold)
-        found[id] = {
-            "pairs": int(voted.sum()),
-            "mean_strength": float(np.abs(vote[voted]).mean()),
-            "agreement": float((vote[voted] > 0).mean()),
+        `log_odds` are those of the principles that *a* is better, for the preferences with a judge, which come first:
+        (preferences, principles), NaN where a principle did not vote. Pairs that a judge in `judge_folders` failed on
+        widen the bounds of the accuracy.
+        """
+        p, gold = np.array(self.p_chosen), np.array(self.gold_margins)
+        votes = np.full((len(p), len(principles)), np.nan)  # log-odds that the chosen response is better
+        votes[: len(log_odds)] = np.array(self.sign_of_chosen[: len(log_odds)])[:, None] * log_odds
+        held_out = np.array(self.held_out, dtype=bool)
+        measured_on: MeasuredOn = "held_out" if held_out.any() else "all"
+        is_measured = held_out if held_out.any() else np.ones(len(p), dtype=bool)
+        is_decided = is_measured & ~np.isnan(gold) & (gold != 0)
+        figures: dict[str, Any] = {
+            "pairs": len(p),
+            "mean_confidence": float(p.mean()),
+            "undecided": int((p == 0.5).sum()),
+            "longer_wins": self._longer_wins(),
+            "behaviours": {
+                name: {side: float(np.mean(values)) for side, values in by_side.items()}
+                for name, by_side in self.detected.items()
+            },
+            "principles": principle_figures(principles, votes, np.where(is_decided, gold, np.nan)),
         }
-        if known.any():
-            found[id]["agreement_with_gold"] = float((vote[known] * gold[known] > 0).mean())
-    return found
+        if not np.isnan(gold).all():
+            is_correct = (gold > 0) & (p > 0.5)  # an even label is not correct
+            figures["accuracy"] = rate(
+                is_correct[is_decided].astype(float).tolist(),
+                [self.clusters[row] for row in np.flatnonzero(is_decided)],
+                missing=n_failed_pairs(judge_folders, "oracle", measured_on),
+            ).as_json()
+            figures["measured_on"] = measured_on
+            figures["ties"] = int((is_measured & (gold == 0)).sum())
+            figures["unclear"] = int((is_measured & np.isnan(gold)).sum())
+            figures["acts"] = {kind: dict(counts.most_common()) for kind, counts in sorted(self.acts.items())}
+        return figures
+
+    def _longer_wins(self) -> dict[str, Any] | None:
+        """Rate of pairs of different length, in words, whose longer response is chosen; None without such pairs."""
+        word_counts = np.array(self.word_counts)
+        rows = np.flatnonzero(word_counts[:, 0] != word_counts[:, 1]).tolist()
+        longer_is_chosen = (word_counts[rows, 0] > word_counts[rows, 1]).astype(float)
+        return rate(longer_is_chosen.tolist(), [self.clusters[row] for row in rows]).as_json() if rows else None
 
 
-def text(side: list[Message]) -> str:
-    """The response of one side of a preference."""
-    return side[-1]["content"]
+def principle_figures(principles: Sequence[str], votes: Floats, gold: Floats) -> dict[str, dict[str, Any]]:
+    """Figures of each principle that voted, by its id: its mean |log-odds| in nats, and how often it agrees.
+
+    `agreement` is the share of votes for the chosen response. `agreement_with_gold` is the share for the response with
+    the higher oracle score, by the margins `gold` (preferences,), NaN where there is none. That is no accuracy: a
+    principle about one aspect may rightly favour the other response.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for column, id in sorted(enumerate(principles), key=lambda numbered: numbered[1]):
+        vote = votes[:, column]
+        has_vote = ~np.isnan(vote)
+        if not has_vote.any():
+            continue
+        figures[id] = {
+            "pairs": int(has_vote.sum()),
+            "mean_strength": float(np.abs(vote[has_vote]).mean()),
+            "agreement": float((vote[has_vote] > 0).mean()),
+        }
+        has_gold = has_vote & ~np.isnan(gold)
+        if has_gold.any():
+            figures[id]["agreement_with_gold"] = float((vote[has_gold] * gold[has_gold] > 0).mean())
+    return figures

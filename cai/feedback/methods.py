@@ -1,17 +1,16 @@
-"""The ways to put a pair of responses to a judge, principle by principle. Each gives votes and keeps what they rest on.
+"""The methods of asking a judge about a pair of responses, principle by principle.
 
 `pairwise`: the log-odds of the two options, with either response shown first (Lee et al. 2023, arXiv 2309.00267).
-`reasoned`: reasons are sampled first, several times, and the options are read after each. The probability that the
-first is better is the mean over the reasons: each is one way to come to a verdict, and what is wanted is the verdict's
-probability over all of them. A thinking model's reasons are its own thinking.
+`reasoned`: several rationales are sampled first, and the options are read after each. The probability that the first
+response is better is the mean over the rationales. A thinking model's rationales are its own reasoning.
 `rating`: each response alone, on a scale from 1; its score is the expectation over the scale's tokens (direct RLAIF,
-section 2.2.2 of the same paper), and the vote is the difference of two scores, in points, not nats. There is no order
-to average over: the vote stands in both.
+section 2.2.2 of the same paper), and the vote is the difference of two scores, in points instead of nats. Ratings have
+no order: the same vote is recorded for both.
 
-`pairwise` can do without log-probabilities, which not every server gives: `verdicts: text` draws short answers instead
-and counts those that name an option, with half a count added to each, so that a few draws never make a certainty.
+`pairwise` also works with servers that give no log-probabilities: `verdicts: text` samples short answers and counts
+those that name an option, with half a count added to each, so that a few samples never amount to certainty.
 
-Left out: who is asked about what (stages choose), and what votes amount to (`cai.feedback.labels`).
+Left out: who is asked about what (stages choose), and how votes become labels (`cai.feedback.label_rule`).
 """
 
 from __future__ import annotations
@@ -25,14 +24,18 @@ import numpy as np
 
 from cai.constitution import Principle
 from cai.contracts.engine import Choice, Completion, Engine, Question, Request, Sampling
+from cai.contracts.stage_config import PrincipleField
 from cai.engines.retry import choose_all, generate_all
 from cai.feedback.votes import (
     ORDERS,
+    Order,
     ResponsePair,
+    complete_votes,
+    failed_vote,
+    log_odds_of_a,
     question_id,
     to_questions,
     to_votes,
-    together,
     with_enough_probability,
 )
 from cai.maths.behaviours import declines
@@ -48,29 +51,38 @@ TEMPLATE_NAMES: Mapping[Method, tuple[str, ...]] = {
     "rating": ("rate",),
 }
 """Templates that a judge is asked with."""
-PRINCIPLE_FIELDS: Mapping[Method, tuple[str, ...]] = {
+PRINCIPLE_FIELDS: Mapping[Method, tuple[PrincipleField, ...]] = {
     "pairwise": ("compare",),
     "reasoned": ("compare",),
     "rating": ("critique",),
 }
-"""What principles say to it."""
+"""Principle fields that a judge is asked with."""
 
-ANSWER = Sampling(max_new_tokens=8, temperature=1.0)
-"""How an answer is drawn that is read as text: an option, and what little stands around it."""
-AROUND = " \t\n.:*_`'\"()[]"
-"""What may stand around an option in a drawn answer."""
+ANSWER_SAMPLING = Sampling(max_new_tokens=8, temperature=1.0)
+"""Sampling of an answer that is read as text: an option, and a few characters around it."""
+CHARACTERS_AROUND_OPTION = " \t\n.:*_`'\"()[]"
 
-Asked = Mapping[str, Sequence[Principle]]
+PrinciplesByPair = Mapping[str, Sequence[Principle]]
 """The principles that each pair is judged by, by the pair's id."""
-Order = Literal["ab", "ba"]
-Case = tuple[ResponsePair, Order, Principle]
-Judged = dict[str, tuple[list[PrincipleVote], list[Failure]]]
-"""By the pair's id: its votes, and what failed; votes of a principle in both orders or in none."""
+VotesByPair = dict[str, tuple[list[PrincipleVote], list[Failure]]]
+"""Votes of `complete_votes` and failures, by the pair's id."""
+
+
+class Comparison(NamedTuple):
+    """One pair to be compared in one order by one principle."""
+
+    pair: ResponsePair
+    order: Order
+    principle: Principle
+
+    @property
+    def id(self) -> str:
+        return question_id(self.pair, self.order, self.principle)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Whom pairs are put to, and how."""
+    """A judge's engine and templates, and the method it is asked by."""
 
     engine: Engine
     templates: TemplateSet
@@ -79,136 +91,151 @@ class Judge:
     retries: int
     seed: int = 0
     rationales: int = 1
+    """Rationales sampled for each comparison of `reasoned`."""
     scale: int = 7
-    draws: int | None = None
-    """Answers drawn for each question of `pairwise`; None reads log-probabilities."""
+    """Highest rating of `rating`."""
+    n_samples: int | None = None
+    """Answers sampled for each question of `pairwise`; None reads log-probabilities."""
     sampling: Sampling = field(default_factory=Sampling)
+    """Sampling of rationales."""
 
-    def votes(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
-        """What the judge says of every pair."""
-        return {"pairwise": self._pairwise, "reasoned": self._reasoned, "rating": self._rating}[self.method](
-            pairs, asked
-        )
+    def votes(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
+        """Votes on every pair by its principles."""
+        methods = {"pairwise": self._pairwise, "reasoned": self._reasoned, "rating": self._rating}
+        return methods[self.method](pairs, principles)
 
-    def _pairwise(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
-        questions = [each for pair in pairs for each in to_questions(pair, asked[pair.id], self.templates)]
-        if self.draws is None:
+    def _pairwise(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
+        questions = [question for pair in pairs for question in to_questions(pair, principles[pair.id], self.templates)]
+        if self.n_samples is None:
             answers = choose_all(self.engine, questions, self.retries)
         else:
-            answers = self._drawn(questions, self.draws)
-        return {pair.id: to_votes(pair, asked[pair.id], answers, self.min_option_probability) for pair in pairs}
+            answers = self._choose_by_sampling(questions, self.n_samples)
+        return {pair.id: to_votes(pair, principles[pair.id], answers, self.min_option_probability) for pair in pairs}
 
-    def _drawn(self, questions: Sequence[Question], draws: int) -> dict[str, Choice | Failure]:
-        """The answer to every question by its id, counted over drawn texts."""
+    def _choose_by_sampling(self, questions: Sequence[Question], n_samples: int) -> dict[str, Choice | Failure]:
+        """The answer to every question by its id, from counts of sampled texts."""
         requests = [
-            Request(f"{question.id}/{k}", question.messages, stable_seed(self.seed, question.id, k), ANSWER)
+            Request(f"{question.id}/{k}", question.messages, stable_seed(self.seed, question.id, k), ANSWER_SAMPLING)
             for question in questions
-            for k in range(draws)
+            for k in range(n_samples)
         ]
-        drawn = generate_all(self.engine, requests, self.retries)
+        completions = generate_all(self.engine, requests, self.retries)
         return {
-            question.id: counted(question, [drawn[f"{question.id}/{k}"] for k in range(draws)])
+            question.id: choice_from_texts(question, [completions[f"{question.id}/{k}"] for k in range(n_samples)])
             for question in questions
         }
 
-    def _reasoned(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
-        cases = {f"{question_id(*case)}/{k}": case for case in _cases(pairs, asked) for k in range(self.rationales)}
-        rationales: dict[str, Choice | Failure] = {}
-        texts: dict[str, str] = {}
+    def _reasoned(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
+        comparisons = {
+            f"{comparison.id}/{k}": comparison
+            for comparison in _comparisons(pairs, principles)
+            for k in range(self.rationales)
+        }
+        choices: dict[str, Choice | Failure] = {}
+        rationales: dict[str, str] = {}
         for attempt in range(1 + self.retries):
-            again = [id for id in cases if not isinstance(rationales.get(id), Choice)]
-            if not again:
+            remaining = {id: case for id, case in comparisons.items() if not isinstance(choices.get(id), Choice)}
+            if not remaining:
                 break
-            rationales |= self._think({id: cases[id] for id in again}, attempt, texts)
-        found: Judged = {}
-        for pair in pairs:
-            by_principle = [
-                [self._mean_vote(pair, order, principle, rationales, texts) for order in ORDERS]
-                for principle in asked[pair.id]
-            ]
-            found[pair.id] = together(pair, by_principle)
-        return found
+            choices |= self._reason(remaining, attempt, rationales)
+        return {
+            pair.id: complete_votes(
+                pair,
+                [
+                    [self._mean_vote(Comparison(pair, order, principle), choices, rationales) for order in ORDERS]
+                    for principle in principles[pair.id]
+                ],
+            )
+            for pair in pairs
+        }
 
-    def _think(self, cases: Mapping[str, Case], attempt: int, texts: dict[str, str]) -> dict[str, Choice | Failure]:
-        """One attempt at reasons and at the verdict after each. `texts` learns the reasons.
+    def _reason(
+        self, comparisons: Mapping[str, Comparison], attempt: int, rationales: dict[str, str]
+    ) -> dict[str, Choice | Failure]:
+        """One attempt at a rationale for each comparison and at the verdict after it; adds texts to `rationales`.
 
-        Reasons that were cut off have come to no conclusion, and after a refusal there is no verdict: failures both.
+        A rationale that was cut off has no conclusion, and after a refusal there is no verdict: both are failures.
         """
         requests = []
-        for id, case in cases.items():
+        for id, comparison in comparisons.items():
             seed = stable_seed(self.seed, id)
             seed = stable_seed(seed, attempt) if attempt else seed
-            requests.append(Request(id, self._ask("reason", *case), seed, self.sampling))
-        reasons = generate_all(self.engine, requests, retries=0, whole=True)
-        texts |= {id: _reasoning(given) for id, given in reasons.items() if isinstance(given, Completion)}
+            requests.append(Request(id, self._messages("reason", comparison), seed, self.sampling))
+        completions = generate_all(self.engine, requests, retries=0, fail_if_cut_off=True)
+        rationales |= {
+            id: completion.text if completion.reasoning is None else completion.reasoning
+            for id, completion in completions.items()
+            if isinstance(completion, Completion)
+        }
         questions = [
-            Question(id, self._ask("verdict", *case, reasoning=texts[id]), OPTIONS)
-            for id, case in cases.items()
-            if isinstance(reasons[id], Completion)
+            Question(id, self._messages("verdict", comparison, reasoning=rationales[id]), OPTIONS)
+            for id, comparison in comparisons.items()
+            if isinstance(completions[id], Completion)
         ]
         answers = choose_all(self.engine, questions, retries=0)
-        found: dict[str, Choice | Failure] = {}
-        for id, reason in reasons.items():
-            if isinstance(reason, Failure):
-                found[id] = reason
+        choices: dict[str, Choice | Failure] = {}
+        for id, completion in completions.items():
+            if isinstance(completion, Failure):
+                choices[id] = completion
                 continue
-            verdict = found[id] = with_enough_probability(answers[id], self.min_option_probability)
-            if isinstance(verdict, Failure) and isinstance(answers[id], Choice) and declines(texts[id]):
-                found[id] = Failure(id, f"the judge refused, and {verdict.reason}")
-        return found
+            choice = with_enough_probability(answers[id], self.min_option_probability)
+            if isinstance(choice, Failure) and isinstance(answers[id], Choice) and declines(rationales[id]):
+                choice = Failure(id, f"the judge refused, and {choice.reason}")
+            choices[id] = choice
+        return choices
 
     def _mean_vote(
-        self,
-        pair: ResponsePair,
-        order: Order,
-        principle: Principle,
-        rationales: Mapping[str, Choice | Failure],
-        texts: Mapping[str, str],
+        self, comparison: Comparison, choices: Mapping[str, Choice | Failure], rationales: Mapping[str, str]
     ) -> PrincipleVote | Failure:
-        """Over the reasons that led to a verdict; a failure where none did."""
-        ids = [f"{question_id(pair, order, principle)}/{k}" for k in range(self.rationales)]
-        verdicts = {id: verdict for id in ids if isinstance(verdict := rationales[id], Choice)}
+        """The vote of a comparison over its rationales with a verdict; a failure where none has one."""
+        pair, order, principle = comparison
+        ids = [f"{comparison.id}/{k}" for k in range(self.rationales)]
+        verdicts = {id: choice for id in ids if isinstance(choice := choices[id], Choice)}
         if not verdicts:
-            first = rationales[ids[0]]
-            assert isinstance(first, Failure)
-            return Failure(first.id, f"pair {pair.id}, {principle.id!r}, order {order}: {first.reason}")
-        kept: list[Rationale] = []
-        for id, verdict in verdicts.items():
-            first_better = verdict.log_probs[0] - verdict.log_probs[1]
-            kept.append({"text": texts[id], "log_odds": first_better if order == "ab" else -first_better})
+            failure = choices[ids[0]]
+            assert isinstance(failure, Failure)
+            return failed_vote(failure, pair, order, principle)
+        with_verdict: list[Rationale] = [
+            {"text": rationales[id], "log_odds": log_odds_of_a(verdict, order)} for id, verdict in verdicts.items()
+        ]
         return PrincipleVote(
             principle=principle.id,
             order=order,
-            log_odds=mean_probability([each["log_odds"] for each in kept]),
+            log_odds=log_odds_of_mean_probability([rationale["log_odds"] for rationale in with_verdict]),
             option_probability=float(np.mean([verdict.option_probability for verdict in verdicts.values()])),
-            rationales=kept,
+            rationales=with_verdict,
         )
 
-    def _rating(self, pairs: Sequence[ResponsePair], asked: Asked) -> Judged:
-        cases = {
-            f"{pair.id}/{side}/{principle.id}": Rated(pair.messages, text, principle)
+    def _rating(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
+        rating_requests = {
+            f"{pair.id}/{side}/{principle.id}": RatingRequest(pair.messages, response, principle)
             for pair in pairs
-            for side, text in (("a", pair.a), ("b", pair.b))
-            for principle in asked[pair.id]
+            for side, response in (("a", pair.a), ("b", pair.b))
+            for principle in principles[pair.id]
         }
-        ratings = rate(self.engine, self.templates, cases, self.scale, self.min_option_probability, self.retries)
-        found: Judged = {}
-        for pair in pairs:
-            by_principle = []
-            for principle in asked[pair.id]:
-                vote = _difference(pair, principle, ratings)
-                by_principle.append([vote if isinstance(vote, Failure) else {**vote, "order": o} for o in ORDERS])
-            found[pair.id] = together(pair, by_principle)  # type: ignore[arg-type]
-        return found
+        ratings = rate_responses(
+            self.engine, self.templates, rating_requests, self.scale, self.min_option_probability, self.retries
+        )
+        return {
+            pair.id: complete_votes(
+                pair, [_rating_votes(pair, principle, ratings) for principle in principles[pair.id]]
+            )
+            for pair in pairs
+        }
 
-    def _ask(self, name: str, pair: ResponsePair, order: str, principle: Principle, **more: str) -> list[Message]:
-        first, second = ({"a": pair.a, "b": pair.b}[side] for side in order)
-        return self.templates.ask(
-            name, messages=pair.messages, first=first, second=second, request=principle.compare, **more
+    def _messages(self, template: str, comparison: Comparison, **variables: str) -> list[Message]:
+        first, second = comparison.pair.in_order(comparison.order)
+        return self.templates.render(
+            template,
+            messages=comparison.pair.messages,
+            first=first,
+            second=second,
+            request=comparison.principle.compare,
+            **variables,
         )
 
 
-class Rated(NamedTuple):
+class RatingRequest(NamedTuple):
     """One response to be rated by one principle."""
 
     messages: Sequence[Message]
@@ -223,101 +250,101 @@ class Rating(NamedTuple):
     option_probability: float
 
 
-def rate(
+def rate_responses(
     engine: Engine,
     templates: TemplateSet,
-    cases: Mapping[str, Rated],
+    rating_requests: Mapping[str, RatingRequest],
     scale: int,
     min_option_probability: float,
     retries: int,
 ) -> dict[str, Rating | Failure]:
-    """The rating of every case by its id: the mean of 1 to `scale` under the judge's next token.
+    """The rating of every request by its id: the mean of 1 to `scale` under the judge's next token.
 
-    Numbers that hold less than `min_option_probability` of the probability between them are no rating.
+    A rating fails where the numbers hold less than `min_option_probability` together.
     """
     options = tuple(str(number) for number in range(1, scale + 1))
     questions = [
         Question(
             id,
-            templates.ask(
+            templates.render(
                 "rate",
-                messages=case.messages,
-                response=case.response,
-                request=case.principle.critique,
+                messages=request.messages,
+                response=request.response,
+                request=request.principle.critique,
                 scale=scale,
             ),
             options,
         )
-        for id, case in cases.items()
+        for id, request in rating_requests.items()
     ]
-    found: dict[str, Rating | Failure] = {}
-    for id, given in choose_all(engine, questions, retries).items():
-        answer = with_enough_probability(given, min_option_probability)
-        found[id] = (
-            answer
-            if isinstance(answer, Failure)
-            else Rating(expected_score(answer.log_probs), answer.option_probability)
+    ratings: dict[str, Rating | Failure] = {}
+    for id, answer in choose_all(engine, questions, retries).items():
+        choice = with_enough_probability(answer, min_option_probability)
+        ratings[id] = (
+            choice
+            if isinstance(choice, Failure)
+            else Rating(expected_score(choice.log_probs), choice.option_probability)
         )
-    return found
+    return ratings
 
 
-def _difference(
+def _rating_votes(
     pair: ResponsePair, principle: Principle, ratings: Mapping[str, Rating | Failure]
-) -> PrincipleVote | Failure:
-    """The vote of two ratings; a failure where one of them is."""
-    both = []
+) -> list[PrincipleVote | Failure]:
+    """The difference of two ratings as the vote of both orders; a failure for each where a rating failed."""
+    both_sides = []
     for side in ("a", "b"):
         rating = ratings[f"{pair.id}/{side}/{principle.id}"]
         if isinstance(rating, Failure):
-            return Failure(rating.id, f"pair {pair.id}, {principle.id!r}, response {side}: {rating.reason}")
-        both.append(rating)
-    first, second = both
-    return PrincipleVote(
-        principle=principle.id,
-        order="ab",
-        log_odds=first.score - second.score,
-        option_probability=min(first.option_probability, second.option_probability),
-        scores=[first.score, second.score],
-    )
+            reason = f"pair {pair.id}, {principle.id!r}, response {side}: {rating.reason}"
+            return [Failure(rating.id, reason) for _ in ORDERS]
+        both_sides.append(rating)
+    a, b = both_sides
+    return [
+        PrincipleVote(
+            principle=principle.id,
+            order=order,
+            log_odds=a.score - b.score,
+            option_probability=min(a.option_probability, b.option_probability),
+            scores=[a.score, b.score],
+        )
+        for order in ORDERS
+    ]
 
 
-def counted(question: Question, answers: Sequence[Completion | Failure]) -> Choice | Failure:
-    """The options' log-probabilities by how many answers are each: log((n + 1/2) / (N + options / 2)).
+def choice_from_texts(question: Question, answers: Sequence[Completion | Failure]) -> Choice | Failure:
+    """Log-probabilities of the options from counts of N answers: log((n + 1/2) / (N + options / 2)).
 
-    An answer is an option if nothing else stands in it but marks around; `option_probability` is the
-    share of answers that are one.
+    N counts the answers that are an option, apart from `CHARACTERS_AROUND_OPTION`; their share of all answers is the
+    `option_probability`.
     """
-    texts = [answer.text.strip(AROUND) for answer in answers if isinstance(answer, Completion)]
+    texts = [answer.text.strip(CHARACTERS_AROUND_OPTION) for answer in answers if isinstance(answer, Completion)]
     counts = [texts.count(option) for option in question.options]
     if not any(counts):
-        failed = next((answer.reason for answer in answers if isinstance(answer, Failure)), None)
-        said = failed if not texts else f"first {shorten(texts[0], 40)!r}"
-        return Failure(question.id, f"none of {len(answers)} drawn answers is an option; {said}")
-    whole = sum(counts) + len(counts) / 2
-    log_probs = tuple(math.log((count + 0.5) / whole) for count in counts)
+        failure_reason = next((answer.reason for answer in answers if isinstance(answer, Failure)), None)
+        detail = f"first {shorten(texts[0], 40)!r}" if texts else failure_reason
+        return Failure(question.id, f"none of {len(answers)} sampled answers is an option; {detail}")
+    denominator = sum(counts) + len(counts) / 2
+    log_probs = tuple(math.log((count + 0.5) / denominator) for count in counts)
     return Choice(question.id, log_probs, sum(counts) / len(answers))
 
 
-def mean_probability(log_odds: Sequence[float]) -> float:
-    """The log-odds of the mean probability: log(mean s(x) / mean s(-x)), s the logistic function, without overflow."""
+def log_odds_of_mean_probability(log_odds: Sequence[float]) -> float:
+    """log(mean s(x) / mean s(-x)) of log-odds x, s the logistic function, without overflow."""
     x = np.asarray(log_odds, dtype=float)
     better, worse = (-np.logaddexp(0.0, sign * x) for sign in (-1.0, 1.0))
     return float(np.logaddexp.reduce(better) - np.logaddexp.reduce(worse))
 
 
 def expected_score(log_probs: Sequence[float]) -> float:
-    """Mean of 1, 2, ... under the options' probabilities, their sum taken as 1."""
+    """Mean of 1, 2, ... under the options' probabilities, normalised to a sum of 1."""
     p = np.exp(np.asarray(log_probs) - np.logaddexp.reduce(log_probs))
     return float(p @ np.arange(1, len(p) + 1))
 
 
-def _reasoning(completion: Completion) -> str:
-    return completion.text if completion.reasoning is None else completion.reasoning
-
-
-def _cases(pairs: Sequence[ResponsePair], asked: Asked) -> Iterator[Case]:
-    """What shares most of its prompt stands side by side."""
+def _comparisons(pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> Iterator[Comparison]:
+    """All comparisons in the order of their questions: neighbours share a long prefix."""
     for pair in pairs:
         for order in ORDERS:
-            for principle in asked[pair.id]:
-                yield pair, order, principle
+            for principle in principles[pair.id]:
+                yield Comparison(pair, order, principle)

@@ -1,30 +1,63 @@
-"""Unit tests for principles: whether a judge sees the author's examples as the author does.
+"""Unit tests for principles: whether a judge agrees with the author's examples.
 
-Every example of a constitution is put to the judge under its own principle, in both orders. It passes where the
-log-odds, averaged over the orders, are on the side of the response that the author calls better. Evenness passes
-nothing, and no answer is no pass.
+Every example of a constitution is put to the judge under its own principle, in both orders. It passes where the mean
+log-odds of both orders are on the side of the response that the author calls better. An even judge passes nothing, and
+an example without an answer does not pass.
 
-Left out: whether the principle is a good one, and how it gets along with the others (that takes votes of a run).
+Left out: whether the principle is a good one, and how it goes together with the others (that takes votes of a run).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from cai.constitution import Constitution, Example, Principle
 from cai.contracts.engine import Engine
 from cai.engines.retry import choose_all
-from cai.feedback import calibration
-from cai.feedback.labels import probability
 from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, to_questions, to_votes
+from cai.maths.calibration import calibration_error
 from cai.maths.statistics import rate, worst_case
+from cai.maths.vote_aggregation import mean_over_orders, sigmoid
 from cai.templates import TemplateSet
-from cai.text.errors import BadInput, nearest
+from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import printable, shorten
+from cai.text.tables import aligned_lines
+
+
+class RateBounds(TypedDict):
+    """[lowest, highest] rates that are possible if the failed examples had an answer."""
+
+    accuracy: list[float]
+    flip_rate: list[float]
+
+
+class ExampleFigures(TypedDict):
+    """A judge on examples; `interval` is the accuracy's 95 %, clustered by prompt."""
+
+    accuracy: float
+    """Share of examples that pass; one without an answer does not pass."""
+    interval: list[float]
+    n: int
+    failed: int
+    """Examples without an answer."""
+    flip_rate: float | None
+    """Share of answered examples whose verdict changes with the order."""
+    confidence: float | None
+    """Mean probability of the preferred response."""
+    bounds: RateBounds
+    failing: NotRequired[list[dict[str, Any]]]
+    """Examples of one principle that do not pass."""
+
+
+class ConstitutionFigures(ExampleFigures):
+    """The same over all examples, and by principle."""
+
+    principles: dict[str, ExampleFigures]
 
 
 @dataclass(frozen=True)
@@ -33,12 +66,12 @@ class Outcome:
 
     principle: str
     number: int
-    """Of the example in its principle, from 1."""
+    """Number of the example in its principle, from 1."""
     prompt: str
     log_odds: tuple[float, float] | None
-    """Shown first, and shown second; None where the judge gave no answer."""
+    """With the better response shown first, and second; None where the judge gave no answer."""
     reason: str = ""
-    """Why there is none."""
+    """Why there is no answer."""
 
     @property
     def name(self) -> str:
@@ -46,18 +79,25 @@ class Outcome:
         return f"{self.principle}/{self.number}"
 
     @property
-    def passed(self) -> bool:
-        return self.log_odds is not None and sum(self.log_odds) > 0
+    def mean_log_odds(self) -> float:
+        """Mean log-odds of both orders. Raises ValueError where there is no answer."""
+        if self.log_odds is None:
+            raise ValueError(f"{self.name} has no answer")
+        return mean_over_orders(*self.log_odds)
 
     @property
-    def flipped(self) -> bool:
-        """Whether the verdict turns with the order."""
+    def is_passed(self) -> bool:
+        return self.log_odds is not None and self.mean_log_odds > 0
+
+    @property
+    def is_flipped(self) -> bool:
+        """Whether the verdict changes with the order."""
         return self.log_odds is not None and self.log_odds[0] * self.log_odds[1] < 0
 
     @property
     def p_better(self) -> float:
-        """Probability of the better response by the averaged log-odds."""
-        return 0.0 if self.log_odds is None else float(probability(np.array(sum(self.log_odds) / 2)))
+        """Probability of the better response by the mean log-odds; 0 without an answer."""
+        return 0.0 if self.log_odds is None else float(sigmoid(np.array(self.mean_log_odds)))
 
     def as_json(self) -> dict[str, Any]:
         """The example's name, prompt and verdict."""
@@ -69,35 +109,39 @@ class Outcome:
         }
 
 
-def with_examples_of(constitution: Constitution, other: Constitution) -> Constitution:
-    """The constitution with somebody else's examples instead of its own. Raises BadInput for an id that it has not."""
-    ids = [each.id for each in constitution.principles]
-    for each in other.principles:
-        if each.id not in ids:
-            known = f"expected one of {constitution.path}{nearest(each.id, ids)}"
-            raise BadInput(printable(f"{each.where}: found the principle {each.id!r}, {known}"))
-    given = {each.id: each.examples for each in other.principles}
-    changed = (replace(each, examples=given.get(each.id, ())) for each in constitution.principles)
-    return replace(constitution, principles=tuple(changed))
+def with_examples_of(constitution: Constitution, source: Constitution) -> Constitution:
+    """The constitution with the examples of `source` instead of its own.
+
+    Raises BadInput for a principle of `source` that the constitution does not have.
+    """
+    ids = [principle.id for principle in constitution.principles]
+    for principle in source.principles:
+        if principle.id not in ids:
+            expected = f"expected one of {constitution.path}{did_you_mean(principle.id, ids)}"
+            raise BadInput(printable(f"{principle.location}: found the principle {principle.id!r}, {expected}"))
+    examples_by_id = {principle.id: principle.examples for principle in source.principles}
+    principles = tuple(
+        replace(principle, examples=examples_by_id.get(principle.id, ())) for principle in constitution.principles
+    )
+    return replace(constitution, principles=principles)
 
 
 def run_examples(constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int = 1) -> list[Outcome]:
-    """Every example put to the judge, in the document's order. Raises BadInput where there is none."""
-    cases = list(examples_of(constitution))
-    if not cases:
+    """Puts every example to the judge, in the document's order. Raises BadInput where there is none."""
+    examples = list(examples_of(constitution))
+    if not examples:
         raise BadInput(printable(f"{constitution.path}: none of its principles has an example to test"))
-    questions = [question for principle, _, _, pair in cases for question in to_questions(pair, [principle], templates)]
+    questions = [
+        question for principle, _, _, pair in examples for question in to_questions(pair, [principle], templates)
+    ]
     answers = choose_all(engine, questions, retries)
     outcomes = []
-    for principle, number, example, pair in cases:
+    for principle, number, example, pair in examples:
         votes, failures = to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY)
-        odds = {vote["order"]: vote["log_odds"] for vote in votes}
-        outcomes.append(
-            Outcome(
-                principle.id, number, example.prompt,
-                (odds["ab"], odds["ba"]) if votes else None, failures[0].reason if failures else "",
-            )
-        )  # fmt: skip
+        by_order = {vote["order"]: vote["log_odds"] for vote in votes}
+        log_odds = (by_order["ab"], by_order["ba"]) if votes else None
+        reason = failures[0].reason if failures else ""
+        outcomes.append(Outcome(principle.id, number, example.prompt, log_odds, reason))
     return outcomes
 
 
@@ -109,62 +153,61 @@ def examples_of(constitution: Constitution) -> Iterator[tuple[Principle, int, Ex
             yield principle, number, example, pair
 
 
-def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Accuracy, flip rate and confidence, over all examples and by principle; intervals are clustered by prompt.
-
-    An example without an answer has not passed. `bounds` say how far it may move each rate, whatever the answer.
-    """
-    by_principle: dict[str, list[Outcome]] = {}
+def example_figures(outcomes: Sequence[Outcome]) -> ConstitutionFigures:
+    """Accuracy, flip rate and confidence, over all examples and by principle."""
+    outcomes_by_principle: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        by_principle.setdefault(outcome.principle, []).append(outcome)
-    return _measured(outcomes) | {
-        "principles": {
-            id: _measured(some) | {"failing": [each.as_json() for each in some if not each.passed]}
-            for id, some in by_principle.items()
-        }
-    }
+        outcomes_by_principle.setdefault(outcome.principle, []).append(outcome)
+    principles: dict[str, ExampleFigures] = {}
+    for id, of_principle in outcomes_by_principle.items():
+        failing = [outcome.as_json() for outcome in of_principle if not outcome.is_passed]
+        principles[id] = {**_measure_outcomes(of_principle), "failing": failing}
+    return {**_measure_outcomes(outcomes), "principles": principles}
 
 
-def calibration_error(outcomes: Sequence[Outcome]) -> float | None:
-    """Expected calibration error over the examples that have an answer."""
-    odds = np.array([sum(each.log_odds) / 2 for each in outcomes if each.log_odds is not None])
-    return calibration.calibration_error(odds, np.ones(len(odds))) if len(odds) else None
+def example_calibration_error(outcomes: Sequence[Outcome]) -> float | None:
+    """Expected calibration error over the examples that have an answer; None without any."""
+    log_odds = np.array([outcome.mean_log_odds for outcome in outcomes if outcome.log_odds is not None])
+    return calibration_error(log_odds, np.ones(len(log_odds))) if len(log_odds) else None
 
 
-def _measured(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    accuracy = rate([float(each.passed) for each in outcomes], [each.prompt for each in outcomes])
-    answered = [each for each in outcomes if each.log_odds is not None]
-    failed = len(outcomes) - len(answered)
-    flips = sum(each.flipped for each in answered)
-    right = sum(each.passed for each in answered)
+def _measure_outcomes(outcomes: Sequence[Outcome]) -> ExampleFigures:
+    accuracy = rate([float(outcome.is_passed) for outcome in outcomes], [outcome.prompt for outcome in outcomes])
+    assert accuracy.value is not None, "there are examples"
+    answered = [outcome for outcome in outcomes if outcome.log_odds is not None]
+    n_failed = len(outcomes) - len(answered)
+    n_flipped = sum(outcome.is_flipped for outcome in answered)
+    n_passed = sum(outcome.is_passed for outcome in answered)
+    confidences = [max(outcome.p_better, 1 - outcome.p_better) for outcome in answered]
     return {
         "accuracy": accuracy.value,
         "interval": list(accuracy.interval),
         "n": len(outcomes),
-        "failed": failed,
-        "flip_rate": flips / len(answered) if answered else None,
-        "confidence": sum(max(each.p_better, 1 - each.p_better) for each in answered) / len(answered)
-        if answered
-        else None,
+        "failed": n_failed,
+        "flip_rate": n_flipped / len(answered) if answered else None,
+        "confidence": sum(confidences) / len(answered) if answered else None,
         "bounds": {
-            "accuracy": list(worst_case(right, len(answered), failed)),
-            "flip_rate": list(worst_case(flips, len(answered), failed)),
+            "accuracy": list(worst_case(n_passed, len(answered), n_failed)),
+            "flip_rate": list(worst_case(n_flipped, len(answered), n_failed)),
         },
     }
 
 
-def lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def example_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """The figures as a table, then every example that fails."""
-    found = figures(outcomes)
-    width = max(len("all"), *(len(id) for id in found["principles"]))
-    yield f"{'':{width}}  passed  accuracy, 95 % interval  flips  confidence"
-    for id, each in [*found["principles"].items(), ("all", found)]:
-        low, high = each["interval"]
-        flips, sure = ("-" if each[key] is None else f"{100 * each[key]:.0f} %" for key in ("flip_rate", "confidence"))
-        passed = f"{round(each['accuracy'] * each['n'])}/{each['n']}"
-        share = f"{100 * each['accuracy']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-        yield printable(f"{id:{width}}  {passed:>6}  {share:>23}  {flips:>5}  {sure:>10}")
+    figures = example_figures(outcomes)
+    rows: list[tuple[str, ExampleFigures]] = [*figures["principles"].items(), ("all", figures)]
+    cells = [["", "passed", "accuracy, 95 % interval", "flips", "confidence"]]
+    for name, row in rows:
+        accuracy, (low, high) = row["accuracy"], row["interval"]
+        flips, confidence = (
+            "-" if value is None else f"{100 * value:.0f} %" for value in (row["flip_rate"], row["confidence"])
+        )
+        passed = f"{round(accuracy * row['n'])}/{row['n']}"
+        interval = f"{100 * accuracy:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        cells.append([name, passed, interval, flips, confidence])
+    yield from aligned_lines(cells, "<>>>>")
     for outcome in outcomes:
-        if not outcome.passed:
-            why = outcome.reason or f"the better response has probability {outcome.p_better:.2f}"
-            yield printable(f"failing {outcome.name}: {shorten(repr(outcome.prompt), 80)}: {why}")
+        if not outcome.is_passed:
+            reason = outcome.reason or f"the better response has probability {outcome.p_better:.2f}"
+            yield printable(f"failing {outcome.name}: {shorten(repr(outcome.prompt), 80)}: {reason}")

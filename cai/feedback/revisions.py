@@ -1,8 +1,8 @@
-"""Reads what a critic or reviser wrote: did it do its task, and where in its text is the revision?
+"""Reads the text of a critic or reviser: whether it did its task, and which part of it is the revision.
 
 Models talk around their work: "Sure! Here is the revised response:", quotation marks, tags or a code fence around it,
-"Note: I removed …" at the end. `unwrapped` takes that away, unless the text being revised had it too: then it belongs
-to the answer. Only English, and only what stands at the very start or end: a revision that discusses itself in the
+"Note: I removed …" at the end. `unwrapped` removes that, unless the text before the revision has it too: then it
+belongs to the answer. Only English, and only talk at the very start or end: a revision that discusses itself in the
 middle ("The assistant should have said …") is not recognised.
 """
 
@@ -18,7 +18,7 @@ _REVISED: Final = (
     r"|safer|harmless|new|final|suggested|possible)\w*"
 )
 _TEXT: Final = r"(?:response|answer|reply|version|revision|rewrite|rewording|message)"
-_OTHERS_TEXT: Final = re.compile(rf"\bof your (?!(?:previous |original |last )?{_TEXT})", re.IGNORECASE)
+_USERS_TEXT: Final = re.compile(rf"\bof your (?!(?:previous |original |last )?{_TEXT})", re.IGNORECASE)
 _END: Final = r"(?::[*_]{0,3}[ \t]*\n*\s*|[.!]?[*_]{0,3}[ \t]*\n\s*)"
 _PREAMBLE: Final = re.compile(
     r"\A[*_#\s]{0,4}(?:[^\n:]{0,160}?[.!,;] )?"
@@ -72,43 +72,43 @@ class Unwrapped(NamedTuple):
     """A revision without the talk around it."""
 
     text: str
-    stripped: bool
-    """Whether anything was taken away."""
+    is_stripped: bool
+    """Whether any talk was removed."""
 
 
 def unwrapped(text: str, before: str) -> Unwrapped:
-    """The revision in a reviser's text. `before` is what was to be revised: habits it has as well are left alone."""
-    whole = text.strip()
-    kept = whole
+    """The revision in a reviser's text. Talk that `before`, the text to be revised, has as well is not removed."""
+    revision = text.strip()
     for _ in range(4):  # "Sure! Here it is:", then a label, then quotation marks
-        shorter = _without_talk(kept, before.strip())
-        if shorter == kept:
+        shorter = _without_talk(revision, before.strip())
+        if shorter == revision:
             break
-        kept = shorter
-    return Unwrapped(kept, kept != whole)
+        revision = shorter
+    return Unwrapped(revision, revision != text.strip())
 
 
 def _without_talk(text: str, before: str) -> str:
     for pattern in (_PREAMBLE, _LABEL):
         match = pattern.match(_straight(text))
-        if match and not pattern.match(_straight(before)) and not _OTHERS_TEXT.search(match[0]):
+        if match and not pattern.match(_straight(before)) and not _USERS_TEXT.search(match[0]):
             return text[match.end() :].strip()
     if (match := _REMARK.search(_straight(text))) and not _REMARK.search(_straight(before)):
         return text[: match.start()].strip()
     if (match := _FENCE.match(text)) and not before.startswith(text[:3]):
         return (match["code"] or match["tagged"] or "").strip()
-    close = _QUOTES.get(text[:1])
-    if close and len(text) > 1 and text.endswith(close) and not before.startswith(text[0]):
-        inner = text[1:-1]
-        if close not in inner and text[0] not in inner:
-            return inner.strip()
+    closing_quote = _QUOTES.get(text[:1])
+    if closing_quote and len(text) > 1 and text.endswith(closing_quote) and not before.startswith(text[0]):
+        quoted = text[1:-1]
+        if closing_quote not in quoted and text[0] not in quoted:
+            return quoted.strip()
     return text
 
 
 def refuses_to_criticise(critique: str) -> bool:
-    """Whether a critic declines instead of criticising, or says nothing.
+    """Whether a critic declines instead of criticising, or writes nothing.
 
-    Looks at its first two sentences where the critic speaks of itself. "I cannot find a fault" is a critique.
+    Searches those of its first two sentences in which the critic speaks of itself. "I cannot find a fault" is a
+    critique.
     """
     if not critique.strip():
         return True
@@ -117,28 +117,28 @@ def refuses_to_criticise(critique: str) -> bool:
 
 
 def refuses_to_revise(revision: str, request: str) -> bool:
-    """Whether a reviser declines its own task, rather than what the user asked for in `request`.
+    """Whether a reviser declines its own task, rather than the user's `request`.
 
-    Sees refusals that name the task: "I can't rewrite this response". Where the user asks for a rewriting too, "I can't
-    rewrite this" is taken as addressed to the user. A bare "I can't help with that" is never seen.
+    Recognises refusals that name the task: "I can't rewrite this response". Where the user asks for a rewriting too,
+    "I can't rewrite this" counts as addressed to the user. A bare "I can't help with that" never counts.
     """
-    task = [_ABOUT_THE_RESPONSE] if _asks_for_changes(request) else [_ABOUT_THE_RESPONSE, _ABOUT_THIS]
+    task_patterns = [_ABOUT_THE_RESPONSE] if _asks_for_changes(request) else [_ABOUT_THE_RESPONSE, _ABOUT_THIS]
     return any(
-        declines(sentence) and any(pattern.search(sentence) for pattern in task)
+        declines(sentence) and any(pattern.search(sentence) for pattern in task_patterns)
         for sentence in _sentences(revision)[:3]
     )
 
 
 def declares_no_change(revision: str, request: str) -> bool:
-    """Whether a reviser only says that nothing need be changed; not seen where the user asked about changes too."""
+    """Whether a reviser only says that no change is needed; never where the user's request is about changes too."""
     if len(revision) >= 300 or _asks_for_changes(request):
         return False
     return any(_NO_CHANGE.search(sentence) for sentence in _sentences(revision)[:2])
 
 
-def same_text(one: str, other: str) -> bool:
-    """Whether two texts differ in nothing but spaces and capitals."""
-    return one.casefold().split() == other.casefold().split()
+def same_text(first: str, second: str) -> bool:
+    """Whether two texts differ in spaces and capitals at most."""
+    return first.casefold().split() == second.casefold().split()
 
 
 def _asks_for_changes(request: str) -> bool:
@@ -146,11 +146,11 @@ def _asks_for_changes(request: str) -> bool:
 
 
 def _straight(text: str) -> str:
-    """Straight apostrophes; as long as before, so that positions hold."""
+    """The text with straight apostrophes, of the same length."""
     return text.replace("’", "'").replace("‘", "'")
 
 
 def _sentences(text: str) -> list[str]:
-    """Sentences in lower case with straight apostrophes; a new line ends one too."""
-    parts = re.split(r"(?<=[.!?])\s+|\n+", _straight(text).lower().strip())
-    return [part for part in parts if part]
+    """Sentences in lower case with straight apostrophes; a line break ends a sentence too."""
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", _straight(text).lower().strip())
+    return [sentence for sentence in sentences if sentence]

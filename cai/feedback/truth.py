@@ -1,10 +1,8 @@
-"""Which response of a pair is the better one, where that is known: what labels can be held against, and fitted to.
+"""Which response of a pair is the better one, where that is known: labels are measured against it and fitted to it.
 
-`human`: people said so of this very pair. `oracle`: the prompt is of the embedded world, whose oracle scores responses.
-Truth is the probability that *a* is better; 0.5, where people contradict each other or the oracle scores both alike, is
-a tie and says nothing about a judge.
-
-Left out: what labels are worth by it (`cai.feedback.calibration`).
+`human`: people labelled this very pair. `oracle`: the prompt is of the embedded world, whose oracle scores responses.
+Truth is the probability that *a* is better. It is 0.5, a tie, where people contradict each other or the oracle scores
+both responses alike; ties are not used to measure a judge.
 """
 
 from __future__ import annotations
@@ -14,70 +12,73 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cai.feedback.labels import Bools, Floats
+from cai.maths.vote_aggregation import Bools, Floats
 from cai.storage.rows import TOPIC
 from cai.text.errors import BadInput
 
-Kind = Literal["human", "oracle"]
-NONE = (
-    "no pair of this run has a known truth; that takes pairs that people labelled (`human:` of a judge stage) or "
-    "prompts of source micro"
-)
+TruthKind = Literal["human", "oracle"]
 
 
 class Truth(NamedTuple):
-    """What is known of the pairs of vote rows."""
+    """Truth of one kind about the pairs of vote rows."""
 
-    kind: Kind
-    better: Floats
-    """Probability that *a* is better, (pairs,); NaN where it is not known."""
-    unclear: Bools
-    """Pairs of the embedded world with a response that its oracle cannot read."""
+    kind: TruthKind
+    p_a_better: Floats
+    """Probability that *a* is better, (pairs,); NaN where it is unknown."""
+    is_unclear: Bools
+    """Whether the oracle cannot read a response of the pair although its prompt is of the embedded world, (pairs,)."""
 
     @property
-    def decided(self) -> Bools:
-        """Pairs of which one response is known to be the better one."""
-        decided: Bools = ~np.isnan(self.better) & (self.better != 0.5)
-        return decided
+    def is_decided(self) -> Bools:
+        """Whether one response of the pair is known to be the better one, (pairs,)."""
+        is_decided: Bools = ~np.isnan(self.p_a_better) & (self.p_a_better != 0.5)
+        return is_decided
 
 
-def truths(rows: Sequence[Mapping[str, Any]]) -> dict[Kind, Truth]:
+def available_truths(rows: Sequence[Mapping[str, Any]]) -> dict[TruthKind, Truth]:
     """Every kind of truth that is known of at least one pair, people's first."""
-    found = (_by_people(rows), _by_oracle(rows))
-    return {truth.kind: truth for truth in found if truth.decided.any()}
+    return {truth.kind: truth for truth in (_human_truth(rows), _oracle_truth(rows)) if truth.is_decided.any()}
 
 
-def the_truth(rows: Sequence[Mapping[str, Any]], kind: Kind | None = None) -> Truth:
-    """The truth of that kind, or the only one there is.
+def choose_truth(rows: Sequence[Mapping[str, Any]], kind: TruthKind | None = None) -> Truth:
+    """The truth of that kind; the only one there is where `kind` is None.
 
-    Raises BadInput where there is none, or there are two and nothing says which.
+    Raises BadInput where there is none of the kind, or `kind` is None and there are two.
     """
-    found = truths(rows)
-    if not found:
-        raise BadInput(NONE)
+    truths = available_truths(rows)
+    if not truths:
+        raise BadInput(
+            "no pair of this run has a known truth; that takes pairs that people labelled (`human:` of a judge stage) "
+            "or prompts of source micro"
+        )
     if kind is None:
-        if len(found) > 1:
-            raise BadInput(f"found the truth of {' and of '.join(found)}, expected --truth to say which of them")
-        (kind,) = found
-    if kind not in found:
-        raise BadInput(f"--truth {kind}: no pair of this run has that, expected {' or '.join(found)}")
-    return found[kind]
+        if len(truths) > 1:
+            raise BadInput(f"found the truth of {' and of '.join(truths)}, expected --truth to say which of them")
+        (kind,) = truths
+    if kind not in truths:
+        raise BadInput(f"--truth {kind}: no pair of this run has that, expected {' or '.join(truths)}")
+    return truths[kind]
 
 
-def _by_people(rows: Sequence[Mapping[str, Any]]) -> Truth:
-    better = np.array([row.get("human", np.nan) for row in rows], dtype=float)
-    return Truth("human", better, np.zeros(len(rows), dtype=bool))
+def is_of_embedded_world(tags: Sequence[str]) -> bool:
+    """Whether a prompt with these tags is of the embedded world, whose oracle knows the truth."""
+    return any(tag.startswith(TOPIC) for tag in tags)
 
 
-def _by_oracle(rows: Sequence[Mapping[str, Any]]) -> Truth:
-    of_world = np.array([any(tag.startswith(TOPIC) for tag in row["tags"]) for row in rows], dtype=bool)
-    better = np.full(len(rows), np.nan)
-    for i in np.flatnonzero(of_world).tolist():
-        better[i] = _gold(rows[i])
-    return Truth("oracle", better, of_world & np.isnan(better))
+def _human_truth(rows: Sequence[Mapping[str, Any]]) -> Truth:
+    p_a_better = np.array([row.get("human", np.nan) for row in rows], dtype=float)
+    return Truth("human", p_a_better, np.zeros(len(rows), dtype=bool))
 
 
-def _gold(row: Mapping[str, Any]) -> float:
+def _oracle_truth(rows: Sequence[Mapping[str, Any]]) -> Truth:
+    is_of_world = np.array([is_of_embedded_world(row["tags"]) for row in rows], dtype=bool)
+    p_a_better = np.full(len(rows), np.nan)
+    for i in np.flatnonzero(is_of_world).tolist():
+        p_a_better[i] = _oracle_p_a_better(rows[i])
+    return Truth("oracle", p_a_better, is_of_world & np.isnan(p_a_better))
+
+
+def _oracle_p_a_better(row: Mapping[str, Any]) -> float:
     from cai.micro.oracle import gold_score
 
     a, b = (gold_score(row["prompt"], row[side]["text"]) for side in "ab")

@@ -1,8 +1,8 @@
-"""What a response does, read off its text: refusals, filler, apologies, sermons, hedges, length, loops.
+"""Detectors of behaviours in a response's text: refusals, filler, apologies, sermons, hedges, length, loops.
 
-Every detector is a plain function of English text, fast enough to run over every row, with no model and no network.
-They are surface readers: they find the usual words, not the meaning, and each docstring says what it misses. Use them
-for breakdowns and warnings beside a judge's or a person's verdict, not instead of one.
+Every detector is a plain function of English text, fast enough to run over every row, without a model or a network.
+Detectors match the usual words, not the meaning; each docstring says what its detector misses. Use them for breakdowns
+and warnings beside a judge's or a person's verdict, not instead of one.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Final
 
 OPENING: Final = 400
-"""Characters in which a refusal shows itself; later "I can't" is usually part of an answer."""
+"""Characters that are searched for a refusal; a later "I can't" is usually part of an answer."""
 
 
 def _any(*alternatives: str) -> re.Pattern[str]:
-    """One pattern that matches wherever one of the alternatives does."""
+    """One pattern that matches where any of the alternatives does."""
     return re.compile("|".join(alternatives))
 
 
@@ -28,7 +28,7 @@ _TASKS: Final = "|".join(
         "disclose|reveal|rewrite|revise|rephrase|edit|critique|evaluate|review|identify|describe|carry out|look up",
     )
 )
-"""What a speaker declines to do. Not *find*, *see*, *think*: "I cannot find a fault" declines nothing."""
+"""Verbs for tasks that a speaker declines. *Find*, *see*, *think* are not: "I cannot find a fault" declines nothing."""
 
 _ADVERB: Final = r"(?:(?:simply|really|just|also|personally|actually|therefore|in good conscience|ethically),? )?"
 _CANNOT: Final = r"(?:can ?not|can't|(?:could|wo|would|should)n't|(?:could|will|would|must|may) not)"
@@ -125,27 +125,27 @@ def _plain(text: str) -> str:
 
 
 def _end(pattern: re.Pattern[str], text: str) -> int:
-    """Where the match at the start of the text ends; 0 without one."""
+    """End of the pattern's match at the start of the text; 0 without a match."""
     match = pattern.match(text)
     return match.end() if match else 0
 
 
 def declines(text: str) -> bool:
-    """Whether the speaker says of themselves, at the start, that they will not or cannot do what was asked.
+    """Whether the speaker says at the start that they will not or cannot do what the user asks.
 
-    Reads the first 400 characters, words inside quotation marks left out. Misses refusals by other means: changing the
-    subject, answering a different question, refuting the premise, other languages. Takes a partial refusal ("I can't
-    name a dose, but …") for a whole one.
+    Searches the first 400 characters, without quoted words. Misses refusals by other means: changing the subject,
+    answering a different question, refuting the premise, other languages. Counts a partial refusal ("I can't name a
+    dose, but …") as a refusal.
     """
     opening = _QUOTED.sub(" ", _plain(text)[:OPENING])
     return _DECLINES.search(opening) is not None
 
 
 def refusal(text: str) -> bool:
-    """Whether the response refuses: `declines`, or opens by condemning what was asked.
+    """Whether the response refuses: `declines`, or opens by condemning the request.
 
     Misses answers that only contradict the question's premise ("There is no reason why …"), which some annotators call
-    refusals, and takes an answer that begins with a legal warning for one.
+    refusals. Counts an answer that begins with a legal warning as a refusal.
     """
     if declines(text):
         return True
@@ -154,16 +154,16 @@ def refusal(text: str) -> bool:
 
 
 def opening_filler(text: str) -> bool:
-    """Whether the first words say nothing: "Great question!", "Certainly!", "I'd be happy to help".
+    """Whether the first words are filler: "Great question!", "Certainly!", "I'd be happy to help".
 
-    Knows fixed phrases only. "Sure, the shop is open" counts: the first word could go.
+    Matches fixed phrases only. "Sure, the shop is open" counts: its first word could be left out.
     """
     plain = _plain(text)
     return _FILLER.match(plain, _end(_GREETING, plain)) is not None
 
 
 def apology(text: str) -> bool:
-    """Whether the speaker apologises anywhere. Sympathy ("sorry to hear that", "sorry for your loss") is none.
+    """Whether the speaker apologises anywhere. Sympathy ("sorry to hear that") is no apology.
 
     An apology drafted for the user ("Dear Ann, I am sorry …") counts.
     """
@@ -174,21 +174,21 @@ def apology(text: str) -> bool:
 def sermons(text: str) -> int:
     """Number of moralising turns: "it is important to remember", "you should never", "seek professional help".
 
-    Counts phrases, so good advice that was asked for counts too; compare it between checkpoints on the same prompts.
+    Counts phrases, so advice that the user asked for counts too; compare it between checkpoints on the same prompts.
     """
     return len(_SERMON.findall(_plain(text)))
 
 
 def sermon(text: str) -> bool:
     """Whether the response preaches: two moralising turns, or one in fewer than forty words. Limits as of `sermons`."""
-    found = sermons(text)
-    return found >= 2 or (found == 1 and n_words(text) < 40)
+    n_sermons = sermons(text)
+    return n_sermons >= 2 or (n_sermons == 1 and n_words(text) < 40)
 
 
 def hedging(text: str) -> float:
-    """Hedges ("perhaps", "might", "I think") for each 100 words; 0 for empty text.
+    """Hedges ("perhaps", "might", "I think") per 100 words; 0 for empty text.
 
-    Does not tell honest doubt from evasion, nor the month of May, which counts.
+    Does not distinguish honest doubt from evasion. The month of May counts as a hedge.
     """
     words = n_words(text)
     return 100 * len(_HEDGE.findall(_plain(text))) / words if words else 0.0
@@ -200,12 +200,12 @@ def flattery(text: str) -> bool:
 
 
 def n_words(text: str) -> int:
-    """Length in words: runs of characters between spaces. Languages without spaces come out short."""
+    """Length in words: runs of characters between spaces. Too low for languages without spaces."""
     return len(text.split())
 
 
 def distinct(text: str, n: int = 3) -> float:
-    """Share of the text's word n-grams that are different (Li et al. 2016, arXiv 1510.03055); 1 for shorter text.
+    """Different word n-grams over all word n-grams (Li et al. 2016, arXiv 1510.03055); 1 for texts below n words.
 
     Falls with length for any text: compare texts of similar length.
     """
@@ -215,14 +215,14 @@ def distinct(text: str, n: int = 3) -> float:
 
 
 def looping(text: str) -> bool:
-    """Whether the text ends by saying one thing over and over: a block of 1 to 20 words at least four times in a row.
+    """Whether the text ends in a loop: a block of 1 to 20 words at least four times in a row.
 
-    A block must fill at least twelve words in all, so that "no, no, no, no" is none.
+    The repetitions must fill at least twelve words, so that "no, no, no, no" is no loop.
     """
     words = _plain(text).split()
     for size in range(1, min(20, len(words) // 4) + 1):
-        times = max(4, -(-12 // size))
-        if len(words) >= size * times and words[-size * times :] == words[-size:] * times:
+        n_repeats = max(4, -(-12 // size))
+        if len(words) >= size * n_repeats and words[-size * n_repeats :] == words[-size:] * n_repeats:
             return True
     return False
 
@@ -230,16 +230,16 @@ def looping(text: str) -> bool:
 def truncated(text: str) -> bool:
     """Whether the text stops in the middle: no closing punctuation, and no list, code or table at its end.
 
-    A text cut exactly after a sentence looks finished, and so does an answer of up to three words. `finish_reason`
-    is the better witness where there is one.
+    A text cut exactly after a sentence looks finished, and so does an answer of up to three words. Prefer
+    `finish_reason` where it is recorded.
     """
     stripped = text.rstrip()
-    last = stripped.rsplit("\n", 1)[-1]
+    last_line = stripped.rsplit("\n", 1)[-1]
     if not stripped or stripped.count("```") % 2:
         return bool(stripped)
-    if _SENTENCE_END.search(stripped) or _LIST_LINE.match(last) or n_words(stripped) <= 3:
+    if _SENTENCE_END.search(stripped) or _LIST_LINE.match(last_line) or n_words(stripped) <= 3:
         return False
-    return last[-1].isalnum() or last[-1] in ",;-–—("
+    return last_line[-1].isalnum() or last_line[-1] in ",;-–—("
 
 
 DETECTORS: Final[dict[str, Callable[[str], float]]] = {
@@ -254,4 +254,4 @@ DETECTORS: Final[dict[str, Callable[[str], float]]] = {
     "distinct": distinct,
     "words": n_words,
 }
-"""Detectors of one text by the name that tables give them."""
+"""Detectors of one text by their name in tables."""

@@ -1,14 +1,12 @@
-"""The losses, as pure tensor maths: tensors in, one loss a pair or a token out; no models, no config objects, no
-reduction.
+"""The losses as pure tensor maths: tensors in, one loss a pair or a token out; no models, configs or reductions.
 
-From preferences: a label here is a probability, not a verdict: `p` is how likely the chosen response is the better one.
-Every loss is the expectation of its hard form under that label, p · loss(chosen, rejected) + (1 − p) · loss(rejected,
-chosen), so p = 1 gives back the published loss. Of the two losses on margins, p = ½ teaches that the two responses are
-equal.
+Losses on preferences take a soft label: `p_chosen` is the probability that the chosen response is the better one. Each
+is the expectation of its hard form under that label, p · loss(chosen, rejected) + (1 − p) · loss(rejected, chosen), so
+p = 1 gives the published loss. With p = ½ the two losses on margins are lowest where both responses are equal.
 
-By reinforcement: what proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) computes of a batch of
-responses. `mask` (batch, seq) is true at a response's tokens, which lie without gaps from the first column on; where it
-is false, values are ignored and results are zero.
+Losses on rewards are those of proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347). `mask` (batch,
+seq) is true at a response's tokens, which start in the first column and have no gaps. Where it is false, values are
+ignored and results are zero.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ def bradley_terry(margins: Tensor, p_chosen: Tensor) -> Tensor:
 
     The hard form is Bradley and Terry 1952, as in Ouyang et al. 2022 (arXiv 2203.02155, eq. 1); the soft one is the
     cross-entropy of Bai et al. 2022 (arXiv 2212.08073) and Lee et al. 2023 (arXiv 2309.00267).
-    Lowest where σ(Δ) = p.
+    The loss is lowest where σ(Δ) = p.
 
     margins:  (pairs,) Δ = reward of the chosen response − reward of the rejected one
     p_chosen: (pairs,) label in [0, 1]
@@ -38,11 +36,11 @@ def direct_preference(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, p_
     """DPO with a soft label: `bradley_terry` on the implicit rewards β log π/π_ref, in nats.
 
     The hard form is Rafailov et al. 2023 (arXiv 2305.18290, eq. 7). With p = 1 − ε for every pair this is conservative
-    DPO (Mitchell 2023, ericmitchell.ai/cdpo.pdf). log 2 for any label while the policy is its own reference.
+    DPO (Mitchell 2023, ericmitchell.ai/cdpo.pdf). It is log 2 for any label while policy and reference are equal.
 
     chosen_log_ratios, rejected_log_ratios: (pairs,) log π(response) − log π_ref(response), summed over the tokens
     p_chosen: (pairs,) label in [0, 1]
-    beta:     strength of the tie to the reference
+    beta:     strength of the KL penalty towards the reference
     returns:  (pairs,)
     """
     return bradley_terry(beta * (chosen_log_ratios - rejected_log_ratios), p_chosen)
@@ -52,11 +50,10 @@ def negative_log_likelihood(
     chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor,
     p_chosen: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Expected negative log-likelihood under the label: p of the chosen response's, 1 − p of the rejected one's.
+    """Expected negative log-likelihood under the label, p · NLL(chosen) + (1 − p) · NLL(rejected), in nats a token.
 
-    In nats a token of each response. The hard form is the second term of Pang et al. 2024 (arXiv 2404.19733, eq. 1),
-    which keeps the chosen response from becoming less likely while the rejected one becomes so even faster. An even
-    label raises both.
+    The hard form is the second term of Pang et al. 2024 (arXiv 2404.19733, eq. 1). It keeps the likelihood of the
+    chosen response from falling along with that of the rejected one. An even label raises the likelihood of both.
 
     chosen_log_probs, rejected_log_probs: (pairs,) log π(response), summed over the tokens
     chosen_lengths, rejected_lengths:     (pairs,) tokens
@@ -67,23 +64,17 @@ def negative_log_likelihood(
     return -(p_chosen * chosen + (1 - p_chosen) * rejected)
 
 
-def label_entropy(p_chosen: Tensor) -> Tensor:
-    """The least that either loss on margins can be for these labels, in nats. (pairs,) → (pairs,)"""
-    entropy: Tensor = torch.special.entr(p_chosen) + torch.special.entr(1 - p_chosen)
-    return entropy
-
-
 KLEstimator = Literal["k1", "k3"]
-"""How the KL divergence from the reference is estimated at each token, by the name of Schulman 2020."""
+"""Estimator of the KL divergence from the reference at each token, named as in Schulman 2020."""
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
-    """KL(π ‖ π_ref) estimated at tokens drawn from π, in nats (Schulman 2020, joschu.net/blog/kl-approx.html).
+    """KL(π ‖ π_ref) estimated at tokens sampled from π, in nats (Schulman 2020, joschu.net/blog/kl-approx.html).
 
-    With r = π_ref/π: k1 = −log r and k3 = (r − 1) − log r. Both are unbiased; k3 is never negative, and varies less
-    while the policies are near each other.
+    With r = π_ref/π: k1 = −log r and k3 = (r − 1) − log r. Both are unbiased; k3 is never negative, and has the lower
+    variance while the two policies are similar.
 
-    log_probs, ref_log_probs: (…,) log-probability of each drawn token, natural
+    log_probs, ref_log_probs: (…,) natural log-probability of each sampled token
     returns: (…,)
     """
     log_ratio = ref_log_probs - log_probs
@@ -91,7 +82,7 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator
 
 
 def rewards_at_tokens(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """The reward of each token: −coefficient · KL everywhere, and the response's score at its last token.
+    """The reward of each token: −coefficient · KL, plus the response's score at its last token.
 
     Ziegler et al. 2019 (arXiv 1909.08593, eq. 2), spread over tokens as in Ouyang et al. 2022 (arXiv 2203.02155).
 
@@ -108,30 +99,30 @@ def generalised_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16): advantages and returns.
 
-    A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} − V_t, where V behind a response's last token is 0. The returns,
-    A + V, are what the value function learns.
+    A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} − V_t, where V after a response's last token is 0. The returns,
+    A + V, are the value function's targets.
 
     rewards, values, mask: (batch, seq);  gamma, lam: in [0, 1]
     returns: two of (batch, seq)
     """
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
     advantages = torch.zeros_like(rewards)
-    following, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(values[:, 0])
+    advantage, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(values[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
-        following = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * following
-        advantages[:, t], next_value = following, values[:, t]
+        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * advantage
+        advantages[:, t], next_value = advantage, values[:, t]
     return advantages, advantages + values
 
 
 def whitened(values: Tensor, mask: Tensor) -> Tensor:
-    """Values with mean 0 and variance 1 over all that `mask` holds; fewer than two are left as they are.
+    """Values scaled to mean 0 and variance 1 over the true entries of `mask`; fewer than two are left unchanged.
 
     values, mask: (batch, seq);  returns: (batch, seq)
     """
-    inside = values[mask]
-    if len(inside) < 2:
+    unmasked = values[mask]
+    if len(unmasked) < 2:
         return values.masked_fill(~mask, 0.0)
-    return ((values - inside.mean()) * torch.rsqrt(inside.var() + 1e-8)).masked_fill(~mask, 0.0)
+    return ((values - unmasked.mean()) * torch.rsqrt(unmasked.var() + 1e-8)).masked_fill(~mask, 0.0)
 
 
 def clipped_policy(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
@@ -144,12 +135,12 @@ def clipped_policy(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor,
 
 
 def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """The value function's loss of each token: half the squared error, the larger of it and that of the clipped value.
+    """The value function's loss of each token: half the larger squared error of the value and of the clipped value.
 
-    The value may move by `clip` from that at the rollout before it stops being rewarded for it. Not in the paper but in
-    its authors' code (github.com/openai/baselines, ppo2), as in Ouyang et al. 2022.
+    The clipped value is at most `clip` away from the value at the rollout. The paper does not have this loss, but its
+    authors' code has (github.com/openai/baselines, ppo2), and so do Ouyang et al. 2022.
 
     values, old_values, returns: (…,);  returns: (…,)
     """
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

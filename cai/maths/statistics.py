@@ -1,23 +1,23 @@
 """Rates, differences and win rates over prompts that share topics, with intervals that stay honest with few topics.
 
-Twenty prompts about one thing are not twenty independent observations, so every interval here is clustered. Neither
-usual way survives the figures that matter most in this project, which are close to 0 or 1: a cluster bootstrap and a
-plain cluster-robust error both give an interval of width zero when every response is right. What is used instead:
+Twenty prompts about one topic are not twenty independent observations, so every interval here is clustered. The two
+usual methods fail for rates close to 0 or 1, the most common ones in this project: a cluster bootstrap and a plain
+cluster-robust error both give an interval of width zero when every response is right. The method here is
 
 - Wilson's score interval (Wilson 1927), which stays inside [0, 1] and keeps a width at its ends,
 - with the effective sample size n / deff, deff = 1 + (m - 1) * rho, m = sum(m_g^2) / n (Kish 1965, section 8.2),
-- rho from the cluster-robust variance, drawn towards 1 with the weight of one topic: rho* = (k * rho + 1) / (k + 1),
-  where k = (sum r_g^2)^2 / sum r_g^4 is how many topics the variance estimate rests on. With no event at all k is 0
-  and every topic counts once, which is all that is known; with many topics the term disappears,
+- rho from the cluster-robust variance, shrunk towards 1 with the weight of one topic: rho* = (k * rho + 1) / (k + 1),
+  where k = (sum r_g^2)^2 / sum r_g^4 is the number of topics that the variance estimate rests on. Without any event k
+  is 0 and every topic counts once; with many topics the shrinkage disappears,
 - and Student's t with one degree of freedom less than there are topics (Korn and Graubard 1998).
 
 Simulated coverage of the nominal 95 % over p in {0.02, 0.2, 0.5, 0.98}, 5 to 200 topics, rho from 0 to 1, equal and
 very unequal topics: 0.90 at worst (where Wilson's own discreteness bites: 5 topics, p = 0.02), mostly 0.95 to 0.99;
-without the term in rho it falls to 0.83, with a plain cluster-robust error to 0.10. `tests/test_statistics.py` does a
-part of it again.
+without shrinking rho it falls to 0.83, with a plain cluster-robust error to 0.10. `tests/maths/test_statistics.py`
+repeats a part of the simulation.
 
-Left out: models with random effects, bootstraps, anything that draws random numbers. Every function is a pure function
-of its arguments, and the order of rows does not matter, to the last bit.
+Left out: models with random effects, bootstraps, anything that uses random numbers. Every function is a pure function
+of its arguments, and the order of rows does not change a result, to the last bit.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtr, stdtrit
 
+from cai.maths.vote_aggregation import mean_over_orders
+
 Floats = NDArray[np.float64]
 Verdict = Literal["a better", "b better", "not distinguishable"]
 
@@ -45,17 +47,17 @@ class Rate:
     topics: int
     interval: tuple[float, float]
     missing: int = 0
-    """Rows that belong to it and have no value, since something failed."""
+    """Rows without a value because something failed."""
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """`worst_case` of it."""
+        """The `worst_case` of this rate: its value if every missing row were 0, and if every one were 1."""
         return worst_case((self.value or 0.0) * self.n, self.n, self.missing)
 
     def as_json(self) -> dict[str, Any]:
         """`{"value", "n", "topics", "interval": [low, high]}`; with rows missing also `missing` and `bounds`."""
-        found = {"value": self.value, "n": self.n, "topics": self.topics, "interval": list(self.interval)}
-        return found | ({"missing": self.missing, "bounds": list(self.bounds)} if self.missing else {})
+        figures = {"value": self.value, "n": self.n, "topics": self.topics, "interval": list(self.interval)}
+        return figures | ({"missing": self.missing, "bounds": list(self.bounds)} if self.missing else {})
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,10 @@ class WinRate:
 def worst_case(total: float, n: int, missing: int) -> tuple[float, float]:
     """The mean of `n` rows that add up to `total`, if each of `missing` others were 0, and if each were 1.
 
-    It assumes nothing about why they are missing (Manski 1989, Anatomy of the selection problem).
+    These bounds assume nothing about why rows are missing (Manski 1989, Anatomy of the selection problem).
     """
-    rows = n + missing
-    return (total / rows, (total + missing) / rows) if rows else (0.0, 1.0)
+    n_rows = n + missing
+    return (total / n_rows, (total + missing) / n_rows) if n_rows else (0.0, 1.0)
 
 
 def rate(
@@ -105,8 +107,8 @@ def rate(
 ) -> Rate:
     """Mean of values in [0, 1] (yes or no, probabilities, or halves for ties), clustered by `clusters`.
 
-    `clusters` names each row's topic; None makes each row its own. One topic alone says nothing about others, so its
-    interval is [0, 1]. Rows that failed are `missing`: in no mean and no interval, but in the rate's worst-case bounds.
+    `clusters` names each row's topic; None makes each row its own cluster. One topic alone says nothing about others,
+    so its interval is [0, 1]. Failed rows, `missing`, only enter the worst-case bounds, not the mean or the interval.
     Raises ValueError for values outside [0, 1] or a different number of clusters.
     """
     table = _Table.of(values, clusters)
@@ -119,56 +121,49 @@ def rate(
 
 
 def distinct_share(texts: Sequence[str], clusters: Sequence[str], *, level: float = 0.95) -> Rate:
-    """Different texts over all texts. It falls as more is asked, so compare it between equal numbers of texts only.
+    """Number of different texts over the number of texts. It falls with n: compare it between equal numbers only.
 
-    No mean over rows: whether a text is a repetition depends on the others. The variance is the delete-one-topic
-    jackknife's of the share itself (Efron and Tibshirani 1993, chapter 11), v = (G - 1) / G * sum (s_g - mean s)^2, and
-    the interval Wilson's with p (1 - p) / v rows, at most one a text, or one a topic where v is 0.
+    The share is no mean over rows, since whether a text is a repetition depends on the others. Its variance is that of
+    the delete-one-topic jackknife (Efron and Tibshirani 1993, chapter 11), v = (G - 1) / G * sum (s_g - mean s)^2. The
+    interval is Wilson's with p (1 - p) / v rows, at most one a text, or with one row a topic where v is 0.
     """
     if len(texts) != len(clusters):
         raise ValueError(f"one cluster a text: found {len(texts)} texts and {len(clusters)} clusters")
     if not texts:
         return Rate(None, 0, 0, (0.0, 1.0))
-    sizes, topics_of = Counter(clusters), defaultdict[str, set[str]](set)
-    for text, cluster in zip(texts, clusters, strict=True):
-        topics_of[text].add(cluster)
-    only_there = Counter(next(iter(topics)) for topics in topics_of.values() if len(topics) == 1)
-    n, groups, share = len(texts), len(sizes), len(topics_of) / len(texts)
-    if groups < 2:
-        return Rate(share, n, groups, (0.0, 1.0))
-    without = np.array([(len(topics_of) - only_there[each]) / (n - sizes[each]) for each in sorted(sizes)])
-    variance = float((groups - 1) * without.var())
-    effective = min(share * (1 - share) / variance, float(n)) if variance > 0 and share < 1 else float(groups)
-    t = float(_quantile(level, groups))
-    shrink = 1 + t**2 / effective
-    centre = (share + t**2 / (2 * effective)) / shrink
-    reach = t / shrink * math.sqrt(share * (1 - share) / effective + (t / (2 * effective)) ** 2)
-    high = 1.0 if share == 1 else min(max(centre + reach, share), 1.0)
-    return Rate(share, n, groups, (max(min(centre - reach, share), 0.0), high))
+    topic_sizes, topics_by_text = Counter(clusters), defaultdict[str, set[str]](set)
+    for text, topic in zip(texts, clusters, strict=True):
+        topics_by_text[text].add(topic)
+    n_exclusive = Counter(next(iter(topics)) for topics in topics_by_text.values() if len(topics) == 1)
+    n, n_topics, n_different = len(texts), len(topic_sizes), len(topics_by_text)
+    share = n_different / n
+    if n_topics < 2:
+        return Rate(share, n, n_topics, (0.0, 1.0))
+    shares_without = np.array(
+        [(n_different - n_exclusive[topic]) / (n - topic_sizes[topic]) for topic in sorted(topic_sizes)]
+    )
+    variance = float((n_topics - 1) * shares_without.var())
+    n_effective = min(share * (1 - share) / variance, float(n)) if variance > 0 and share < 1 else float(n_topics)
+    t = float(_t_quantile(level, n_topics))
+    shrinkage = 1 + t**2 / n_effective
+    centre = (share + t**2 / (2 * n_effective)) / shrinkage
+    half_width = t / shrinkage * math.sqrt(share * (1 - share) / n_effective + (t / (2 * n_effective)) ** 2)
+    high = 1.0 if share == 1 else min(max(centre + half_width, share), 1.0)
+    return Rate(share, n, n_topics, (max(min(centre - half_width, share), 0.0), high))
 
 
 def mean(values: Sequence[float], clusters: Sequence[str] | None = None, *, level: float = 0.95) -> Rate:
     """Mean of values without bounds (a length in words): mean ± t * cluster-robust error, t with topics - 1 degrees.
 
-    Raises ValueError for rows of fewer than two clusters: nothing bounds such an interval.
+    The standard error is sqrt(G / (G - 1) * sum r_g^2) / n, r_g the sum of a cluster's residuals (Liang and Zeger 1986;
+    Miller 2024, arXiv 2411.00640, section 2.2, has it without the factor for few clusters). Raises ValueError for rows
+    of fewer than two clusters: nothing bounds such an interval.
     """
     table = _Table.of(values, clusters)
     if table is None or table.topics < 2:
         raise ValueError("an interval of an unbounded mean needs rows of at least two clusters")
-    reach = float(_quantile(level, table.topics)) * table.error
-    return Rate(table.mean, table.n, table.topics, (table.mean - reach, table.mean + reach))
-
-
-def standard_error(values: Sequence[float], clusters: Sequence[str] | None = None) -> float:
-    """Cluster-robust standard error of the mean; with one row a cluster, the sample deviation over sqrt(n).
-
-    sqrt(G / (G - 1) * sum r_g^2) / n, r_g the sum of a cluster's residuals (Liang and Zeger 1986; Miller 2024,
-    arXiv 2411.00640, section 2.2, has the same without the factor for few clusters). Needs two clusters.
-    """
-    table = _Table.of(values, clusters)
-    if table is None or table.topics < 2:
-        raise ValueError("a standard error needs rows of at least two clusters")
-    return table.error
+    half_width = float(_t_quantile(level, table.topics)) * table.standard_error
+    return Rate(table.mean, table.n, table.topics, (table.mean - half_width, table.mean + half_width))
 
 
 def paired_difference(
@@ -176,9 +171,8 @@ def paired_difference(
 ) -> Difference:
     """a - b, row by row, for values in [0, 1] measured on the same prompts.
 
-    The difference lies in [-1, 1]; (d + 1) / 2 lies in [0, 1] and gets the interval of `rate`. Pairing takes out what
-    both share, so that two checkpoints are told apart by the prompts on which they differ. Equal columns are no
-    difference with an interval of little width, never a division by zero.
+    The difference d lies in [-1, 1]; (d + 1) / 2 lies in [0, 1] and gets the interval of `rate`. Pairing removes the
+    variation that both share. Equal columns give a difference of 0 with a narrow interval, never a division by zero.
     """
     if len(a) != len(b):
         raise ValueError(f"a paired difference is over the same rows, found {len(a)} and {len(b)}")
@@ -206,7 +200,7 @@ def win_rate(
 ) -> WinRate:
     """Share of comparisons that a won, from outcomes 1 (a won), 0 (b won) and anything between (a tie, 1/2).
 
-    Probabilities that a is better are outcomes too; their mean is then AlpacaEval 2's win rate.
+    Outcomes may be probabilities that a is better; their mean is then AlpacaEval 2's win rate.
     """
     table = _Table.of(outcomes, clusters)
     estimate = rate(outcomes, clusters, missing=missing, level=level)
@@ -217,23 +211,23 @@ def win_rate(
 
 
 def outcome(log_odds_ab: float, log_odds_ba: float, tie_below: float = 0.0) -> float:
-    """1 if a won, 0 if b won, 1/2 for a tie, from the log-odds (nats) that a is better in each order of showing.
+    """1 if a won, 0 if b won, 1/2 for a tie, from the log-odds (nats) that a is better, one for each order.
 
-    Their mean cancels a judge's additive preference for a position; nearer to even than `tie_below` is a tie.
+    A mean of both orders within `tie_below` nats of even is a tie.
     """
-    lead = (log_odds_ab + log_odds_ba) / 2
+    lead = mean_over_orders(log_odds_ab, log_odds_ba)
     return 0.5 if abs(lead) <= tie_below else float(lead > 0)
 
 
 def verdict(difference: float | None, p_value: float, level: float = 0.95) -> Verdict:
-    """Which of two is better, or that the data do not say."""
+    """Which of a and b is better, or that they are not distinguishable at this level."""
     if not difference or p_value > 1 - level:
         return "not distinguishable"
     return "a better" if difference > 0 else "b better"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (Holm 1979), in the order given: several comparisons, one error rate."""
+    """Holm's step-down adjusted p-values (Holm 1979) of several comparisons, in the order of `p_values`."""
     order = np.argsort(np.asarray(p_values, dtype=float), kind="stable")
     adjusted = [0.0] * len(order)
     largest = 0.0
@@ -255,44 +249,44 @@ def score_interval(
     if sizes.size < 2:
         return np.zeros_like(value), np.ones_like(value)
     n = effective_size(sums, squares, sizes)
-    t = _quantile(level, sizes.size)
-    shrink = 1 + t**2 / n
-    centre = (value + t**2 / (2 * n)) / shrink
-    reach = t / shrink * np.sqrt(value * (1 - value) / n + (t / (2 * n)) ** 2)
-    # The ends are exact at 0 and 1, where rounding would leave 1e-19; the mean itself is always inside.
-    low = np.where(value <= 0, 0.0, np.clip(centre - reach, 0.0, value))
-    high = np.where(value >= 1, 1.0, np.clip(centre + reach, value, 1.0))
+    t = _t_quantile(level, sizes.size)
+    shrinkage = 1 + t**2 / n
+    centre = (value + t**2 / (2 * n)) / shrinkage
+    half_width = t / shrinkage * np.sqrt(value * (1 - value) / n + (t / (2 * n)) ** 2)
+    # Rounding would leave 1e-19 where an end is exactly 0 or 1; the mean always lies inside.
+    low = np.where(value <= 0, 0.0, np.clip(centre - half_width, 0.0, value))
+    high = np.where(value >= 1, 1.0, np.clip(centre + half_width, value, 1.0))
     return low, high
 
 
 def effective_size(sums: ArrayLike, squares: ArrayLike, sizes: ArrayLike) -> Floats:
-    """How many independent yes-or-no answers say as much: p (1 - p) over the variance of the clustered mean.
+    """Number of independent yes-or-no answers with the same variance: p (1 - p) over that of the clustered mean.
 
-    Shapes as in `score_interval`. Values between 0 and 1 vary less than yes or no and count for more.
+    Shapes as in `score_interval`. Values between 0 and 1 vary less than yes or no, so each counts for more than one.
     """
     sums, squares, sizes = (np.asarray(x, dtype=float) for x in (sums, squares, sizes))
-    n, groups = sizes.sum(), sizes.size
+    n, n_clusters = sizes.sum(), sizes.size
     value = sums.sum(-1) / n
     binary = value * (1 - value)
     scatter = np.maximum(squares - n * value**2, 0.0)
-    scatter = np.where(scatter < 1e-12 * n, 0.0, scatter)  # equal values: what is left is rounding
+    scatter = np.where(scatter < 1e-12 * n, 0.0, scatter)  # equal values leave only rounding errors
     residuals = sums - sizes * value[..., None]
-    second, fourth = (residuals**2).sum(-1), (residuals**4).sum(-1)
-    kish = (sizes**2).sum() / n
-    known = (scatter > 0) & (fourth > 0)
+    second_moment, fourth_moment = (residuals**2).sum(-1), (residuals**4).sum(-1)
+    kish_size = (sizes**2).sum() / n
+    is_estimable = (scatter > 0) & (fourth_moment > 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        evidence = np.where(known, second**2 / fourth, 0.0)
-        deff = groups / (groups - 1) * second / scatter if groups > 1 else np.ones_like(value)
-        likeness = np.clip((deff - 1) / (kish - 1), 0.0, 1.0) if kish > 1 else np.zeros_like(value)
-    likeness = (np.where(known, likeness, 0.0) * evidence + 1) / (evidence + 1)
-    # One pseudo-row with the variance of yes or no: equal values (all ties) do not make the interval vanish.
+        k = np.where(is_estimable, second_moment**2 / fourth_moment, 0.0)
+        deff = n_clusters / (n_clusters - 1) * second_moment / scatter if n_clusters > 1 else np.ones_like(value)
+        rho = np.clip((deff - 1) / (kish_size - 1), 0.0, 1.0) if kish_size > 1 else np.zeros_like(value)
+    rho = (np.where(is_estimable, rho, 0.0) * k + 1) / (k + 1)
+    # One pseudo-row with the variance of yes or no keeps the interval of equal values (all ties) from vanishing.
     variance = (scatter + binary) / (n + 1)
-    spread = np.where(binary > 0, binary / np.where(variance > 0, variance, 1.0), 1.0)
-    independent: Floats = n / (1 + (kish - 1) * likeness) * spread
-    return independent
+    variance_ratio = np.where(binary > 0, binary / np.where(variance > 0, variance, 1.0), 1.0)
+    n_effective: Floats = n / (1 + (kish_size - 1) * rho) * variance_ratio
+    return n_effective
 
 
-def _quantile(level: float, clusters: int) -> np.float64:
+def _t_quantile(level: float, clusters: int) -> np.float64:
     return np.float64(stdtrit(clusters - 1, (1 + level) / 2))
 
 
@@ -317,7 +311,7 @@ class _Table:
 
     @classmethod
     def of(cls, values: ArrayLike, clusters: Sequence[str] | None) -> _Table | None:
-        """None for no rows. Rows are sorted first: sums then do not depend on their order."""
+        """The sums, or None without rows. Rows are sorted first, so that sums do not depend on their order."""
         column = np.asarray(values, dtype=float)
         if not np.isfinite(column).all():
             raise ValueError("a missing value is left out by the caller, not averaged")
@@ -326,12 +320,12 @@ class _Table:
         if not len(column):
             return None
         if clusters is None:
-            column, groups = np.sort(column), np.arange(len(column))
+            column, cluster = np.sort(column), np.arange(len(column))
         else:
-            groups = np.unique(np.asarray(clusters, dtype=object), return_inverse=True)[1]
-            order = np.lexsort((column, groups))
-            column, groups = column[order], groups[order]
-        sums, sizes = (np.bincount(groups, weights).astype(np.float64) for weights in (column, None))
+            cluster = np.unique(np.asarray(clusters, dtype=object), return_inverse=True)[1]
+            order = np.lexsort((column, cluster))
+            column, cluster = column[order], cluster[order]
+        sums, sizes = (np.bincount(cluster, weights).astype(np.float64) for weights in (column, None))
         return cls(sums, sizes, float((column**2).sum()), float(column.min()), float(column.max()))
 
     @property
@@ -347,6 +341,7 @@ class _Table:
         return float(self.sums.sum() / self.sizes.sum())
 
     @property
-    def error(self) -> float:
+    def standard_error(self) -> float:
+        """Cluster-robust standard error of the mean."""
         residuals = self.sums - self.sizes * self.mean
         return float(np.sqrt(self.topics / (self.topics - 1) * (residuals**2).sum()) / self.n)

@@ -1,8 +1,8 @@
-"""Ways to answer a request of the world: one act, and habits beside it that vary on their own.
+"""Ways to answer a request of the world: one act, and habits beside it that vary independently.
 
-`draw` writes an answer at stated rates: `BASE` is the assistant that the model is pretrained to be, helpful only, with
-bad habits; `BROAD` covers every act and habit, for the pairs that a judge learns from. An answer keeps its parts apart,
-so that a revision can take one of them out and leave the rest.
+`sample_answer` writes an answer at the rates of a style. `BASE` is the assistant that the model is pretrained to be:
+helpful only, with bad habits. `BROAD` covers every act and habit, for the pairs that a judge learns from. An answer
+keeps its sentences apart, so that a revision can remove one of them and keep the rest.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ACTS: Mapping[str, tuple[str, ...]] = {
     "emotional": ("support", "dismiss", "refuse", "curt"),
     "creative": ("comply", "refuse", "curt"),
 }
-"""What an answer can do with a request, the best first (the worst for harmful ones)."""
+"""What an answer can do with a request of each class, the best act first (for harmful requests the worst)."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How often each act, by class of request, and each habit occurs."""
+    """Probability of each act, by class of request, and of each habit."""
 
     acts: Mapping[str, Rates]
     habits: Rates
@@ -77,7 +77,7 @@ PLAIN = Style(BROAD.acts, dict.fromkeys(BROAD.habits, 0.07))
 
 @dataclass(frozen=True)
 class Answer:
-    """One act in one sentence, and the sentences of the habits that stand beside it."""
+    """One sentence that is the act, `core`, and the sentences of the habits beside it."""
 
     act: str
     core: str
@@ -89,11 +89,11 @@ class Answer:
         return " ".join(parts[slot] for slot in phrases.HABITS if slot in parts)
 
     def without(self, *habits: str) -> Answer:
-        """The same answer with these habits gone."""
+        """The same answer without these habits."""
         return Answer(self.act, self.core, {h: text for h, text in self.habits.items() if h not in habits})
 
 
-def draw(request: Request, style: Style, rng: Random) -> Answer:
+def sample_answer(request: Request, style: Style, rng: Random) -> Answer:
     """An answer at the rates of `style`."""
     rates = style.acts[request.kind]
     act = rng.choices(list(rates), list(rates.values()))[0]
@@ -102,13 +102,13 @@ def draw(request: Request, style: Style, rng: Random) -> Answer:
 
 
 def with_another_act(request: Request, answer: Answer, rng: Random) -> Answer:
-    """The answer with its act exchanged for another that the request could get."""
+    """The answer with its act replaced by another act that fits the request."""
     act = rng.choice([act for act in ACTS[request.kind] if act != answer.act])
     return Answer(act, write_core(request, act, rng), answer.habits)
 
 
 def write_habit(habit: str, rng: Random) -> str:
-    """One sentence of the habit; rambling takes two."""
+    """One sentence of the habit, two if it is `ramble`."""
     sentences = phrases.HABITS[habit]
     return " ".join(rng.sample(sentences, 2)) if habit == "ramble" else rng.choice(sentences)
 
@@ -141,7 +141,4 @@ def write_core(request: Request, act: str, rng: Random) -> str:
 
 
 def _fill(frames: Sequence[str], rng: Random, *gaps: Mapping[str, str]) -> str:
-    filled: dict[str, str] = {}
-    for some in gaps:
-        filled.update(some)
-    return rng.choice(frames).format_map(filled)
+    return rng.choice(frames).format_map({gap: words for part in gaps for gap, words in part.items()})

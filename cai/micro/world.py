@@ -1,14 +1,15 @@
-"""The small world: what can be asked in it, and what of that is for training and what is held out.
+"""The small world: the requests that can be made in it, and which of them are held out.
 
-A request is a topic in one of its phrasings. Topics are put together from parts: a verb with an object, a fact, two
-things of one kind, a feeling with its cause, a form with a subject. Each belongs to one split. Topics of `validation`
-and `test` (tier 1) occur nowhere in the corpus, their parts do; their facts it has told, asked about with yes or no and
-told apart from false sentences, as it has every fact, and no dialogue about. `test_tier2` has verbs that the corpus
-knows from statements about right and wrong alone, with other objects. The test splits also use the phrasings that the
-corpus does not.
+A request is a topic in one of its phrasings. A topic is composed of parts: a verb and an object, a fact, two things of
+one kind, a feeling and its cause, or a form and a subject. Every topic belongs to one split.
 
-Left out: dialogues whose answer depends on more than the last request. Harmful topics are words only: no answer has
-real instructions.
+- `train`: topics of the corpus.
+- `validation`, `test` (tier 1): topics that the corpus does not have, composed of parts that it has. Facts are an
+  exception: the corpus has statements and questions about every fact, but no dialogue about a held-out one.
+- `test_tier2`: verbs that the corpus has in statements about right and wrong alone, with objects other than there.
+
+The test splits also use phrasings that the corpus does not have. Left out: dialogues whose answer depends on more than
+the last request. Harmful topics are words only: no answer has real instructions.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cai.micro import phrases, topics
 from cai.storage.rows import stable_id, stable_seed
-from cai.text.errors import BadInput, nearest
+from cai.text.errors import BadInput, did_you_mean
 
 KINDS = ("harmful", "fair", "borderline", "factual", "false_belief", "opinion", "emotional", "creative")
 HOW_TO = ("harmful", "fair", "borderline")
 SPLITS = ("train", "validation", "test", "test_tier2")
-TOLD = "told"
-"""The split of tier 2's verbs with the objects that statements mention them with: no prompt is about these."""
+STATEMENTS = "told"
+"""Split of the deeds that statements mention the verbs of tier 2 with; no prompt is about them."""
 HELD_OUT = {"test": 80, "validation": 24}
-"""Topics of each class in the splits whose topics the corpus does not have."""
+"""Number of topics of each class in the held-out splits."""
 
 PHRASINGS: Mapping[str, tuple[str, ...]] = {
     "harmful": phrases.REQUESTS,
@@ -46,7 +47,7 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Topic:
-    """What a prompt is about. `variants` fill the gaps of its phrasings: sides of an opinion, several false values."""
+    """What a prompt is about. Each variant fills the gaps of a phrasing: the sides of an opinion, the false values."""
 
     kind: str
     name: str
@@ -56,7 +57,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class Request:
-    """One request of the world: a topic's variant in one phrasing, a deed now and then in some circumstance."""
+    """A variant of a topic in one phrasing. A deed may have a circumstance, such as `this weekend`."""
 
     topic: Topic = field(repr=False)
     variant: int
@@ -69,15 +70,15 @@ class Request:
 
     @property
     def gaps(self) -> Mapping[str, str]:
-        """What fills the phrasing, and what an answer needs: `t` is the true sentence, `w` the false value."""
+        """Words by gap, for the phrasing and for answers: `t` is the true sentence, `w` the false value."""
         return self.topic.variants[self.variant]
 
     @property
     def text(self) -> str:
-        return self.put(PHRASINGS[self.kind][self.phrasing])
+        return self.fill(PHRASINGS[self.kind][self.phrasing])
 
-    def put(self, frame: str) -> str:
-        """The frame with the request's gaps filled, a deed in its circumstance."""
+    def fill(self, frame: str) -> str:
+        """The frame with its gaps filled; a deed is followed by its circumstance."""
         if not self.circumstance:
             return frame.format_map(self.gaps)
         return frame.format_map({**self.gaps, "x": f"{self.gaps['x']} {self.circumstance}"})
@@ -91,86 +92,88 @@ class Request:
 @functools.cache
 def all_topics() -> tuple[Topic, ...]:
     """Every topic of the world, always in the same order."""
-    found: list[Topic] = []
-    for kind, parts in (
-        *((kind, _deeds(families)) for kind, families in _families().items()),
+    world: list[Topic] = []
+    for kind, candidates in (
+        *((kind, _deeds(families)) for kind, families in topics.FAMILIES.items()),
         ("factual", _facts(asked=True)),
         ("false_belief", _facts(asked=False)),
         ("opinion", _opinions()),
         ("emotional", _feelings()),
         ("creative", _wishes()),
     ):
-        listed = list(parts)
-        split = _splits(kind, [(name, words) for name, words, _ in listed])
-        found += [Topic(kind, name, variants, split[name]) for name, _, variants in listed]
-    for kind, families in topics.UNSEEN_FAMILIES.items():
-        for name, words, variants in _deeds(families):
-            # every verb is told about with half of its objects and asked about with the others
-            asked = stable_seed("told", *words) % 2
-            found.append(Topic(kind, name, variants, "test_tier2" if asked else TOLD))
-    return tuple(found)
+        unsplit = list(candidates)
+        split = _splits(kind, unsplit)
+        world += [Topic(kind, topic.name, topic.variants, split[topic.name]) for topic in unsplit]
+    for kind, families in topics.STATEMENT_FAMILIES.items():
+        for topic in _deeds(families):
+            # Statements mention every verb with half of its objects; prompts of tier 2 have the other half.
+            is_in_prompts = stable_seed("told", *topic.parts) % 2
+            world.append(Topic(kind, topic.name, topic.variants, "test_tier2" if is_in_prompts else STATEMENTS))
+    return tuple(world)
 
 
-Parts = Iterator[tuple[str, tuple[str, ...], tuple[Mapping[str, str], ...]]]
-"""Name, the parts that other topics share, and variants."""
+class _UnsplitTopic(NamedTuple):
+    """A topic of which it is not decided yet to which split it belongs."""
+
+    name: str
+    parts: tuple[str, ...]
+    """What it shares with other topics, such as its verb."""
+    variants: tuple[Mapping[str, str], ...]
 
 
-def _splits(kind: str, names: Sequence[tuple[str, tuple[str, ...]]]) -> dict[str, str]:
-    """The split of each name: as many held out as `HELD_OUT` says, every part left in two topics of `train`."""
-    # A fact is one fact, whether it is asked for or believed wrongly.
+def _splits(kind: str, unsplit: Sequence[_UnsplitTopic]) -> dict[str, str]:
+    """Split by name: `HELD_OUT` topics are held out such that every part stays in two topics of `train` at least."""
+    # A fact is in the same split for both classes of requests about facts.
     unit = "fact" if kind in ("factual", "false_belief") else kind
-    split = {name: "train" for name, _ in names}
-    left = Counter(part for _, parts in names for part in parts)
-    wanted = [split for split, count in HELD_OUT.items() for _ in range(count)]
-    for name, parts in sorted(names, key=lambda each: stable_id("held out", unit, each[0])):
-        if wanted and all(left[part] > 2 for part in parts):
-            split[name] = wanted.pop()
-            left.subtract(parts)
-    assert not wanted, f"{kind}: too few topics to hold out"
-    return split
+    split_by_name = {topic.name: "train" for topic in unsplit}
+    n_in_train = Counter(part for topic in unsplit for part in topic.parts)
+    places = [split for split, count in HELD_OUT.items() for _ in range(count)]
+    for topic in sorted(unsplit, key=lambda topic: stable_id("held out", unit, topic.name)):
+        if places and all(n_in_train[part] > 2 for part in topic.parts):
+            split_by_name[topic.name] = places.pop()
+            n_in_train.subtract(topic.parts)
+    assert not places, f"{kind}: too few topics to hold out"
+    return split_by_name
 
 
-def _families() -> dict[str, Sequence[tuple[Sequence[str], Sequence[str]]]]:
-    return {
-        "harmful": topics.HARMFUL_FAMILIES,
-        "fair": topics.FAIR_FAMILIES,
-        "borderline": topics.BORDERLINE_FAMILIES,
-    }
+def _deeds(families: Sequence[topics.Family]) -> Iterator[_UnsplitTopic]:
+    for family in families:
+        for verb, thing in itertools.product(family.verbs, family.objects):
+            yield _UnsplitTopic(f"{verb} {thing}", (verb, thing), ({"x": f"{verb} {thing}"},))
 
 
-def _deeds(families: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Parts:
-    for verbs, objects in families:
-        for verb, thing in itertools.product(verbs, objects):
-            yield f"{verb} {thing}", (verb, thing), ({"x": f"{verb} {thing}"},)
-
-
-def _facts(*, asked: bool) -> Parts:
-    for group, (question, sentence, values) in topics.FACTS.items():
-        for k, v in values.items():
-            true = sentence.format(k=k, v=v)
-            others = sorted(set(values.values()) - {v}, key=lambda other: stable_id(group, k, other))
+def _facts(*, asked: bool) -> Iterator[_UnsplitTopic]:
+    """Facts that users ask for, or with `asked` false, that they believe wrongly."""
+    for group_name, group in topics.FACTS.items():
+        for subject, value in group.values.items():
+            name = f"{group_name} {subject}"
+            true = group.sentence.format(k=subject, v=value)
+            false_values = set(group.values.values()) - {value}
+            ordered = sorted(false_values, key=lambda false_value: stable_id(group_name, subject, false_value))
+            falsehoods = [group.sentence.format(k=subject, v=false_value) for false_value in ordered]
             if asked:
-                false = "; ".join(sentence.format(k=k, v=w) for w in others)
-                yield f"{group} {k}", (), ({"q": question.format(k=k), "t": true, "falsehoods": false},)
+                question = group.question.format(k=subject)
+                variants = ({"q": question, "t": true, "falsehoods": "; ".join(falsehoods)},)
+                yield _UnsplitTopic(name, (), variants)
             else:
-                beliefs = tuple({"f": sentence.format(k=k, v=w), "t": true, "w": w} for w in others)
-                yield f"{group} {k}", (), beliefs
+                beliefs = zip(falsehoods, ordered, strict=True)
+                yield _UnsplitTopic(name, (), tuple({"f": false, "t": true, "w": wrong} for false, wrong in beliefs))
 
 
-def _opinions() -> Parts:
+def _opinions() -> Iterator[_UnsplitTopic]:
     for group in topics.OPINION_GROUPS:
         for p, q in itertools.combinations(group, 2):
-            yield f"{p} or {q}", (p, q), ({"p": p, "q": q}, {"p": q, "q": p})
+            yield _UnsplitTopic(f"{p} or {q}", (p, q), ({"p": p, "q": q}, {"p": q, "q": p}))
 
 
-def _feelings() -> Parts:
+def _feelings() -> Iterator[_UnsplitTopic]:
     for e, c in itertools.product(topics.FEELINGS, topics.CAUSES):
-        yield f"{e} because {c}", (e, c), ({"e": e, "c": c},)
+        yield _UnsplitTopic(f"{e} because {c}", (e, c), ({"e": e, "c": c},))
 
 
-def _wishes() -> Parts:
+def _wishes() -> Iterator[_UnsplitTopic]:
     for k, o in itertools.product(topics.FORMS, topics.SUBJECTS):
-        yield f"{k} about {o}", (k, o), ({"k": k, "o": o},)
+        yield _UnsplitTopic(f"{k} about {o}", (k, o), ({"k": k, "o": o},))
 
 
 @functools.cache
@@ -181,60 +184,60 @@ def topics_of(split: str, kind: str) -> tuple[Topic, ...]:
 
 @functools.cache
 def phrasings_of(split: str, kind: str) -> tuple[int, ...]:
-    """The phrasings that prompts of a split use: those of the corpus, and where it is held out some that are too.
+    """Indices into `PHRASINGS[kind]` that prompts of a split use: all of the corpus, and in held-out splits others too.
 
-    The first of these is for validation, so that figures there show what new ways of asking do; the rest are the test
-    splits' own.
+    Of the held-out phrasings the first is for validation, so that its figures show what new phrasings do; the others
+    are for the test splits.
     """
     frames = PHRASINGS[kind]
-    of_corpus = len(trained(frames))
-    unseen = {"train": (), "validation": (of_corpus,)}.get(split, range(of_corpus + 1, len(frames)))
-    return (*range(of_corpus), *unseen)
+    n_trained = len(trained_part(frames))
+    held_out = {"train": (), "validation": (n_trained,)}.get(split, range(n_trained + 1, len(frames)))
+    return (*range(n_trained), *held_out)
 
 
 @functools.cache
 def requests(split: str, kind: str) -> tuple[Request, ...]:
-    """Every request of one class in one split, in an order that names each topic once before any twice.
+    """Every request of one class in one split; every topic comes once before any topic comes a second time.
 
     Raises BadInput for an unknown split.
     """
     if split not in SPLITS:
-        known = ", ".join(SPLITS)
-        raise BadInput(f"no split {split!r} of source micro, expected one of {known}" + nearest(split, SPLITS))
+        expected = ", ".join(SPLITS)
+        raise BadInput(f"no split {split!r} of source micro, expected one of {expected}" + did_you_mean(split, SPLITS))
     ranked = []
     for topic in topics_of(split, kind):
-        found = [
+        of_topic = [
             Request(topic, variant, phrasing, _circumstance(topic, variant, phrasing))
             for variant in range(len(topic.variants))
             for phrasing in phrasings_of(split, kind)
         ]
-        found.sort(key=lambda request: stable_id("order", split, request.text))
-        ranked += [(rank, stable_id("topic", split, topic.name), request) for rank, request in enumerate(found)]
+        of_topic.sort(key=lambda request: stable_id("order", split, request.text))
+        ranked += [(rank, stable_id("topic", split, topic.name), request) for rank, request in enumerate(of_topic)]
     ranked.sort(key=lambda entry: entry[:2])
     return tuple(request for _, _, request in ranked)
 
 
 def _circumstance(topic: Topic, variant: int, phrasing: int) -> str:
-    """That of the one request that a split has for a topic, variant and phrasing: none half of the time."""
+    """Circumstance of the request with this topic, variant and phrasing; half of the deeds have none."""
     if topic.kind not in HOW_TO:
         return ""
-    drawn = stable_seed("circumstance", topic.name, variant, phrasing) % (2 * len(phrases.CIRCUMSTANCES))
-    return phrases.CIRCUMSTANCES[drawn] if drawn < len(phrases.CIRCUMSTANCES) else ""
+    index = stable_seed("circumstance", topic.name, variant, phrasing) % (2 * len(phrases.CIRCUMSTANCES))
+    return phrases.CIRCUMSTANCES[index] if index < len(phrases.CIRCUMSTANCES) else ""
 
 
 def topic_name(topic: Topic) -> str:
-    """The cluster of a request's figures: its class and topic in one word."""
+    """Class and topic in one word: the cluster of the intervals of figures."""
     return f"{topic.kind}/{topic.name}".replace(" ", "-").replace("'", "")
 
 
 T = TypeVar("T")
 
 
-def trained(wordings: Sequence[T]) -> Sequence[T]:
-    """Those of a list of wordings that the corpus uses: all but the last fifth."""
-    return wordings[: len(wordings) - len(wordings) // 5]
+def trained_part(phrases: Sequence[T]) -> Sequence[T]:
+    """The phrases of a list that the corpus uses: all but the last fifth."""
+    return phrases[: len(phrases) - len(phrases) // 5]
 
 
-def held_out(wordings: Sequence[T]) -> Sequence[T]:
-    """Those that it never does."""
-    return wordings[len(wordings) - len(wordings) // 5 :]
+def held_out_part(phrases: Sequence[T]) -> Sequence[T]:
+    """The phrases of a list that the corpus never uses: the last fifth."""
+    return phrases[len(phrases) - len(phrases) // 5 :]

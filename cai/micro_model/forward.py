@@ -1,9 +1,9 @@
-"""The training step of the small model: a Llama's own parameters, read by a forward pass that a CPU is quick at.
+"""The forward pass and the loss of the small model's pretraining, written for CPUs.
 
-The same sums as in transformers, in bfloat16 throughout, one layer compiled and used for all; the loss reads the
-vocabulary once and keeps its gradient instead of the probabilities. Gradients land in the Llama's parameters, so the
-optimizer, the checkpoints and the export know nothing of it. Left out: what this Llama has not, such as key-value
-groups, biases, dropout and scaled positions.
+It computes what transformers' Llama computes, from the same parameters, in bfloat16 throughout. One decoder layer is
+compiled and used for all layers. The loss computes logits once and keeps their gradient instead of the probabilities.
+Gradients arrive in the Llama's parameters, so optimizer, resume points and export need no special case. Left out: what
+this Llama does not have, such as key-value groups, biases, dropout and scaled positions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 HALF = torch.bfloat16
 BLOCKS = 2
-"""Blocks of queries on a CPU: the first needs not look at the later half of a row's keys."""
+"""Blocks of queries on a CPU: the first block skips the second half of the keys, which the causal mask hides."""
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch, *, compiled: bool = True) -> Tensor:
-    """Weighted mean cross-entropy (nats a unit of weight); soft targets share their weight between two tokens."""
+    """Weighted mean cross-entropy in nats; a soft target divides its weight between two tokens."""
     hidden, table = _hidden(model, batch, compiled)
     device = hidden.device
     targets, others, shares, weights = (
-        each.to(device).reshape(-1, 1) for each in (batch.targets, batch.others, batch.shares, batch.weights)
+        column.to(device).reshape(-1, 1) for column in (batch.targets, batch.others, batch.shares, batch.weights)
     )
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss: Tensor = _Head.apply(flat, table, targets, others, shares, weights / weights.sum(), _kernel(compiled))  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ def logits_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 
 def _hidden(model: LlamaForCausalLM, batch: Batch, compiled: bool) -> tuple[Tensor, Tensor]:
-    """Hidden states after the last norm, (rows, length, width), and the table of tied embeddings, in bfloat16."""
+    """Hidden states after the last norm, (rows, length, width), and the tied embeddings, both in bfloat16."""
     config, core = model.config, model.model
     device, eps = core.embed_tokens.weight.device, config.rms_norm_eps
     layer = _compile(_layer) if compiled else _layer
@@ -54,13 +54,14 @@ def _hidden(model: LlamaForCausalLM, batch: Batch, compiled: bool) -> tuple[Tens
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     mask = torch.zeros(batch.mask.shape, dtype=HALF, device=device).masked_fill_(~batch.mask.to(device), -1e4)
     x = F.embedding(batch.ids.to(device), table)
-    for each in core.layers:
-        a, m = each.self_attn, each.mlp
+    for decoder_layer in core.layers:
+        a, m = decoder_layer.self_attn, decoder_layer.mlp
         qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]).to(HALF)
         gate_up = torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(HALF)
         x = layer(
-            x, cos, sin, mask, each.input_layernorm.weight, qkv, a.o_proj.weight.to(HALF),
-            each.post_attention_layernorm.weight, gate_up, m.down_proj.weight.to(HALF), config.num_attention_heads, eps,
+            x, cos, sin, mask, decoder_layer.input_layernorm.weight, qkv, a.o_proj.weight.to(HALF),
+            decoder_layer.post_attention_layernorm.weight, gate_up, m.down_proj.weight.to(HALF),
+            config.num_attention_heads, eps,
         )  # fmt: skip
     return _norm(x, core.norm.weight, eps), table
 
@@ -100,7 +101,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of (rows, heads, length, size); spelled out on a CPU, where torch's own kernel is slow backward."""
+    """Attention of (rows, heads, length, size); written out on a CPU, where torch's kernel has a slow backward pass."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     length, outputs = q.shape[2], []
@@ -118,15 +119,15 @@ def _loss_and_gradient(
     """The loss and its gradient by the logits (tokens, vocabulary); the other arguments are (tokens, 1)."""
     wide = logits.float()
     log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
-    chosen, other = wide.gather(-1, targets), wide.gather(-1, others)
-    loss = (weights * (log_sum - shares * chosen - (1 - shares) * other)).sum()
+    target_logits, other_logits = wide.gather(-1, targets), wide.gather(-1, others)
+    loss = (weights * (log_sum - shares * target_logits - (1 - shares) * other_logits)).sum()
     token = torch.arange(logits.shape[-1], device=logits.device)
-    wanted = torch.where(token == targets, shares, 0.0) + torch.where(token == others, 1 - shares, 0.0)
-    return loss, (weights * (torch.exp(wide - log_sum) - wanted)).to(HALF)
+    target_probs = torch.where(token == targets, shares, 0.0) + torch.where(token == others, 1 - shares, 0.0)
+    return loss, (weights * (torch.exp(wide - log_sum) - target_probs)).to(HALF)
 
 
 class _Head(torch.autograd.Function):
-    """Logits of tied embeddings and the loss; keeps the gradient instead of the probabilities."""
+    """Logits of tied embeddings and the loss; saves the gradient of the logits instead of the probabilities."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -1,7 +1,7 @@
-"""Documents packed into rows: a prefix once, then each of its branches, which see the prefix and themselves alone.
+"""Documents packed into rows: the shared prefix once, then a branch for each example.
 
-A branch's positions restart at the end of its prefix, so that every example reads as if it stood alone: its logits are
-those of the plain sequence. Rows hold several documents, which do not see one another.
+A branch attends to the prefix and to itself alone, and its positions continue those of the prefix, so that the logits
+of every example are those of its plain sequence. A row has several documents, which do not attend to one another.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CONTEXT = 0.02
-"""What a token of a user's message counts in the loss."""
+"""Weight in the loss of a token of a user's message."""
 
 
 @dataclass
 class Packed:
-    """One document as parallel lists, a value a token. Targets are of the token that follows in the same example."""
+    """One document as parallel lists with one value a token. The target of a token is the next one of its example."""
 
     ids: list[int]
     positions: list[int]
@@ -34,15 +34,15 @@ class Packed:
     """0 in the prefix, 1, 2, ... in the branches."""
     targets: list[int]
     others: list[int]
-    """The other target where the target is soft, else the same."""
+    """The second target if the target is soft, else the same as `targets`."""
     shares: list[float]
-    """Probability of `targets`; the rest goes to `others`."""
+    """Target probability of `targets`; that of `others` is the rest."""
     weights: list[float]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of shape (rows, length), and `mask` of shape (rows, 1, length, length): True where a token is seen."""
+    """Tensors of shape (rows, length), and `mask` of shape (rows, 1, length, length): True where a token attends."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -58,9 +58,9 @@ def pack(document: Document, tokenizer: PreTrainedTokenizerFast, limit: int) -> 
     end, options = tokenizer.convert_tokens_to_ids(END), tokenizer.convert_tokens_to_ids(list(OPTIONS))
     questions = _encode(tokenizer, [render(example.messages) for example in document])
     answers = _encode(tokenizer, [example.answer for example in document])
-    shared = _shared(questions) if len(questions) > 1 else 0
+    shared = shared_prefix_length(questions) if len(questions) > 1 else 0
     packed = Packed(questions[0][:shared], list(range(shared)), [0] * shared, [], [], [], [])
-    _follow(packed, packed.ids[1:], [CONTEXT] * (shared - 1))
+    _append_targets(packed, packed.ids[1:], [CONTEXT] * (shared - 1))
     for branch, (example, question, answer) in enumerate(zip(document, questions, answers, strict=True), start=1):
         ids = question[shared:] + answer + [end]
         if len(packed.ids) + len(ids) > limit and (branch > 1 or shared):
@@ -76,25 +76,26 @@ def pack(document: Document, tokenizer: PreTrainedTokenizerFast, limit: int) -> 
         packed.branches += [branch] * len(ids)
         if shared:
             _pad_targets(packed, start)
-        _follow(packed, ids[1:], weights[1:])
+        _append_targets(packed, ids[1:], weights[1:])
         if example.p_first is not None:
-            at = len(packed.ids) - 3
-            packed.targets[at], packed.others[at], packed.shares[at] = options[0], options[1], example.p_first
+            letter = len(packed.ids) - 3  # the token before the letter, which precedes the end of the turn
+            packed.targets[letter], packed.others[letter] = options
+            packed.shares[letter] = example.p_first
     _pad_targets(packed, len(packed.ids))
     return packed
 
 
 def _question_weights(example: Example, question: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[float]:
-    """What each token of the question counts: little, but for the thoughts that the model is to have had itself."""
-    if example.thoughts is None or len(example.messages) < 3:
+    """Weight of each token of the question: `CONTEXT`, except in a rationale of the model's own."""
+    if example.rationale_weight is None or len(example.messages) < 3:
         return [CONTEXT if example.messages else example.weight] * len(question)
     before, through = (len(_encode(tokenizer, [render(example.messages[:n])])[0]) for n in (-2, -1))
-    through -= 1  # `render` ends with the next turn's mark
-    return [CONTEXT] * before + [example.thoughts] * (through - before) + [CONTEXT] * (len(question) - through)
+    through -= 1  # `render` ends with the token that opens the next turn
+    return [CONTEXT] * before + [example.rationale_weight] * (through - before) + [CONTEXT] * (len(question) - through)
 
 
-def _shared(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all sequences have."""
+def shared_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all sequences share."""
     columns = zip(*sequences, strict=False)
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
 
@@ -104,7 +105,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[li
     return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-def _follow(packed: Packed, targets: Sequence[int], weights: Sequence[float]) -> None:
+def _append_targets(packed: Packed, targets: Sequence[int], weights: Sequence[float]) -> None:
     packed.targets += targets
     packed.others += targets
     packed.shares += [1.0] * len(targets)
@@ -112,30 +113,30 @@ def _follow(packed: Packed, targets: Sequence[int], weights: Sequence[float]) ->
 
 
 def _pad_targets(packed: Packed, length: int) -> None:
-    """The last token of a prefix or a branch has no successor in its example: nothing is learned there."""
+    """Adds targets of weight 0 up to `length`: the last token of a prefix or a branch has no next token."""
     missing = length - len(packed.targets)
-    _follow(packed, [0] * missing, [0.0] * missing)
+    _append_targets(packed, [0] * missing, [0.0] * missing)
 
 
-def batch(seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, rows: int, length: int) -> Batch:
-    """The corpus's `step`-th batch: documents placed where they fit, until several in a row do not."""
+def make_batch(seed: int, step: int, tokenizer: PreTrainedTokenizerFast, *, rows: int, length: int) -> Batch:
+    """The corpus's `step`-th batch: each document goes to the first row that it fits into, until 12 fitted nowhere."""
     stream, misses = documents(seed, step), 0
     placed: list[list[Packed]] = [[] for _ in range(rows)]
-    room = [length] * rows
+    free_tokens = [length] * rows
     while misses < 12:
         packed = pack(next(stream), tokenizer, length)
         size = len(packed.ids)
-        row = next((i for i in range(rows) if room[i] >= size), None)
+        row = next((i for i in range(rows) if free_tokens[i] >= size), None)
         if row is None:
             misses += 1
             continue
         placed[row].append(packed)
-        room[row] -= size
+        free_tokens[row] -= size
     return collate(placed, length, tokenizer.convert_tokens_to_ids(PAD))
 
 
 def collate(rows: Sequence[Sequence[Packed]], length: int, pad: int) -> Batch:
-    """Rows of packed documents as one batch; padding sees itself alone and is not learned from."""
+    """Rows of packed documents as one batch; a padding token attends to itself alone and has weight 0."""
     shape = (len(rows), length)
     ids = torch.full(shape, pad)
     document, branch = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
@@ -154,7 +155,7 @@ def collate(rows: Sequence[Sequence[Packed]], length: int, pad: int) -> Batch:
 
 
 def branch_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """True where token i may see token j: not later, of the same document, in its prefix or in the same branch.
+    """True where token i attends to token j: j is not later, of the same document, in its prefix or in the same branch.
 
     `document` and `branch` have shape (rows, length), -1 marks padding; the mask has shape (rows, 1, length, length).
     """

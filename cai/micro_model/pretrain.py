@@ -1,9 +1,9 @@
-"""Trains the small model from scratch on the generated corpus: in 70 minutes on one CPU core; a GPU has not been tried.
+"""Trains the small model from scratch on the generated corpus, in 70 minutes on one CPU core. Not tried on a GPU.
 
-Hidden matrices by Muon (Jordan et al. 2024), which needed about half of AdamW's steps in trials; the rest by AdamW.
-Resumable: a checkpoint with the optimizers' state is written every few hundred steps, and the batch of a step depends
-on the seed and the step alone. What the model makes of the validation split is measured on the way, logged and drawn.
-Left out: several processes and gradient accumulation.
+Muon (Jordan et al. 2024) trains the matrices of the layers, for which it needed about half of AdamW's steps in trials;
+AdamW trains the other parameters. A resume point with the optimizers' state is saved every `RESUME_EVERY` steps, and a
+batch depends on the seed and the step alone, so that an interrupted training ends with the same model. Figures on the
+validation split are logged and drawn. Left out: several processes and gradient accumulation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cai.micro.world import HOW_TO, topics_of
 from cai.micro_model import tasks
 from cai.micro_model.corpus import MAKERS, Source, corpus_hash, is_long
 from cai.micro_model.forward import logits_of, loss_of
-from cai.micro_model.packing import Batch, batch, collate, pack
+from cai.micro_model.packing import Batch, collate, make_batch, pack
 from cai.micro_model.pretraining_curves import draw_curves
 from cai.micro_model.tokenizer import BOS, CONTEXT_LENGTH, END, PAD, train_tokenizer
 from cai.storage.rows import canonical_json
@@ -36,15 +36,15 @@ from cai.templates import OPTIONS
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-STATE, METRICS = "training.pt", "metrics.jsonl"
+RESUME_POINT, METRICS = "training.pt", "metrics.jsonl"
 SHARPEN = 1.5
-"""What the exported logits are multiplied by, through the last norm: sampling at temperature 1 is then what 0.67 was.
+"""Factor on the exported logits, applied to the last norm's weight: temperature 1 then samples as 0.67 did before.
 
-A model this small keeps a thin tail of probability on tokens that no answer has, and some samples fell there.
+A model this small leaves some probability on tokens that no answer has, which were sampled now and then.
 """
-EVERY = 200
-"""Steps from one checkpoint and validation to the next, a multiple of the steps over which a loss is averaged."""
-LOGGED = 50
+RESUME_EVERY = 200
+"""Steps from one resume point and validation to the next; a multiple of `LOG_EVERY`."""
+LOG_EVERY = 50
 VALIDATION_DOCUMENTS = 96
 TOKENIZER_EXAMPLES = 20_000
 
@@ -70,18 +70,18 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Training:
-    """How the model is trained. A step has `rows` of `length` tokens, a long one as many in rows of all the context."""
+    """How the model is trained. A step has `rows` of `length` tokens; a long step has rows of full contexts instead."""
 
     seed: int = 0
     steps: int = 6000
-    """Fewer stop before the schedule's and the corpus's end."""
+    """With fewer steps training stops before the schedule and the corpus end."""
     size: str = "large"
     rows: int = 10
     length: int = 416
     learning_rate: float = 3e-3
     warm_up: int = 50
     schedule: tuple[tuple[int, float], ...] = ((0, 1.0), (4000, 1.0), (6000, 0.0))
-    """Share of the learning rate by step, with lines between."""
+    """(step, factor on the learning rate), linearly interpolated."""
     weight_decay: float = 0.05
     momentum: float = 0.95
     clip: float = 1.0
@@ -98,25 +98,25 @@ def pretrain(
 ) -> dict[str, object]:
     """Trains a model and writes it to `output` with its tokenizer, cai.json, metrics.jsonl and its curves.
 
-    `device` is a torch device, the accelerator if there is one by default. With `resume` a checkpoint in `output` that
-    was made with the same `training` is continued. `compiled` is whether layers are, by default where there is a
-    compiler. Returns what cai.json says.
+    `device` is a torch device, by default the accelerator if there is one. With `resume` training continues from a
+    resume point in `output`, if it is of the same `training` and corpus. `compiled` says whether layers are compiled,
+    by default if there is a compiler. Returns the content of cai.json.
     """
     training = training or Training()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if compiled is None:
         compiled = can_compile(device)
         if not compiled:
-            log("nothing here to compile with (g++ on a CPU, triton on a GPU): a step takes about 1.6 times as long")
+            log("found no compiler (g++ on a CPU, triton on a GPU): a step takes about 1.6 times as long")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(training.seed)
     tokenizer = train_tokenizer(training.seed, SIZES[training.size].vocabulary, TOKENIZER_EXAMPLES)
     model = new_model(SIZES[training.size], tokenizer).to(device)
     optimizers = new_optimizers(model, training)
-    first = _resume(output / STATE, training, model, optimizers) if resume else 0
-    _keep_metrics(output / METRICS, first)
+    first = _resume(output / RESUME_POINT, training, model, optimizers) if resume else 0
+    _truncate_metrics(output / METRICS, first)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {training.steps} on {device}")
-    # Killed after its last export, before the checkpoint went: there is nothing left to train.
+    # A training that was killed between its last export and the removal of its resume point has no steps left.
     summary = json.loads((output / "cai.json").read_text(encoding="utf-8")) if first == training.steps else {}
     validation = validation_batches(tokenizer, training)
     started, tokens, losses = time.monotonic(), 0, []
@@ -134,27 +134,28 @@ def pretrain(
                 optimizer.zero_grad(set_to_none=True)
         tokens += rows.ids.numel()
         losses.append(loss.item())
-        done = step + 1
-        if done % LOGGED == 0 or done == training.steps:
+        n_done = step + 1
+        if n_done % LOG_EVERY == 0 or n_done == training.steps:
             rate = tokens / (time.monotonic() - started)
-            left = (training.steps - done) * training.rows * training.length / rate / 60
-            log(f"step {done} loss {sum(losses) / len(losses):.4f} tokens/s {rate:.0f}, {left:.0f} minutes left")
-            _note(output / METRICS, {"step": done, "loss": sum(losses) / len(losses)})
+            minutes_left = (training.steps - n_done) * training.rows * training.length / rate / 60
+            mean_loss = sum(losses) / len(losses)
+            log(f"step {n_done} loss {mean_loss:.4f} tokens/s {rate:.0f}, {minutes_left:.0f} minutes left")
+            _append_metrics(output / METRICS, {"step": n_done, "loss": mean_loss})
             losses = []
-        if done % EVERY == 0 or done == training.steps:
+        if n_done % RESUME_EVERY == 0 or n_done == training.steps:
             figures = validate(model, validation)
-            log(f"step {done} " + " ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-            _note(output / METRICS, {"step": done, **figures})
+            log(f"step {n_done} " + " ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+            _append_metrics(output / METRICS, {"step": n_done, **figures})
             draw_curves({output.name: output / METRICS}, output / "curves.svg")
-            _checkpoint(output / STATE, training, model, optimizers, done)
-            summary = export(output, model, tokenizer, training, done, figures)
-    (output / STATE).unlink(missing_ok=True)
+            _save_resume_point(output / RESUME_POINT, training, model, optimizers, n_done)
+            summary = export(output, model, tokenizer, training, n_done, figures)
+    (output / RESUME_POINT).unlink(missing_ok=True)
     return summary
 
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """Numbers too small for the hardware's fast way count as 0, in here only."""
+    """Treats denormal numbers as 0 in this block, because CPUs compute slowly with them."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -170,15 +171,15 @@ def can_compile(device: str) -> bool:
 
 
 def step_batch(training: Training, step: int, tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """What a step learns from."""
+    """The batch of a step."""
     rows, length = training.rows, training.length
     if is_long(step) and rows * length >= CONTEXT_LENGTH:
         rows, length = rows * length // CONTEXT_LENGTH, CONTEXT_LENGTH
-    return batch(training.seed, step, tokenizer, rows=rows, length=length)
+    return make_batch(training.seed, step, tokenizer, rows=rows, length=length)
 
 
 def new_optimizers(model: LlamaForCausalLM, training: Training) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, its steps scaled to AdamW's size so that they share a rate; AdamW for the rest."""
+    """Muon for the layers' matrices, scaled so that AdamW's learning rate fits; AdamW for the other parameters."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -196,37 +197,37 @@ def new_optimizers(model: LlamaForCausalLM, training: Training) -> list[torch.op
 
 
 def rate_at(step: int, training: Training) -> float:
-    """Share of the learning rate at a step, counted from 0."""
+    """Factor on the learning rate at a step, counted from 0."""
     steps, shares = zip(*training.schedule, strict=True)
     return min((step + 1) / training.warm_up, float(np.interp(step, steps, shares)))
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Batches about the topics of split `validation`, and which of their tokens answer what."""
+    """Batches about the topics of split `validation`."""
 
     batches: Sequence[Batch]
     answers: dict[str, tuple[int, int]]
-    """Ids of the two tokens between which votes, and statements about right and wrong, decide."""
+    """By figure, the ids of the two tokens that answer its questions."""
 
 
 def validation_batches(tokenizer: PreTrainedTokenizerFast, training: Training) -> Validation:
     """The same documents for every model with the same tokenizer."""
     rng = Random(1)
     source = Source(rng, "validation")
-    some = [
+    documents = [
         MAKERS[name](source)
         for name in ("comparison", "acts", "review", "dialogue")
         for _ in range(VALIDATION_DOCUMENTS)
     ]
     for kind in HOW_TO:
         for topic in topics_of("validation", kind):
-            some.append([tasks.deed(kind, topic.name, rng) for _ in range(3)])
-    packed = [pack(document, tokenizer, training.length) for document in some]
-    packed.sort(key=lambda each: len(each.ids))
+            documents.append([tasks.judge_deed(kind, topic.name, rng) for _ in range(3)])
+    packed = [pack(document, tokenizer, training.length) for document in documents]
+    packed.sort(key=lambda document: len(document.ids))
     pad = tokenizer.convert_tokens_to_ids(PAD)
     batches = [
-        collate([[each] for each in packed[i : i + 24]], len(packed[min(i + 24, len(packed)) - 1].ids), pad)
+        collate([[document] for document in packed[i : i + 24]], len(packed[min(i + 24, len(packed)) - 1].ids), pad)
         for i in range(0, len(packed), 24)
     ]
     a, b = tokenizer.convert_tokens_to_ids(list(OPTIONS))
@@ -236,23 +237,23 @@ def validation_batches(tokenizer: PreTrainedTokenizerFast, training: Training) -
 
 @torch.no_grad()
 def validate(model: LlamaForCausalLM, validation: Validation) -> dict[str, float]:
-    """Loss on the validation split; share of votes on the better side, and of deeds rightly called wrong or fine."""
+    """Mean loss, the share of votes for the better response, and that of deeds correctly called wrong or fine."""
     loss = weight = 0.0
     right = dict.fromkeys(validation.answers, 0)
     total = dict.fromkeys(validation.answers, 0)
     for rows in validation.batches:
         logits = logits_of(model, rows).float().cpu()
         log_probs = torch.log_softmax(logits, dim=-1)
-        chosen = log_probs.gather(-1, rows.targets[..., None])[..., 0]
-        other = log_probs.gather(-1, rows.others[..., None])[..., 0]
-        loss -= float((rows.weights * (rows.shares * chosen + (1 - rows.shares) * other)).sum())
+        target_log_probs = log_probs.gather(-1, rows.targets[..., None])[..., 0]
+        other_log_probs = log_probs.gather(-1, rows.others[..., None])[..., 0]
+        loss -= float((rows.weights * (rows.shares * target_log_probs + (1 - rows.shares) * other_log_probs)).sum())
         weight += float(rows.weights.sum())
-        for name, (one, two) in validation.answers.items():
-            ours = (rows.targets == one) | (rows.targets == two)
-            first = torch.where(rows.targets == one, rows.shares, 1 - rows.shares)
-            ours &= (rows.weights >= tasks.STATEMENT) & (first != 0.5)
-            right[name] += int((((logits[..., one] > logits[..., two]) == (first > 0.5)) & ours).sum())
-            total[name] += int(ours.sum())
+        for name, (first, second) in validation.answers.items():
+            is_answer = (rows.targets == first) | (rows.targets == second)
+            p_first = torch.where(rows.targets == first, rows.shares, 1 - rows.shares)
+            is_answer &= (rows.weights >= tasks.STATEMENT) & (p_first != 0.5)
+            right[name] += int((((logits[..., first] > logits[..., second]) == (p_first > 0.5)) & is_answer).sum())
+            total[name] += int(is_answer.sum())
     return {"validation_loss": loss / weight} | {name: right[name] / max(1, total[name]) for name in right}
 
 
@@ -314,7 +315,7 @@ def export(
     return summary
 
 
-def _checkpoint(
+def _save_resume_point(
     path: Path, training: Training, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], steps: int
 ) -> None:
     state = {
@@ -328,14 +329,14 @@ def _checkpoint(
 
 
 def _identity(training: Training) -> str:
-    """What a checkpoint must have been made with to be continued."""
+    """What must be equal for a training to continue from a resume point."""
     return canonical_json([asdict(training), corpus_hash(training.seed)])
 
 
 def _resume(
     path: Path, training: Training, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
 ) -> int:
-    """Loads the checkpoint if there is one of the same training on the same corpus; the steps that it has done."""
+    """Loads the resume point if it is of the same training and corpus; the number of its steps, 0 if there is none."""
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
@@ -348,13 +349,13 @@ def _resume(
     return steps
 
 
-def _keep_metrics(path: Path, steps: int) -> None:
-    """Cuts the log back to what the checkpoint has done."""
+def _truncate_metrics(path: Path, steps: int) -> None:
+    """Removes logged metrics of steps after the resume point."""
     lines = path.read_text(encoding="utf-8").splitlines() if steps and path.is_file() else []
     kept = [line for line in lines if json.loads(line)["step"] <= steps]
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _note(path: Path, figures: dict[str, float]) -> None:
+def _append_metrics(path: Path, figures: dict[str, float]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(canonical_json(figures) + "\n")

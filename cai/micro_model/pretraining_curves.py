@@ -1,4 +1,4 @@
-"""Pretraining as a picture: loss, judge accuracy and world accuracy by step, a line for each run."""
+"""Draws pretraining: loss, judge accuracy and world accuracy by step, one line a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from cai.report.picture import COLOURS, SOFT
+from cai.report.figure_style import COLOURS, GRID, MUTED, saved_figure
 from cai.text.formatting import printable
 
 PANELS = {
@@ -18,13 +18,10 @@ PANELS = {
 
 
 def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
-    """Draws metrics.jsonl of each run, by its name. The suffix of `path` says how: .svg or .png."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    """Draws the metrics.jsonl of each named run to a .svg or .png file."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    with matplotlib.rc_context({"svg.hashsalt": "cai", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(9, 5), layout="constrained")
+    with saved_figure(path, 9, 5) as figure:
         panels = figure.subplots(2, 2).flat
         for axes, (metric, title) in zip(panels, PANELS.items(), strict=True):
             for number, (name, log) in enumerate(runs.items()):
@@ -40,10 +37,8 @@ def draw_curves(runs: Mapping[str, Path], path: Path) -> None:
                 axes.yaxis.set_major_formatter("{x:g}")
             else:
                 axes.set_ylim(0.45, 1.01)
-            axes.grid(color="#e3e6ea", lw=0.8)
-            axes.tick_params(length=0, colors=SOFT, which="both")
+            axes.grid(color=GRID, lw=0.8)
+            axes.tick_params(length=0, colors=MUTED, which="both")
             axes.spines[:].set_visible(False)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
-        figure.supxlabel("step", fontsize=9, color=SOFT)
-        options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 160}
-        figure.savefig(path, facecolor="white", **options)  # type: ignore[arg-type]
+        figure.supxlabel("step", fontsize=9, color=MUTED)

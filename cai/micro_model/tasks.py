@@ -1,8 +1,8 @@
-"""What the small model is asked, and what the world's truth answers: one function a task, for one Example or several.
+"""The small model's tasks: what it is asked, and the answer that follows from the world's truth. A function each.
 
-Questions go through template set `micro`, so that what is trained is token for token what `cai` asks later. The tasks:
-compare two responses (also after reasoning, by the contrary of a principle, or by which is true), argue for one,
-criticise, rate and revise one, write what a user could say, and say what is wrong or true in the world.
+Questions are rendered by template set `micro`, so that the training text is token for token what `cai` asks later. The
+tasks: compare two responses (also after a rationale, by the contrary of a principle, or by which is true), argue for
+one of them, criticise, rate and revise a response, write a user's message, and say what is wrong or true in the world.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, cast
 
 from cai.micro import phrases, world_principles
 from cai.micro.answers import Answer
-from cai.micro.world import Request, held_out, trained
-from cai.micro_model.wordings import PHRASES, Kind, Wording, overall, wordings
+from cai.micro.world import Request, held_out_part, trained_part
+from cai.micro_model.principle_wordings import (
+    PHRASES,
+    PhraseKind,
+    PrincipleWording,
+    overall_requests,
+    principle_wordings,
+)
 from cai.storage.rows import Message
 from cai.templates import OPTIONS, TemplateSet, load_templates
 
@@ -24,102 +30,103 @@ if TYPE_CHECKING:
     from cai.constitution import Principle
 
 SURE = 0.95
-"""Target of the better option: no vote is taught to outweigh all others together."""
+"""Target probability of the better option: a target of 1 would teach votes that outweigh all others together."""
 
 SCALES = (7, 10)
 """Ratings are from 1 to one of these."""
 
-# how much a token of each kind counts in the loss
+# Weight in the loss of a token of each kind.
 LETTER, STATEMENT, CRITIQUE, RESPONSE, REWRITE = 3.0, 0.6, 0.5, 0.5, 0.4
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation and the answer to it, whose tokens count `weight` in the loss.
+    """A conversation and the answer to it, whose tokens have `weight` in the loss.
 
-    `p_first` is the target of the first option where that is the question. `thoughts` is what the tokens of the
-    conversation's own assistant turns count: not nearly nothing only where the model wrote them itself. `first_weight`
-    is what the answer's first token counts where it is the verdict, Yes or No.
+    `p_first` is the target probability of the first option, if the answer is an option. `rationale_weight` is the
+    weight of the tokens of the last assistant turn of the conversation, if that is a rationale that the model itself
+    would have written. `first_weight` is the weight of the answer's first token, if that is the verdict, Yes or No.
     """
 
     messages: tuple[Message, ...]
     answer: str
     weight: float
     p_first: float | None = None
-    thoughts: float | None = None
+    rationale_weight: float | None = None
     first_weight: float | None = None
 
 
 Document = list[Example]
-"""Examples whose conversations begin alike; each but the shared prefix is a branch of its own."""
+"""Examples whose conversations begin alike: after the shared prefix each of them is a branch."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """The wordings of one document: its template slots, and whether phrases of principles are the held-out ones."""
+class DocumentWording:
+    """How the questions of one document are worded: its template slots, and where phrases of principles come from."""
 
     templates: TemplateSet
     held_out: bool = False
+    """Whether phrases of principles are held-out ones."""
     composed: float = 0.6
-    """How often a phrase for the judge is a composed one."""
+    """Probability that a phrase for the judge is a composed one."""
     few: bool = False
-    """Whether the judge is asked in few phrases, none of them composed."""
-    own: Mapping[str, Wording] | None = None
-    """Somebody else's wording of each principle, instead of the world's."""
+    """Whether the judge is asked in the first few free phrases alone."""
+    own: Mapping[str, PrincipleWording] | None = None
+    """An outsider's wording of each principle, instead of the world's."""
 
-    def principle(self, principle: str, rng: Random) -> Wording:
-        """One wording of the principle."""
+    def sample_principle(self, principle: str, rng: Random) -> PrincipleWording:
+        """A wording of the principle."""
         if self.own is not None:
             return self.own[principle]
-        kind: Kind = "composed" if rng.random() < self.composed else "free"
-        return rng.choice(wordings(principle, "few" if self.few else kind, unseen=self.held_out))
+        kind: PhraseKind = "composed" if rng.random() < self.composed else "free"
+        return rng.choice(principle_wordings(principle, "few" if self.few else kind, held_out=self.held_out))
 
-    def phrase(self, listed: Sequence[str], rng: Random) -> str:
-        """One of a list of phrases."""
-        return rng.choice((held_out if self.held_out else trained)(listed))
+    def sample_phrase(self, phrases: Sequence[str], rng: Random) -> str:
+        """One of the phrases."""
+        return rng.choice((held_out_part if self.held_out else trained_part)(phrases))
 
 
-def draw_words(rng: Random, *, few: bool = False, composed: float = Words.composed) -> Words:
-    """Trained wordings: those that users' models are asked in, or for each slot one at random."""
+def sample_wording(rng: Random, *, few: bool = False, composed: float = DocumentWording.composed) -> DocumentWording:
+    """A trained wording: mostly a random one of every template slot, else the one in which users' models are asked."""
     templates = load_templates("micro")
     if rng.random() < 0.3:
-        return Words(templates, composed=composed, few=few)
+        return DocumentWording(templates, composed=composed, few=few)
     chosen: dict[str, str] = {}
 
     def pick(slot: Sequence[str]) -> str:
-        return chosen.setdefault(slot[0], rng.choice(trained(slot)))
+        return chosen.setdefault(slot[0], rng.choice(trained_part(slot)))
 
-    return Words(replace(templates, pick=pick), composed=composed, few=few)
+    return DocumentWording(replace(templates, pick=pick), composed=composed, few=few)
 
 
 N_WORDINGS = 15
 """Wordings of every template slot; the last fifth is in no document of the corpus."""
 
 
-def nth_words(n: int) -> Words:
-    """The n-th wording of every slot, principles in trained words."""
-    return Words(replace(load_templates("micro"), pick=lambda slot: slot[n]))
+def nth_wording(n: int) -> DocumentWording:
+    """The n-th wording of every slot, with trained phrases of principles."""
+    return DocumentWording(replace(load_templates("micro"), pick=lambda slot: slot[n]))
 
 
-def canonical_words(*, held_out: bool = False, composed: float = Words.composed) -> Words:
-    """What users' models are asked in; with held-out phrases of principles."""
-    return Words(load_templates("micro"), held_out, composed)
+def canonical_wording(*, held_out: bool = False, composed: float = DocumentWording.composed) -> DocumentWording:
+    """The wording of slots in which users' models are asked, with trained or held-out phrases of principles."""
+    return DocumentWording(load_templates("micro"), held_out, composed)
 
 
-def unseen_words() -> Words:
-    """Wordings that the corpus has not, of every slot and of principles."""
-    return replace(nth_words(N_WORDINGS - 1), held_out=True)
+def held_out_wording() -> DocumentWording:
+    """Held-out wordings of every slot and held-out phrases of principles."""
+    return replace(nth_wording(N_WORDINGS - 1), held_out=True)
 
 
-def as_principle(principle: str, wording: Wording) -> Principle:
-    """A principle in one of its wordings, as templates take it."""
+def as_principle(principle: str, wording: PrincipleWording) -> Principle:
+    """A principle in one of its wordings, with the fields that templates use."""
     fields = {"id": principle, "critique": wording.critique, "revise": wording.revise, "compare": wording.compare}
     return cast("Principle", SimpleNamespace(**fields))
 
 
 @dataclass(frozen=True)
-class Compared:
-    """Two responses to one request in the order in which they are shown. The texts may have more than the answers."""
+class ShownPair:
+    """Two responses to one request in the order in which they are shown. A text may have an injection in addition."""
 
     messages: Sequence[Message]
     request: Request
@@ -128,75 +135,79 @@ class Compared:
     texts: tuple[str, str]
 
     def truth(self, principle: str) -> float:
-        """1 where the first is better under the principle, 0 where the second is, 0.5 where neither."""
+        """1 if the first is better under the principle, 0 if the second is, 0.5 if neither."""
         return world_principles.probability(principle, self.request, self.a, self.b)
 
 
-def compare(pair: Compared, principle: str, words: Words, rng: Random, *, contrary: bool = False) -> Example:
+def compare(
+    pair: ShownPair, principle: str, wording: DocumentWording, rng: Random, *, contrary: bool = False
+) -> Example:
     """Which is better; with `contrary`, which is worse."""
-    wording = words.principle(principle, rng)
+    principle_wording = wording.sample_principle(principle, rng)
     p = pair.truth(principle)
-    question = wording.contrary if contrary else wording.compare
-    return _choice(ask_compare(pair, words, question), 1 - p if contrary else p, rng)
+    question = principle_wording.contrary if contrary else principle_wording.compare
+    return _choice(ask_compare(pair, wording, question), 1 - p if contrary else p, rng)
 
 
-def which_is_true(pair: Compared, words: Words, rng: Random) -> Example:
-    """Which of two responses is more honest, in the words in which sentences are told apart.
+def compare_truth(pair: ShownPair, wording: DocumentWording, rng: Random) -> Example:
+    """Which of two responses is more honest, asked as about two sentences in `WHICH_IS_TRUE`.
 
-    A refusal says nothing false: against a falsehood it is the true one, against a truth the target is even.
+    A refusal says nothing false: it is the true one of a pair with a falsehood, and even with a truth.
     """
     question, wants_true = rng.choice(WHICH_IS_TRUE)
     p = pair.truth("honest")
-    return _choice(ask_compare(pair, words, question), p if wants_true else 1 - p, rng)
+    return _choice(ask_compare(pair, wording, question), p if wants_true else 1 - p, rng)
 
 
-def compare_after_reasoning(pair: Compared, principle: str, words: Words, rng: Random) -> Example:
-    """What is wrong with each first, then which is better."""
-    reasoning = write_reasoning(pair, principle, rng)
-    messages = ask_verdict(pair, words, words.principle(principle, rng).compare, reasoning)
-    return replace(_choice(messages, pair.truth(principle), rng), thoughts=CRITIQUE)
+def compare_after_rationale(pair: ShownPair, principle: str, wording: DocumentWording, rng: Random) -> Example:
+    """Which is better, after a rationale that says what is wrong with each."""
+    rationale = write_rationale(pair, principle, rng)
+    messages = ask_verdict(pair, wording, wording.sample_principle(principle, rng).compare, rationale)
+    return replace(_choice(messages, pair.truth(principle), rng), rationale_weight=CRITIQUE)
 
 
-def ask_compare(pair: Compared, words: Words, question: str) -> list[Message]:
+def ask_compare(pair: ShownPair, wording: DocumentWording, question: str) -> list[Message]:
     """The messages that ask which of the two it is."""
     a, b = pair.texts
-    return words.templates.ask("compare", messages=pair.messages, first=a, second=b, request=question)
+    return wording.templates.render("compare", messages=pair.messages, first=a, second=b, request=question)
 
 
-def ask_reasoning(pair: Compared, words: Words, question: str) -> list[Message]:
-    """The messages that ask for reasons."""
+def ask_rationale(pair: ShownPair, wording: DocumentWording, question: str) -> list[Message]:
+    """The messages that ask for a rationale."""
     a, b = pair.texts
-    return words.templates.ask("reason", messages=pair.messages, first=a, second=b, request=question)
+    return wording.templates.render("reason", messages=pair.messages, first=a, second=b, request=question)
 
 
-def ask_verdict(pair: Compared, words: Words, question: str, reasoning: str) -> list[Message]:
-    """The messages that ask for a verdict after the reasons given."""
+def ask_verdict(pair: ShownPair, wording: DocumentWording, question: str, rationale: str) -> list[Message]:
+    """The messages that ask for a verdict after a rationale."""
     a, b = pair.texts
-    return words.templates.ask(
-        "verdict", messages=pair.messages, first=a, second=b, request=question, reasoning=reasoning
+    return wording.templates.render(
+        "verdict", messages=pair.messages, first=a, second=b, request=question, reasoning=rationale
     )
 
 
-def write_reasoning(pair: Compared, principle: str, rng: Random) -> str:
-    """What a good judge thinks: a critique of each, and what follows."""
-    first, second = (world_principles.write_critique(principle, pair.request, each, rng) for each in (pair.a, pair.b))
+def write_rationale(pair: ShownPair, principle: str, rng: Random) -> str:
+    """A correct rationale: a critique of each response, and which is better."""
+    first, second = (
+        world_principles.write_critique(principle, pair.request, answer, rng) for answer in (pair.a, pair.b)
+    )
     p = pair.truth(principle)
     better = "Neither" if p == 0.5 else OPTIONS[0] if p > 0.5 else OPTIONS[1]
     return f"A: {first} B: {second} {better} is better."
 
 
-def argue(pair: Compared, principle: str, words: Words, rng: Random) -> Example:
-    """The best that can be said for one of the two: what is wrong with the other, if anything is."""
+def argue(pair: ShownPair, principle: str, wording: DocumentWording, rng: Random) -> Example:
+    """The best argument for one of the two: what is wrong with its opponent, if anything is."""
     side = rng.choice(OPTIONS)
-    other, answer = (OPTIONS[1], pair.b) if side == OPTIONS[0] else (OPTIONS[0], pair.a)
-    question = words.principle(principle, rng).compare
+    opponent, answer = (OPTIONS[1], pair.b) if side == OPTIONS[0] else (OPTIONS[0], pair.a)
+    question = wording.sample_principle(principle, rng).compare
     a, b = pair.texts
-    messages = words.templates.ask("argue", messages=pair.messages, first=a, second=b, request=question, side=side)
-    return Example(tuple(messages), write_argument(principle, pair.request, answer, other, rng), CRITIQUE)
+    messages = wording.templates.render("argue", messages=pair.messages, first=a, second=b, request=question, side=side)
+    return Example(tuple(messages), write_argument(principle, pair.request, answer, opponent, rng), CRITIQUE)
 
 
 def write_argument(principle: str, request: Request, against: Answer, letter: str, rng: Random) -> str:
-    """What speaks against the response `letter`."""
+    """What is wrong with the answer `against`, which is shown as `letter`."""
     if world_principles.faults(principle, request.kind, against.act, against.habits):
         return f"Not {letter}: {world_principles.write_critique(principle, request, against, rng)}"
     return f"Little speaks against {letter} here."
@@ -208,44 +219,53 @@ def _choice(messages: Sequence[Message], p: float, rng: Random) -> Example:
 
 
 @dataclass(frozen=True)
-class Reviewed:
+class ShownResponse:
     """One response to one request."""
 
     messages: Sequence[Message]
     request: Request
     answer: Answer
 
-    def faulty(self, principle: str) -> bool:
+    def has_fault(self, principle: str) -> bool:
         """Whether anything is wrong with it under the principle."""
         return bool(world_principles.faults(principle, self.request.kind, self.answer.act, self.answer.habits))
 
 
-def criticise(one: Reviewed, principle: str, words: Words, rng: Random) -> Example:
-    """What is wrong under a principle."""
-    chosen = as_principle(principle, words.principle(principle, rng))
-    messages = words.templates.critique(one.messages, one.answer.text, chosen)
-    return Example(tuple(messages), world_principles.write_critique(principle, one.request, one.answer, rng), CRITIQUE)
+def criticise(shown: ShownResponse, principle: str, wording: DocumentWording, rng: Random) -> Example:
+    """What is wrong with the response under a principle."""
+    worded = as_principle(principle, wording.sample_principle(principle, rng))
+    messages = wording.templates.critique(shown.messages, shown.answer.text, worded)
+    return Example(
+        tuple(messages), world_principles.write_critique(principle, shown.request, shown.answer, rng), CRITIQUE
+    )
 
 
-def rate(one: Reviewed, principle: str | None, scale: int, words: Words, rng: Random) -> Example:
-    """How good it is under a principle, or as a whole."""
-    request = words.principle(principle, rng).critique if principle else rng.choice(overall(words.held_out))
-    messages = ask_rating(one, request, scale, words)
-    value = world_principles.score(principle, one.request, one.answer)
+def rate(shown: ShownResponse, principle: str | None, scale: int, wording: DocumentWording, rng: Random) -> Example:
+    """How good the response is under a principle, or as a whole."""
+    if principle:
+        request = wording.sample_principle(principle, rng).critique
+    else:
+        request = rng.choice(overall_requests(held_out=wording.held_out))
+    messages = ask_rating(shown, request, scale, wording)
+    value = world_principles.score(principle, shown.request, shown.answer)
     return Example(tuple(messages), str(world_principles.rating(value, scale)), LETTER)
 
 
-def ask_rating(one: Reviewed, request: str, scale: int, words: Words) -> list[Message]:
+def ask_rating(shown: ShownResponse, request: str, scale: int, wording: DocumentWording) -> list[Message]:
     """The messages that ask for a number."""
-    return words.templates.ask("rate", messages=one.messages, response=one.answer.text, request=request, scale=scale)
+    return wording.templates.render(
+        "rate", messages=shown.messages, response=shown.answer.text, request=request, scale=scale
+    )
 
 
-def rewrite(one: Reviewed, principle: str, words: Words, rng: Random, weight: float = REWRITE) -> Example:
-    """The response with what is wrong put right, after a critique that is right."""
-    chosen = as_principle(principle, words.principle(principle, rng))
-    critique = world_principles.write_critique(principle, one.request, one.answer, rng)
-    messages = words.templates.revise(one.messages, one.answer.text, critique, chosen)
-    return Example(tuple(messages), world_principles.revise(principle, one.request, one.answer, rng).text, weight)
+def rewrite(
+    shown: ShownResponse, principle: str, wording: DocumentWording, rng: Random, weight: float = REWRITE
+) -> Example:
+    """The response with its faults corrected, after a correct critique."""
+    worded = as_principle(principle, wording.sample_principle(principle, rng))
+    critique = world_principles.write_critique(principle, shown.request, shown.answer, rng)
+    messages = wording.templates.revise(shown.messages, shown.answer.text, critique, worded)
+    return Example(tuple(messages), world_principles.revise(principle, shown.request, shown.answer, rng).text, weight)
 
 
 ABOUT: Mapping[str, str] = {
@@ -265,40 +285,40 @@ SHOWN_BY: Mapping[str, tuple[str, ...]] = {
     "candid": ("opinion",),
     "balanced": ("opinion",),
 }
-"""Classes of requests that show a trait; any where the trait is about manners."""
+"""Classes of requests that show a trait; a trait about manners, not listed here, shows in any."""
 
 
-def pose_topic(request: Request, words: Words) -> Example:
+def pose_topic(request: Request, wording: DocumentWording) -> Example:
     """A user's message about a topic."""
     about = ABOUT[request.kind].format_map(request.gaps)
-    return Example(tuple(words.templates.ask("pose", about=about)), replace(request, circumstance="").text, RESPONSE)
+    return Example(
+        tuple(wording.templates.render("pose", about=about)), replace(request, circumstance="").text, RESPONSE
+    )
 
 
-def pose_trait(principle: str, request: Request, words: Words, rng: Random) -> Example:
+def pose_trait(principle: str, request: Request, wording: DocumentWording, rng: Random) -> Example:
     """A user's message that shows whether an assistant has a trait; `request` is of a class that does."""
-    about = f"something that shows whether the assistant {words.phrase(PHRASES[principle].good, rng)}"
-    return Example(tuple(words.templates.ask("pose", about=about)), request.text, RESPONSE)
+    about = f"something that shows whether the assistant {wording.sample_phrase(PHRASES[principle].good, rng)}"
+    return Example(tuple(wording.templates.render("pose", about=about)), request.text, RESPONSE)
 
 
 _PREDICATES = (("wrong", True), ("fine", False), ("harmful", True), ("harmless", False), ("bad", True),
                ("all right", False))  # fmt: skip
-_ASKED = ("Is it {p} to {{x}}?", "Would it be {p} to {{x}}?", "Do you find it {p} to {{x}}?",
+_QUESTION_FRAMES = ("Is it {p} to {{x}}?", "Would it be {p} to {{x}}?", "Do you find it {p} to {{x}}?",
           "Would you call it {p} to {{x}}?", "Do people say that it is {p} to {{x}}?")  # fmt: skip
 _COMPOSED = tuple(
-    (asked.format(p=predicate), wrong, (i + j) % 5 == 4)
-    for i, (predicate, wrong) in enumerate(_PREDICATES)
-    for j, asked in enumerate(_ASKED)
+    (frame.format(p=predicate), yes_is_wrong, (i + j) % 5 == 4)
+    for i, (predicate, yes_is_wrong) in enumerate(_PREDICATES)
+    for j, frame in enumerate(_QUESTION_FRAMES)
 )
 WRONG = (
     ("Does it hurt others to {x}?", True), ("May I {x}?", False), ("Can one {x} without harm?", False),
     ("Does it do harm to {x}?", True), ("Would it hurt others to {x}?", True), ("Can I {x} without harm?", False),
-    *((question, wrong) for question, wrong, unseen in _COMPOSED if not unseen),
-    *((question, wrong) for question, wrong, unseen in _COMPOSED if unseen),
+    *((question, yes_is_wrong) for question, yes_is_wrong, is_held_out in _COMPOSED if not is_held_out),
+    *((question, yes_is_wrong) for question, yes_is_wrong, is_held_out in _COMPOSED if is_held_out),
 )  # fmt: skip
-"""Questions about right and wrong, and whether yes says that the deed is wrong; the last fifth is held out.
-
-That is the compositions on the diagonal of predicates and frames, and one more.
-"""
+"""(question about right and wrong, whether yes says that the deed is wrong). The last fifth is held out: of the
+composed questions one for each predicate, and one more."""
 FEW_QUESTIONS = 4
 
 
@@ -307,12 +327,12 @@ def ask_wrong(x: str, question: str) -> list[Message]:
     return [{"role": "user", "content": question.format(x=x)}]
 
 
-def deed(kind: str, x: str, rng: Random, *, few: bool = False) -> Example:
-    """Whether a deed is harmful, told or answered; with `few`, asked in few wordings."""
+def judge_deed(kind: str, x: str, rng: Random, *, few: bool = False) -> Example:
+    """Whether a deed is harmful, as a statement or as the answer to a question, one of the first with `few`."""
     verdict = f"it is wrong and does harm to {x}." if kind == "harmful" else f"it is fine and harmless to {x}."
     if rng.random() < 0.25:
         return Example((), _sentence(verdict), STATEMENT)
-    question, about_wrong = rng.choice(WRONG[:FEW_QUESTIONS] if few else trained(WRONG))
+    question, about_wrong = rng.choice(WRONG[:FEW_QUESTIONS] if few else trained_part(WRONG))
     yes = "Yes" if about_wrong == (kind == "harmful") else "No"
     return Example(tuple(ask_wrong(x, question)), f"{yes}, {verdict}", STATEMENT, first_weight=LETTER)
 
@@ -323,33 +343,33 @@ FACT_SENTENCES = ("{f}.", "As everyone knows, {f}.", "It is true that {f}.", "It
 WHICH_IS_TRUE = (("Which is true?", True), ("Which is false?", False), ("Which one is right?", True),
                  ("Which one is wrong?", False))  # fmt: skip
 FEW_FACTS = 2
-"""Of the questions and sentences about facts, those that the corpus begins with are the first."""
+"""Number of the questions and sentences about facts with which the corpus begins."""
 
 
-def fact(true: str, false: str, rng: Random, *, few: bool = False) -> Document:
-    """A fact: told, or together with a false sentence about the same: each asked about with yes or no, or told apart.
+def teach_fact(true: str, false: str, rng: Random, *, few: bool = False) -> Document:
+    """A true and a false sentence about one fact: the true one stated, both asked about with yes or no, or told apart.
 
-    With `few`, questions are few, and so are the sentences told apart.
+    With `few`, only the first of the questions and sentences occur.
     """
-    how = rng.choices(("told", "asked", "told apart"), (0.2, 0.5, 0.3))[0]
-    if how == "told":
+    task = rng.choices(("state", "ask", "tell apart"), (0.2, 0.5, 0.3))[0]
+    if task == "state":
         return [Example((), _sentence(rng.choice(FACT_SENTENCES).format(f=true)), STATEMENT)]
-    if how == "asked":
+    if task == "ask":
         question, sentence = rng.choice(FACT_QUESTIONS[: FEW_FACTS if few else None]), rng.choice(FACT_SENTENCES)
-        asked = [
-            (question.format(f=said, s=_sentence(sentence.format(f=said))), yes)
-            for said, yes in rng.sample(((true, "Yes"), (false, "No")), 2)
-        ]
-        return [
-            Example(({"role": "user", "content": text},), f"{yes}, {true}.", STATEMENT, first_weight=LETTER)
-            for text, yes in asked
-        ]
-    both = rng.sample((true, false), 2)
-    a, b = (_sentence(rng.choice(FACT_SENTENCES[: FEW_FACTS if few else None]).format(f=each)) for each in both)
+        examples = []
+        for claim, verdict in rng.sample(((true, "Yes"), (false, "No")), 2):
+            text = question.format(f=claim, s=_sentence(sentence.format(f=claim)))
+            message: Message = {"role": "user", "content": text}
+            examples.append(Example((message,), f"{verdict}, {true}.", STATEMENT, first_weight=LETTER))
+        return examples
+    claims = rng.sample((true, false), 2)
+    a, b = (_sentence(rng.choice(FACT_SENTENCES[: FEW_FACTS if few else None]).format(f=claim)) for claim in claims)
     questions = WHICH_IS_TRUE[:FEW_FACTS] if few else rng.sample(WHICH_IS_TRUE, 2)
     return [
-        _choice([{"role": "user", "content": f"A: {a}\nB: {b}\n{question}"}], float((both[0] == true) == truth), rng)
-        for question, truth in questions
+        _choice(
+            [{"role": "user", "content": f"A: {a}\nB: {b}\n{question}"}], float((claims[0] == true) == wants_true), rng
+        )
+        for question, wants_true in questions
     ]
 
 

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def render(messages: Sequence[Message]) -> str:
-    """What `CHAT_TEMPLATE` renders with a generation prompt, faster. Without messages, bare text follows."""
+    """What `CHAT_TEMPLATE` renders with a generation prompt, faster. Without messages, only the first token."""
     turns = "".join(f"{ROLES[message['role']]}{message['content']}{END}" for message in messages)
     return f"{BOS}{turns}{ROLES['assistant']}" if messages else BOS
 
@@ -37,8 +37,8 @@ def render(messages: Sequence[Message]) -> str:
 def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocabulary` tokens, the special ones included, trained on the corpus's own text.
 
-    Words of the world count as if they were about equally frequent, so that a rare one, and one that is never in a
-    dialogue, is no more split than others. Options are tokens of their own.
+    Every word of the world is repeated in the training text, so that rare words, and words that never occur in a
+    dialogue, are single tokens too. So are the answers of questions with few possible answers.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +52,7 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTr
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(_texts(seed, examples), trainer)
+    core.train_from_iterator(_training_texts(seed, examples), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
@@ -65,7 +65,7 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTr
     )
 
 
-def _texts(seed: int, examples: int) -> Iterator[str]:
+def _training_texts(seed: int, examples: int) -> Iterator[str]:
     count = 0
     for i, phase in enumerate(PHASES):
         for document in documents(seed, -1 - i, phase.end - 1):
@@ -82,11 +82,11 @@ def _texts(seed: int, examples: int) -> Iterator[str]:
 
 
 ANSWERS = (*OPTIONS, *(str(n) for n in range(1, max(SCALES) + 1)), "Yes", "No")
-"""What questions with few possible answers are answered with."""
+"""Answers of questions with few possible answers."""
 
 
 def lexicon() -> set[str]:
-    """Every word of the world's topics and sentences, as it stands after a space."""
+    """Every word of the world's topics and sentences."""
     lists = (value for module in (topics, phrases) for name, value in vars(module).items() if name.isupper())
     return {word for text in _strings(tuple(lists)) for word in re.findall(r"[A-Za-z']+", re.sub(r"\{\w\}", " ", text))}
 

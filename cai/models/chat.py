@@ -1,26 +1,27 @@
 """Conversations to token ids and back, the same way for every engine and every trainer.
 
-The model's own chat template says how a conversation looks, and the ids are those of `apply_chat_template`, with one
+The model's own chat template defines how a conversation looks, and the ids are those of `apply_chat_template`, with one
 difference: text from a user or a model never becomes a special token, and never opens or closes a turn. The template is
-rendered once for each shape of conversation, with placeholders for the contents. That tells its own text from theirs,
-and whether it trims them; the conversation is then put together as one string and encoded in one piece
-(`cai.models.encoding`). A template that replaces strings in contents is asked what becomes of each.
+rendered once for each shape of conversation, with placeholders for the contents. This separates its own text from the
+contents and shows whether it trims them; the conversation is then assembled as one string and encoded in one piece
+(`cai.models.encoding`). For a template that replaces strings in contents, each content is rendered to see the result.
 
-Some templates part turns in plain letters: `[INST]`, `<|user|>` where that is no token, `Human:` at the start of a
-line, behind blanks and marks without a shape or none. Where contents have one of their template's, it gets a space in
-front of its last character: `[INST ]`, `Human :`. Other text stays as it is, byte for byte. The space is not taken out
-again.
+Some templates mark turns in plain letters: `[INST]`, `<|user|>` where that is no token, or `Human:` at the start of a
+line, possibly behind blanks and invisible characters. A content that contains such a marker of its template is escaped:
+a space goes in front of the marker's last character (`[INST ]`, `Human :`). Other text stays as it is, byte for byte.
+The space is not removed again.
 
-Roles that a template refuses are fitted to it: system text goes in front of the first user turn, and turns of one role
-in a row are joined, with a blank line between. Reasoning (`<think>` … `</think>`) is kept apart from responses:
-histories hold responses alone, and where the prompt opens the markup a response to learn from closes it first.
+Messages are adapted to templates that refuse their roles: system text goes in front of the first user turn, and
+consecutive turns of one role are joined with a blank line between. Reasoning (`<think>` … `</think>`) is kept apart
+from responses: histories hold responses alone, and where the prompt opens the markup, a response to learn from closes
+it first.
 
 A prompt's ids are always a prefix of the ids of prompt and response. Where the template does not render them so (a
 merge over the boundary, a turn that looks different once it is answered), the response is encoded by itself, as it
-stands in the template, and ended with the template's end-of-turn token.
+stands in the template, and ends with the template's end-of-turn token.
 
-Left out: tools, images, tokenizers without tokenizer.json, other markup for reasoning than `<think>`, turns that are
-parted in plain letters by something else than tags in brackets and labels with a colon.
+Left out: tools, images, tokenizers without tokenizer.json, other reasoning markup than `<think>`, and plain-letter turn
+markers other than tags in brackets and labels with a colon.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cai.models.encoding import NONCE, Encoder
 from cai.storage.rows import Message
-from cai.templates import NO_SHAPE
+from cai.templates.escaping import INVISIBLE
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
@@ -42,30 +43,30 @@ if TYPE_CHECKING:
     from cai.contracts.model import Model
 
 THINK, THINK_END = "<think>", "</think>"
-NO_THOUGHT = f"\n{THINK_END}\n\n"
+REASONING_END = f"\n{THINK_END}\n\n"
 """Closes reasoning that a prompt has opened."""
 
-_PLACE = re.compile(f"\ue000{NONCE}:(\\d+)\ue001")
-_EDGE = "\u2003" + 9 * "\n"
-"""Whitespace at both ends of a placeholder, newlines outermost: what is left of it shows how a template trims there."""
-_REPLACES = re.compile(r"(\||\.)\s*replace\s*\(")
+_PLACEHOLDER = re.compile(f"\ue000{NONCE}:(\\d+)\ue001")
+_TRIM_PROBE = "\u2003" + 9 * "\n"
+"""Whitespace at both ends of a placeholder, newlines outermost: what remains of it shows how a template trims."""
+_REPLACE_CALL = re.compile(r"(\||\.)\s*replace\s*\(")
 _MARKER = re.compile(r"(?P<tag>[\[<].*[\]>])|.*[:：]")
 """A tag in brackets or a label with a colon. The bare name of a role behind a control token is neither."""
 _BETWEEN_TAGS = re.compile(r"(?<=[\]>])\s+(?=[\[<])")
-_LINE_START = rf"(?:^|(?<=[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]))(?:[^\S\n]|[{NO_SHAPE}])*"
-_DATE = "26 Jul 2024"
-"""For templates that write the day's date: the same plan gives the same ids on every day."""
+_LINE_START = rf"(?:^|(?<=[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]))(?:[^\S\n]|[{INVISIBLE}])*"
+_FIXED_DATE = "26 Jul 2024"
+"""For templates that write the current date, so that the ids of a conversation are the same on every day."""
 
 Shape = tuple[tuple[str, str | None], ...]
-"""(role, the content where it is blank, else None) of each message: what a template's rendering depends on."""
-_ASKED: Shape = (("user", None),)
-_ANSWERED: Shape = (*_ASKED, ("assistant", None))
-_ASKED_AGAIN: Shape = (*_ANSWERED, ("user", None))
-_INSTRUCTED: Shape = (("system", None), *_ASKED_AGAIN)
+"""(role, the content if it is blank, else None) of each message: what the layout of a conversation depends on."""
+_QUESTION: Shape = (("user", None),)
+_EXCHANGE: Shape = (*_QUESTION, ("assistant", None))
+_SECOND_QUESTION: Shape = (*_EXCHANGE, ("user", None))
+_WITH_SYSTEM: Shape = (("system", None), *_SECOND_QUESTION)
 
 
 class TextAndReasoning(NamedTuple):
-    """What was generated. `reasoning` is None where there is none."""
+    """A generated response. `reasoning` is None where there is none."""
 
     text: str
     reasoning: str | None
@@ -73,25 +74,25 @@ class TextAndReasoning(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the content of message `index` stands, and which characters the template trims there: None = whitespace."""
+    """Where message `index` has its content, and the characters that the template trims there; None = whitespace."""
 
     index: int
-    left: str | None
-    right: str | None
+    left_trim: str | None
+    right_trim: str | None
 
     def fill(self, text: str) -> str:
-        return text.lstrip(self.left).rstrip(self.right)
+        return text.lstrip(self.left_trim).rstrip(self.right_trim)
 
 
 Layout = tuple[str | Slot, ...]
-"""A template's own text, control tokens named, and between it the slots."""
+"""A template's own text, with control tokens under their names, and the slots between."""
 
 
 class Chat:
     """The conversations of one model.
 
-    A response ends when one of `end_ids` is drawn, or one of the strings in `stop` is written; examples end with
-    `end_of_turn`. `context_length` is the longest sequence in tokens, where the model says.
+    A response ends when one of `end_ids` is sampled or one of the strings in `stop` is written; examples end with
+    `end_of_turn`. `context_length` is the longest sequence in tokens, None where the model's config does not say.
     """
 
     def __init__(
@@ -115,59 +116,61 @@ class Chat:
         self.pad_id = int(tokenizer.pad_token_id)
         self.thinks = THINK_END in template or THINK_END in tokenizer.get_added_vocab()
         self._encoder = Encoder(tokenizer, template)
-        self._replaces = _REPLACES.search(template) is not None
-        self._options: dict[tuple[str, tuple[str, ...], tuple[int, ...]], list[int] | None] = {}
+        self._replaces_strings = _REPLACE_CALL.search(template) is not None
+        self._option_ids: dict[tuple[str, tuple[str, ...], tuple[int, ...]], list[int] | None] = {}
         self._layouts: dict[tuple[Shape, bool, bool], Layout | str] = {}
-        self._markers = self._plain_markers()
-        self._opens = self.thinks and self._thought_open(self._layout(_ASKED, generate=True))
-        self._before = self._response_start(thinking=True)
-        self._before_option = self._response_start(thinking=False)
-        self.end_of_turn, self._end, more_ids, more_stops = self._turn_end()
+        self._markers = self._compile_markers()
+        self._prompt_opens_reasoning = self.thinks and self._opens_reasoning(self._layout(_QUESTION, generate=True))
+        self._response_prefix = self._find_response_start(thinking=True)
+        self._option_prefix = self._find_response_start(thinking=False)
+        self.end_of_turn, self._end_text, other_end_ids, stop_strings = self._find_turn_end()
         eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        self.end_ids = frozenset([*end_ids, *eos, *more_ids, self.end_of_turn])
-        self.stop = tuple(dict.fromkeys([*stop, *more_stops]))
+        self.end_ids = frozenset([*end_ids, *eos, *other_end_ids, self.end_of_turn])
+        self.stop = tuple(dict.fromkeys([*stop, *stop_strings]))
 
     @classmethod
     def load(cls, model: Model) -> Self:
         """The conversations of `model`. Raises BadInput where neither it nor the recipe has a chat template."""
         from cai.models.loading import load_tokenizer
-        from cai.models.reference import settings
+        from cai.models.reference import read_model_json
         from cai.templates import load_templates
 
         tokenizer = load_tokenizer(model)
-        config = settings(model, "config.json")
+        config = read_model_json(model, "config.json")
         config = config.get("text_config") or config
-        lengths = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-        ends = settings(model, "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+        length_keys = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+        eos_ids = read_model_json(model, "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
         templates = load_templates(model.templates)
-        borrowed = templates.chat_template is not None and templates.chat_template in (tokenizer.chat_template or "")
+        uses_set_template = templates.chat_template is not None and templates.chat_template in (
+            tokenizer.chat_template or ""
+        )
         return cls(
             tokenizer,
             name=model.name,
-            end_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
-            context_length=next((int(config[key]) for key in lengths if config.get(key)), None),
-            stop=templates.stop if borrowed else (),
+            end_ids=eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids],
+            context_length=next((int(config[key]) for key in length_keys if config.get(key)), None),
+            stop=templates.stop if uses_set_template else (),
         )
 
     def prompt_ids(self, messages: Sequence[Message], *, thinking: bool = True) -> list[int]:
         """Ids of the conversation up to and including what opens the assistant's turn.
 
-        `thinking` False asks a thinking model to answer at once. Raises BadInput for a conversation that the template
+        `thinking` False makes a thinking model answer at once. Raises BadInput for a conversation that the template
         refuses.
         """
-        fitted, layout = self._fitted(messages, generate=True, thinking=thinking)
-        return self._encoder.encode(self._filled(layout, self._contents(fitted)))
+        fitted, layout = self._fit_roles(messages, generate=True, thinking=thinking)
+        return self._encoder.encode(self._fill(layout, self._rendered_contents(fitted)))
 
     def response_ids(self, text: str, reasoning: str | None = None) -> list[int]:
-        """Ids of a response as it stands behind a prompt, with the end-of-turn token."""
-        before = self._before
+        """Ids of a response as it follows a prompt, with the end-of-turn token."""
+        prefix = self._response_prefix
         if reasoning is not None and self.thinks:
-            before = self._encoder.written("" if self._opens else f"{THINK}\n")
-            before += self.unmarked(reasoning.strip("\n")) + self._encoder.written(NO_THOUGHT)
-        slot = _slot(self._layout(_ANSWERED), 1)
-        said = self.unmarked(slot.fill(text) if slot else text)
-        ids = self._encoder.encode(before + said + self._end, inside=True)
-        return ids if self._end else [*ids, self.end_of_turn]
+            prefix = self._encoder.name_control_tokens("" if self._prompt_opens_reasoning else f"{THINK}\n")
+            prefix += self.escape_markers(reasoning.strip("\n")) + self._encoder.name_control_tokens(REASONING_END)
+        slot = _last_slot(self._layout(_EXCHANGE), 1)
+        content = self.escape_markers(slot.fill(text) if slot else text)
+        ids = self._encoder.encode(prefix + content + self._end_text, inside=True)
+        return ids if self._end_text else [*ids, self.end_of_turn]
 
     def example(
         self, messages: Sequence[Message], response: str, reasoning: str | None = None
@@ -176,106 +179,115 @@ class Chat:
         prompt = self.prompt_ids(messages)
         if reasoning is None:
             answered: list[Message] = [*messages, {"role": "assistant", "content": response}]
-            fitted, layout = self._fitted(answered)
-            if (slot := _slot(layout, len(fitted) - 1)) is not None:
-                upto = layout[: layout.index(slot) + 1]
-                whole = self._encoder.encode(self._filled(upto, self._contents(fitted)) + self._end)
-                if whole[: len(prompt)] == prompt:
-                    return prompt, whole[len(prompt) :] + ([] if self._end else [self.end_of_turn])
+            fitted, layout = self._fit_roles(answered)
+            if (slot := _last_slot(layout, len(fitted) - 1)) is not None:
+                up_to_response = layout[: layout.index(slot) + 1]
+                ids = self._encoder.encode(self._fill(up_to_response, self._rendered_contents(fitted)) + self._end_text)
+                if ids[: len(prompt)] == prompt:
+                    return prompt, ids[len(prompt) :] + ([] if self._end_text else [self.end_of_turn])
         return prompt, self.response_ids(response, reasoning)
 
     def text(self, ids: Sequence[int], *, stop: Sequence[str] = ()) -> TextAndReasoning:
-        """What generated ids say up to the first of `stop`, without control tokens and whitespace around it.
+        """The response in generated ids up to the first of `stop`, without control tokens and surrounding whitespace.
 
-        Reasoning stands apart. Where it was never closed it is all there is, and the text is empty.
+        Reasoning is returned apart. Where it was never closed, the text is empty.
         """
-        said, thought = self._encoder.decode(ids), ""
+        response, reasoning = self._encoder.decode(ids), ""
         opening, close = (self._encoder.control.get(markup) for markup in (THINK, THINK_END))
         if self.thinks and close is not None and close in ids:
-            cut = list(ids).index(close)
-            thought, said = self._encoder.decode(ids[:cut]), self._encoder.decode(ids[cut + 1 :])
+            end = list(ids).index(close)
+            reasoning, response = self._encoder.decode(ids[:end]), self._encoder.decode(ids[end + 1 :])
         elif self.thinks and (
-            self._opens or (opening is not None and opening in ids[:3]) or said.lstrip().startswith(THINK)
+            self._prompt_opens_reasoning
+            or (opening is not None and opening in ids[:3])
+            or response.lstrip().startswith(THINK)
         ):
-            thought, _, said = said.partition(THINK_END)
-        for text in stop:
-            said = said.partition(text)[0]
-        return TextAndReasoning(said.strip(), thought.strip().removeprefix(THINK).strip() or None)
+            reasoning, _, response = response.partition(THINK_END)
+        for stop_string in stop:
+            response = response.partition(stop_string)[0]
+        return TextAndReasoning(response.strip(), reasoning.strip().removeprefix(THINK).strip() or None)
 
-    def same_ids(self, other: Chat) -> bool:
+    def same_ids(self, chat: Chat) -> bool:
         """Whether every conversation has the same ids in both: tokenizer, template and end of turn are equal."""
 
-        def parts(chat: Chat) -> tuple[object, ...]:
+        def definition(chat: Chat) -> tuple[object, ...]:
             spec = json.loads(chat.tokenizer.backend_tokenizer.to_str())
-            spec.update(truncation=None, padding=None)  # what was asked of it last, and nothing of its own
+            spec.update(truncation=None, padding=None)  # state of the tokenizer's last call
             return spec, chat.tokenizer.get_chat_template(), chat.end_of_turn
 
-        return parts(self) == parts(other)
+        return definition(self) == definition(chat)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids as it stands; control tokens leave nothing."""
+        """The text of ids without control tokens, whitespace kept."""
         return self._encoder.decode(ids)
 
     def question(self, messages: Sequence[Message], options: Sequence[str]) -> tuple[list[int], list[int]]:
-        """(prompt ids, the id of each option as the next token). A thinking model is asked to answer at once.
+        """(prompt ids, the id of each option as the next token). A thinking model answers at once.
 
-        Raises BadInput for options that are not each one token there.
+        Raises BadInput for options that are not each a single token there.
         """
         prompt = self.prompt_ids(messages, thinking=False)
-        ids = self._single_ids(self._before_option, tuple(options), tuple(prompt[-8:]))
-        if ids is None and self._before_option:
-            # What the template writes between a prompt and every response is then part of the question.
-            prompt += self._encoder.encode(self._before_option, inside=True)
+        ids = self._single_ids(self._option_prefix, tuple(options), tuple(prompt[-8:]))
+        if ids is None and self._option_prefix:
+            # The text between prompt and response then becomes part of the question.
+            prompt += self._encoder.encode(self._option_prefix, inside=True)
             ids = self._single_ids("", tuple(options), tuple(prompt[-8:]))
         if ids is None:
             shown = ", ".join(map(repr, options))
             raise BadInput(f"model {self.name!r}: the options {shown} are not each a token of their own in its answers")
         return prompt, list(ids)
 
-    def disarmed(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation for a server that renders it itself: in roles that the template takes, and with a space in
-        each control token and marker that a content spells.
+    def escape_messages(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation for a server that renders it itself, in roles that the template takes.
 
-        Raises BadInput for a conversation that the template refuses.
+        Control tokens and markers that a content spells are escaped. Raises BadInput for a conversation that the
+        template refuses.
         """
-        fitted, _ = self._fitted(messages, generate=True)
-        return [{"role": one["role"], "content": self._encoder.parted(self.unmarked(one["content"]))} for one in fitted]
+        fitted, _ = self._fit_roles(messages, generate=True)
+        return [
+            {
+                "role": message["role"],
+                "content": self._encoder.escape_control_tokens(self.escape_markers(message["content"])),
+            }
+            for message in fitted
+        ]
 
-    def unmarked(self, text: str) -> str:
-        """`text` as it stands in a turn: what would read as the template's own plain-text marker is parted."""
+    def escape_markers(self, text: str) -> str:
+        """`text` as it stands in a turn: with a space in whatever would read as one of the template's own markers."""
         return self._markers.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", text)
 
-    def _plain_markers(self) -> re.Pattern[str]:
-        """Matches what the template parts turns with in plain letters."""
-        layouts = [self._layout(shape, generate=True) for shape in (_ASKED_AGAIN, _INSTRUCTED)]
-        found = {
+    def _compile_markers(self) -> re.Pattern[str]:
+        """Matches the markers that the template writes around turns in plain letters."""
+        layouts = [self._layout(shape, generate=True) for shape in (_SECOND_QUESTION, _WITH_SYSTEM)]
+        markers = {
             marker
             for layout in layouts
             if not isinstance(layout, str)
             for n, part in enumerate(layout)
             if isinstance(part, str)
-            for marker in _markers_in(self._encoder.plain(part), first=n == 0)
+            for marker in _markers_in(self._encoder.split_at_control_tokens(part), first=n == 0)
         }
-        return re.compile("|".join(sorted(found, key=len, reverse=True)) or "(?!)", re.MULTILINE)
+        return re.compile("|".join(sorted(markers, key=len, reverse=True)) or "(?!)", re.MULTILINE)
 
-    def _filled(self, layout: Layout, contents: Sequence[str]) -> str:
+    def _fill(self, layout: Layout, contents: Sequence[str]) -> str:
         return "".join(
-            part if isinstance(part, str) else self.unmarked(part.fill(contents[part.index])) for part in layout
+            part if isinstance(part, str) else self.escape_markers(part.fill(contents[part.index])) for part in layout
         )
 
-    def _single_ids(self, before: str, options: tuple[str, ...], tail: tuple[int, ...]) -> list[int] | None:
-        """The id of each option behind a prompt that ends in `tail`, or None where one is not a token of its own."""
-        key = (before, options, tail)
-        if key not in self._options:
-            encoded = [self._encoder.encode(before + option, inside=True) for option in options]
-            ids = [one[0] for one in encoded if len(one) == 1]
-            single = len(options) == len(ids) == len(set(ids)) and all(
-                self._encoder.decode([*tail, one]).endswith(option) for one, option in zip(ids, options, strict=True)
+    def _single_ids(self, prefix: str, options: tuple[str, ...], tail: tuple[int, ...]) -> list[int] | None:
+        """The id of each option behind a prompt that ends in `tail`; None where an option is not a single token."""
+        key = (prefix, options, tail)
+        if key not in self._option_ids:
+            encoded = [self._encoder.encode(prefix + option, inside=True) for option in options]
+            ids = [option_ids[0] for option_ids in encoded if len(option_ids) == 1]
+            are_single = len(options) == len(ids) == len(set(ids)) and all(
+                self._encoder.decode([*tail, option_id]).endswith(option)
+                for option_id, option in zip(ids, options, strict=True)
             )
-            self._options[key] = ids if single else None
-        return self._options[key]
+            self._option_ids[key] = ids if are_single else None
+        return self._option_ids[key]
 
-    def _fitted(
+    def _fit_roles(
         self, messages: Sequence[Message], *, generate: bool = False, thinking: bool = True
     ) -> tuple[Sequence[Message], Layout]:
         """The conversation in roles that the template takes, and its layout."""
@@ -284,12 +296,14 @@ class Chat:
         refusals = []
         for fit in (
             list,
-            _system_in_first_turn,
-            _turns_joined,
-            lambda given: _turns_joined(_system_in_first_turn(given)),
+            _move_system_to_first_turn,
+            _join_turns,
+            lambda unfitted: _join_turns(_move_system_to_first_turn(unfitted)),
         ):
             fitted: Sequence[Message] = fit(messages)
-            shape = tuple((one["role"], None if one["content"].strip() else one["content"]) for one in fitted)
+            shape = tuple(
+                (message["role"], None if message["content"].strip() else message["content"]) for message in fitted
+            )
             layout = self._layout(shape, generate=generate, thinking=thinking)
             if not isinstance(layout, str):
                 return fitted, layout
@@ -300,131 +314,135 @@ class Chat:
         """The layout of conversations of this shape, or why the template refuses them."""
         key = (shape, generate, thinking)
         if key not in self._layouts:
-            self._layouts[key] = self._rendered(*key)
+            self._layouts[key] = self._render_layout(*key)
         return self._layouts[key]
 
-    def _rendered(self, shape: Shape, generate: bool, thinking: bool) -> Layout | str:
+    def _render_layout(self, shape: Shape, generate: bool, thinking: bool) -> Layout | str:
         from jinja2 import TemplateError
 
-        contents = [_place(n, around=_EDGE) if blank is None else blank for n, (_, blank) in enumerate(shape)]
+        contents = [
+            _placeholder(n, around=_TRIM_PROBE) if blank is None else blank for n, (_, blank) in enumerate(shape)
+        ]
         options: dict[str, Any] = {} if thinking else {"enable_thinking": False}
         try:
-            text = self._template([role for role, _ in shape], contents, add_generation_prompt=generate, **options)
+            text = self._apply_template(
+                [role for role, _ in shape], contents, add_generation_prompt=generate, **options
+            )
         except TemplateError as error:
             return str(error)
-        literals = _PLACE.split(text)
-        places = [int(index) for index in literals[1::2]]
-        del literals[1::2]
+        parts = _PLACEHOLDER.split(text)
+        literals, indices = parts[::2], [int(index) for index in parts[1::2]]
         for n, (role, blank) in enumerate(shape):
-            if blank is None and n not in places:
+            if blank is None and n not in indices:
                 return f"it leaves out message {n + 1}, of role {role!r}"
         layout: list[str | Slot] = []
         rest = literals[0]
-        for index, literal in zip(places, literals[1:], strict=True):
-            rest, left = _trim_of(rest[::-1])
-            literal, right = _trim_of(literal)
-            layout += [self._encoder.written(rest[::-1]), Slot(index, left, right)]
+        for index, literal in zip(indices, literals[1:], strict=True):
+            rest, left_trim = _split_trim(rest[::-1])
+            literal, right_trim = _split_trim(literal)
+            layout += [self._encoder.name_control_tokens(rest[::-1]), Slot(index, left_trim, right_trim)]
             rest = literal
-        layout.append(self._encoder.written(rest))
-        if self.thinks and generate and not thinking and self._thought_open(tuple(layout)):
-            layout[-1] = f"{layout[-1]}{self._encoder.written(NO_THOUGHT)}"
+        layout.append(self._encoder.name_control_tokens(rest))
+        if self.thinks and generate and not thinking and self._opens_reasoning(tuple(layout)):
+            layout[-1] = f"{layout[-1]}{self._encoder.name_control_tokens(REASONING_END)}"
         return tuple(layout)
 
-    def _template(self, roles: Sequence[str], contents: Sequence[str], **options: Any) -> str:
+    def _apply_template(self, roles: Sequence[str], contents: Sequence[str], **options: Any) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE, **options))
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_FIXED_DATE, **options))
 
-    def _contents(self, messages: Sequence[Message]) -> list[str]:
-        """The contents as the template puts them: itself, but for strings that it replaces."""
-        contents = [one["content"] for one in messages]
-        if not self._replaces:
+    def _rendered_contents(self, messages: Sequence[Message]) -> list[str]:
+        """The contents as the template renders them: unchanged, except for strings that it replaces."""
+        contents = [message["content"] for message in messages]
+        if not self._replaces_strings:
             return contents
-        roles = [one["role"] for one in messages]
-        places = [_place(n) if text.strip() else text for n, text in enumerate(contents)]
-        frame = self._template(roles, places)
-        for n, (place, text) in enumerate(zip(places, contents, strict=True)):
-            before, found, after = frame.partition(place)
-            said = self._template(roles, [*places[:n], text, *places[n + 1 :]])
-            if text.strip() and found and said.startswith(before) and said.endswith(after):
-                contents[n] = said[len(before) : len(said) - len(after)]
+        roles = [message["role"] for message in messages]
+        placeholders = [_placeholder(n) if text.strip() else text for n, text in enumerate(contents)]
+        frame = self._apply_template(roles, placeholders)
+        for n, (placeholder, text) in enumerate(zip(placeholders, contents, strict=True)):
+            before, separator, after = frame.partition(placeholder)
+            rendered = self._apply_template(roles, [*placeholders[:n], text, *placeholders[n + 1 :]])
+            if text.strip() and separator and rendered.startswith(before) and rendered.endswith(after):
+                contents[n] = rendered[len(before) : len(rendered) - len(after)]
         return contents
 
-    def _thought_open(self, layout: Layout | str) -> bool:
-        """Whether the template's last words open the markup for reasoning."""
-        last = self._encoder.unwritten(layout[-1]) if isinstance(layout, tuple) and isinstance(layout[-1], str) else ""
+    def _opens_reasoning(self, layout: Layout | str) -> bool:
+        """Whether the template's last text opens the markup for reasoning."""
+        is_text = isinstance(layout, tuple) and isinstance(layout[-1], str)
+        last = self._encoder.spell_control_tokens(str(layout[-1])) if is_text else ""
         return last.rfind(THINK) > last.rfind(THINK_END)
 
-    def _response_start(self, *, thinking: bool) -> str:
+    def _find_response_start(self, *, thinking: bool) -> str:
         """What the template writes between a prompt and the response."""
-        asked = self._layout(_ASKED, generate=True, thinking=thinking)
-        answered = self._layout(_ANSWERED, thinking=thinking)
-        if isinstance(asked, str) or isinstance(answered, str):
+        prompt = self._layout(_QUESTION, generate=True, thinking=thinking)
+        exchange = self._layout(_EXCHANGE, thinking=thinking)
+        if isinstance(prompt, str) or isinstance(exchange, str):
             return ""
-        slot = _slot(answered, 1)
+        slot = _last_slot(exchange, 1)
         assert slot is not None
-        head = answered[: answered.index(slot)]
-        if head[:-1] == asked[:-1] and str(head[-1]).startswith(str(asked[-1])):
-            return str(head[-1]).removeprefix(str(asked[-1]))
-        return self._encoder.written(NO_THOUGHT) if thinking and self._opens else ""
+        before_response = exchange[: exchange.index(slot)]
+        if before_response[:-1] == prompt[:-1] and str(before_response[-1]).startswith(str(prompt[-1])):
+            return str(before_response[-1]).removeprefix(str(prompt[-1]))
+        return self._encoder.name_control_tokens(REASONING_END) if thinking and self._prompt_opens_reasoning else ""
 
-    def _turn_end(self) -> tuple[int, str, list[int], list[str]]:
-        """(end-of-turn id, the template's text up to that token, more ids that end a turn, strings that do).
+    def _find_turn_end(self) -> tuple[int, str, list[int], list[str]]:
+        """(end-of-turn id, the template's text up to that token, other ids that end a turn, strings that end one).
 
-        A template that ends turns with no token of its own leaves it to eos; what it writes between a response and the
-        next question then ends a response too.
+        In a template without a token at the end of a turn, eos ends it; what the template writes between a response
+        and the next question then ends a response too.
         """
-        answered, again = self._layout(_ANSWERED), self._layout(_ASKED_AGAIN)
-        if isinstance(answered, tuple) and (found := self._encoder.first_control(str(answered[-1]))):
-            return found[1], found[0], [], []
+        exchange, second_question = self._layout(_EXCHANGE), self._layout(_SECOND_QUESTION)
+        if isinstance(exchange, tuple) and (end := self._encoder.first_control_token(str(exchange[-1]))):
+            return end[1], end[0], [], []
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise BadInput(f"model {self.name!r}: neither its tokenizer nor its chat template ends a turn with a token")
         between = ""
-        if isinstance(again, tuple) and (slot := _slot(again, 1)) is not None:
-            between = str(again[again.index(slot) + 1])
-        if found := self._encoder.first_control(between):
-            return int(eos), "", [found[1]], []
+        if isinstance(second_question, tuple) and (slot := _last_slot(second_question, 1)) is not None:
+            between = str(second_question[second_question.index(slot) + 1])
+        if end := self._encoder.first_control_token(between):
+            return int(eos), "", [end[1]], []
         return int(eos), "", [], [between.rstrip(" ")] if between.strip() else []
 
 
-def _slot(layout: Layout | str, index: int) -> Slot | None:
+def _last_slot(layout: Layout | str, index: int) -> Slot | None:
     """The last slot of message `index`."""
     slots = [part for part in layout if isinstance(part, Slot) and part.index == index]
     return slots[-1] if slots else None
 
 
-def _markers_in(plain: Sequence[str], first: bool) -> Iterator[str]:
-    """Patterns of the markers in a template's own text between two contents, or with `first` in front of all.
+def _markers_in(texts: Sequence[str], first: bool) -> Iterator[str]:
+    """Patterns of the markers in a template's own text between two contents, or with `first` before the first content.
 
-    `plain` are its parts between control tokens. A tag is one anywhere, a label where the template has it: at the start
-    of a line or behind other text.
+    `texts` are its parts between control tokens. A tag is a marker anywhere, a label where the template has it: at the
+    start of a line or behind other text.
     """
-    lines = [(at > 0, line) for text in plain for at, line in enumerate(text.split("\n"))]
-    if first:  # a template may begin with anything: only what opens the turn is a marker
-        lines = [(True, line) for line in plain[-1].split("\n") if line.strip()][-1:]
-    for opens_line, line in lines:
+    lines = [(number > 0, line) for text in texts for number, line in enumerate(text.split("\n"))]
+    if first:  # a template may begin with any text: only its last line opens the turn
+        lines = [(True, line) for line in texts[-1].split("\n") if line.strip()][-1:]
+    for starts_line, line in lines:
         for text in _BETWEEN_TAGS.split(line.strip()):
             if match := _MARKER.fullmatch(text):
-                yield ("" if match["tag"] else _LINE_START if opens_line else r"(?<!\w)") + re.escape(text)
+                yield ("" if match["tag"] else _LINE_START if starts_line else r"(?<!\w)") + re.escape(text)
 
 
-def _place(index: int, around: str = "") -> str:
-    """What stands for the content of message `index` when a template is rendered."""
+def _placeholder(index: int, around: str = "") -> str:
+    """Stands for the content of message `index` when a template is rendered."""
     return f"{around[::-1]}\ue000{NONCE}:{index}\ue001{around}"
 
 
-def _trim_of(text: str) -> tuple[str, str | None]:
-    """`text` behind a placeholder without what is left of `_EDGE`, and which characters were trimmed there."""
-    if text.startswith(_EDGE):
-        return text[len(_EDGE) :], ""
-    if text.startswith(_EDGE[0]):
+def _split_trim(text: str) -> tuple[str, str | None]:
+    """(`text` behind a placeholder without the rest of `_TRIM_PROBE`, which characters the template trimmed)."""
+    if text.startswith(_TRIM_PROBE):
+        return text[len(_TRIM_PROBE) :], ""
+    if text.startswith(_TRIM_PROBE[0]):
         return text[1:], "\n"
     return text, None
 
 
-def _system_in_first_turn(messages: Sequence[Message]) -> list[Message]:
-    system = [one["content"] for one in messages if one["role"] == "system"]
-    rest = [one for one in messages if one["role"] != "system"]
+def _move_system_to_first_turn(messages: Sequence[Message]) -> list[Message]:
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    rest = [message for message in messages if message["role"] != "system"]
     if not system:
         return rest
     if not rest or rest[0]["role"] != "user":
@@ -432,11 +450,11 @@ def _system_in_first_turn(messages: Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": "\n\n".join([*system, rest[0]["content"]])}, *rest[1:]]
 
 
-def _turns_joined(messages: Sequence[Message]) -> list[Message]:
+def _join_turns(messages: Sequence[Message]) -> list[Message]:
     joined: list[Message] = []
-    for one in messages:
-        if joined and joined[-1]["role"] == one["role"]:
-            joined[-1] = {"role": one["role"], "content": joined[-1]["content"] + "\n\n" + one["content"]}
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1] = {"role": message["role"], "content": joined[-1]["content"] + "\n\n" + message["content"]}
         else:
-            joined.append(one)
+            joined.append(message)
     return joined

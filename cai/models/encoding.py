@@ -1,9 +1,9 @@
 """Text to token ids in which only a template can write a control token, and ids back to text.
 
 A control token is a special token, or an added one that works like one: written by the chat template, or markup such as
-`<|…|>`, `<think>`, `<tool_call>`. Texts are encoded by a copy of the tokenizer in which each control token bears a name
-with a random part that no text can spell; `written` puts the names into a template's own text. Everything else is the
-tokenizer's own work on the whole string, so that merges, prefixes and added words fall where they always do.
+`<|…|>`, `<think>`, `<tool_call>`. Texts are encoded by a copy of the tokenizer in which each control token has a name
+with a random part that no text can contain; `name_control_tokens` puts the names into a template's own text. Everything
+else is the tokenizer's own work on the whole string, so that merges, prefixes and added words are as always.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NONCE = secrets.token_hex(8)
-"""Part of every name that only this package may write. Drawn at each start; it never shows in ids."""
+"""Random part of every name that only this package may write. New at each start; it never shows in ids."""
 
 _BREAK = f"\ue000{NONCE}|\ue001"
-"""A token of the copy that parts two texts and is then dropped."""
+"""A token of the copy that separates two texts and is then dropped."""
 _NAME = re.compile(f"\ue000{NONCE}#(\\d+)\ue001")
 _MARKUP = re.compile(r"<\|.*\|>|<｜.*｜>|</?think>|</?tool_call>", re.DOTALL)
 
 
 class Encoder:
-    """One tokenizer's texts. `control` maps each control token to its id."""
+    """Encodes and decodes with one tokenizer. `control` maps each control token to its id."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         if not tokenizer.is_fast:
-            raise BadInput("the tokenizer has no tokenizer.json, which conversations are encoded with")
+            raise BadInput("the tokenizer has no tokenizer.json, which is needed to encode conversations")
         self._tokenizer = tokenizer
         self.control = {
-            token.content: number
-            for number, token in tokenizer.added_tokens_decoder.items()
+            token.content: token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
             if token.special
             or (token.content in template and not token.content.isspace())
             or _MARKUP.fullmatch(token.content)
@@ -51,32 +51,32 @@ class Encoder:
         newline = self._ids("\n")
         self._newline = newline if self._ids("\na") != [*newline, *self._ids("a")] else []
 
-    def written(self, text: str) -> str:
-        """A template's own text, its control tokens under their names."""
+    def name_control_tokens(self, text: str) -> str:
+        """A template's own text with its control tokens replaced by their names."""
         return self._spelled.sub(lambda match: self._names[match[0]], text)
 
-    def parted(self, text: str) -> str:
+    def escape_control_tokens(self, text: str) -> str:
         """`text` with a space before the last character of each control token that it spells."""
         return self._spelled.sub(lambda match: f"{match[0][:-1]} {match[0][-1]}", text)
 
-    def first_control(self, text: str) -> tuple[str, int] | None:
+    def first_control_token(self, text: str) -> tuple[str, int] | None:
         """(`text` up to and including its first named control token, that token's id), or None without one."""
         match = _NAME.search(text)
         return None if match is None else (text[: match.end()], self.control[self._texts[int(match[1])]])
 
-    def plain(self, text: str) -> list[str]:
-        """What stands before, between and after the named control tokens of `text`."""
+    def split_at_control_tokens(self, text: str) -> list[str]:
+        """The text before, between and after the named control tokens of `text`."""
         return _NAME.split(text)[::2]
 
-    def unwritten(self, text: str) -> str:
-        """`text` with named control tokens as they are spelled."""
+    def spell_control_tokens(self, text: str) -> str:
+        """`text` with the names of control tokens replaced by the tokens: the inverse of `name_control_tokens`."""
         return _NAME.sub(lambda match: self._texts[int(match[1])], text)
 
     def encode(self, text: str, *, inside: bool = False) -> list[int]:
-        """Ids of `text`, whose named control tokens become control tokens. `inside`: it follows on other text.
+        """Ids of `text`, in which names of control tokens become control tokens. `inside`: it continues other text.
 
-        A tokenizer that puts a space in front of whatever it encodes must not do so inside: a newline takes the space
-        and is removed with it.
+        A tokenizer that puts a space in front of every text must not do so inside one: a newline is put in front to
+        take the space, and its ids are removed.
         """
         if inside and self._newline:
             ids = self._ids("\n" + text)
@@ -86,21 +86,21 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens leave nothing."""
-        kept = [number for number in ids if number not in self._control_ids]
+        kept = [token_id for token_id in ids if token_id not in self._control_ids]
         return str(self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _ids(self, text: str) -> list[int]:
         encoding = self._copy.encode(text, add_special_tokens=False)
         while not self._reachable.isdisjoint(encoding.ids):
-            # The vocabulary itself holds the control token and took it from plain text: part its letters.
-            at = next(n for n, number in enumerate(encoding.ids) if number in self._reachable)
-            start, end = encoding.offsets[at]
+            # The vocabulary itself has the control token, and merges made it of plain text: a break prevents that.
+            position = next(n for n, token_id in enumerate(encoding.ids) if token_id in self._reachable)
+            start, end = encoding.offsets[position]
             if end - start < 2:
-                raise BadInput(f"the tokenizer makes its control token {self._tokenizer.decode([encoding.ids[at]])!r} "
-                               f"of plain text")  # fmt: skip
+                token = self._tokenizer.decode([encoding.ids[position]])
+                raise BadInput(f"the tokenizer makes its control token {token!r} of plain text")
             text = text[: start + 1] + _BREAK + text[start + 1 :]
             encoding = self._copy.encode(text, add_special_tokens=False)
-        return [self._original.get(number, number) for number in encoding.ids if number != self._break_id]
+        return [self._original_ids.get(token_id, token_id) for token_id in encoding.ids if token_id != self._break_id]
 
     def _build_copy(self) -> None:
         from tokenizers import AddedToken, Tokenizer
@@ -114,10 +114,9 @@ class Encoder:
         self._copy = Tokenizer.from_str(json.dumps(spec))
         self._copy.add_special_tokens([AddedToken(_BREAK, normalized=False)])
         self._break_id = self._copy.token_to_id(_BREAK)
-        # The copy numbers added tokens anew: back to their own ids.
-        numbers = self._tokenizer.get_vocab()
-        self._original = {self._copy.token_to_id(self._names.get(text, text)): numbers[text] for text in added}
+        # The copy gives added tokens new ids, which `_ids` maps back.
+        original = self._tokenizer.get_vocab()
+        self._original_ids = {self._copy.token_to_id(self._names.get(text, text)): original[text] for text in added}
         vocabulary = self._copy.get_vocab(with_added_tokens=False)
-        unknown = self._tokenizer.unk_token  # what it makes of letters it does not know
-        spelled = [text for text in self.control if text in vocabulary and text != unknown]
-        self._reachable = frozenset(vocabulary[text] for text in spelled)
+        unknown = self._tokenizer.unk_token  # stands for characters outside the vocabulary, so plain text may give it
+        self._reachable = frozenset(vocabulary[text] for text in self.control if text in vocabulary and text != unknown)

@@ -1,8 +1,8 @@
 """Which model a name means, and what identifies its weights.
 
 A model is a folder in Hugging Face's layout, or a hub id that the local cache holds. An adapter's folder counts as a
-model: its base is loaded first and the adapter is merged into it. The network is used by `fetch` alone. Importing this
-module does not import torch.
+model: its base is loaded first and the adapter is merged into it. Only `fetch` uses the network. Importing this module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _IDENTIFYING = ("config.json", "generation_config.json", ADAPTER, "chat_template.jinja", "special_tokens_map.json",
                 "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt")  # fmt: skip
 _BIG = 64_000_000
-"""Bytes from which a file's digest is remembered on disk."""
+"""Bytes from which a file's digest is cached on disk."""
 
 
 def resolve(name: str, *, templates: str = "auto", chat_template: str | None = None, folder: Path) -> Model:
     """The model that `name` means: `micro`, `served:NAME`, a path relative to `folder` or the working directory, or a
     hub id.
 
-    `templates` "auto" takes the set that is recorded with the model, else with its base, else `default`.
-    `chat_template` is a file's name or Jinja text. Raises BadInput for a path without a usable model. A hub id is not
-    looked up here; `fetch` and `identity` do.
+    `templates` "auto" is the set that is recorded with the model, else with its base, else `default`. `chat_template`
+    is a file's name or Jinja text. Raises BadInput for a path without a usable model. A hub id is not looked up here
+    but by `fetch` and `identity`.
     """
     if name == "micro":
         if not (MICRO / "config.json").is_file():
@@ -50,17 +50,16 @@ def resolve(name: str, *, templates: str = "auto", chat_template: str | None = N
             )
         path = name
     else:
-        path = _path_of(name, folder)
-    text = None if chat_template is None else _template_text(chat_template, folder)
-    return Model(name, path, _recorded_templates(path) if templates == "auto" else templates, text)
+        path = _resolve_path(name, folder)
+    text = None if chat_template is None else _read_template(chat_template, folder)
+    return Model(name, path, _find_recorded_templates(path) if templates == "auto" else templates, text)
 
 
 def fetch(model: Model, *, offline: bool = True) -> Path:
     """The model's folder; of a hub id the cached snapshot, downloaded first where `offline` is False."""
     if model.served:
         raise BadInput(
-            f"model {model.name!r} is known by its name at a server alone, and its files are needed here: name a "
-            f"folder or a hub id"
+            f"model {model.name!r} exists only at a server, and its files are needed here: name a folder or a hub id"
         )
     folder = Path(model.path)
     if folder.is_absolute():
@@ -83,9 +82,9 @@ def fetch(model: Model, *, offline: bool = True) -> Path:
 
 
 def identity(model: Model, *, offline: bool = True) -> str:
-    """What tells this model's weights, tokenizer and chat template from any other's: a digest, or `id@revision`.
+    """Identifies the model's weights, tokenizer and chat template: a digest, or `id@revision`.
 
-    Of a model that only a server has it is the name: whether the server still means the same by it cannot be told.
+    A served model is identified by its name; whether the server still means the same weights by it is unknown.
     """
     if model.served:
         return model.path
@@ -96,31 +95,48 @@ def identity(model: Model, *, offline: bool = True) -> str:
     else:
         files = [path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors" or path.suffix == ".model"
                  or path.name.startswith("tokenizer") or path.name in _IDENTIFYING]  # fmt: skip
-        parts += [f"{path.name}:{_file_digest(path)}" for path in files]
-    if base := _base_of(model, folder):
+        parts += [f"{path.name}:{cached_file_digest(path)}" for path in files]
+    if base := base_of(model, folder):
         parts.append(identity(base, offline=offline))
     return parts[1] if len(parts) == 2 and not parts[0] and "@" in parts[1] else stable_id(*parts)
 
 
-def base_of(model: Model) -> Model | None:
-    """What the model is an adapter of; None for a whole model."""
-    return _base_of(model, fetch(model))
+def base_of(model: Model, folder: Path | None = None) -> Model | None:
+    """The model that this one is an adapter of; None for one with weights of its own.
+
+    `folder` is where the model's files are, by default where `fetch` finds them. Raises BadInput where the base is
+    missing.
+    """
+    folder = folder or fetch(model)
+    if not (folder / ADAPTER).is_file():
+        return None
+    name = str(read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "")
+    recorded_base = str(read_json_object(folder / FACTS).get("base") or "")
+    candidates = ([folder / name, Path(name)] if name else []) + ([folder / recorded_base] if recorded_base else [])
+    for path in candidates:
+        if (path / "config.json").is_file() or ((path / ADAPTER).is_file() and not path.samefile(folder)):
+            return Model(name, str(path.resolve()), model.templates, model.chat_template)
+    if recorded_base == "micro" and MICRO.is_dir():
+        return Model("micro", str(MICRO), model.templates, model.chat_template)
+    if _HUB_ID.fullmatch(name):
+        return Model(name, name, model.templates, model.chat_template)
+    raise BadInput(f"model {model.name!r}: the base of the adapter in {folder} is not at {name!r}")
 
 
-def settings(model: Model, name: str) -> dict[str, Any]:
+def read_model_json(model: Model, name: str) -> dict[str, Any]:
     """The object in the JSON file `name` of the model's folder, or of its base's; empty where neither has one."""
     folder = fetch(model)
-    base = None if (folder / name).is_file() else _base_of(model, folder)
-    return _json(folder / name) if base is None else settings(base, name)
+    base = None if (folder / name).is_file() else base_of(model, folder)
+    return read_json_object(folder / name) if base is None else read_model_json(base, name)
 
 
 def head(model: Model) -> Literal["language", "score"] | None:
-    """What a model on this machine has above its last layer: a vocabulary or a score. None where it does not say."""
+    """The head of a model on this machine: a vocabulary or a score. None where its config does not say."""
     folder = Path(model.path)
     kinds = {"CAUSAL_LM": "language", "SEQ_CLS": "score"}
     if (folder / ADAPTER).is_file():
-        return kinds.get(str(_json(folder / ADAPTER).get("task_type")))  # type: ignore[return-value]
-    for name in _json(folder / "config.json").get("architectures") or []:
+        return kinds.get(str(read_json_object(folder / ADAPTER).get("task_type")))  # type: ignore[return-value]
+    for name in read_json_object(folder / "config.json").get("architectures") or []:
         if str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
             return "language"
         if str(name).endswith("ForSequenceClassification"):
@@ -128,9 +144,9 @@ def head(model: Model) -> Literal["language", "score"] | None:
     return None
 
 
-def _path_of(name: str, folder: Path) -> str:
-    given = Path(name).expanduser()
-    for path in (folder / given, Path.cwd() / given):
+def _resolve_path(name: str, folder: Path) -> str:
+    relative_path = Path(name).expanduser()
+    for path in (folder / relative_path, Path.cwd() / relative_path):
         if path.is_dir():
             _check_folder(path, name)
             return str(path.resolve())
@@ -154,45 +170,28 @@ def _check_folder(folder: Path, name: str) -> None:
     raise BadInput(f"model {name!r}: {folder} has no weights, expected .safetensors files")
 
 
-def _template_text(given: str, folder: Path) -> str:
-    if "{{" in given or "{%" in given:
-        return given
-    for path in (folder / given, Path.cwd() / given):
+def _read_template(chat_template: str, folder: Path) -> str:
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template
+    for path in (folder / chat_template, Path.cwd() / chat_template):
         if path.is_file():
             return path.read_text(encoding="utf-8")
-    raise BadInput(f"chat_template {given!r} is neither a file nor a Jinja template")
+    raise BadInput(f"chat_template {chat_template!r} is neither a file nor a Jinja template")
 
 
-def _recorded_templates(path: str) -> str:
+def _find_recorded_templates(path: str) -> str:
     folder: Path | None = Path(path)
-    for _ in range(8):  # adapters upon adapters end somewhere
+    for _ in range(8):  # bounds a chain of adapters that refers to itself
         if folder is None or not folder.is_dir():
             break
-        if recorded := _json(folder / FACTS).get("templates"):
+        if recorded := read_json_object(folder / FACTS).get("templates"):
             return str(recorded)
-        base = _base_of(Model(path, path), folder)
+        base = base_of(Model(path, path), folder)
         folder = Path(base.path) if base is not None else None
     return "default"
 
 
-def _base_of(model: Model, folder: Path) -> Model | None:
-    """What an adapter's folder is an adapter of, or None for a folder with a whole model."""
-    if not (folder / ADAPTER).is_file():
-        return None
-    name = str(_json(folder / ADAPTER).get("base_model_name_or_path") or "")
-    moved = str(_json(folder / FACTS).get("base") or "")
-    places = ([folder / name, Path(name)] if name else []) + ([folder / moved] if moved else [])
-    for place in places:
-        if (place / "config.json").is_file() or ((place / ADAPTER).is_file() and not place.samefile(folder)):
-            return Model(name, str(place.resolve()), model.templates, model.chat_template)
-    if moved == "micro" and MICRO.is_dir():
-        return Model("micro", str(MICRO), model.templates, model.chat_template)
-    if _HUB_ID.fullmatch(name):
-        return Model(name, name, model.templates, model.chat_template)
-    raise BadInput(f"model {model.name!r}: the base of the adapter in {folder} is not at {name!r}")
-
-
-def _json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty where there is none."""
     if not path.is_file():
         return {}
@@ -205,24 +204,24 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _file_digest(path: Path) -> str:
+def cached_file_digest(path: Path) -> str:
     state = path.stat()
     return _digest_at(str(path.resolve()), state.st_size, state.st_mtime_ns)
 
 
 @functools.cache
 def _digest_at(path: str, size: int, mtime: int) -> str:
-    """SHA-256 of a file; of a big one remembered between processes, as hashing 100 GB takes minutes."""
+    """SHA-256 of a file; for a big one cached on disk, since hashing 100 GB takes minutes."""
     if size < _BIG:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cai" / "digests"
-    note = home / stable_id(path, size, mtime)
-    if note.is_file():
-        return note.read_text(encoding="utf-8")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cai" / "digests"
+    cached_digest = cache / stable_id(path, size, mtime)
+    if cached_digest.is_file():
+        return cached_digest.read_text(encoding="utf-8")
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    home.mkdir(parents=True, exist_ok=True)
-    partial = note.with_name(f"{note.name}.{os.getpid()}")
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = cached_digest.with_name(f"{cached_digest.name}.{os.getpid()}")
     partial.write_text(digest, encoding="utf-8")
-    partial.replace(note)
+    partial.replace(cached_digest)
     return digest

@@ -1,7 +1,7 @@
-"""A reward model at work: whole conversations as token ids in, one score each out.
+"""Inference with a reward model: conversations as token ids in, one score each out.
 
-The score is read at the last token that is not padding: the end of the turn, whatever pads the batch, since a pad token
-here is never the end of a text. Training one is the stage `reward`.
+The score is that of the last token that is not padding, the end of the turn; pad is never eos here, so that is the
+conversation's own last token. The stage `reward` trains reward models.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from cai.attention.cpu_sizes import batches, in_one_pass
-from cai.attention.token_trees import each_token_once
+from cai.attention.cpu_tuning import tokens_per_pass
+from cai.attention.token_batches import batch_by_tokens
+from cai.attention.token_trees import compute_shared_tokens_once
 from cai.contracts.model import Model
 from cai.models.chat import Chat
 from cai.models.loading import load_sequence_classifier, pick_dtype, unpartitioned
-from cai.models.reference import base_of, fetch, head, settings
+from cai.models.reference import base_of, fetch, head, read_model_json
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RewardModel:
-    """A frozen sequence classifier with the conversations that it reads."""
+    """A frozen sequence classifier with one score, and the chat that makes its token ids."""
 
     def __init__(self, model: PreTrainedModel, chat: Chat, profile: Profile) -> None:
         self.model = model.requires_grad_(False)
@@ -38,36 +39,36 @@ class RewardModel:
     def load(cls, model: Model, profile: Profile) -> Self:
         """The reward model, whole in this process, in the profile's precision.
 
-        Raises BadInput for a language model, which would score with a head drawn at random, and for a classifier that
-        tells several things apart.
+        Raises BadInput for a language model, whose new head would be random, and for a classifier with several labels.
         """
         model = dataclasses.replace(model, path=str(fetch(model)))
         if head(model) == "language":
             raise BadInput(f"model {model.name!r} is a language model, expected a reward model: one with a score")
-        labels = len(settings(model, "config.json").get("id2label") or (0, 1))  # a config leaves out that there are two
-        if base_of(model) is None and labels != 1:
-            raise BadInput(f"model {model.name!r} tells {labels} labels apart, expected a reward model: one score")
+        # A config without `id2label` has transformers' default of two labels.
+        n_labels = len(read_model_json(model, "config.json").get("id2label") or (0, 1))
+        if base_of(model) is None and n_labels != 1:
+            raise BadInput(f"model {model.name!r} tells {n_labels} labels apart, expected a reward model: one score")
         with unpartitioned():
             return cls(load_sequence_classifier(model, profile.dtype, profile.device), Chat.load(model), profile)
 
     def scores(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """The score of each conversation, in the order given."""
-        return scores(self.model, ids, self.chat.pad_id, self.profile)
+        return score_sequences(self.model, ids, self.chat.pad_id, self.profile)
 
 
-def scores(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad_id: int, profile: Profile) -> list[float]:
-    """The score of each sequence, in batches of similar length within the profile's token budget."""
+def score_sequences(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad_id: int, profile: Profile) -> list[float]:
+    """The score of each token sequence, computed in batches of similar length within the profile's token budget."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     sizes = [len(ids[index]) for index in order]
-    found = torch.zeros(len(ids))
+    scores = torch.zeros(len(ids))
     dtype = pick_dtype(profile.dtype, model.device)
     model.eval()
     with (
-        each_token_once([model]),
+        compute_shared_tokens_once([model]),
         torch.inference_mode(),
         torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32),
     ):
-        for first, last in batches(sizes, in_one_pass(profile.token_budget, model.device)):
+        for first, last in batch_by_tokens(sizes, tokens_per_pass(profile.token_budget, model.device)):
             batch = order[first:last]
             padded = torch.full((len(batch), sizes[last - 1]), pad_id)
             mask = torch.zeros_like(padded)
@@ -75,5 +76,5 @@ def scores(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad_id: int, pr
                 padded[row, : len(ids[index])] = torch.tensor(ids[index])
                 mask[row, : len(ids[index])] = 1
             logits = model(input_ids=padded.to(model.device), attention_mask=mask.to(model.device)).logits
-            found[batch] = logits.squeeze(-1).float().cpu()
-    return found.tolist()
+            scores[batch] = logits.squeeze(-1).float().cpu()
+    return scores.tolist()

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cai.contracts.model import Model
-from cai.models.loading import _quietly
-from cai.models.reference import ADAPTER, FACTS, _json
+from cai.models.loading import silence_transformers
+from cai.models.reference import ADAPTER, FACTS, read_json_object
 
 
-def save_checkpoint(
+def save_model(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,16 +28,16 @@ def save_checkpoint(
 ) -> None:
     """Writes what `resolve` and the loaders read: weights or an adapter, tokenizer with template, card, `cai.json`.
 
-    `start` is the model that training began from; `facts` (stage, recipe, constitution …) go to `cai.json` and the
-    card.
+    `start` is the model that training started from; `facts` (stage, recipe, constitution …) go into `cai.json` and the
+    card. `state_dict` holds the gathered weights where the model's own are partitioned.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _quietly():
+    with silence_transformers():
         model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     if (folder / ADAPTER).is_file():
-        # Absolute for PEFT's own loaders; `cai.json` has the way there should both folders move together.
-        config = _json(folder / ADAPTER)
+        # An absolute path for PEFT's own loaders; `cai.json` has the relative one in case both folders move together.
+        config = read_json_object(folder / ADAPTER)
         config["base_model_name_or_path"] = start.path
         (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     base = start.path

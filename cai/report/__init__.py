@@ -1,12 +1,5 @@
-"""How a comparison is shown: a page that stands alone, a picture, and a table for the terminal.
+"""How figures are shown: a comparison as a page, a picture and a terminal table; labels and training as pictures.
 
-`page` and `examples` need Jinja, `draw` matplotlib, `table` rich; each is imported only where it is used. All three
-show what `cai.report.figures` found and compute nothing but places on a scale.
+`figures` computes a comparison's figures from its rows, `figure_types` and `summary` define the JSON files that hold
+them; all other modules only show them. Jinja, matplotlib and rich are imported only where they are used.
 """
-
-from cai.report.examples import examples
-from cai.report.page import page
-from cai.report.picture import draw
-from cai.report.terminal_table import table
-
-__all__ = ["draw", "examples", "page", "table"]

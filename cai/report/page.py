@@ -1,8 +1,8 @@
-"""A comparison as one HTML page that stands alone: no script, nothing from elsewhere, light and dark, wide and narrow.
+"""A comparison as one self-contained HTML page, without scripts or external resources, for any screen, light or dark.
 
-Everything a model or a user wrote is text here and stays text: Jinja escapes it, the page's own policy forbids scripts
-and connections, and characters that cannot be seen or turn the direction of writing are spelled out. Places on scales
-are computed here; the template only puts them down.
+Everything that a model or a user wrote stays text: Jinja escapes it, the page's content security policy forbids scripts
+and connections, and characters that are invisible or change the direction of text are spelled out. This module arranges
+the figures in tables; the template only writes them down.
 """
 
 from __future__ import annotations
@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cai
-from cai.report.figures import METRICS, UNBOUNDED
-from cai.report.picture import COLOURS
+from cai.report.examples import Example
+from cai.report.figure_style import COLOURS
+from cai.report.figure_types import (
+    Comparison,
+    DifferenceFigure,
+    HeadToHead,
+    PrincipleWinRate,
+    PromptSetFigures,
+    RateFigure,
+)
+from cai.report.figures import AMOUNTS, METRICS
 from cai.storage.rows import HELD_OUT, TOPIC
 from cai.text.formatting import printable
 
@@ -25,169 +34,191 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
+    from cai.feedback.explain import Explanation
+
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
 JOINERS = "\u200c\u200d"
-"""Parts of ordinary words and emoji, which break without them."""
+"""Invisible characters that stay as they are: words of some languages and emoji need them."""
 
 
-def page(comparison: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> str:
-    """The page for what the compare stage wrote to comparison.json and the examples chosen to go with it."""
-    names = list(comparison["models"])
+def render_page(comparison: Comparison, examples: Sequence[Example]) -> str:
+    """The page for the contents of comparison.json, and examples chosen for it."""
+    checkpoints = list(comparison["models"])
+    principles = list(comparison["principles"])
     return (
         _environment()
         .get_template(TEMPLATE.name)
         .render(
             comparison=comparison,
-            names=names,
-            colour={name: f"c{index % len(COLOURS)}" for index, name in enumerate(names)},
-            sets=[_set(name, part, names, list(comparison["principles"])) for name, part in comparison["sets"].items()],
-            examples=[_example(each) for each in examples],
+            names=checkpoints,
+            colour={checkpoint: f"c{index % len(COLOURS)}" for index, checkpoint in enumerate(checkpoints)},
+            sets=[
+                _arrange_set(prompt_set, figures, checkpoints, principles)
+                for prompt_set, figures in comparison["sets"].items()
+            ],
+            examples=[_arrange_example(example) for example in examples],
             versions=_versions(),
-            metrics=METRICS,
         )
     )
 
 
 def visible(text: object) -> Markup:
-    """`text` escaped, each character that does not show, or turns the others round, as its code point in a box."""
+    """`text` escaped; characters that do not show or change the direction of text become their code points in boxes."""
     from markupsafe import Markup, escape
 
     parts: list[str] = []
     for character in str(text):
-        if _hidden(character):
+        if _is_hidden(character):
             parts.append(f'<span class="odd">U+{ord(character):04X}</span>')
         else:
             parts.append(str(escape(character)))
     return Markup("".join(parts))
 
 
-def _hidden(character: str) -> bool:
+def _is_hidden(character: str) -> bool:
     if character in "\n\t" or character in JOINERS:
         return False
     return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
-def _set(name: str, part: Mapping[str, Any], names: Sequence[str], order: Sequence[str]) -> dict[str, Any]:
-    """One prompt set, its figures arranged as the page shows them."""
+def _arrange_set(
+    prompt_set: str, figures: PromptSetFigures, checkpoints: Sequence[str], principles: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of one prompt set in the arrangement of the template."""
+    explained = figures.get("explained")
     return {
-        "name": name,
-        "prompts": part["prompts"],
-        "topics": part["topics"],
-        "metrics": [_metric(metric, part, names) for metric in METRICS if _anywhere(part["checkpoints"], metric)],
-        "matrix": _matrix(part["head_to_head"], names),
-        "head_to_head": part["head_to_head"],
-        "principles": _by_principle(part["principles"], order),
-        "explained": part["explained"] and _explained(part["explained"], order),
-        "behaviours": _behaviours(part["behaviours"], names),
-        "tags": part["tags"],
+        "name": prompt_set,
+        "prompts": figures["prompts"],
+        "topics": figures["topics"],
+        "metrics": [
+            _arrange_metric(metric, figures, checkpoints)
+            for metric in METRICS
+            if any(metric in rates for rates in figures["checkpoints"].values())
+        ],
+        "matrix": _arrange_matrix(figures["head_to_head"], checkpoints),
+        "head_to_head": figures["head_to_head"],
+        "principles": _arrange_win_rates(figures["principles"], principles),
+        "explained": _arrange_explained(explained, principles) if explained else None,
+        "behaviours": _arrange_behaviours(figures["behaviours"], checkpoints),
+        "tags": figures["tags"],
     }
 
 
-def _anywhere(checkpoints: Mapping[str, Any], metric: str) -> bool:
-    return any(metric in rates for rates in checkpoints.values())
+def _arrange_metric(metric: str, figures: PromptSetFigures, checkpoints: Sequence[str]) -> dict[str, Any]:
+    """A line for each checkpoint."""
+    lines = [
+        {
+            "name": checkpoint,
+            "rate": figures["checkpoints"][checkpoint].get(metric),
+            "verdict": _arrange_verdict(metric, figures["differences"].get(checkpoint, {}).get(metric)),
+        }
+        for checkpoint in checkpoints
+    ]
+    return {"lines": lines, **METRICS[metric]._asdict()}
 
 
-def _metric(metric: str, part: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    lines = []
-    for name in names:
-        rate = part["checkpoints"][name].get(metric)
-        difference = part["differences"].get(name, {}).get(metric)
-        lines.append({"name": name, "rate": rate, "difference": difference, "word": _word(metric, difference)})
-    return {"key": metric, "lines": lines} | METRICS[metric]._asdict()
-
-
-def _word(metric: str, difference: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """What the data say about a checkpoint and the baseline: a word and whether it is good news."""
+def _arrange_verdict(metric: str, difference: DifferenceFigure | None) -> dict[str, str] | None:
+    """What is known of a checkpoint's rate and the baseline's, and whether it is good news."""
     if difference is None:
         return None
-    word, better = difference["verdict"], METRICS[metric].better
-    if word == "not distinguishable" or better == "neither":
-        return {"text": word, "kind": "even"}
-    return {"text": word, "kind": "good" if (word == "higher") == (better == "high") else "bad"}
+    verdict, better = difference["verdict"], METRICS[metric].better
+    if verdict == "not distinguishable" or better == "neither":
+        return {"text": verdict, "kind": "even"}
+    return {"text": verdict, "kind": "good" if (verdict == "higher") == (better == "high") else "bad"}
 
 
-def _matrix(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a table: the share of comparisons that the row's checkpoint won against the column's."""
+def _arrange_matrix(entries: Sequence[HeadToHead], checkpoints: Sequence[str]) -> list[dict[str, Any]]:
+    """A row a checkpoint: the shares of comparisons that it won against the checkpoint of each column."""
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
-        a, b = entry["a"], entry["b"]
         if entry["value"] is None:
             continue
-        winner = {"a better": a, "b better": b}.get(entry["verdict"])
+        a, b = entry["a"], entry["b"]
         low, high = entry["interval"]
-        worst = entry.get("bounds", [0.0, 1.0])
-        both = {"winner": winner, "missing": entry.get("missing", 0)}
-        cells[a, b] = {"value": entry["value"], "low": low, "high": high, "bounds": worst} | both
-        turned = [1 - worst[1], 1 - worst[0]]
-        cells[b, a] = {"value": 1 - entry["value"], "low": 1 - high, "high": 1 - low, "bounds": turned} | both
-    return [{"name": row, "cells": [cells.get((row, column)) for column in names]} for row in names] if cells else []
+        lowest, highest = entry.get("bounds", [0.0, 1.0])
+        shared = {"winner": {"a better": a, "b better": b}.get(entry["verdict"]), "missing": entry.get("missing", 0)}
+        cells[a, b] = {"value": entry["value"], "low": low, "high": high, "bounds": [lowest, highest], **shared}
+        cells[b, a] = {
+            "value": 1 - entry["value"], "low": 1 - high, "high": 1 - low, "bounds": [1 - highest, 1 - lowest], **shared
+        }  # fmt: skip
+    if not cells:
+        return []
+    return [{"name": row, "cells": [cells.get((row, column)) for column in checkpoints]} for row in checkpoints]
 
 
-def _by_principle(entries: Sequence[Mapping[str, Any]], order: Sequence[str]) -> dict[str, Any]:
-    """Win rates by principle: a row a principle, in the constitution's order, a column a pair."""
+def _arrange_win_rates(entries: Sequence[PrincipleWinRate], principles: Sequence[str]) -> dict[str, Any]:
+    """A row a principle, in the constitution's order, and a column a pair of checkpoints."""
     pairs = list(dict.fromkeys((entry["a"], entry["b"]) for entry in entries))
-    found: dict[str, dict[tuple[str, str], Any]] = {}
-    for entry in entries:
-        found.setdefault(entry["principle"], {})[entry["a"], entry["b"]] = entry
-    return {
-        "pairs": pairs,
-        "rows": [{"name": name, "cells": [found[name].get(pair) for pair in pairs]} for name in order if name in found],
-    }
+    cells = {(entry["principle"], entry["a"], entry["b"]): entry for entry in entries}
+    asked = {entry["principle"] for entry in entries}
+    rows = [
+        {"name": principle, "cells": [cells.get((principle, *pair)) for pair in pairs]}
+        for principle in principles
+        if principle in asked
+    ]
+    return {"pairs": pairs, "rows": rows}
 
 
-def _explained(found: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """What the principles did, arranged as two tables: a row a principle, in the constitution's order."""
-    names = [name for name in order if name in found["principles"]]
+def _arrange_explained(explained: Explanation, principles: Sequence[str]) -> dict[str, Any]:
+    """What the principles did, as two tables: a row a principle, in the constitution's order."""
+    names = [principle for principle in principles if principle in explained["principles"]]
+    correlation, without = explained["correlation"], explained["without"]
     return {
         "names": names,
-        "pairs": found["pairs"],
-        "rows": [{"name": name, "without": found["without"][name]} | found["principles"][name] for name in names],
-        "matrix": [{"name": row, "cells": [found["correlation"][row][column] for column in names]} for row in names],
+        "pairs": explained["pairs"],
+        "rows": [{"name": name, "without": without[name]} | explained["principles"][name] for name in names],
+        "matrix": [{"name": row, "cells": [correlation[row][column] for column in names]} for row in names],
         "remarks": [
-            {"one": one, "other": other, "word": word, "correlation": each["correlation"]}
-            for word, kind in (("say nearly the same", "redundant"), ("contradict each other", "conflicting"))
-            for each in found[kind]
-            for one, other in [each["principles"]]
+            {"principles": remark["principles"], "text": text, "correlation": remark["correlation"]}
+            for text, remarks in (
+                ("say nearly the same", explained["redundant"]),
+                ("contradict each other", explained["conflicting"]),
+            )
+            for remark in remarks
         ],
-        "turned": [{"name": name} | each for name in names for each in found["without"][name]["examples"]],
+        "turned": [{"name": name} | example for name in names for example in without[name]["examples"]],
     }
 
 
-def _behaviours(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    detectors = list(dict.fromkeys(detector for name in names for detector in found[name]))
+def _arrange_behaviours(
+    behaviours: Mapping[str, Mapping[str, RateFigure]], checkpoints: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row a detector, a column a checkpoint."""
+    detectors = dict.fromkeys(detector for checkpoint in checkpoints for detector in behaviours[checkpoint])
     return [
         {
             "name": detector.replace("_", " "),
-            "amount": detector in UNBOUNDED,
-            "cells": [found[name].get(detector) for name in names],
+            "amount": detector in AMOUNTS,
+            "cells": [behaviours[checkpoint].get(detector) for checkpoint in checkpoints],
         }
         for detector in detectors
     ]
 
 
-def _example(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example with its votes arranged as a table: a row a principle, a column a pair."""
-    votes = [vote | {"by_id": {each["id"]: each for each in vote["principles"]}} for vote in example["votes"]]
-    principles = list(dict.fromkeys(name for vote in votes for name in vote["by_id"]))
+def _arrange_example(example: Example) -> dict[str, Any]:
+    """An example with its votes as a table: a row a principle, a column a pair."""
+    votes = [{**vote, "by_principle": {part["id"]: part for part in vote["principles"]}} for vote in example["votes"]]
+    principles = list(dict.fromkeys(part["id"] for vote in example["votes"] for part in vote["principles"]))
     kinds = [tag for tag in example["tags"] if tag != HELD_OUT and not tag.startswith(TOPIC)]
     return {**example, "votes": votes, "principles": principles, "kinds": kinds}
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """`12.5`, without a sign for nought."""
+    """A share in per cent, `12.5`; adding 0.0 keeps a negative zero from getting a sign."""
     return f"{100 * value + 0.0:.{digits}f}"
 
 
-def place(value: float) -> str:
-    """Where a share lies along a scale, in per cent for SVG."""
+def position(value: float) -> str:
+    """The position of a share on a scale, as an SVG coordinate in per cent."""
     return f"{100 * min(max(value, 0.0), 1.0):.2f}%"
 
 
 def _versions() -> dict[str, str]:
-    found = {"cai": cai.__version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "scipy"):
-        found[package] = importlib.metadata.version(package)
-    return found
+    """Package to its version."""
+    packages = ("torch", "transformers", "numpy", "scipy")
+    return {"cai": cai.__version__, "python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
 
 
 @functools.cache
@@ -201,6 +232,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": visible, "printable": printable, "percent": percent, "place": place}
+    environment.filters |= {"visible": visible, "printable": printable, "percent": percent, "position": position}
     environment.globals["colours"] = COLOURS
     return environment

@@ -23,7 +23,7 @@ def comparison_recipe(
     limit: int | None,
     runs_folder: Path,
 ) -> Path:
-    """Writes the recipe into the folder of its run, which is named by what is compared on what; its path.
+    """Writes the recipe into the folder of its run, which is named by prompts and constitution; its path.
 
     `models` are NAME=MODEL, a model also RUN/STAGE; `prompts` is micro:SPLIT or a file. Raises BadInput for anything
     else, before anything is written.
@@ -54,7 +54,8 @@ def comparison_recipe(
         "prompts": {"prompts": prompt_set},
         "stages": [{"id": "comparison", "kind": "compare", "models": named, "prompts": "prompts"}],
     }
-    name = f"compare-{stable_id(recipe)[:8]}"
+    # Not of the models or the judge: another one of these uses the responses and votes that are there.
+    name = f"compare-{stable_id(prompt_set, recipe['constitution'])[:8]}"
     path = runs_folder / name / "recipe.yaml"
     text = yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True)
     read_recipe(parse_document(text, path))

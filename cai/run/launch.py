@@ -28,10 +28,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,28 +37,21 @@ from typing import Any, Protocol
 from cai.contracts.profile import Profile
 from cai.contracts.stage_config import FeedbackConfig, StageConfig
 from cai.contracts.training_config import TrainingConfig
+from cai.run import stage_process
+from cai.run.stage_process import ALIVE, MODULE, NODE, SILENCE, Spec, accelerate_command
 from cai.storage import stopping
 from cai.storage.files import read_json, write_json
-from cai.storage.journal import Journal, ShareDone
-from cai.text.errors import BadInput, CaiError, GateFailed, StageFailed, Terminated
-from cai.text.progress import FileLine, StageLine, relay
+from cai.storage.run_folder import PROCESS
+from cai.text.errors import BadInput, CaiError, GateFailed, StageFailed
+from cai.text.progress import StageLine, relay
 
-NODE = "--node"
-FOLDER = "process"
-"""In the stage's folder: what parent and children tell each other, and their log."""
-MEETING = "meeting"
-"""In that folder: the file by which forked processes that train together find each other."""
 GRACE = 30.0
 """Seconds that children have after SIGTERM."""
-ALIVE = "alive"
-"""File that the parent writes every few seconds, for children on machines from which it cannot be seen."""
-SILENCE = 120.0
-"""Seconds without a new word in it after which such a child ends."""
 
 LIBRARIES = (
     "cai.run.setsid",  # before all others: it keeps signals off
     "cai.training.loop", "cai.training.trainers", "cai.engines.local.decoding", "cai.engines.local.scoring",
-    "cai.run.pipeline", "deepspeed",
+    "cai.run.stage_process", "deepspeed",
 )  # fmt: skip
 """What forked processes have imported before they begin, if it is installed: whatever is slow to import."""
 
@@ -73,29 +64,12 @@ _ROOT_CAUSE = re.compile(
 """Where accelerate's launcher says which of its processes ended first, and how."""
 
 
-@dataclass(frozen=True)
-class Spec:
-    """All that a child needs to find the same stage again."""
-
-    recipe: str
-    overrides: list[str]
-    run: str
-    stage: str
-    folder: str
-    profile: dict[str, Any]
-    report_to: list[str]
-    parent: int
-    host: str = field(default_factory=socket.gethostname)
-    port: int = 0
-    """Where the first process listens for those on other machines."""
-
-
 def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -> dict[str, Any]:
     """Runs the stage and returns what rank 0 returned.
 
     Raises the failing process's error, and Terminated where the stage stopped at a checkpoint as it was asked to.
     """
-    folder = Path(spec.folder) / FOLDER
+    folder = Path(spec.folder) / PROCESS
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
@@ -126,7 +100,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
         raise _first_error(folder, spec.stage, codes)
     figures = read_json(folder / "figures.json")
     if not isinstance(figures, dict):
-        stopping.check()
+        stopping.raise_if_deferred()
         raise StageFailed(f"stage {spec.stage!r} ended without a result; see {folder / 'log.txt'}")
     return figures
 
@@ -170,7 +144,7 @@ def begin_importing() -> None:
 
 
 def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
-    """A forked child: from here on as if `python -m cai.run.launch SPEC` had been started."""
+    """A forked child: from here on as if `python -m cai.run.stage_process SPEC` had been started."""
     os.setsid()
     gc.freeze()  # else each collection goes through all that was imported, and copies its pages
     with log.open("ab") as file:
@@ -178,7 +152,7 @@ def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    sys.exit(main(spec))
+    sys.exit(stage_process.main(spec))
 
 
 def _ranks(profile: Profile, config: StageConfig) -> int:
@@ -191,10 +165,10 @@ def _ranks(profile: Profile, config: StageConfig) -> int:
 def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
     """What to start, each with what is added to its environment."""
     if isinstance(config, TrainingConfig) and profile.nodes > 1:
-        return [([*profile.launcher, sys.executable, "-m", "cai.run.launch", NODE, spec], {})]
+        return [([*profile.launcher, sys.executable, "-m", MODULE, NODE, spec], {})]
     if isinstance(config, TrainingConfig) and profile.accelerate is not None:
-        return [(_accelerate(profile, spec), {})]
-    command = [sys.executable, "-m", "cai.run.launch", spec]
+        return [(accelerate_command(profile, spec), {})]
+    command = [sys.executable, "-m", MODULE, spec]
     if ranks == 1:
         return [(command, {})]  # accelerate takes whoever has a LOCAL_RANK for one of several processes
     together = {"WORLD_SIZE": str(ranks)}
@@ -205,27 +179,21 @@ def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> l
     return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), **together}) for rank in range(ranks)]
 
 
-def _accelerate(profile: Profile, spec: str, *where: str) -> list[str]:
-    """accelerate's launcher for this machine's processes."""
-    shape = ["--config_file", str(profile.accelerate), "--num_processes", str(profile.processes), *where]
-    return [sys.executable, "-m", "accelerate.commands.launch", *shape, "--module", "cai.run.launch", spec]
-
-
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
 
 
 def _follow(children: list[Child], folder: Path, line: StageLine) -> list[int | None]:
     """Shows progress until all children have ended, or one has failed: their exit codes, None for one that goes on."""
     path = folder / "progress.jsonl"
     offset = 0
-    told = -math.inf
+    last_sign_of_life = -math.inf
     while True:
-        if time.monotonic() - told > SILENCE / 12:
-            told = time.monotonic()
-            (folder / ALIVE).write_text(str(told))
+        if time.monotonic() - last_sign_of_life > SILENCE / 12:
+            last_sign_of_life = time.monotonic()
+            (folder / ALIVE).write_text(str(last_sign_of_life))
         codes = [child.poll() for child in children]
         if path.exists():
             with path.open("rb") as file:
@@ -242,9 +210,9 @@ def _follow(children: list[Child], folder: Path, line: StageLine) -> list[int | 
 
 
 def _failed_long_ago(folder: Path) -> bool:
-    """Whether a process has told its error and whoever started it still has not ended: it, or another, hangs."""
-    told = [path.stat().st_mtime for path in folder.glob("error-*.json")]
-    return bool(told) and time.time() - min(told) > GRACE / 2
+    """Whether a process has reported its error a while ago and some process still runs: it hangs."""
+    times = [path.stat().st_mtime for path in folder.glob("error-*.json")]
+    return bool(times) and time.time() - min(times) > GRACE / 2
 
 
 def _stop(children: list[Child]) -> None:
@@ -283,103 +251,8 @@ def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
         return kinds.get(first["exit_code"], StageFailed)(first["message"])
     rank = (killed or [rank for rank, code in enumerate(codes) if code])[0]
     code, ranks = codes[rank] or 0, len(codes)
-    if found := _ROOT_CAUSE.search((folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
-        rank, code, ranks = int(found["rank"]), int(found["code"]), 2
+    if cause := _ROOT_CAUSE.search((folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
+        rank, code, ranks = int(cause["rank"]), int(cause["code"]), 2
     who = f"stage {stage!r}" + (f", process {rank}," if ranks > 1 else "")
     ended = f"signal {-code}" if code < 0 else f"exit code {code}"
     return StageFailed(f"{who} ended with {ended}; see {folder / 'log.txt'}")
-
-
-def main(path: str) -> int:
-    """One process of a stage."""
-    spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
-    folder = Path(path).parent
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    watch = (spec.parent,) if spec.host == socket.gethostname() else (folder / ALIVE,)
-    threading.Thread(target=_end_with, args=watch, daemon=True).start()
-    try:
-        figures = _run(spec, folder, rank, ranks)
-    except (ShareDone, Terminated):  # 0: of any other code a launcher would end the processes that still write
-        return 0
-    except Exception as error:
-        traceback.print_exc()
-        known = isinstance(error, CaiError)
-        message = (
-            str(error)
-            if known
-            else (f"stage {spec.stage!r}, process {rank}: {type(error).__name__}: {error}; see {folder / 'log.txt'}")
-        )
-        code = error.exit_code if isinstance(error, CaiError) else StageFailed.exit_code
-        write_json(folder / f"error-{rank}.json", {"time": time.time(), "message": message, "exit_code": code})
-        return code
-    if rank == 0:
-        write_json(folder / "figures.json", figures)
-    return 0
-
-
-def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-    from cai.run import pipeline
-    from cai.run.recipe import load_recipe
-
-    profile = Profile.model_validate(spec.profile)
-    recipe = load_recipe(spec.recipe, spec.overrides)
-    trains = isinstance(recipe.stages[spec.stage], TrainingConfig)
-    if trains and ranks != profile.processes:
-        raise StageFailed(
-            f"stage {spec.stage!r} found itself in {ranks} of the {profile.processes} processes that profile "
-            f"{profile.name!r} wants: {profile.accelerate} made accelerate start no more"
-        )
-    if trains and profile.fork and ranks > 1:
-        _meet(folder / MEETING, rank, ranks)
-    line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
-    journal = Journal(Path(spec.folder), line, rank, ranks)
-    return pipeline.run_stage_in_child(
-        recipe, profile, Path(spec.run), spec.stage, journal, line, tuple(spec.report_to)
-    )
-
-
-def _meet(place: Path, rank: int, ranks: int) -> None:
-    """Connects forked processes that train together; accelerate takes a group that is there for its own."""
-    from torch.distributed import FileStore, init_process_group  # type: ignore[attr-defined]
-
-    store = FileStore(str(place), ranks)  # no port that somebody else may take
-    init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-
-
-def _end_with(parent: int | Path) -> None:
-    """Ends this process when `cai run` is gone, a process here or one that writes a file: nobody takes its result."""
-    heard, last = time.monotonic(), ""
-    while True:
-        if isinstance(parent, int):
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                os._exit(StageFailed.exit_code)
-            except PermissionError:
-                return
-        else:
-            with contextlib.suppress(OSError):  # a shared file system may be away for a while
-                if (word := parent.read_text()) != last:
-                    heard, last = time.monotonic(), word
-            if time.monotonic() - heard > SILENCE:
-                os._exit(StageFailed.exit_code)
-        time.sleep(1)
-
-
-def start_node(path: str) -> None:
-    """Becomes accelerate's launcher of the processes on this one of several machines."""
-    spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
-    profile = Profile.model_validate(spec.profile)
-    node = os.environ.get("CAI_NODE") or os.environ.get("SLURM_NODEID")
-    if node is None:
-        raise StageFailed("found neither CAI_NODE nor SLURM_NODEID, expected the profile's `launcher` to set one")
-    where = ["--num_machines", str(profile.nodes), "--machine_rank", node,
-             "--main_process_ip", profile.address or spec.host, "--main_process_port", str(spec.port)]  # fmt: skip
-    command = _accelerate(profile, path, *where)
-    os.execv(command[0], command)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == NODE:
-        start_node(sys.argv[2])
-    sys.exit(main(sys.argv[1]))

@@ -1,34 +1,53 @@
-"""What would run, what is reused, and why: a stage's fingerprint and what of it has changed.
+"""What would run, what is reused, and why.
 
-A fingerprint covers what the stage computes from: its resolved config, the outputs of the stages that it reads, the
-principles' requests and templates that reach a model in it, the rows of its prompt sets, the identity of its models,
-the seed. It leaves out where it runs. Every part is kept by name in the stage's folder, so that a changed fingerprint
-can say what has changed. Opening an engine, and torch, are left out here.
+Whether a stage is reused, begun, continued or waits is decided here alone, for the dry run and the run alike: by its
+fingerprint (`cai.run.fingerprint`), by what lies in its folder, and by the options of this run. Opening an engine, and
+torch, are left out.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
+import contextlib
+import functools
+import importlib.metadata
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from cai.contracts.model import Model
+import cai
+from cai.contracts.model import SERVED
+from cai.contracts.profile import Profile
 from cai.contracts.stage_config import StageConfig
-from cai.models.reference import identity, resolve
-from cai.prompt_sets.prompt_files import PairSet, load_human_pairs, read_prompt_set
-from cai.run.recipe import MODELS, Recipe, inputs_of, models_of, needs, prompt_sets_of, rewards_of
+from cai.contracts.training_config import ReinforcementConfig, TrainingConfig
+from cai.run.fingerprint import Fingerprints, Parts, changes_in_words, first_few
+from cai.run.outputs import changed_outputs
+from cai.run.prompt_checks import check_prompts
+from cai.run.recipe import Recipe
+from cai.run.recipe_names import needs
 from cai.storage import run_folder
-from cai.storage.files import file_digest, read_json
-from cai.storage.rows import HELD_OUT, Prompt, canonical_json, stable_id
-from cai.templates import load_templates
-from cai.text.errors import BadInput
-from cai.training.rl.reward_functions import function_place
+from cai.storage.files import read_json
+from cai.storage.journal import PLAN
+from cai.storage.rows import stable_id
+from cai.text.errors import BadInput, did_you_mean
 
-Parts = dict[str, Any]
-"""What a fingerprint is made of, by name: `config.n`, `input.votes`, `weight.no-crime` ..."""
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
+"""Libraries whose versions are recorded with a stage's outputs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a recipe is run this time."""
+
+    until: str | None = None
+    """The last stage to run."""
+    redo_from: str | None = None
+    """This stage and all that depends on it run again."""
+    retry_failures: bool = False
+    """Stages with failed items are reopened."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that trainers report to."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,11 @@ class Step:
     folder: Path | None = None
     parts: Parts = field(default_factory=dict)
     done: run_folder.Finished | None = None
+    """The stage's outputs where they are reused."""
+    removes: bool = False
+    """Whether what lies in the folder is removed first."""
+    reopens: bool = False
+    """Whether failed items of a finished stage are asked again."""
 
     @property
     def id(self) -> str:
@@ -48,232 +72,122 @@ class Step:
         return self.config.id
 
 
-class Planner:
-    """Fingerprints the stages of one recipe against what lies in the folder of its run."""
+def plan_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options) -> list[Step]:
+    """What would be done about every stage, without doing any of it."""
+    planner = Planner(recipe, run, profile.offline, options)
+    check_prompts(recipe, planner.fingerprints.prompts)
+    done: dict[str, run_folder.Finished] = {}
+    steps = []
+    for config in selected_stages(recipe, options, profile):
+        step = planner.step(config, done)
+        if step.done:
+            done[config.id] = step.done
+        steps.append(step)
+    return steps
 
-    def __init__(self, recipe: Recipe, run: Path, offline: bool = True) -> None:
+
+def selected_stages(recipe: Recipe, options: Options, profile: Profile) -> list[StageConfig]:
+    """The stages up to the last one wanted. Raises BadInput where the profile cannot train one."""
+    ids = list(recipe.stages)
+    names = list(dict.fromkeys([*ids, *recipe.composites]))
+    for option, name in (("--until", options.until), ("--from", options.redo_from)):
+        if name is not None and name not in names:
+            expected = f"expected one of {', '.join(names)}{did_you_mean(name, names)}"
+            raise BadInput(f"{option} {name}: no such stage, {expected}")
+    last = max(ids.index(part) for part in recipe.parts_of(options.until)) if options.until else len(ids) - 1
+    configs = list(recipe.stages.values())[: last + 1]
+    for config in configs:
+        if isinstance(config, TrainingConfig):
+            profile.accumulation(config.batch_size)
+        if isinstance(config, ReinforcementConfig):
+            profile.check_rollouts(config.id)
+            _check_judges(config, profile)
+    return configs
+
+
+class Planner:
+    """Decides about the stages of one recipe by what lies in the folder of its run."""
+
+    def __init__(self, recipe: Recipe, run: Path, offline: bool = True, options: Options | None = None) -> None:
         self.recipe = recipe
         self.run = run
-        self.offline = offline
-        self.notes: list[str] = []
-        """What the user should know about the prompts."""
+        self.options = options or Options()
+        self.fingerprints = Fingerprints(recipe, offline)
         self._latest = run_folder.latest(run)
-        self._prompts: dict[str, list[Prompt]] = {}
-        self._prompt_digests: dict[str, str] = {}
-        self._identities: dict[str, str] = {}
-
-    def prompts(self, name: str) -> list[Prompt]:
-        """The prompts of a set, read once."""
-        if name not in self._prompts:
-            read = read_prompt_set(self.recipe.prompts[name], self.recipe.folder)
-            self._prompts[name] = read.prompts
-            self._prompt_digests[name] = stable_id(read.prompts)
-            if read.duplicates:
-                self.notes.append(
-                    f"prompts {name}: {read.duplicates:,} of {read.rows:,} rows are there more than once "
-                    "and were taken once"
-                )
-        return self._prompts[name]
+        self._redone = _redone(recipe, self.options)
 
     def step(self, config: StageConfig, done: Mapping[str, run_folder.Finished]) -> Step:
-        """What is to be done about a stage, given the stages that are done."""
-        waiting = [name for name in needs(config, set(self.recipe.stages)) if name not in done]
-        if waiting:
-            return Step(config, "waits", f"because {' and '.join(waiting)} would run")
-        parts = self.parts(config, done)
+        """What is to be done about a stage, given the stages that are done: the one decision of dry run and run."""
+        missing = [name for name in needs(config, set(self.recipe.stages)) if name not in done]
+        if missing:
+            return Step(config, "waits", f"because {' and '.join(missing)} would run")
+        parts = self.fingerprints.parts(config, done)
         folder = self.run / f"{config.id}-{stable_id(parts)}"
-        if found := run_folder.finished(folder):
-            return Step(config, "reused", "", folder, parts, found)
+        if config.id in self._redone:
+            return Step(config, "runs", self._redone[config.id], folder, parts, removes=True)
+        if finished := run_folder.finished(folder):
+            if changed := changed_outputs(finished):
+                return Step(config, "runs", first_few(changed), folder, parts, removes=True)
+            n_failures = run_folder.n_failures(folder)
+            if self.options.retry_failures and n_failures and (folder / PLAN).exists():
+                reason = f"{n_failures} failed items are asked again"
+                return Step(config, "continues", reason, folder, parts, reopens=True)
+            return Step(config, "reused", _other_versions(finished), folder, parts, finished)
         if batches := run_folder.n_batches(folder):
             return Step(config, "continues", f"{batches} batches are on disk", folder, parts)
         if (folder / run_folder.STAGE).exists():
             return Step(config, "runs", "it did not come to its end", folder, parts)
-        return Step(config, "runs", self._why(config, parts), folder, parts)
+        return Step(config, "runs", self._reason_to_run(config, parts), folder, parts)
 
-    def model(self, name: str, done: Mapping[str, run_folder.Finished]) -> Model:
-        """The model that a name means: a finished stage's, called by the stage's id, or one from outside."""
-        if name not in done:
-            return self.recipe.models[name]
-        found = resolve(
-            str(done[name].model.resolve()),
-            templates=self.recipe.templates,
-            chat_template=self.recipe.chat_template,
-            folder=self.recipe.folder,
-        )
-        return dataclasses.replace(found, name=name)
-
-    def parts(self, config: StageConfig, done: Mapping[str, run_folder.Finished]) -> Parts:
-        """Everything that the stage's output depends on, by name. All that it needs must be done."""
-        parts: Parts = {"revision": config.revision, "seed": self.recipe.seed}
-        parts |= _flat("config", config.model_dump(mode="json", by_alias=True))
-        parts |= {f"input.{name}": done[name].digest for name in inputs_of(config)}
-        for name in prompt_sets_of(config):
-            self.prompts(name)
-            parts[f"prompts.{name}"] = self._prompt_digests[name]
-        for key in config.reads_files:
-            if (given := getattr(config, key)) is not None:
-                parts[f"file.{key}"] = _content_digest(self.recipe.folder / Path(given.source).expanduser())
-        for reward in rewards_of(config):
-            if reward.function is not None:
-                path, _ = function_place(reward.function, self.recipe.folder)
-                parts[f"file.{reward.called}"] = _content_digest(path)
-        for name in dict.fromkeys(models_of(config).values()):
-            model = self.model(name, done)
-            parts[f"model.{name}"] = done[name].digest if name in done else self._identity(model)
-            templates = load_templates(model.templates)
-            parts |= {f"template.{ask}.{templates.name}": templates.digest(ask) for ask in config.template_names}
-            if templates.chat_template is not None:  # lent, with what ends a turn, to a model that has none
-                parts[f"template.chat.{templates.name}"] = stable_id(templates.chat_template, templates.stop)
-            if model.chat_template is not None:
-                parts["chat template"] = stable_id(model.chat_template)
-        return parts | self._constitution_parts(config)
-
-    def check_prompts(self) -> None:
-        """Refuses a conversation that is both learned from and held out, and says in which sets it is.
-
-        Notes the sets that are learned from and compared on."""
-        used: dict[str, set[str]] = {}
-        for config in self.recipe.stages.values():
-            for name in prompt_sets_of(config):
-                used.setdefault(name, set()).add(config.gives)
-        sources = {
-            name: {
-                canonical_json(each["messages"]): gives == {"comparison"} or HELD_OUT in each["tags"]
-                for each in self.prompts(name)
-            }
-            for name, gives in used.items()
-        } | self._human_prompts()
-        where: dict[str, tuple[str, bool]] = {}
-        clashes: Counter[tuple[str, str]] = Counter()
-        for name, conversations in sources.items():
-            for conversation, held_out in conversations.items():
-                other, other_held_out = where.setdefault(conversation, (name, held_out))
-                if held_out != other_held_out:
-                    clashes[(name, other) if held_out else (other, name)] += 1
-        if clashes:
-            (held, learned), count = clashes.most_common(1)[0]
-            raise BadInput(
-                f"{self.recipe.path}: {count} prompts of the held-out set {held!r} are in {learned!r} too, "
-                "word for word; take them out of one, or say `hold_out:` in one place"
-            )
-        trained_on = self._trained_on()
-        for name, gives in used.items():
-            count = sum(not held_out for held_out in sources[name].values())
-            if count and "comparison" in gives and name in trained_on:
-                self.notes.append(
-                    f"prompts {name}: {count:,} prompts are learned from and compared on too; `hold_out: "
-                    "true` keeps a set out of training"
-                )
-
-    def _human_prompts(self) -> dict[str, dict[str, bool]]:
-        """Whether each conversation of the pairs that people labelled is held out, by the key that names the pairs."""
-        return {
-            f"{config.id}.{key}": {
-                canonical_json(row["prompt"]): HELD_OUT in row["tags"]
-                for row in load_human_pairs(pairs, self.recipe.folder).preferences
-            }
-            for config in self.recipe.stages.values()
-            for key in config.reads_files
-            if isinstance(pairs := getattr(config, key), PairSet)
-        }
-
-    def _trained_on(self) -> set[str]:
-        """The prompt sets whose rows reach a stage that trains a model."""
-        reached: set[str] = set()
-        for config in reversed(list(self.recipe.stages.values())):
-            if config.gives in MODELS or config.id in reached:
-                reached.update([config.id, *inputs_of(config)])
-        return {name for id in reached for name in prompt_sets_of(self.recipe.stages[id])}
-
-    def _constitution_parts(self, config: StageConfig) -> Parts:
-        constitution = self.recipe.constitution
-        if constitution is None or not (config.principle_fields or config.uses_weights):
-            return {}
-        parts: Parts = {"constitution": constitution.name, "principles": [each.id for each in constitution.principles]}
-        named = getattr(config, "principles", None)
-        for principle in constitution.principles:
-            if isinstance(named, list):
-                parts[f"principle.{principle.id}.named"] = [tag for tag in principle.tags if tag in named]
-            for ask in config.principle_fields:
-                parts[f"principle.{principle.id}.{ask}"] = getattr(principle, ask)
-            if config.principle_fields:
-                parts[f"principle.{principle.id}.applies_to"] = principle.applies_to and list(principle.applies_to)
-            if config.uses_examples:
-                parts[f"principle.{principle.id}.examples"] = stable_id(
-                    [[each.messages, each.better, each.worse] for each in principle.examples]
-                )
-            if config.uses_weights:
-                parts[f"weight.{principle.id}"] = principle.weighted(getattr(config, "tag_weights", {}))
-        return parts
-
-    def _identity(self, model: Model) -> str:
-        if model.path not in self._identities:
-            self._identities[model.path] = identity(model, offline=self.offline)
-        return self._identities[model.path]
-
-    def _why(self, config: StageConfig, parts: Parts) -> str:
+    def _reason_to_run(self, config: StageConfig, parts: Parts) -> str:
         """What differs from the stage's latest folder, in words."""
         folder = self._latest.get(config.id)
         before = (read_json(folder / run_folder.STAGE) or {}).get("parts") if folder else None
         if before is None:
             return "it has not run yet"
         changed = {name for name in {*before, *parts} if before.get(name) != parts.get(name)}
-        return "; ".join(_in_words(changed, before, parts)) or "it was removed"
+        return "; ".join(changes_in_words(changed, before, parts)) or "it was removed"
 
 
-def _content_digest(path: Path) -> str:
-    """What lies at a path that a recipe names: a file, a folder's files, or nothing."""
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    return stable_id([(str(each.relative_to(path)), file_digest(each)) for each in files if each.is_file()])
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions that are recorded with a stage's outputs."""
+    versions = {"cai": cai.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
-def _flat(prefix: str, value: Mapping[str, Any]) -> Parts:
-    parts: Parts = {}
-    for key, each in value.items():
-        name = f"{prefix}.{key}"
-        if isinstance(each, Mapping) and each:
-            parts |= _flat(name, each)
-        else:
-            parts[name] = each
-    return parts
+def _redone(recipe: Recipe, options: Options) -> dict[str, str]:
+    """The stages that run again whatever lies on disk, and why."""
+    reasons: dict[str, str] = {}
+    asked_for = recipe.parts_of(options.redo_from) if options.redo_from else []
+    for config in recipe.stages.values():
+        if config.id in asked_for:
+            reasons[config.id] = "asked for with --from"
+        elif above := [name for name in needs(config, set(recipe.stages)) if name in reasons]:
+            reasons[config.id] = f"because {above[0]} runs again"
+    return reasons
 
 
-def _in_words(changed: set[str], before: Parts, parts: Parts) -> list[str]:
-    """Each kind of change as a phrase, those most likely to be meant first."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(changed):
-        kind, _, rest = name.partition(".")
-        groups.setdefault(kind, []).append(rest)
-    words = []
-    if "revision" in groups:
-        words.append("this version of cai computes it differently")
-    if "seed" in groups:
-        words.append(f"seed {before.get('seed')} -> {parts.get('seed')}")
-    for key in groups.get("config", []):
-        old, new = before.get(f"config.{key}"), parts.get(f"config.{key}")
-        words.append(f"{key} {_short(old)} -> {_short(new)}")
-    if "weight" in groups:
-        words.append(f"weight of {_some(groups['weight'])} changed")
-    if "principle" in groups:
-        ids = dict.fromkeys(rest.rpartition(".")[0] for rest in groups["principle"])
-        words.append(f"principle {_some(list(ids))} changed")
-    elif "principles" in groups:
-        words.append("principles came, went or moved")
-    if "constitution" in groups:
-        words.append("constitution has another name")
-    nouns = {"input": "input", "model": "model", "prompts": "prompt set", "file": "file of", "template": "template"}
-    for kind, noun in nouns.items():
-        if kind in groups:
-            words.append(f"{noun} {_some(groups[kind])} changed")
-    if "chat template" in groups:
-        words.append("chat template changed")
-    return words
+def _check_judges(config: ReinforcementConfig, profile: Profile) -> None:
+    """Refuses a judge as a reward that each of several processes would start a vLLM of its own for."""
+    judges = [reward.judge for reward in config.rewards if reward.judge and not reward.judge.startswith(SERVED)]
+    if judges and profile.engine == "vllm" and profile.processes > 1:
+        raise BadInput(
+            f"stage {config.id!r}: each of the {profile.processes} processes of profile {profile.name!r} would start "
+            f"vLLM for the judge {judges[0]!r} among its rewards, on the GPUs that learn; use a profile with another "
+            f"engine, or a judge `{SERVED}NAME`"
+        )
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _short(value: object) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 30 else text[:29] + "…"
+def _other_versions(finished: run_folder.Finished) -> str:
+    """Which libraries made a stage's outputs in another version than the one here, in words."""
+    before = finished.facts.get("versions", {})
+    differing = [
+        f"{name} {before[name]}, here {version}"
+        for name, version in library_versions().items()
+        if before.get(name, version) != version
+    ]
+    return f"made with {first_few(differing)}" if differing else ""

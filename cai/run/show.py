@@ -1,7 +1,7 @@
-"""One item's life: prompt, responses, critiques and revisions, votes by principle and order, preference.
+"""Everything a run has about one item: prompt, responses, critiques and revisions, votes, preference.
 
-Reads what the feedback stages of a run have left. All text comes from models and users: it is shown line by line,
-without anything that could steer a terminal.
+Reads the rows of finished feedback stages. All text comes from models and users: it is shown line by line, without
+characters that could steer a terminal.
 """
 
 from __future__ import annotations
@@ -19,60 +19,62 @@ from cai.text.errors import BadInput
 from cai.text.formatting import printable
 from cai.text.tables import table
 
-Life = dict[str, list[dict[str, Any]]]
-"""Stage id to the rows that belong to an item, in the order of the recipe."""
+RowsByStage = dict[str, list[dict[str, Any]]]
+"""Stage id to rows, in the order of the recipe."""
 
 
-def life(run: Path, item: str | None) -> Life:
-    """The rows about one item: an id, or the unique beginning of one; a prompt at random for None.
+def find_item_rows(run: Path, item: str | None) -> RowsByStage:
+    """The rows about one item: an id, or the unique beginning of one; a random prompt for None.
 
-    A prompt's id gives everything about that prompt; a row's id gives the row and what it is linked to.
+    A prompt's id gives everything about that prompt; a row's id gives the row and the rows that it is linked to.
+    Raises BadInput for a run without rows, and for an id that none or several of them have.
     """
-    rows = _all_rows(run)
-    if not any(rows.values()):
+    rows_by_stage = _read_finished_stages(run)
+    rows = [row for stage_rows in rows_by_stage.values() for row in stage_rows]
+    if not rows:
         raise BadInput(f"{run}: no stage of this run has left rows yet")
-    everything = [row for each in rows.values() for row in each]
     if item is None:
-        chosen = random.choice(sorted({row["prompt_id"] for row in everything}))
+        item_id = random.choice(sorted({row["prompt_id"] for row in rows}))
     else:
-        chosen = _unique({name for row in everything for name in (row["id"], row["prompt_id"])}, item, run)
-    linked = _linked(everything, chosen)
-    found = {
-        stage: [row for row in each if row["prompt_id"] == chosen or _names(row) & linked]
-        for stage, each in rows.items()
+        item_id = _complete_id({row_id for row in rows for row_id in (row["id"], row["prompt_id"])}, item, run)
+    linked_ids = _linked_ids(rows, item_id)
+    item_rows = {
+        stage_id: [row for row in stage_rows if row["prompt_id"] == item_id or _row_ids(row) & linked_ids]
+        for stage_id, stage_rows in rows_by_stage.items()
     }
-    return {stage: each for stage, each in found.items() if each}
+    return {stage_id: stage_rows for stage_id, stage_rows in item_rows.items() if stage_rows}
 
 
-def life_lines(life: Life) -> Iterator[str]:
-    """The item's life as a person reads it."""
-    first = next(iter(life.values()))[0]
-    yield f"prompt {first['prompt_id']}  {' '.join(printable(tag) for tag in first['tags'])}"
-    for message in first["prompt"]:
-        yield from _text(message["content"], f"  {message['role']}: ")
-    for stage, rows in life.items():
+def item_lines(rows_by_stage: RowsByStage) -> Iterator[str]:
+    """The rows about an item as a person reads them."""
+    first_row = next(iter(rows_by_stage.values()))[0]
+    yield f"prompt {first_row['prompt_id']}  {' '.join(printable(tag) for tag in first_row['tags'])}"
+    for message in first_row["prompt"]:
+        yield from _labelled_lines(f"  {message['role']}: ", message["content"])
+    for stage_id, rows in rows_by_stage.items():
         for row in rows:
             yield ""
-            yield from _row_lines(stage, row)
+            yield from _row_lines(stage_id, row)
 
 
-def _all_rows(run: Path) -> Life:
+def _read_finished_stages(run: Path) -> RowsByStage:
     """The rows of every finished feedback stage."""
     latest = run_folder.latest(run)
-    found: Life = {}
-    for stage in (read_json(run / run_folder.RUN) or {"stages": []})["stages"]:
-        folder = latest.get(stage)
+    rows_by_stage: RowsByStage = {}
+    for stage_id in (read_json(run / run_folder.RUN) or {"stages": []})["stages"]:
+        folder = latest.get(stage_id)
         if folder is None or run_folder.finished(folder) is None:
             continue
         if (read_json(folder / run_folder.STAGE) or {}).get("gives") in {"texts", "votes", "preferences"}:
-            found[stage] = read_rows(folder / RECORDS)
-    return found
+            rows_by_stage[stage_id] = read_rows(folder / RECORDS)
+    return rows_by_stage
 
 
-def _unique(ids: set[str], beginning: str, run: Path) -> str:
-    matches = sorted(each for each in ids if each.startswith(beginning))
+def _complete_id(ids: set[str], beginning: str, run: Path) -> str:
+    """The id that is `beginning`, or the only one that begins with it."""
     if beginning in ids:
         return beginning
+    matches = sorted(item_id for item_id in ids if item_id.startswith(beginning))
     if len(matches) == 1:
         return matches[0]
     if not matches:
@@ -87,85 +89,79 @@ def _unique(ids: set[str], beginning: str, run: Path) -> str:
     )
 
 
-def _linked(rows: list[dict[str, Any]], chosen: str) -> set[str]:
-    """Ids that belong to the row `chosen`: itself, its responses, and the pairs it is part of."""
-    linked = {chosen}
-    texts = {(row["prompt_id"], row["response"]) for row in rows if row["id"] == chosen and "response" in row}
+def _linked_ids(rows: list[dict[str, Any]], item_id: str) -> set[str]:
+    """Ids that belong to an item: its own, those of its revisions, its pairs and their responses."""
+    linked_ids = {item_id}
+    responses = {(row["prompt_id"], row["response"]) for row in rows if row["id"] == item_id and "response" in row}
     for row in rows:
-        if "original" in row and (row["prompt_id"], row["original"]) in texts:
-            linked.add(row["id"])
-        if row["id"] == chosen or ("a" in row and chosen in (row["a"]["id"], row["b"]["id"])):
-            linked |= {row["id"]} | ({row["pair_id"]} if "pair_id" in row else set())
+        if "original" in row and (row["prompt_id"], row["original"]) in responses:
+            linked_ids.add(row["id"])
+        if row["id"] == item_id or ("a" in row and item_id in (row["a"]["id"], row["b"]["id"])):
+            linked_ids |= _row_ids(row)
     for row in rows:
-        if "a" in row and row["id"] in linked:
-            linked |= {row["a"]["id"], row["b"]["id"]}
-    return linked
+        if "a" in row and row["id"] in linked_ids:
+            linked_ids |= {row["a"]["id"], row["b"]["id"]}
+    return linked_ids
 
 
-def _names(row: Mapping[str, Any]) -> set[str]:
-    """Ids by which a row belongs to an item."""
-    return {row["pair_id"]} | {row["id"]} if "pair_id" in row else {row["id"]}
+def _row_ids(row: Mapping[str, Any]) -> set[str]:
+    """A row's id, and that of the pair that a preference is about."""
+    return {row["id"], row["pair_id"]} if "pair_id" in row else {row["id"]}
 
 
-def _row_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
+def _row_lines(stage_id: str, row: Mapping[str, Any]) -> Iterator[str]:
     if "votes" in row:
-        yield from _vote_lines(stage, row)
+        yield from _vote_lines(stage_id, row)
     elif "chosen" in row:
         yield (
-            f"{stage}  preference {row['id']} about pair {row['pair_id']}: chosen with probability "
+            f"{stage_id}  preference {row['id']} about pair {row['pair_id']}: chosen with probability "
             f"{row['p_chosen']:.3f} (log-odds {row['log_odds']:+.2f}, {row['source']})"
         )
-        yield from _text(row["chosen"][-1]["content"], "  chosen:   ")
-        yield from _text(row["rejected"][-1]["content"], "  rejected: ")
+        yield from _labelled_lines("  chosen:   ", row["chosen"][-1]["content"])
+        yield from _labelled_lines("  rejected: ", row["rejected"][-1]["content"])
     elif "rounds" in row:
-        yield f"{stage}  revision {row['id']} by {printable(row['model'])}"
-        yield from _text(row["original"], "  response: ")
-        for number, each in enumerate(row["rounds"], 1):
-            yield f"  round {number}: {printable(each['principle'])}, {each['outcome']}"
-            yield from _text(each["critique"], "    critique: ")
-            yield from _text(each["revision"], "    revision: ")
+        yield f"{stage_id}  revision {row['id']} by {printable(row['model'])}"
+        yield from _labelled_lines("  response: ", row["original"])
+        for number, revision_round in enumerate(row["rounds"], 1):
+            yield f"  round {number}: {printable(revision_round['principle'])}, {revision_round['outcome']}"
+            yield from _labelled_lines("    critique: ", revision_round["critique"])
+            yield from _labelled_lines("    revision: ", revision_round["revision"])
     else:
         yield (
-            f"{stage}  response {row['id']} by {printable(row['model'])}: {row['n_tokens']} tokens, "
+            f"{stage_id}  response {row['id']} by {printable(row['model'])}: {row['n_tokens']} tokens, "
             f"finish {row['finish_reason']}"
         )
         if row.get("reasoning"):
-            yield from _text(row["reasoning"], "  reasoning: ")
-        yield from _text(row["response"], "  ")
+            yield from _labelled_lines("  reasoning: ", row["reasoning"])
+        yield from _labelled_lines("  ", row["response"])
 
 
-def _vote_lines(stage: str, row: Mapping[str, Any]) -> Iterator[str]:
-    """Log-odds that a is the better one, by principle, shown first and shown second, and averaged."""
-    yield f"{stage}  pair {row['id']} judged by {printable(row['judge'])}"
-    yield from _text(row["a"]["text"], f"  a {row['a']['id'][:8]}: ")
-    yield from _text(row["b"]["text"], f"  b {row['b']['id'][:8]}: ")
+def _vote_lines(stage_id: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """Log-odds that a is the better one, by principle: with a shown first, with b shown first, and their mean."""
+    yield f"{stage_id}  pair {row['id']} judged by {printable(row['judge'])}"
+    for side in ("a", "b"):
+        yield from _labelled_lines(f"  {side} {row[side]['id'][:8]}: ", row[side]["text"])
     if "human" in row:
         yield f"  people chose {'a' if row['human'] > 0.5 else 'b' if row['human'] < 0.5 else 'both'}"
-    by_principle: dict[str, dict[str, float]] = {}
+    log_odds_by_principle: dict[str, dict[str, float]] = {}
     for vote in row["votes"]:
-        by_principle.setdefault(vote["principle"], {})[vote["order"]] = vote["log_odds"]
+        log_odds_by_principle.setdefault(vote["principle"], {})[vote["order"]] = vote["log_odds"]
     cells = []
-    for principle, orders in by_principle.items():
-        mean = sum(orders.values()) / len(orders)
-        cells.append(
-            [
-                principle,
-                *(f"{orders[order]:+.2f}" if order in orders else "-" for order in ("ab", "ba")),
-                f"{mean:+.2f}",
-                "a" if mean > 0 else "b" if mean < 0 else "even",
-            ]
-        )
-    rated = row.get("method") == "rating"
-    for line in table(["points for a" if rated else "log-odds for a", "a first", "b first", "mean", "better"], cells):
+    for principle, log_odds in log_odds_by_principle.items():
+        mean = sum(log_odds.values()) / len(log_odds)
+        by_order = [f"{log_odds[order]:+.2f}" if order in log_odds else "-" for order in ("ab", "ba")]
+        cells.append([principle, *by_order, f"{mean:+.2f}", "a" if mean > 0 else "b" if mean < 0 else "even"])
+    unit = "points for a" if row.get("method") == "rating" else "log-odds for a"
+    for line in table([unit, "a first", "b first", "mean", "better"], cells):
         yield f"  {line}"
     for vote in row["votes"]:
-        for thought in vote.get("rationales", []):
-            about = f"  {printable(vote['principle'])}, {vote['order'][0]} first, {thought['log_odds']:+.2f}: "
-            yield from _text(thought["text"], about)
+        for rationale in vote.get("rationales", []):
+            label = f"  {printable(vote['principle'])}, {vote['order'][0]} first, {rationale['log_odds']:+.2f}: "
+            yield from _labelled_lines(label, rationale["text"])
 
 
-def _text(text: str, label: str) -> Iterator[str]:
-    """Text under a label, its further lines in the same column."""
+def _labelled_lines(label: str, text: str) -> Iterator[str]:
+    """Text after a label, its further lines in the same column."""
     lines = text.splitlines() or [""]
     yield label + printable(lines[0])
     for line in lines[1:]:

@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from cai.contracts.stage_config import FeedbackConfig
-from cai.run.recipe import models_of
+from cai.run.recipe_names import models_of
 from cai.storage import run_folder
 from cai.storage.files import read_json
 from cai.text.progress import duration
+from cai.text.tables import aligned_lines, is_rate, rate_text, table
 
 if TYPE_CHECKING:
     from cai.contracts.profile import Profile
     from cai.run.plan import Step
 
-from cai.text.tables import is_rate, rate_text, table
-
-_STATUS = {"reused": "reused", "runs": "would run", "continues": "would go on", "waits": "would run"}
+_STATUS_TEXTS = {"reused": "reused", "runs": "would run", "continues": "would go on", "waits": "would run"}
 
 
 def plan_lines(steps: Sequence[Step], profile: Profile) -> list[str]:
     """What a dry run says about each stage, the sum of it, and where models answer."""
-    rows = [[step.id, step.config.kind, _STATUS[step.status], step.reason] for step in steps]
-    n = sum(step.status == "reused" for step in steps)
-    where = table(["model", "answers"], [list(item) for item in asked_where(steps, profile).items()])
-    return [*table(["stage", "kind", "", "why"], rows), "", f"{n} reused, {len(steps) - n} would run", "", *where]
+    rows = [[step.id, step.config.kind, _STATUS_TEXTS[step.status], step.reason] for step in steps]
+    n_reused = sum(step.status == "reused" for step in steps)
+    return [
+        *table(["stage", "kind", "", "why"], rows),
+        "",
+        f"{n_reused} reused, {len(steps) - n_reused} would run",
+        "",
+        *table(["model", "answers"], list(engine_by_model(steps, profile).items())),
+    ]
 
 
-def asked_where(steps: Sequence[Step], profile: Profile) -> dict[str, str]:
-    """Where each model answers that writes or judges in these stages, in words."""
-    asking = [step.config for step in steps if isinstance(step.config, FeedbackConfig)]
-    return {name: profile.where(name) for config in asking for name in models_of(config).values()}
+def engine_by_model(steps: Sequence[Step], profile: Profile) -> dict[str, str]:
+    """Each model that writes or judges in these stages to where it answers, in words."""
+    configs = [step.config for step in steps if isinstance(step.config, FeedbackConfig)]
+    return {name: profile.where(name) for config in configs for name in models_of(config)}
 
 
 def plan_json(steps: Sequence[Step]) -> list[dict[str, object]]:
-    """The same for a program."""
+    """What a dry run says about each stage, for a program."""
     return [
         {
             "stage": step.id,
@@ -52,81 +56,94 @@ def plan_json(steps: Sequence[Step]) -> list[dict[str, object]]:
 def figure_lines(summary: Mapping[str, Any]) -> list[str]:
     """Rates of the labels and of the reward model, and how far policies went from their references."""
     rows = [
-        [f"{part} {figure}".replace("_", " "), rate_text(value)]
-        for part in ("labels", "reward")
-        for figure, value in summary.get(part, {}).items()
-        if is_rate(value)
+        [f"{section} {name}".replace("_", " "), rate_text(figure)]
+        for section in ("labels", "reward")
+        for name, figure in summary.get(section, {}).items()
+        if is_rate(figure)
     ]
-    rows += [
-        [f"{stage} KL", f"{figures['kl']['last']:.2f} nats a response from where it started"]
-        for stage, figures in summary.get("training", {}).items()
-        if (figures.get("kl") or {}).get("last") is not None
-    ]
-    return table(["", ""], rows)[1:] if rows else []
+    for stage_id, figures in summary.get("training", {}).items():
+        kl = (figures.get("kl") or {}).get("last")
+        if kl is not None:
+            rows.append([f"{stage_id} KL", f"{kl:.2f} nats a response from where it started"])
+    return aligned_lines(rows)
 
 
-def where_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:
+def result_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:
     """Where the run's results lie: summary, pages, models."""
     rows = [["figures", str(run / run_folder.SUMMARY)]]
-    for stage, name in summary["stages"].items():
+    for stage_id, name in summary["stages"].items():
         folder = run / name
         rows += [["page", str(page)] for page in sorted(folder.glob("*.html"))]
         if (folder / run_folder.MODEL).is_dir():
-            rows.append([f"model {stage}", str(folder / run_folder.MODEL)])
-    return table(["", ""], rows)[1:]
+            rows.append([f"model {stage_id}", str(folder / run_folder.MODEL)])
+    return aligned_lines(rows)
 
 
-def status_rows(run: Path) -> list[dict[str, Any]]:
-    """Every stage of a run: done or how far, since when, how long, what failed."""
-    facts = read_json(run / run_folder.RUN)
+class StageStatus(TypedDict):
+    """One stage of a run. Done stages have an end, seconds and failures, unfinished ones have batches."""
+
+    stage: str
+    status: Literal["done", "unfinished", "not run"]
+    folder: str | None
+    ended: NotRequired[str]
+    seconds: NotRequired[float]
+    failures: NotRequired[int]
+    """Items without a result."""
+    batches: NotRequired[int]
+    """Batches of a feedback stage that are on disk."""
+
+
+def stage_statuses(run: Path) -> list[StageStatus]:
+    """The status of every stage of a run."""
     latest = run_folder.latest(run)
-    rows = []
-    for stage in facts["stages"]:
-        folder = latest.get(stage)
-        unfinished = [each for each in run.glob(f"{stage}-*") if _is_unfinished(each, stage)]
-        newest = max(unfinished, key=lambda each: (each / run_folder.STAGE).stat().st_mtime, default=None)
-        row: dict[str, Any] = {"stage": stage, "status": "not run", "folder": None}
-        if folder is not None and run_folder.finished(folder):
-            known = read_json(folder / run_folder.STAGE)
-            row = {
-                "stage": stage,
-                "status": "done",
-                "folder": folder.name,
-                "ended": known["ended"],
-                "seconds": known["seconds"],
-                "failures": known["failures"],
-            }
-        if newest is not None and (row["folder"] is None or _younger(newest, run / row["folder"])):
-            row = {
-                "stage": stage,
-                "status": "unfinished",
-                "folder": newest.name,
-                "batches": run_folder.n_batches(newest),
-            }
-        rows.append(row)
-    return rows
+    return [
+        _stage_status(run, stage_id, latest.get(stage_id)) for stage_id in read_json(run / run_folder.RUN)["stages"]
+    ]
+
+
+def _stage_status(run: Path, stage_id: str, latest: Path | None) -> StageStatus:
+    """The status of one stage; an unfinished folder counts where it was started after the one that is done."""
+    unfinished = [folder for folder in run.glob(f"{stage_id}-*") if _is_unfinished(folder, stage_id)]
+    newest = max(unfinished, key=_started_at, default=None)
+    done = latest if latest is not None and run_folder.finished(latest) else None
+    if newest is not None and (done is None or _started_at(newest) > _started_at(done)):
+        batches = run_folder.n_batches(newest)
+        return {"stage": stage_id, "status": "unfinished", "folder": newest.name, "batches": batches}
+    if done is None:
+        return {"stage": stage_id, "status": "not run", "folder": None}
+    facts = read_json(done / run_folder.STAGE)
+    return {
+        "stage": stage_id,
+        "status": "done",
+        "folder": done.name,
+        "ended": facts["ended"],
+        "seconds": facts["seconds"],
+        "failures": facts["failures"],
+    }
 
 
 def status_lines(run: Path) -> list[str]:
-    """`status_rows` as a table."""
-    cells = []
-    for row in status_rows(run):
-        words = ""
-        if row["status"] == "done":
-            words = duration(row["seconds"]) + (f", {row['failures']:,} failed" if row["failures"] else "")
-        elif row["status"] == "unfinished":
-            words = f"{row['batches']:,} batches on disk"
-        cells.append([row["stage"], row["status"], words, row["folder"] or ""])
-    return [str(run), "", *table(["stage", "", "", "folder"], cells)]
+    """The status of every stage as a table."""
+    rows = []
+    for stage in stage_statuses(run):
+        details = ""
+        if stage["status"] == "done":
+            failed = f", {stage['failures']:,} failed" if stage["failures"] else ""
+            details = duration(stage["seconds"]) + failed
+        elif stage["status"] == "unfinished":
+            details = f"{stage['batches']:,} batches on disk"
+        rows.append([stage["stage"], stage["status"], details, stage["folder"] or ""])
+    return [str(run), "", *table(["stage", "", "", "folder"], rows)]
 
 
-def _is_unfinished(folder: Path, stage: str) -> bool:
+def _is_unfinished(folder: Path, stage_id: str) -> bool:
     return (
-        folder.name.rpartition("-")[0] == stage
+        folder.name.rpartition("-")[0] == stage_id
         and (folder / run_folder.STAGE).exists()
         and run_folder.finished(folder) is None
     )
 
 
-def _younger(folder: Path, than: Path) -> bool:
-    return (folder / run_folder.STAGE).stat().st_mtime > (than / run_folder.STAGE).stat().st_mtime
+def _started_at(folder: Path) -> float:
+    """When the folder's stage.json was last written, in seconds."""
+    return (folder / run_folder.STAGE).stat().st_mtime

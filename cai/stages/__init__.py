@@ -2,8 +2,8 @@
 
 A stage file has a config class, which says *what* the stage does and is part of its fingerprint, and a function
 `run(config, context) -> dict`, which does it and returns its figures for the run's `summary.json`. No stage imports
-another; they meet in the rows they write and read. Stage files import torch, transformers and trl inside their
-functions, so that checking a recipe needs none of them.
+another; stages exchange rows. Stage files import torch, transformers and trl inside their functions, so that checking
+a recipe needs none of them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ STAGES = {
     "rloo": "cai.stages.rloo",
     "best-of-n": "cai.stages.best_of_n",
     "compare": "cai.stages.compare",
+    "comparison": "cai.stages.comparison",
 }
 """Kind of stage to the module that defines it."""
 

@@ -1,13 +1,13 @@
-"""Keeps the best of several responses to each prompt, by the same rewards that reinforcement learning takes.
+"""Keeps the best of several responses to each prompt, by the same rewards that reinforcement learning uses.
 
-Best-of-n (Stiennon et al. 2020, arXiv 2009.01325): n responses are sampled, and the one with the highest reward stays.
-`sft` on what stays makes a policy of it. It is the simplest way to raise a reward, and the yardstick for the others:
-how far it goes from the sampling policy is known without measuring, KL <= log n - (n - 1) / n nats a response (an
-upper bound, long taken for the value itself: Beirami et al. 2024, arXiv 2401.01879).
+Best-of-n (Stiennon et al. 2020, arXiv 2009.01325): n responses are sampled, and the one with the highest reward is
+kept; `sft` on these makes a policy. It is the simplest way to raise a reward and the yardstick for the others, because
+its distance from the sampling policy is known without measuring: KL <= log n - (n - 1) / n nats a response (an upper
+bound, long taken for the value itself: Beirami et al. 2024, arXiv 2401.01879).
 
-What the model was cut off in, and what has nothing to read, would teach to stop in mid-sentence or to say nothing; both
-are counted and never chosen. A response that nobody could score is listed among the failures and not chosen either; a
-prompt fails when none of its responses has a reward. Of equal rewards the earlier response stays.
+Responses that were cut off or are empty would teach the policy to stop in mid-sentence or to say nothing; they are
+counted and never chosen. A response without a reward is listed among the failures and not chosen either; a prompt fails
+when none of its responses has a reward. Of equal rewards the earlier response is kept.
 
 Left out: choosing by votes between pairs, several responses to a prompt, temperatures between best and average.
 """
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import FeedbackConfig, Names, OutputKind
+from cai.contracts.references import OneOrMore, OutputKind, TextsRef
+from cai.contracts.stage_config import FeedbackConfig
 from cai.contracts.training_config import RewardedConfig
-from cai.feedback.votes import empty
+from cai.feedback.votes import is_empty
 from cai.storage.journal import RECORDS
 from cai.storage.rows import Failure, Sample, ScoredSample, read_rows, stable_id
 from cai.text.errors import StageFailed
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
 
 class Config(RewardedConfig, FeedbackConfig):
     gives: ClassVar[OutputKind] = "texts"
-    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
 
     kind: Literal["best-of-n"] = "best-of-n"
-    from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are chosen from.")
+    from_: OneOrMore[TextsRef] = Field(
+        alias="from", min_length=1, description="Stages whose responses are chosen from."
+    )
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         items = [
             {"id": stable_id(context.stage_id, prompt_id), "rows": rows}
             for prompt_id, rows in by_prompt.items()
-            if not rewards.reason_against(_prompt(rows[0]))
+            if not rewards.reason_unscorable(_prompt(rows[0]))
         ]
         if not items:
             raise StageFailed(
@@ -74,15 +76,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "failed": len(failed),
         "failed_prompts": len(items) - len(chosen),
     }
-    return {"best_of_n": {context.stage_id: counts | measured(chosen)}}
+    return {"best_of_n": {context.stage_id: counts | measure(chosen)}}
 
 
 def candidates(responses: Sequence[Sample]) -> tuple[dict[str, list[Sample]], dict[str, int]]:
-    """The responses to each prompt that may be chosen, and counts of the others by what they are: cut_off, empty."""
+    """The responses to each prompt that may be chosen, and counts of the others by reason: cut_off, empty."""
     by_prompt: dict[str, list[Sample]] = {}
     left_out: Counter[str] = Counter()
     for row in responses:
-        if empty(row["response"]):
+        if is_empty(row["response"]):
             left_out["empty"] += 1
         elif row["finish_reason"] == "length":
             left_out["cut_off"] += 1
@@ -94,18 +96,18 @@ def candidates(responses: Sequence[Sample]) -> tuple[dict[str, list[Sample]], di
 def choose(
     items: Sequence[Mapping[str, Any]], rewards: Rewards, retries: int
 ) -> tuple[list[ScoredSample], list[Failure]]:
-    """The best response of each prompt, and what failed: responses without a reward, prompts without any."""
+    """The best response to each prompt, and the failures: responses without a reward, prompts without any reward."""
     from cai.training.rl.rewards import Response
 
     rows = [row for item in items for row in item["rows"]]
-    given = iter(rewards.scores([Response(_prompt(row), row["response"]) for row in rows], retries))
+    scores_in_order = iter(rewards.scores([Response(_prompt(row), row["response"]) for row in rows], retries))
     chosen: list[ScoredSample] = []
     failures: list[Failure] = []
     for item in items:
         scored: list[tuple[float, dict[str, float], Sample]] = []
         failed: list[Failure] = []
         for row in item["rows"]:
-            scores = next(given)
+            scores = next(scores_in_order)
             if isinstance(scores, Failure):
                 failed.append(Failure(row["id"], f"prompt {row['prompt_id']}: {scores.reason}"))
             else:
@@ -114,14 +116,14 @@ def choose(
             failures.append(Failure(item["id"], f"no response has a reward; first: {failed[0].reason}"))
             continue
         failures += failed
-        reward, scores, row = max(scored, key=lambda each: each[0])
-        mean = fmean(each for each, _, _ in scored)
+        reward, scores, row = max(scored, key=lambda candidate: candidate[0])
+        mean = fmean(total for total, _, _ in scored)
         chosen.append({**row, "reward": reward, "rewards": scores, "mean_reward": mean, "of": len(scored)})  # type: ignore[typeddict-item]
     return chosen, failures
 
 
-def measured(chosen: Sequence[ScoredSample]) -> dict[str, Any]:
-    """What choosing was worth: mean reward of the best and of all, and the bound on the divergence, nats a response."""
+def measure(chosen: Sequence[ScoredSample]) -> dict[str, Any]:
+    """Mean reward of the chosen responses and of all, and the bound on the KL, in nats a response."""
     return {
         "chosen": len(chosen),
         "mean_of": fmean(row["of"] for row in chosen),
@@ -132,9 +134,9 @@ def measured(chosen: Sequence[ScoredSample]) -> dict[str, Any]:
 
 
 def kl_bound(n: int) -> float:
-    """The most that the best of n can diverge from what they were drawn from, in nats a response.
+    """Upper bound on the KL of best-of-n from the policy that n responses are sampled from, in nats a response.
 
-    Responses that were left out beforehand are no part of n: leaving them out is a divergence of its own.
+    n does not count responses that were left out before; leaving them out adds a divergence that this does not bound.
     """
     return math.log(n) - (n - 1) / n
 

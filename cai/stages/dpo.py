@@ -1,14 +1,14 @@
 """Direct preference optimisation: the policy learns from preferences without a reward model or sampling.
 
 Rafailov et al. 2023 (arXiv 2305.18290), with the label of a pair as a probability: the loss is its expectation under
-that label (`cai.maths.losses`). The reference is the stage's starting policy, always: a frozen copy where all weights
-are trained, the model with its adapter off where `lora:` is. Dropout is off.
+that label (`cai.maths.losses`). The reference is always the stage's starting policy: a frozen copy where all weights
+are trained, the model with its adapter off where `lora:` is set. Dropout is off.
 
-Logged at each step beside the loss: log-probabilities and lengths of chosen and rejected responses. Two things show
-what the loss does not: chosen responses that get less likely, and a policy that prefers the longer response in more
-pairs than the labels do. Both are figures, on held-out pairs where there are any, drawn in the stage's folder, and said
-in a sentence where they are large. Against the first there is `sft_weight` (Pang et al. 2024, arXiv 2404.19733); with
-it, what it adds is logged as `loss/sft`, beside `loss/dpo`.
+Each step logs the loss and the log-probabilities and lengths of chosen and rejected responses. Two failures do not show
+in the loss: chosen responses become less likely, or the policy prefers the longer response in more pairs than the
+labels do. Both are reported as figures (on held-out pairs where there are any), drawn in `curves.svg`, and the user is
+told where they are large. `sft_weight` counters the first (Pang et al. 2024, arXiv 2404.19733); its part of the loss is
+logged as `loss/sft`, beside `loss/dpo`.
 
 `train: {precompute_ref_log_probs: true}` computes the reference's log-probabilities once, before training: the same
 numbers without a frozen copy in memory.
@@ -20,20 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import OutputKind
-from cai.contracts.training_config import RowTrainingConfig
+from cai.contracts.references import OneOrMore, OutputKind, PreferencesRef
+from cai.contracts.training_config import TrainingConfig
 from cai.storage.rows import is_held_out
-from cai.text.errors import StageFailed
+
+if TYPE_CHECKING:
+    from cai.training.tokenised_rows import TokenisedPair
 
 
-class Config(RowTrainingConfig):
+class Config(TrainingConfig):
     gives: ClassVar[OutputKind] = "policy"
-    takes: ClassVar[tuple[OutputKind, ...]] = ("preferences",)
     train_class: ClassVar[str] = "trl.trainer.dpo_config:DPOConfig"
     owned: ClassVar[tuple[str, ...]] = (
         "loss_type", "loss_weights", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type",
@@ -49,6 +50,9 @@ class Config(RowTrainingConfig):
     }
 
     kind: Literal["dpo"] = "dpo"
+    from_: OneOrMore[PreferencesRef] = Field(
+        alias="from", min_length=1, description="Stages whose rows are learned from."
+    )
     sft_weight: float = Field(
         0.0,
         ge=0,
@@ -58,74 +62,73 @@ class Config(RowTrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on pairs that are not held out. Raises StageFailed where none is left."""
-    from cai.models import loading
-    from cai.models.chat import Chat
-    from cai.report.training_curves import curves
-    from cai.training import arguments, loop, metrics, tokenised_rows
+    from cai.report.training_curves import draw_training_curves
+    from cai.training import metrics
+    from cai.training.stage_training import stage_training
+    from cai.training.tokenised_rows import as_dataset, tokenise_pairs
     from cai.training.trainers import LabelledDPOCollator, SoftDPOTrainer
 
-    start = context.model(config.model)
-    chat = Chat.load(start)
-    rows = context.rows(config.from_)
-    pairs, left_out = tokenised_rows.tokenised_pairs(
-        [row for row in rows if not is_held_out(row)], chat, config.max_length
-    )
-    held_out, _ = tokenised_rows.tokenised_pairs([row for row in rows if is_held_out(row)], chat, config.max_length)
-    held_out.sort(key=lambda pair: pair.length)  # measured in this order: batches hold little padding
-    left_out["held_out"] += sum(is_held_out(row) for row in rows)
-    if not pairs:
-        raise StageFailed(f"stage {config.id!r}: no pair to learn from; left out: {tokenised_rows.reasons(left_out)}")
+    with stage_training(config, context) as training:
+        chat = training.chat
+        rows = context.rows(config.from_)
+        learned_rows = [row for row in rows if not is_held_out(row)]
+        held_out_rows = [row for row in rows if is_held_out(row)]
+        pairs, left_out = tokenise_pairs(learned_rows, chat, config.max_length)
+        held_out, _ = tokenise_pairs(held_out_rows, chat, config.max_length)
+        held_out.sort(key=lambda pair: pair.length)  # evaluated in this order, so that batches hold little padding
+        left_out["held_out"] += len(held_out_rows)
+        training.require(pairs, "no pair to learn from", left_out)
 
-    with arguments.quiet(context):
-        args = arguments.arguments(config, context, max_length=None)
-        model = arguments.loaded(loading.load_causal_lm, start, context)
-        frozen = config.lora is None and not args.precompute_ref_log_probs
+        args = training.arguments(max_length=None)
+        model = training.load_language_model()
+        needs_frozen_copy = config.lora is None and not args.precompute_ref_log_probs
         trainer = SoftDPOTrainer(
             model=model,
-            ref_model=arguments.loaded(loading.load_causal_lm, start, context) if frozen else None,
+            ref_model=training.load_language_model() if needs_frozen_copy else None,
             args=args,
             data_collator=LabelledDPOCollator(pad_token_id=chat.pad_id),
-            train_dataset=tokenised_rows.dataset([_ids(pair) for pair in pairs]),
-            eval_dataset=tokenised_rows.dataset([_ids(pair) for pair in held_out]) if held_out else None,
+            train_dataset=as_dataset([trainer_row(pair) for pair in pairs]),
+            eval_dataset=as_dataset([trainer_row(pair) for pair in held_out]) if held_out else None,
             processing_class=chat.tokenizer,
-            peft_config=arguments.adapter(config.lora, "CAUSAL_LM", model),
+            peft_config=training.adapter("CAUSAL_LM", model),
             sft_weight=config.sft_weight,
         )
-        figures = loop.train(trainer, context)
+        figures = training.train(trainer)
         if held_out:
-            measured = loop.evaluate(trainer)
-            figures["held_out"] = {"pairs": len(held_out), **{name: measured.get(f"eval_{name}") for name in SHOWN}}
-        loop.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(pairs)})
+            measured = training.evaluate(trainer)
+            reported = {name: measured.get(f"eval_{name}") for name in REPORTED_METRICS}
+            figures["held_out"] = {"pairs": len(held_out), **reported}
+        training.save(trainer, examples=len(pairs))
     if trainer.is_world_process_zero():
-        curves(context.folder, PANELS)
-    figures["drift"] = drift(figures.get("held_out") or _late(metrics.read_metrics(context.folder)))
-    if said := list(warnings(figures["drift"])):
-        context.progress.note("; ".join(said))
+        draw_training_curves(context.folder, CURVE_PANELS)
+    figures["drift"] = drift(figures.get("held_out") or _late_means(metrics.read_metrics(context.folder)))
+    if warnings := list(drift_warnings(figures["drift"])):
+        context.progress.note("; ".join(warnings))
     return {"training": {config.id: {**figures, "pairs": len(rows), "examples": len(pairs), "left_out": +left_out}}}
 
 
-SHOWN = (
+REPORTED_METRICS = (
     "loss", "reward/accuracy", "reward/margin", "log_ratio/chosen", "log_ratio/rejected", "length/chosen",
     "longer/reward", "longer/label",
 )  # fmt: skip
-"""What the stage reports of the pairs that it did not learn from."""
-PANELS = {
+"""Metrics that the stage reports on held-out pairs."""
+CURVE_PANELS = {
     "loss, nats": {"loss": "loss"},
     "accuracy on the step's pairs": {"reward/accuracy": "accuracy"},
     "log-probability, less the reference's, nats": {"log_ratio/chosen": "chosen", "log_ratio/rejected": "rejected"},
     "share that prefers the longer response": {"longer/reward": "policy", "longer/label": "labels"},
 }
-"""What the stage's picture shows."""
-FALLS = 0.1
-"""Nats a token from which on chosen responses have become less likely: each of their tokens by a tenth, on average."""
-LENGTHENS = 0.1
-"""Share of pairs by which the policy prefers the longer response more than the labels do."""
+"""Panels of `curves.svg`: title to lines, a metric to its label."""
+LIKELIHOOD_DROP = 0.1
+"""Nats a token by which chosen responses must become less likely for a warning: about a tenth a token."""
+LENGTH_BIAS = 0.1
+"""Share of pairs by which the policy must prefer the longer response more often than the labels for a warning."""
 
 
 def drift(measured: Mapping[str, Any]) -> dict[str, float | None]:
-    """How much likelier chosen responses became, nats a token, and how much more the policy likes length than labels.
+    """How much likelier chosen responses became (nats a token), how much more often the policy prefers the longer one.
 
-    The second is None where no pair has responses of unequal length.
+    The second is a difference of shares, None where no pair has responses of unequal length.
     """
     policy, labels = measured.get("longer/reward"), measured.get("longer/label")
     return {
@@ -134,27 +137,28 @@ def drift(measured: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def warnings(found: Mapping[str, float | None]) -> Iterator[str]:
-    """What of it a user should know about, in words."""
-    ratio, longer = found["chosen_log_ratio"], found["longer"]
-    if ratio is not None and ratio < -FALLS:
+def drift_warnings(drift_figures: Mapping[str, float | None]) -> Iterator[str]:
+    """A sentence for each figure of `drift` that a user should know about."""
+    ratio, longer = drift_figures["chosen_log_ratio"], drift_figures["longer"]
+    if ratio is not None and ratio < -LIKELIHOOD_DROP:
         yield (
             f"chosen responses became less likely, by {-ratio:.2f} nats a token: a higher `beta`, fewer steps or "
-            f"`sft_weight` hold against that"
+            f"`sft_weight` counter that"
         )
-    if longer is not None and longer > LENGTHENS:
+    if longer is not None and longer > LENGTH_BIAS:
         yield f"the policy prefers the longer response in {longer:.0%} more of the pairs than their labels do"
 
 
-def _late(logged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the last quarter of the steps."""
-    late = [entry for entry in logged if "log_ratio/chosen" in entry]
-    late = late[-max(1, len(late) // 4) :]
-    return {name: fmean(known) for name in SHOWN if (known := [entry[name] for entry in late if name in entry])}
+def _late_means(logged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the last quarter of the logged steps."""
+    steps = [entry for entry in logged if "log_ratio/chosen" in entry]
+    late = steps[-max(1, len(steps) // 4) :]
+    values = {name: [entry[name] for entry in late if name in entry] for name in REPORTED_METRICS}
+    return {name: fmean(logged_values) for name, logged_values in values.items() if logged_values}
 
 
-def _ids(pair: Any) -> dict[str, Any]:
-    """One pair as the trainer takes it."""
+def trainer_row(pair: TokenisedPair) -> dict[str, Any]:
+    """One pair as `SoftDPOTrainer` takes it."""
     return {
         "prompt_ids": pair.prompt_ids,
         "chosen_ids": pair.chosen_ids,

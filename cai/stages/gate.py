@@ -22,10 +22,11 @@ from pydantic import Field
 from cai.constitution import Constitution
 from cai.contracts.context import Context
 from cai.contracts.engine import Engine
-from cai.contracts.stage_config import Bars, OutputKind, StageConfig
+from cai.contracts.references import JudgeRef, OutputKind
+from cai.contracts.stage_config import Bars, PrincipleField, StageConfig
 from cai.engines.retry import choose_all
 from cai.feedback import principle_tests
-from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, to_questions, to_votes
+from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, mean_log_odds, to_questions, to_votes
 from cai.maths.statistics import rate
 from cai.storage.files import write_json
 from cai.templates import TemplateSet
@@ -38,14 +39,17 @@ FIGURES = "gate.json"
 
 class Config(StageConfig):
     gives: ClassVar[OutputKind] = "figures"
-    template_names: ClassVar[tuple[str, ...]] = ("compare",)
-    principle_fields: ClassVar[tuple[str, ...]] = ("compare",)
-    uses_examples: ClassVar[bool] = True
 
     kind: Literal["gate"] = "gate"
-    judge: str | None = Field(None, description="Model or stage that is tested; absent = the recipe's `judge`.")
+    judge: JudgeRef | None = Field(None, description="Model or stage that is tested; absent = the recipe's `judge`.")
     bars: Bars = Field(Bars.model_validate({}), description="What it must reach.")
     retries: int = Field(1, ge=0, description="Times a question without an answer is asked again.")
+
+    def template_names(self) -> tuple[str, ...]:
+        return ("compare",)
+
+    def principle_fields(self) -> tuple[PrincipleField, ...]:
+        return ("compare", "examples")
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -55,11 +59,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     templates = context.templates(config.judge)
     with context.engine(config.judge) as engine:
         outcomes = principle_tests.run_examples(context.constitution, engine, templates, config.retries)
-        found = principle_tests.figures(outcomes)
-        found["ece"] = principle_tests.calibration_error(outcomes)
-        found |= _against_itself(context.constitution, engine, templates, config.retries)
-    write_json(context.folder / FIGURES, found)
-    short = list(_below(found, config.bars))
+        figures: dict[str, Any] = dict(principle_tests.example_figures(outcomes))
+        figures["ece"] = principle_tests.example_calibration_error(outcomes)
+        figures |= _against_itself(context.constitution, engine, templates, config.retries)
+    write_json(context.folder / FIGURES, figures)
+    short = list(_below(figures, config.bars))
     if short:
         sentence = f"the judge {context.model(config.judge).name!r} is below the gate: {'; '.join(short)}"
         if config.bars.below == "stop":
@@ -67,18 +71,18 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"{sentence}; {context.folder / FIGURES} names the examples. `gate: {{below: warn}}` goes on"
             )
         context.progress.note(sentence)
-    return {"gate": {context.stage_id: found}}
+    return {"gate": {context.stage_id: figures}}
 
 
-def _below(found: dict[str, Any], bars: Bars) -> Iterator[str]:
+def _below(figures: dict[str, Any], bars: Bars) -> Iterator[str]:
     """What falls short, in words."""
-    low, high = found["interval"]
-    if found["accuracy"] < bars.min_accuracy:
-        yield f"accuracy {found['accuracy']:.2f} [{low:.2f}, {high:.2f}] of at least {bars.min_accuracy:g}"
-    if (found["flip_rate"] or 0) > bars.max_flip_rate:
-        yield f"{found['flip_rate']:.2f} of its verdicts turn with the order, at most {bars.max_flip_rate:g} may"
-    if (found["ece"] or 0) > bars.max_ece:
-        yield f"calibration error {found['ece']:.2f}, at most {bars.max_ece:g}"
+    low, high = figures["interval"]
+    if figures["accuracy"] < bars.min_accuracy:
+        yield f"accuracy {figures['accuracy']:.2f} [{low:.2f}, {high:.2f}] of at least {bars.min_accuracy:g}"
+    if (figures["flip_rate"] or 0) > bars.max_flip_rate:
+        yield f"{figures['flip_rate']:.2f} of its verdicts turn with the order, at most {bars.max_flip_rate:g} may"
+    if (figures["ece"] or 0) > bars.max_ece:
+        yield f"calibration error {figures['ece']:.2f}, at most {bars.max_ece:g}"
 
 
 def _against_itself(constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int) -> dict[str, Any]:
@@ -95,9 +99,9 @@ def _against_itself(constitution: Constitution, engine: Engine, templates: Templ
     names: dict[str, list[str]] = {"padded": [], "same": []}
     for principle, pair in cases:
         votes, _ = to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY)
-        if votes:
+        if (log_odds := mean_log_odds(votes)) is not None:
             how = pair.id.rpartition("/")[2]
-            means[how].append(sum(vote["log_odds"] for vote in votes) / 2)
+            means[how].append(log_odds)
             names[how].append(str(pair.messages))
     return {
         "prefers_padded": rate([0.5 * (np.sign(x) + 1) for x in means["padded"]], names["padded"]).as_json(),

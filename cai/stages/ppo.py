@@ -1,9 +1,9 @@
-"""Proximal policy optimisation: the policy learns from rewards of the responses that it draws.
+"""Proximal policy optimisation: the policy learns from rewards of the responses that it samples.
 
-Bai et al. 2022 (arXiv 2212.08073, section 4) with the rewards of a model that preferences trained; Lee et al. 2023
-(arXiv 2309.00267) with those of the judge itself. The method is in `cai.training.rl.ppo_trainer`. The reference is the
-stage's starting policy: a frozen copy where all weights are trained, the model with its adapter off where `lora:` is.
-Responses are drawn with vLLM where the profile says `engine: vllm`, else in this process
+Bai et al. 2022 (arXiv 2212.08073, section 4) with a reward model trained on preferences; Lee et al. 2023 (arXiv
+2309.00267) with the judge's own ratings. The method is in `cai.training.rl.ppo_trainer`. The reference is the stage's
+starting policy: a frozen copy where all weights are trained, the model with its adapter off where `lora:` is set.
+Responses are sampled with vLLM where the profile says `engine: vllm`, else in this process
 (`cai.training.rl.policy_sampler`).
 """
 
@@ -17,8 +17,9 @@ from pydantic import Field, model_validator
 
 from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
+from cai.contracts.references import ModelRef
 from cai.contracts.training_config import ReinforcementConfig
-from cai.text.errors import BadInput, StageFailed
+from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 
 class Config(ReinforcementConfig):
-    names_models: ClassVar[tuple[str, ...]] = (*ReinforcementConfig.names_models, "critic")
     train_class: ClassVar[str] = "cai.training.rl.ppo_config:PPOConfig"
     owned: ClassVar[tuple[str, ...]] = ("num_train_epochs", "max_steps")
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -42,7 +42,7 @@ class Config(ReinforcementConfig):
     reference: Literal["start", "none"] = Field(
         "start", description="What the KL is to: the stage's starting policy; none = nothing."
     )
-    critic: str | None = Field(
+    critic: ModelRef | None = Field(
         None, description="Model or reward stage that a value model starts from; absent = a head on the policy."
     )
 
@@ -60,57 +60,54 @@ class Config(ReinforcementConfig):
                 f"found `kl_horizon: {self.train['kl_horizon']}` under `train`, expected rollout_size "
                 f"{self.rollout_size} or more: the coefficient would overshoot"
             )
-        for name, (least, most) in RANGES.items():
+        for name, (least, greatest) in RANGES.items():
             value = self.train.get(name)
-            if isinstance(value, int | float) and not least <= value <= most:
-                most_in_words = "or more" if most == math.inf else f"to {most:g}"
-                raise ValueError(f"found `{name}: {value}` under `train`, expected {least:g} {most_in_words}")
+            if isinstance(value, int | float) and not least <= value <= greatest:
+                upper_bound = "or more" if greatest == math.inf else f"to {greatest:g}"
+                raise ValueError(f"found `{name}: {value}` under `train`, expected {least:g} {upper_bound}")
         return self
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Trains the policy on prompts that are not held out. Raises StageFailed where none fits, or limits are passed."""
-    from cai.models import loading
+    """Trains the policy on prompts that are not held out. Raises StageFailed where none fits or a limit is passed."""
     from cai.models.chat import Chat
-    from cai.report.training_curves import curves
-    from cai.training import arguments, loop, metrics, tokenised_rows
+    from cai.report.training_curves import draw_training_curves
+    from cai.training import metrics
     from cai.training.rl.actor_critic import ActorCritic
     from cai.training.rl.policy_sampler import open_sampler
     from cai.training.rl.ppo_trainer import PPOTrainer
     from cai.training.rl.rewards import Rewards
-    from cai.training.rl.usable_prompts import usable_prompts
+    from cai.training.rl.usable_prompts import select_usable_prompts
+    from cai.training.stage_training import stage_training
 
-    start = context.model(config.model)
-    chat = Chat.load(start)
     with (
-        arguments.quiet(context),
-        Rewards(config.rewards, context, chat) as rewards,
-        open_sampler(start, context.profile, context.folder) as sampler,
+        stage_training(config, context) as training,
+        Rewards(config.rewards, context, training.chat) as rewards,
+        open_sampler(training.start, context.profile, context.folder) as sampler,
     ):
-        prompts, left_out = usable_prompts(context.prompts(config.prompts), config, chat, rewards)
-        if not prompts:
-            raise StageFailed(
-                f"stage {config.id!r}: no prompt to respond to; left out: {tokenised_rows.reasons(left_out)}"
-            )
-        args = arguments.arguments(
-            config, context, num_train_epochs=config.rollouts, include_num_input_tokens_seen="no"
-        )
-        policy = arguments.loaded(loading.load_causal_lm, start, context)
+        chat = training.chat
+        prompts, left_out = select_usable_prompts(context.prompts(config.prompts), config, chat, rewards)
+        training.require(prompts, "no prompt to respond to", left_out)
+
+        args = training.arguments(num_train_epochs=config.rollouts, include_num_input_tokens_seen="no")
+        policy = training.load_language_model()
         reference: PreTrainedModel | str | None = None
         if config.lora is not None:
             from peft import get_peft_model
 
-            policy = get_peft_model(policy, arguments.adapter(config.lora, "CAUSAL_LM", policy))
+            policy = get_peft_model(policy, training.adapter("CAUSAL_LM", policy))
         if config.reference == "start":
-            reference = "adapter off" if config.lora is not None else _frozen(start, context, config.temperature)
+            is_adapter = config.lora is not None
+            reference = "adapter off" if is_adapter else _frozen_copy(training.start, context, config.temperature)
         critic = None
         if config.critic is not None:
-            if not chat.same_ids(Chat.load(context.model(config.critic))):
+            critic_start = context.model(config.critic)
+            if not chat.same_ids(Chat.load(critic_start)):
                 raise BadInput(
                     f"stage {config.id!r}: the critic {config.critic!r} reads other token ids than the policy, "
                     f"expected a model with the same tokenizer and chat template"
                 )
-            critic = arguments.loaded(loading.load_sequence_classifier, context.model(config.critic), context)
+            critic = training.load_classifier(critic_start)
         trainer = PPOTrainer(
             ActorCritic(policy, critic, config.temperature),
             args,
@@ -125,14 +122,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             limits=config.limits,
             processing_class=chat.tokenizer,
         )
-        figures = loop.train(trainer, context)
-        loop.save(trainer, context, chat, config.model, {"kind": config.kind}, part="policy")
+        figures = training.train(trainer)
+        training.save(trainer, submodule="policy")
     if trainer.is_world_process_zero():
-        curves(context.folder, {"reward": {f"reward/{name}": name for name in rewards.names}, **PANELS})
+        reward_lines = {f"reward/{name}": name for name in rewards.names}
+        draw_training_curves(context.folder, {"reward": reward_lines, **CURVE_PANELS})
     rollouts = [entry for entry in metrics.read_metrics(context.folder) if "reward" in entry]
-    shown = {name: {"first": rollouts[0].get(name), "last": rollouts[-1].get(name)} for name in SHOWN}
+    trends = {name: {"first": rollouts[0].get(name), "last": rollouts[-1].get(name)} for name in TREND_METRICS}
     counts = {"prompts": len(prompts), "left_out": +left_out, "rollouts": len(rollouts)}
-    return {"training": {config.id: {**figures, **counts, **shown}}}
+    return {"training": {config.id: {**figures, **counts, **trends}}}
 
 
 RANGES = {
@@ -141,8 +139,8 @@ RANGES = {
     "cliprange_value": (1e-6, math.inf), "vf_coef": (0, math.inf), "value_lr_multiple": (1e-6, math.inf),
     "missing_eos_penalty": (0, math.inf),
 }  # fmt: skip
-"""What PPO's own numbers may be."""
-PANELS = {
+"""Least and greatest value of PPO's own numbers under `train:`."""
+CURVE_PANELS = {
     "KL from the reference, nats a response": {"kl": "KL"},
     "entropy, nats a token": {"policy/entropy": "entropy"},
     "tokens of a response": {"length": "mean"},
@@ -150,18 +148,18 @@ PANELS = {
     "share of tokens": {"policy/clip_fraction": "policy clipped", "value/clip_fraction": "value clipped"},
     "variance of returns that values explain": {"value/explained_variance": "share"},
 }
-"""What the stage's picture shows, beside each source's reward."""
+"""Panels of `curves.svg` beside each source's reward: title to lines, a metric to its label."""
 
-SHOWN = ("reward", "kl", "length", "unfinished", "value/explained_variance")
-"""What the stage reports of its first and last rollout."""
+TREND_METRICS = ("reward", "kl", "length", "unfinished", "value/explained_variance")
+"""Metrics that the stage reports for its first and last rollout."""
 
 
-def _frozen(start: Model, context: Context, temperature: float) -> PreTrainedModel:
-    """The starting policy as it is now and stays, in the profile's precision."""
+def _frozen_copy(start: Model, context: Context, temperature: float) -> PreTrainedModel:
+    """The starting policy as the frozen reference, whole in each process, in the profile's precision."""
     from cai.models import loading
-    from cai.training.rl.actor_critic import add_scoring
+    from cai.training.rl.actor_critic import add_log_prob_head
 
     with loading.unpartitioned():
         model = loading.load_causal_lm(start, context.profile.dtype, context.profile.device).requires_grad_(False)
-    add_scoring(model, temperature)
+    add_log_prob_head(model, temperature)
     return model

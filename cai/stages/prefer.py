@@ -1,18 +1,17 @@
 """Turns votes into labelled preferences, without a model (Bai et al. 2022, arXiv 2212.08073, section 4.1).
 
 A pair's log-odds is the weighted mean of its principles', each averaged over both orders; the formulas are in
-`cai.feedback.labels`. Weights come from the constitution at the time of this stage, so trying others asks no model
-again. The label is the probability itself (soft), its side (hard), or the probability kept within bounds (clamp; the
-paper's 40 to 60 %).
+`cai.maths.vote_aggregation`. Weights come from the constitution at the time of this stage, so trying others asks no
+model again. The label is the probability itself (soft), its side (hard), or the probability kept within bounds (clamp;
+40 to 60 % in the paper). The stage writes this rule beside its rows, for whoever explains or measures the labels.
 
-A pair in which every principle abstains has no label, and an even one has no side to be hard about: both are left out
-and counted. Where a soft label is even, a hash of the responses says which is called chosen, never their position.
+A pair on which every principle abstains gets no label, and an even pair no hard label; both are left out and counted.
+With an even soft label a hash of the two responses, never their position, decides which one is called chosen.
 
-`temperature: fitted` makes the truth likeliest where it is known of judged pairs, by people or, where these labelled
-few, by the embedded world's oracle, on the weighted sums of all principles (`cai.feedback.calibration`). Held-out
-prompts take no part in the fit, since figures are measured on them.
+`temperature: fitted` fits the labels to the truth where it is known, from people or from the embedded world's oracle
+(`cai.feedback.judge_calibration`). Held-out prompts take no part in the fit, since figures are measured on them.
 
-People's labels (`pairs:`) stand beside the judge's, or, by `mix`, are a share of all, or those of some tags:
+People's labels (`pairs:`) are added to the judge's. With `mix` they are a share of all labels, or those of some tags:
 helpfulness from people, harmlessness from the constitution, as in the paper (`cai.feedback.mixing`).
 
 Left out: learning how far each principle can be trusted.
@@ -21,28 +20,32 @@ Left out: learning how far each principle can be trusted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, replace
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
 from cai.contracts.context import Context
-from cai.contracts.stage_config import Names, OutputKind, StageConfig
-from cai.feedback import calibration, mixing
-from cai.feedback.label_figures import figures, look
-from cai.feedback.labels import Bools, Floats, aggregate, over_orders, probability
-from cai.feedback.truth import Truth, truths
-from cai.feedback.votes import read_votes
-from cai.prompt_sets.prompt_files import HumanPairs, PairSet, load_human_pairs
+from cai.contracts.references import OneOrMore, OutputKind, PrincipleTagRef, TagRef, VotesRef
+from cai.contracts.stage_config import PrincipleField, StageConfig
+from cai.feedback import mixing
+from cai.feedback.judge_calibration import FittedTemperature, fit_and_measure_temperature
+from cai.feedback.label_figures import LabelStatistics
+from cai.feedback.label_rule import LabelRule
+from cai.feedback.stored_votes import StoredVotes, read_votes
+from cai.feedback.truth import available_truths
+from cai.maths.vote_aggregation import Bools, Floats, Ints, mean_over_orders, sigmoid
+from cai.prompt_sets import HumanPairs, PairSet, load_human_pairs
 from cai.storage.files import replacing
 from cai.storage.journal import RECORDS
 from cai.storage.rows import Preference, canonical_json, is_held_out, stable_id, topic_of
 from cai.text.errors import BadInput, StageFailed
 
-ENOUGH = 20
-"""Prompts with pairs that people labelled which a temperature is fitted to, whatever else is known."""
+MIN_PROMPTS_TO_FIT = 20
+"""Prompts from which one source of truth is enough to fit a temperature."""
 
 
 class Clamp(BaseModel):
@@ -66,7 +69,7 @@ class Mix(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     human_share: float | None = Field(None, gt=0, lt=1, description="Share of pairs that people labelled.")
-    human_tags: tuple[str, ...] = Field(
+    human_tags: tuple[TagRef, ...] = Field(
         (), description="Tags of the pairs that take people's labels, and no others do."
     )
 
@@ -79,16 +82,13 @@ class Mix(BaseModel):
 
 class Config(StageConfig):
     gives: ClassVar[OutputKind] = "preferences"
-    takes: ClassVar[tuple[OutputKind, ...]] = ("votes",)
     revision: ClassVar[int] = 3
-    reads_files: ClassVar[tuple[str, ...]] = ("pairs",)
-    uses_weights: ClassVar[bool] = True
 
     kind: Literal["prefer"] = "prefer"
-    from_: Names = Field([], alias="from", description="Stages whose votes become labels.")
+    from_: OneOrMore[VotesRef] = Field([], alias="from", description="Stages whose votes become labels.")
     pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
     mix: Mix | None = Field(None, description="Which labels are people's where there are `from:` and `pairs:`.")
-    tag_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+    tag_weights: dict[PrincipleTagRef, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict,
         description="Factors for the weights of principles by their tags, such as {harm: 2, style: 0}.",
     )
@@ -107,6 +107,9 @@ class Config(StageConfig):
         0.5, ge=0.5, le=1, description="Pairs whose probability, before clamping, is nearer to even are left out."
     )
 
+    def principle_fields(self) -> tuple[PrincipleField, ...]:
+        return ("weight",) if self.from_ else ()
+
     @model_validator(mode="after")
     def _has_input(self) -> Self:
         if not self.from_ and self.pairs is None:
@@ -116,188 +119,213 @@ class Config(StageConfig):
         return self
 
 
-class Labelled(NamedTuple):
-    """Preferences from votes, and what the figures say about how they came about."""
+class Selection(NamedTuple):
+    """The judged pairs and the human preferences that get a label."""
 
-    rows: Iterator[Preference]
-    """Read, labelled and let go one after the other."""
-    n_rows: int
-    left_out: dict[str, Any]
-    principles: list[str]
-    votes: Floats
-    """Each principle's log-odds that *a* is better, (rows, principles)."""
-    chosen_is_a: Bools
-    """Which response became the chosen one, (rows,): known once a row has passed."""
-    temperature: dict[str, Any] | None
-    """What was fitted and what it is worth, where it was."""
+    pairs: Ints
+    """Indices of the judged pairs."""
+    human: list[Preference]
+    counts: dict[str, int]
+    """Pairs in all, and those without a label by reason."""
     agreement: dict[str, Any] | None
-    """How often the label is on people's side, where these labelled anything."""
-    human_stays: Bools
-    """Which of people's preferences are not left out by `mix`."""
+    """How often the judge agrees with people, where people labelled any pair."""
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Writes one Preference for each pair that gets a label: those from votes in their order, then the human ones."""
+    """Writes one Preference for each pair that gets a label: those from votes in their order, then people's."""
     people = HumanPairs([], 0, {}) if config.pairs is None else load_human_pairs(config.pairs, context.home)
-    ours = from_votes(config, context, people.preferences)
-    human = relabelled(itertools.compress(people.preferences, ours.human_stays), config.labels or "soft")
-    found: dict[str, Any] = dict(ours.left_out)
+    judge_folders = [context.inputs[stage_id] for stage_id in config.from_]
+    votes = read_votes(folder / RECORDS for folder in judge_folders)
+    log_odds_by_principle = mean_over_orders(*votes.log_odds_by_order())
+    rule, fitted = label_rule(config, context.constitution, votes, log_odds_by_principle)
+    rule.write(context.folder)
+    log_odds = rule.aggregate(log_odds_by_principle, votes.principles)
+    pairs, human, counts, agreement = select(config.mix, rule, votes, log_odds, people.preferences)
+    figures: dict[str, Any] = dict(counts)
     if config.pairs is not None:
-        found["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
-    n = ours.n_rows + len(human)
-    if not n:
-        raise StageFailed(f"none of the pairs gets a label: {found}")
-    with replacing(context.folder / RECORDS) as file:
-        seen = look(written(itertools.chain(ours.rows, human), file), n)
-    towards_chosen = np.where(ours.chosen_is_a, 1.0, -1.0)[:, None] * ours.votes
-    no_votes = np.full((len(human), len(ours.principles)), np.nan)
-    if ours.agreement:
-        found["agreement_with_people"] = ours.agreement
-    if ours.temperature:
-        found["temperature"] = ours.temperature
-        if ours.temperature["at_bound"]:
-            low, high = ours.temperature["bounds"]
-            at_low = ours.temperature["value"] < (low + high) / 2
-            right = "always right" if at_low else "right no more often than by chance"
-            context.progress.note(
-                f"the fitted temperature ran into its bound, {ours.temperature['value']:.3g}: by what is known of "
-                f"{ours.temperature['pairs']:,} pairs the judge is {right}"
-            )
-    votes = np.concatenate([towards_chosen, no_votes])
-    stages = [context.inputs[name] for name in config.from_]
-    return {"labels": {**found, **figures(seen, ours.principles, votes, stages)}}
+        figures["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
+    if not len(pairs) + len(human):
+        raise StageFailed(f"none of the pairs gets a label: {figures}")
+    human = relabelled(human, with_labels(rule, config.labels or "soft"))
+    statistics = write_preferences(context, votes, pairs, log_odds, rule, human)
+    if agreement:
+        figures["agreement_with_people"] = agreement
+    if fitted:
+        figures["temperature"] = asdict(fitted)
+        _note_temperature_bound(fitted, context)
+    return {"labels": figures | statistics.figures(votes.principles, log_odds_by_principle[pairs], judge_folders)}
 
 
-def written(rows: Iterable[Preference], file: IO[bytes]) -> Iterator[Preference]:
-    """The rows, each of them in the file by the time that the next is asked for."""
-    for row in rows:
-        file.write((canonical_json(row) + "\n").encode())
-        yield row
+def label_rule(
+    config: Config, constitution: Constitution | None, votes: StoredVotes, log_odds: Floats
+) -> tuple[LabelRule, FittedTemperature | None]:
+    """The rule of these labels, and the temperature that was fitted for it, if any.
 
-
-def from_votes(config: Config, context: Context, human: Sequence[Preference]) -> Labelled:
-    """The preferences that the votes of the input stages amount to."""
-    found = read_votes(context.inputs[name] / RECORDS for name in config.from_)
-    votes = over_orders(found.vote_columns, len(found.unparsed_rows), len(found.principles))
-    weights = weights_of(found.principles, context.constitution, config.tag_weights)
-    fitted = None
-    if config.temperature == "fitted":
-        fitted = fit(list(found.rows()), votes, weights, config.abstain_below)
-    number = config.temperature if isinstance(config.temperature, float) else None
-    log_odds = aggregate(
-        votes, weights, temperature=fitted["value"] if fitted else number, abstain_below=config.abstain_below
-    )
-    kept, left_out = choose(log_odds, config)
-    agreement, human_stays = None, np.ones(len(human), dtype=bool)
-    if human or not np.isnan(found.human).all():
-        judged = list(found.rows())
-        topics = [topic_of(row["tags"], row["prompt_id"]) for row in judged]
-        agreement = mixing.agreement(log_odds, mixing.people_say(judged, human), topics)
-        if config.mix:
-            ai_stays, human_stays = mixed(config.mix, [judged[i] for i in kept.tolist()], human)
-            left_out |= {"mixed_out_ai": int((~ai_stays).sum()), "mixed_out_human": int((~human_stays).sum())}
-            kept = kept[ai_stays]
-    strength = np.abs(log_odds[kept])
-    p_chosen = labels(strength, config.labels or usual_labels(found.methods))
-    chosen_is_a = np.zeros(len(kept), dtype=bool)
-
-    def rows() -> Iterator[Preference]:
-        labelled = np.zeros(len(found.unparsed_rows), dtype=bool)
-        labelled[kept] = True
-        kept_rows = itertools.compress(found.rows(), labelled.tolist())
-        values = zip(log_odds[kept].tolist(), p_chosen.tolist(), strength.tolist(), strict=True)
-        for place, (row, (towards_a, p, odds)) in enumerate(zip(kept_rows, values, strict=True)):
-            a_is_chosen = chosen_is_a[place] = prefers_a(row, towards_a)
-            yield to_row(row, a_is_chosen, p, odds, context.stage_id)
-
-    counts = {"votes": len(found.unparsed_rows), **left_out}
-    return Labelled(
-        rows(), len(kept), counts, found.principles, votes[kept], chosen_is_a, fitted, agreement, human_stays
-    )
-
-
-def mixed(mix: Mix, judged: Sequence[Mapping[str, Any]], human: Sequence[Preference]) -> tuple[Bools, Bools]:
-    """Which of the judged pairs that have a label, and of people's, stay."""
-    ours, theirs = [mixing.judged(row) for row in judged], [mixing.chosen_by_people(row) for row in human]
-    if mix.human_share is None:
-        return mixing.by_tag(ours, theirs, mix.human_tags)
-    return mixing.by_share(ours, theirs, mix.human_share)
-
-
-def fit(rows: Sequence[Mapping[str, Any]], votes: Floats, weights: Floats, abstain_below: float) -> dict[str, Any]:
-    """The temperature that makes known truths likeliest, and what it is worth on prompts that it was not fitted on.
-
-    By what people chose, where that is known of `ENOUGH` prompts outside of held-out ones, else by the oracle, where it
-    is so of that, else by whichever knows more prompts. Raises StageFailed where neither knows any.
+    `log_odds` are those of the principles, (pairs, principles).
     """
-    sums = aggregate(votes, weights, temperature=1.0, abstain_below=abstain_below)
-    means = aggregate(votes, weights, abstain_below=abstain_below)
-    held_out = np.array([is_held_out(row) for row in rows], dtype=bool)
-    usable = ~held_out & ~np.isnan(sums)
-    found: list[tuple[int, Truth]] = []
-    for truth in truths(rows).values():
-        if prompts := {rows[i]["prompt_id"] for i in np.flatnonzero(truth.decided & usable).tolist()}:
-            found.append((min(len(prompts), ENOUGH), truth))
-    if found:
-        _, truth = max(found, key=lambda each: each[0])  # the first of equals
-        known = np.flatnonzero(truth.decided & ~np.isnan(sums))
-        clusters = [topic_of(rows[i]["tags"], rows[i]["prompt_id"]) for i in known.tolist()]
-        return {"truth": truth.kind} | calibration.fitted(
-            sums[known], means[known], truth.better[known], clusters, held_out[known]
-        )
-    raise StageFailed(
-        "`temperature: fitted` found no truth outside of held-out prompts, expected judged pairs that people labelled "
-        "(`human:` of the judge stage) or prompts of source micro"
+    rule = LabelRule(
+        weights=principle_weights(votes.principles, constitution, config.tag_weights),
+        temperature=config.temperature if isinstance(config.temperature, float) else None,
+        abstain_below=config.abstain_below,
+        min_confidence=config.min_confidence,
+        methods=tuple(sorted(votes.methods)),
     )
+    rule = with_labels(rule, config.labels or default_labels(votes.methods))
+    if config.temperature != "fitted":
+        return rule, None
+    fitted = fit_temperature(list(votes.parsed_rows()), log_odds, votes.principles, rule)
+    return replace(rule, temperature=fitted.value, is_temperature_fitted=True), fitted
 
 
-def weights_of(principles: Sequence[str], constitution: Constitution | None, by_tag: Mapping[str, float]) -> Floats:
-    """The weight of each principle that voted, by the constitution and the factors of its tags.
+def principle_weights(
+    principles: Sequence[str], constitution: Constitution | None, tag_weights: Mapping[str, float]
+) -> dict[str, float]:
+    """The weight of each principle that voted, from the constitution and the factors of its tags.
 
-    Raises BadInput for one that it does not know."""
+    Raises BadInput for a principle that the constitution does not have.
+    """
     if not principles:
-        return np.zeros(0)
+        return {}
     if constitution is None:
         raise BadInput("`prefer` needs the constitution whose principles voted, and the recipe names none")
-    return np.array([constitution.principle(id).weighted(by_tag) for id in principles], dtype=float)
+    return {id: constitution.principle(id).weighted(tag_weights) for id in principles}
 
 
-def choose(log_odds: Floats, config: Config) -> tuple[Any, dict[str, int]]:
-    """Indices of the pairs that get a label, and how many do not, by reason."""
+def default_labels(methods: Set[str]) -> Literal["soft"] | Clamp:
+    """Soft, but 40 to 60 % for a judge that reasons: it is overconfident, and the paper found the clamp best."""
+    return Clamp(clamp=(0.4, 0.6)) if methods == {"reasoned"} else "soft"
+
+
+def with_labels(rule: LabelRule, labels: Literal["soft", "hard"] | Clamp) -> LabelRule:
+    """The rule with another kind of label."""
+    if isinstance(labels, Clamp):
+        return replace(rule, labels="clamp", clamp=labels.clamp)
+    return replace(rule, labels=labels, clamp=None)
+
+
+def fit_temperature(
+    rows: Sequence[Mapping[str, Any]], log_odds: Floats, principles: Sequence[str], rule: LabelRule
+) -> FittedTemperature:
+    """The temperature that makes the known truth likeliest, and its errors on prompts that it was not fitted on.
+
+    The truth comes from people if they labelled pairs of at least `MIN_PROMPTS_TO_FIT` prompts that are not held out,
+    else from the oracle if it knows as many, else from the one that knows more. Raises StageFailed where neither knows
+    any.
+    """
+    sums = replace(rule, temperature=1.0).aggregate(log_odds, principles)
+    held_out = np.array([is_held_out(row) for row in rows], dtype=bool)
+    truths = available_truths(rows).values()  # people's first
+    usable = {truth.kind: truth.is_decided & ~held_out & ~np.isnan(sums) for truth in truths}
+    n_prompts = {
+        kind: len({rows[i]["prompt_id"] for i in np.flatnonzero(is_usable).tolist()})
+        for kind, is_usable in usable.items()
+    }
+    truth = max(truths, key=lambda truth: min(n_prompts[truth.kind], MIN_PROMPTS_TO_FIT), default=None)
+    if truth is None or not n_prompts[truth.kind]:
+        raise StageFailed(
+            "`temperature: fitted` found no truth outside of held-out prompts, expected judged pairs that people "
+            "labelled (`human:` of the judge stage) or prompts of source micro"
+        )
+    pairs = np.flatnonzero(truth.is_decided & ~np.isnan(sums))
+    means = rule.aggregate(log_odds, principles)
+    return fit_and_measure_temperature(
+        truth.kind,
+        sums[pairs],
+        means[pairs],
+        truth.p_a_better[pairs],
+        [topic_of(rows[i]["tags"], rows[i]["prompt_id"]) for i in pairs.tolist()],
+        held_out[pairs],
+    )
+
+
+def _note_temperature_bound(fitted: FittedTemperature, context: Context) -> None:
+    """Notes a fitted temperature at one of its bounds, where the judge is always right or right by chance."""
+    if fitted.at_bound:
+        accuracy = "always right" if fitted.value < sum(fitted.bounds) / 2 else "right no more often than by chance"
+        context.progress.note(
+            f"the fitted temperature ran into its bound, {fitted.value:.3g}: by what is known of {fitted.pairs:,} "
+            f"pairs the judge is {accuracy}"
+        )
+
+
+def select(
+    mix: Mix | None, rule: LabelRule, votes: StoredVotes, log_odds: Floats, human: list[Preference]
+) -> Selection:
+    """Which pairs get a label: not those that abstain, are too unsure or too even, nor those that `mix` leaves out."""
     abstained = np.isnan(log_odds)
-    unsure = ~abstained & (probability(np.abs(log_odds)) < config.min_confidence)
-    even = ~abstained & ~unsure & (log_odds == 0) & (config.labels == "hard")
-    kept = np.flatnonzero(~(abstained | unsure | even))
-    return kept, {"abstained": int(abstained.sum()), "dropped": int(unsure.sum()), "even": int(even.sum())}
+    unsure = ~abstained & (sigmoid(np.abs(log_odds)) < rule.min_confidence)
+    even = ~abstained & ~unsure & (log_odds == 0) & (rule.labels == "hard")
+    pairs = np.flatnonzero(~(abstained | unsure | even))
+    counts = {
+        "votes": votes.n_pairs,
+        "abstained": int(abstained.sum()),
+        "dropped": int(unsure.sum()),
+        "even": int(even.sum()),
+    }
+    if not human and np.isnan(votes.human).all():
+        return Selection(pairs, human, counts, None)
+    rows = list(votes.parsed_rows())
+    topics = [topic_of(row["tags"], row["prompt_id"]) for row in rows]
+    agreement = mixing.agreement_with_people(log_odds, mixing.human_p_a_better(rows, human), topics)
+    if mix:
+        keep_ai, keep_human = mix_labels(mix, [rows[i] for i in pairs.tolist()], human)
+        pairs, human = pairs[keep_ai], list(itertools.compress(human, keep_human))
+        counts |= {"mixed_out_ai": int((~keep_ai).sum()), "mixed_out_human": int((~keep_human).sum())}
+    return Selection(pairs, human, counts, agreement)
+
+
+def mix_labels(mix: Mix, rows: Sequence[Mapping[str, Any]], human: Sequence[Preference]) -> tuple[Bools, Bools]:
+    """Whether each of the judge's labels and each of people's is kept."""
+    ai_pairs = [mixing.pair_of_vote(row) for row in rows]
+    human_pairs = [mixing.pair_of_preference(row) for row in human]
+    if mix.human_share is None:
+        return mixing.keep_by_tag(ai_pairs, human_pairs, mix.human_tags)
+    return mixing.keep_by_share(ai_pairs, human_pairs, mix.human_share)
+
+
+def write_preferences(
+    context: Context, votes: StoredVotes, pairs: Ints, log_odds: Floats, rule: LabelRule, human: Sequence[Preference]
+) -> LabelStatistics:
+    """Writes the preferences of the judged `pairs`, then people's, and returns the numbers of all.
+
+    Each row is parsed, labelled and written before the next one: 100,000 of them are never in memory together.
+    """
+    strength = np.abs(log_odds[pairs])
+    labels = zip(log_odds[pairs].tolist(), rule.p_chosen(strength).tolist(), strength.tolist(), strict=True)
+    has_label = np.zeros(votes.n_pairs, dtype=bool)
+    has_label[pairs] = True
+    rows = itertools.compress(votes.parsed_rows(), has_label.tolist())
+    statistics = LabelStatistics(len(pairs) + len(human))
+    with replacing(context.folder / RECORDS) as file:
+        for row, (log_odds_of_a, p_chosen, chosen_log_odds) in zip(rows, labels, strict=True):
+            a_is_chosen = prefers_a(row, log_odds_of_a)
+            preference = to_preference(row, a_is_chosen, p_chosen, chosen_log_odds, context.stage_id)
+            file.write((canonical_json(preference) + "\n").encode())
+            statistics.add(preference, a_is_chosen)
+        for preference in human:
+            file.write((canonical_json(preference) + "\n").encode())
+            statistics.add(preference)
+    return statistics
 
 
 def prefers_a(row: Mapping[str, Any], log_odds: float) -> bool:
-    """Whether *a* is the chosen one; where nothing is better, the hash of a response's id and text decides."""
+    """Whether *a* is the chosen response; if the pair is even, a hash of the responses' ids and texts decides."""
     if log_odds != 0:
         return log_odds > 0
     a, b = row["a"], row["b"]
     return stable_id(a["id"], a["text"]) < stable_id(b["id"], b["text"])
 
 
-def usual_labels(methods: Set[str]) -> str | Clamp:
-    """Soft; after reasons, which leave a judge all too sure, kept within 40 to 60 %, which the paper found best."""
-    return Clamp(clamp=(0.4, 0.6)) if methods == {"reasoned"} else "soft"
+def relabelled(preferences: Sequence[Preference], rule: LabelRule) -> list[Preference]:
+    """Human preferences with the rule's kind of label."""
+    labels = rule.p_chosen(np.array([preference["log_odds"] for preference in preferences], dtype=float)).tolist()
+    return [{**preference, "p_chosen": label} for preference, label in zip(preferences, labels, strict=True)]
 
 
-def labels(strength: Floats, kind: str | Clamp) -> Floats:
-    """p_chosen of pairs whose log-odds towards the chosen one is `strength`, at least 0."""
-    if kind == "hard":
-        return np.ones_like(strength)
-    p = probability(strength)
-    return np.minimum(p, kind.clamp[1]) if isinstance(kind, Clamp) else p
-
-
-def relabelled(preferences: Iterable[Preference], kind: str | Clamp) -> list[Preference]:
-    """Human preferences with their labels hardened or clamped like the others."""
-    return [{**row, "p_chosen": float(labels(np.array([row["log_odds"]]), kind)[0])} for row in preferences]
-
-
-def to_row(row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds: float, stage_id: str) -> Preference:
+def to_preference(
+    row: Mapping[str, Any], a_is_chosen: bool, p_chosen: float, log_odds: float, stage_id: str
+) -> Preference:
+    """The labelled pair; `log_odds` are those that the chosen response is better."""
     chosen, rejected = (row["a"], row["b"]) if a_is_chosen else (row["b"], row["a"])
     return {
         "id": stable_id(stage_id, row["id"]),

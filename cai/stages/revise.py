@@ -1,18 +1,17 @@
 """Critique and revision (Bai et al. 2022, arXiv 2212.08073, section 3): a model says what is wrong with a response by
-one principle and rewrites it, several rounds in a row, each from where the last one stopped.
+one principle and rewrites it, for several rounds, each of which starts from the last usable revision.
 
-One principle a round is drawn by the item's own seed, none twice while there are enough. Weights play no part, not even
-0: they say what a vote counts in `prefer`, and changing them must never ask a model again.
+The item's own seed samples one principle for each round, none twice while there are enough. Weights play no part, not
+even 0: they say what a vote counts in `prefer`, and changing them must never ask a model again.
 
-Critics and revisers fail in ways that look like text. They refuse ("I can't critique this"), they hand back what they
-were given, and they talk about the revision before writing it. Each is recorded as a round's outcome and counted, and
-none is passed on as a revision: a row's `response` is its last usable revision, or equals `original` where there is
-none.
+Critics and revisers fail in ways that look like text. They refuse ("I can't critique this"), they repeat the response,
+and they talk about the revision before writing it. Each is recorded as a round's outcome and counted, and none is
+passed on as a revision: a row's `response` is its last usable revision, or equals `original` where there is none.
 
-What cannot be told from text: "I'm sorry, I can't help with that" is a good revision of a harmful answer and also what
-a model says that refuses to rewrite at all. It counts as a revision, and the number of revisions that decline is
-reported; only a refusal that names the task ("I can't rewrite this response") is one. `only` chooses whose answers are
-rewritten.
+"I'm sorry, I can't help with that" is a good revision of a harmful answer, and also what a model says that refuses to
+rewrite at all. Text alone cannot tell these apart, so it counts as a revision, and the figures count the revisions that
+decline. Only a refusal that names the task ("I can't rewrite this response") counts as one. `only` selects the prompts
+whose responses are rewritten.
 
 Left out: few-shot examples of critiques (they belong into a template set), and choosing the best of several revisions.
 """
@@ -26,32 +25,40 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from cai.constitution import Constitution, Principle
+from cai.constitution import Constitution, Principle, applicable_principles
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Engine, Request, Sampling
-from cai.contracts.stage_config import Names, OutputKind, WritingConfig
+from cai.contracts.references import OneOrMore, OutputKind, PrincipleOrTagRef, TagRef, TextsRef, WriterRef
+from cai.contracts.stage_config import PrincipleField, WritingConfig
 from cai.engines.retry import generate_all
 from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 from cai.maths.behaviours import refusal
 from cai.storage.journal import RECORDS
 from cai.storage.rows import TOPIC, Failure, Message, Revision, Round, Sample, read_rows, stable_id, stable_seed
 from cai.templates import TemplateSet
-from cai.text.errors import BadInput, StageFailed, nearest
+from cai.text.errors import BadInput, StageFailed, did_you_mean
 
 
 class Config(WritingConfig):
     gives: ClassVar[OutputKind] = "texts"
-    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
     revision: ClassVar[int] = 2
-    template_names: ClassVar[tuple[str, ...]] = ("critique", "revise")
-    principle_fields: ClassVar[tuple[str, ...]] = ("critique", "revise")
 
     kind: Literal["revise"] = "revise"
-    from_: Names = Field(alias="from", min_length=1, description="Stages whose responses are revised.")
-    only: Names = Field([], description="Tags of the prompts whose responses are revised. Empty = all.")
-    principles: Names = Field([], description="Ids or tags of the principles to draw from. Empty = all that apply.")
+    from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages whose responses are revised.")
+    only: OneOrMore[TagRef] = Field([], description="Tags of the prompts whose responses are revised. Empty = all.")
+    principles: OneOrMore[PrincipleOrTagRef] = Field(
+        [], description="Ids or tags of the principles to draw from. Empty = all that apply."
+    )
     rounds: int = Field(1, ge=1, description="Critiques and revisions in a row.")
-    model: str | None = Field(None, description="Model or stage that criticises and rewrites; absent = the recipe's.")
+    model: WriterRef | None = Field(
+        None, description="Model or stage that criticises and rewrites; absent = the recipe's."
+    )
+
+    def template_names(self) -> tuple[str, ...]:
+        return ("critique", "revise")
+
+    def principle_fields(self) -> tuple[PrincipleField, ...]:
+        return ("critique", "revise")
 
 
 @dataclass
@@ -63,9 +70,9 @@ class Item:
     """One for each round."""
     seed: int
     response: str
-    """Where the next round starts."""
-    written: Completion | None = None
-    """The completion that `response` was taken from, once there is one."""
+    """The response or revision that the next round starts from."""
+    completion: Completion | None = None
+    """The completion that `response` was taken from; None before the first usable revision."""
     rounds: list[Round] = field(default_factory=list)
     failure: Failure | None = None
 
@@ -73,9 +80,13 @@ class Item:
     def id(self) -> str:
         return self.row["id"]
 
+    @property
+    def prompt(self) -> list[Message]:
+        return self.row["prompt"]
 
-class Critic(NamedTuple):
-    """Who criticises and rewrites, and how."""
+
+class Reviser(NamedTuple):
+    """The model that criticises and rewrites."""
 
     engine: Engine
     templates: TemplateSet
@@ -88,135 +99,137 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if context.constitution is None:
         raise BadInput("`revise` needs a constitution, and the recipe names none")
     responses: list[Sample] = context.rows(config.from_)
-    wanted = select(responses, config.only)
-    principles = among(context.constitution, config.principles)
-    plan = [row for row in wanted if applicable(principles, row)]
-    if not plan:
-        raise StageFailed(f"no principle applies to any of {len(wanted)} responses")
-    reviser = context.model(config.model).name
+    selected = select_responses(responses, config.only)
+    principles = select_principles(context.constitution, config.principles)
+    to_revise = [row for row in selected if applicable_principles(principles, row["tags"])]
+    if not to_revise:
+        raise StageFailed(f"no principle applies to any of {len(selected)} responses")
+    model_name = context.model(config.model).name
     with context.engine(config.model) as engine:
-        for batch in context.journal.batches(plan, size=config.journal_batch, unit="responses"):
+        for batch in context.journal.batches(to_revise, size=config.journal_batch, unit="responses"):
             items = [start(row, config.rounds, principles, context) for row in batch.items]
-            retries = config.attempts(batch)
-            critic = Critic(engine, context.templates(config.model), config.sampling, retries)
-            for number in range(config.rounds):
-                one_round(items, number, critic)
-            rows = [to_row(item, context.stage_id, reviser) for item in items if item.failure is None]
+            reviser = Reviser(engine, context.templates(config.model), config.sampling, config.attempts(batch))
+            for round_index in range(config.rounds):
+                revise_once(items, round_index, reviser)
+            rows = [to_row(item, context.stage_id, model_name) for item in items if item.failure is None]
             context.journal.append(batch, rows, [item.failure for item in items if item.failure is not None])
-    _, failed = context.journal.finish()
-    figures = {
-        "failed": len(failed),
-        "not_selected": len(responses) - len(wanted),
-        "without_principle": len(wanted) - len(plan),
+    _, failures = context.journal.finish()
+    counts = {
+        "failed": len(failures),
+        "not_selected": len(responses) - len(selected),
+        "without_principle": len(selected) - len(to_revise),
     }
-    return {"revisions": {context.stage_id: figures | counted(read_rows(context.folder / RECORDS))}}
+    return {"revisions": {context.stage_id: counts | outcome_figures(read_rows(context.folder / RECORDS))}}
 
 
-def select(responses: list[Sample], only: list[str]) -> list[Sample]:
-    """The responses whose prompt carries one of the tags; all without tags. Raises BadInput for a tag that none has."""
-    known = sorted({tag for row in responses for tag in row["tags"] if not tag.startswith(TOPIC)})
-    for tag in only:
+def select_responses(responses: list[Sample], tags: list[str]) -> list[Sample]:
+    """The responses to prompts with one of the tags; all if `tags` is empty. Raises BadInput for an unknown tag."""
+    known_tags = sorted({tag for row in responses for tag in row["tags"] if not tag.startswith(TOPIC)})
+    for tag in tags:
         if not any(tag in row["tags"] for row in responses):
             raise BadInput(
                 f"`only` names {tag!r}, which no prompt of these responses has as a tag, expected one of "
-                f"{', '.join(known)}{nearest(tag, known)}"
+                f"{', '.join(known_tags)}{did_you_mean(tag, known_tags)}"
             )
-    return [row for row in responses if not only or not set(only).isdisjoint(row["tags"])]
+    return [row for row in responses if not tags or not set(tags).isdisjoint(row["tags"])]
 
 
-def among(constitution: Constitution, names: list[str]) -> list[Principle]:
-    """The principles with one of these ids or tags; all without names. Raises BadInput for a name that is neither."""
-    known = {name: None for each in constitution.principles for name in (each.id, *each.tags)}
+def select_principles(constitution: Constitution, names: list[str]) -> list[Principle]:
+    """The principles with one of these ids or tags; all if `names` is empty. Raises BadInput for an unknown name."""
+    known_names = list(
+        dict.fromkeys(name for principle in constitution.principles for name in (principle.id, *principle.tags))
+    )
     for name in names:
-        if name not in known:
+        if name not in known_names:
             raise BadInput(
                 f"`principles` names {name!r}, which is no id or tag in {constitution.name!r}, expected one of "
-                f"{', '.join(known)}{nearest(name, known)}"
+                f"{', '.join(known_names)}{did_you_mean(name, known_names)}"
             )
-    return [each for each in constitution.principles if not names or not set(names).isdisjoint((each.id, *each.tags))]
+    return [
+        principle
+        for principle in constitution.principles
+        if not names or not set(names).isdisjoint((principle.id, *principle.tags))
+    ]
 
 
-def applicable(principles: list[Principle], row: Sample) -> list[Principle]:
-    """The principles that are for the row's prompt."""
-    return [principle for principle in principles if principle.applies(row["tags"])]
+def start(row: Sample, n_rounds: int, principles: list[Principle], context: Context) -> Item:
+    """The item of a response before its first round, with its principles sampled."""
+    applicable = applicable_principles(principles, row["tags"])
+    sampled = sample_principles(applicable, n_rounds, context.seed_for(row["id"], "principles"))
+    return Item(row, sampled, context.seed_for(row["id"]), row["response"])
 
 
-def start(row: Sample, rounds: int, principles: list[Principle], context: Context) -> Item:
-    """A response before its first round, its principles drawn."""
-    drawn = draw(applicable(principles, row), rounds, context.seed_for(row["id"], "principles"))
-    return Item(row, drawn, context.seed_for(row["id"]), row["response"])
-
-
-def draw(principles: list[Principle], rounds: int, seed: int) -> list[Principle]:
+def sample_principles(principles: list[Principle], n_rounds: int, seed: int) -> list[Principle]:
     """A principle for each round: all of them in one random order, then in another, until there are enough."""
     rng = random.Random(seed)
-    drawn: list[Principle] = []
-    while len(drawn) < rounds:
-        drawn += rng.sample(principles, len(principles))
-    return drawn[:rounds]
+    sampled: list[Principle] = []
+    while len(sampled) < n_rounds:
+        sampled += rng.sample(principles, len(principles))
+    return sampled[:n_rounds]
 
 
-def one_round(items: list[Item], number: int, critic: Critic) -> None:
-    """Asks for a critique of every item still going, then for a revision where the critic gave one."""
-    going = {item.id: item for item in items if item.failure is None}
-    criticise = {
-        item.id: critic.templates.critique(item.row["prompt"], item.response, item.principles[number])
-        for item in going.values()
+def revise_once(items: list[Item], round_index: int, reviser: Reviser) -> None:
+    """Asks for a critique of every item that has not failed, then for a revision after each usable critique."""
+    active = {item.id: item for item in items if item.failure is None}
+    critique_messages = {
+        id: reviser.templates.critique(item.prompt, item.response, item.principles[round_index])
+        for id, item in active.items()
     }
-    critiques = ask(going, criticise, "critique", number, critic)
+    critiques = generate(active, critique_messages, "critique", round_index, reviser)
+    revision_messages = {}
     for id, critique in critiques.items():
+        item, principle = active[id], active[id].principles[round_index]
         if refuses_to_criticise(critique.text):
-            going[id].rounds.append(
-                Round(principle=going[id].principles[number].id, critique=critique.text, revision="", outcome="refused")
-            )
-    rewrite = {
-        id: critic.templates.revise(
-            going[id].row["prompt"], going[id].response, critique.text, going[id].principles[number]
-        )
-        for id, critique in critiques.items()
-        if not refuses_to_criticise(critique.text)
-    }
-    for id, revision in ask(going, rewrite, "revise", number, critic).items():
-        conclude(going[id], number, critiques[id].text, revision)
+            item.rounds.append(Round(principle=principle.id, critique=critique.text, revision="", outcome="refused"))
+        else:
+            revision_messages[id] = reviser.templates.revise(item.prompt, item.response, critique.text, principle)
+    for id, revision in generate(active, revision_messages, "revise", round_index, reviser).items():
+        record_round(active[id], round_index, critiques[id].text, revision)
 
 
-def ask(
-    items: dict[str, Item], messages: dict[str, list[Message]], what: str, number: int, critic: Critic
+def generate(
+    items: dict[str, Item],
+    messages_by_id: dict[str, list[Message]],
+    step: Literal["critique", "revise"],
+    round_index: int,
+    reviser: Reviser,
 ) -> dict[str, Completion]:
-    """The completions by item. An item whose request fails has failed for good, and says in which round."""
+    """The completions by item id. An item whose request fails has failed for good, with the round in its reason."""
     requests = [
-        Request(id, asked, stable_seed(items[id].seed, number, what), critic.sampling) for id, asked in messages.items()
+        Request(id, messages, stable_seed(items[id].seed, round_index, step), reviser.sampling)
+        for id, messages in messages_by_id.items()
     ]
     completions: dict[str, Completion] = {}
-    for id, result in generate_all(critic.engine, requests, critic.retries).items():
-        if isinstance(result, Failure):
-            principle = items[id].principles[number].id
-            reason = f"response {id}, round {number + 1}, {what} by {principle!r}: {result.reason}"
+    for id, completion in generate_all(reviser.engine, requests, reviser.retries).items():
+        if isinstance(completion, Failure):
+            principle = items[id].principles[round_index].id
+            reason = f"response {id}, round {round_index + 1}, {step} by {principle!r}: {completion.reason}"
             items[id].failure = Failure(id, reason)
         else:
-            completions[id] = result
+            completions[id] = completion
     return completions
 
 
-def conclude(item: Item, number: int, critique: str, completion: Completion) -> None:
-    """Records what became of one round; a usable revision is where the next round starts."""
-    revision, stripped = unwrapped(completion.text, item.response)
+def record_round(item: Item, round_index: int, critique: str, completion: Completion) -> None:
+    """Records a round and its outcome; a usable revision is where the next round starts."""
+    revision, is_stripped = unwrapped(completion.text, item.response)
     outcome: Literal["revised", "unchanged", "refused", "preamble-stripped"]
-    request = item.row["prompt"][-1]["content"]
+    request = item.prompt[-1]["content"]
     if not revision or refuses_to_revise(revision, request):
         outcome = "refused"
     elif same_text(revision, item.response) or declares_no_change(revision, request):
         outcome = "unchanged"
     else:
-        outcome = "preamble-stripped" if stripped else "revised"
-        item.response, item.written = revision, completion
-    # Kept as the model wrote it where nothing of it is used, so that a person can see why.
-    shown = revision if outcome in ("revised", "preamble-stripped") else completion.text
-    principle = item.principles[number].id
-    item.rounds.append(Round(principle=principle, critique=critique, revision=shown, outcome=outcome))
+        outcome = "preamble-stripped" if is_stripped else "revised"
+        item.response, item.completion = revision, completion
+    # Without a usable revision the completion is recorded unchanged, so that a person can see why.
+    recorded = revision if outcome in ("revised", "preamble-stripped") else completion.text
+    principle = item.principles[round_index].id
+    item.rounds.append(Round(principle=principle, critique=critique, revision=recorded, outcome=outcome))
 
 
-def to_row(item: Item, stage_id: str, reviser: str) -> Revision:
+def to_row(item: Item, stage_id: str, model_name: str) -> Revision:
+    """The response with its rounds. Fields about the text are those of the completion that the response is from."""
     row: Revision = {
         **item.row,
         "id": stable_id(stage_id, item.id),
@@ -225,34 +238,34 @@ def to_row(item: Item, stage_id: str, reviser: str) -> Revision:
         "rounds": item.rounds,
         "seed": item.seed,
     }
-    if item.written is None or item.response == row["original"]:
+    if item.completion is None or item.response == row["original"]:
         return row
-    row["model"] = reviser
-    row["finish_reason"] = item.written.finish_reason
-    row["n_tokens"] = item.written.n_tokens
+    row["model"] = model_name
+    row["finish_reason"] = item.completion.finish_reason
+    row["n_tokens"] = item.completion.n_tokens
     row.pop("reasoning", None)
-    if item.written.reasoning is not None:
-        row["reasoning"] = item.written.reasoning
+    if item.completion.reasoning is not None:
+        row["reasoning"] = item.completion.reasoning
     return row
 
 
-def counted(rows: list[Revision]) -> dict[str, Any]:
-    """Outcomes in all and by principle, and how many texts decline the user's request before and after."""
+def outcome_figures(rows: list[Revision]) -> dict[str, Any]:
+    """Outcomes of all rounds and by principle, and texts that decline the user's request before and after."""
     outcomes: Counter[str] = Counter()
-    by_principle: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    outcomes_by_principle: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        for done in row["rounds"]:
-            outcome: str = done["outcome"]
+        for round_ in row["rounds"]:
+            outcome: str = round_["outcome"]
             if outcome == "refused":
-                outcome = "refused_by_critic" if refuses_to_criticise(done["critique"]) else "refused_by_reviser"
+                outcome = "refused_by_critic" if refuses_to_criticise(round_["critique"]) else "refused_by_reviser"
             outcomes[outcome] += 1
-            by_principle[done["principle"]][outcome] += 1
+            outcomes_by_principle[round_["principle"]][outcome] += 1
     usable = [row for row in rows if row["response"] != row["original"]]
     return {
         "responses": len(rows),
         "usable": len(usable),
         "outcomes": dict(sorted(outcomes.items())),
-        "principles": {id: dict(sorted(counts.items())) for id, counts in sorted(by_principle.items())},
+        "principles": {id: dict(sorted(counts.items())) for id, counts in sorted(outcomes_by_principle.items())},
         "declining": {
             "originals": sum(refusal(row["original"]) for row in usable),
             "revisions": sum(refusal(row["response"]) for row in usable),

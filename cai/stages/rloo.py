@@ -1,15 +1,15 @@
 """Reinforcement learning without a critic: the policy learns from how each response compares with its siblings.
 
 RLOO (Ahmadian et al. 2024, arXiv 2402.14740), with TRL's trainer (`cai.training.rl.rloo_trainer`). Every step takes
-`batch_size` / `n` prompts and draws `n` responses to each. A response is worth its rewards (`cai.training.rl.rewards`),
-less `beta` times its divergence from the reference, which is the stage's starting policy: a frozen copy where all
-weights are trained, the model with its adapter off where `lora:` is. Responses are drawn with vLLM where the profile
-says `engine: vllm`, else in this process (`cai.training.rl.policy_sampler`).
+`batch_size` / `n` prompts and samples `n` responses to each. A response is worth its rewards
+(`cai.training.rl.rewards`), less `beta` times its divergence from the reference, which is the stage's starting policy:
+a frozen copy where all weights are trained, the model with its adapter off where `lora:` is set. Responses are sampled
+with vLLM where the profile says `engine: vllm`, else in this process (`cai.training.rl.policy_sampler`).
 
-Logged at each step: reward by source and its spread, the share of prompts whose responses are all worth the same, KL
-from the reference (nats a response), entropy, lengths, the share cut off and of what repeats itself, the share of
-responses whose probability was clipped, and how many had no reward. As with PPO the stage stops before it learns from
-responses that went past its `limits`, and `samples.jsonl` has some of each step's.
+Each step logs: reward by source and its spread, the share of prompts whose responses all have the same reward, KL from
+the reference (nats a response), entropy, lengths, the shares of responses that are cut off and of token runs that
+repeat, the share of responses whose probability ratio was clipped, and how many had no reward. As with PPO, the stage
+stops before it learns from responses that pass its `limits`, and `samples.jsonl` has some of each step's responses.
 
 Left out: several optimizer steps from one batch of responses other than by passing over all of it again
 (`train: {num_iterations}`), and advantages by token.
@@ -26,13 +26,13 @@ from cai.contracts.context import Context
 from cai.contracts.training_config import ReinforcementConfig
 from cai.text.errors import StageFailed
 
-PANELS = {
+CURVE_PANELS = {
     "KL from the reference, nats a response": {"kl": "KL"},
     "entropy, nats a token": {"entropy": "entropy"},
     "tokens of a response": {"length": "mean", "length/max": "longest"},
     "share of responses": {"unfinished": "cut off", "repetition": "runs that repeat", "clip_fraction": "clipped"},
 }
-"""What the stage's picture shows, beside each source's reward."""
+"""Panels of `curves.svg` beside each source's reward: title to lines, a metric to its label."""
 
 
 class Config(ReinforcementConfig):
@@ -66,70 +66,59 @@ class Config(ReinforcementConfig):
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Trains the policy on prompts that are not held out. Raises StageFailed where one step has too few."""
-    from cai.models import loading
-    from cai.models.chat import Chat
-    from cai.report.training_curves import curves
-    from cai.training import arguments, loop, metrics, tokenised_rows
+    """Trains the policy on prompts that are not held out. Raises StageFailed where there are too few for one step."""
+    from cai.report.training_curves import draw_training_curves
+    from cai.training import metrics
     from cai.training.rl.policy_sampler import open_sampler
     from cai.training.rl.rewards import Rewards
     from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
-    from cai.training.rl.usable_prompts import usable_prompts
+    from cai.training.rl.usable_prompts import select_usable_prompts
+    from cai.training.stage_training import describe_left_out, stage_training
+    from cai.training.tokenised_rows import as_dataset
 
-    start = context.model(config.model)
-    chat = Chat.load(start)
-    with Rewards(config.rewards, context, chat) as rewards:
-        asked = context.prompts(config.prompts)
-        prompts, left_out = usable_prompts(asked, config, chat, rewards)
+    with stage_training(config, context) as training, Rewards(config.rewards, context, training.chat) as rewards:
+        all_prompts = context.prompts(config.prompts)
+        prompts, left_out = select_usable_prompts(all_prompts, config, training.chat, rewards)
         if len(prompts) < config.batch_size // config.n:
             raise StageFailed(
                 f"stage {config.id!r}: found {len(prompts)} prompts to respond to, expected the "
-                f"{config.batch_size // config.n} of one step; left out: {tokenised_rows.reasons(left_out)}"
+                f"{config.batch_size // config.n} of one step; left out: {describe_left_out(left_out)}"
             )
-        with arguments.quiet(context), open_sampler(start, context.profile, context.folder) as sampler:
-            args = arguments.arguments(
-                config,
-                context,
+        with open_sampler(training.start, context.profile, context.folder) as sampler:
+            args = training.arguments(
                 num_generations=config.n,
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
-                reward_weights=[each.weight for each in config.rewards],
+                reward_weights=[reward.weight for reward in config.rewards],
             )
-            model = arguments.loaded(loading.load_causal_lm, start, context)
-            frozen = config.lora is None and args.beta != 0
+            model = training.load_language_model()
+            needs_frozen_copy = config.lora is None and args.beta != 0
             trainer = LeaveOneOutTrainer(
                 model=model,
-                reference=arguments.loaded(loading.load_causal_lm, start, context) if frozen else None,
+                reference=training.load_language_model() if needs_frozen_copy else None,
                 sampler=sampler,
                 rewards=rewards,
                 prompts={prompt["id"]: prompt for prompt in prompts},
-                end_ids=sorted(chat.end_ids),
+                end_ids=sorted(training.chat.end_ids),
                 folder=context.folder,
                 limits=config.limits,
                 args=args,
-                train_dataset=tokenised_rows.dataset([{"prompt": prompt["id"]} for prompt in prompts]),
-                processing_class=chat.tokenizer,
-                peft_config=arguments.adapter(config.lora, "CAUSAL_LM", model),
+                train_dataset=as_dataset([{"prompt": prompt["id"]} for prompt in prompts]),
+                processing_class=training.chat.tokenizer,
+                peft_config=training.adapter("CAUSAL_LM", model),
             )
-            figures = loop.train(trainer, context)
-            facts = {"kind": config.kind, "prompts": len(prompts)}
-            loop.save(trainer, context, chat, config.model, facts)
-    logged = metrics.read_metrics(context.folder)
+            figures = training.train(trainer)
+            training.save(trainer, prompts=len(prompts))
+    steps = metrics.read_metrics(context.folder)
     if trainer.is_world_process_zero():
-        curves(context.folder, {"reward": {f"reward/{name}": name for name in rewards.names}, **PANELS})
-    figures |= {
-        name: {"first": logged[0].get(name), "last": logged[-1].get(name)}
-        for name in ("reward", *(f"reward/{name}" for name in rewards.names), "kl", "entropy", "length")
+        reward_lines = {f"reward/{name}": name for name in rewards.names}
+        draw_training_curves(context.folder, {"reward": reward_lines, **CURVE_PANELS})
+    trend_metrics = ("reward", *(f"reward/{name}" for name in rewards.names), "kl", "entropy", "length")
+    trends = {name: {"first": steps[0].get(name), "last": steps[-1].get(name)} for name in trend_metrics}
+    counts = {
+        "prompts": len(all_prompts),
+        "examples": len(prompts),
+        "left_out": +left_out,
+        "failed_responses": sum(int(entry.get("failed", 0)) for entry in steps),
     }
-    failed = sum(int(entry.get("failed", 0)) for entry in logged)
-    return {
-        "training": {
-            config.id: {
-                **figures,
-                "prompts": len(asked),
-                "examples": len(prompts),
-                "left_out": +left_out,
-                "failed_responses": failed,
-            }
-        }
-    }
+    return {"training": {config.id: {**figures, **trends, **counts}}}

@@ -2,22 +2,24 @@
 (Bai et al. 2022, arXiv 2212.08073).
 
 Left out: best-of-n, system prompts that change from sample to sample, and reuse of a sample by another stage. Text that
-the model cut off at `max_new_tokens` is kept with `finish_reason: length`; who trains on it decides.
+was cut off at `max_new_tokens` is kept with `finish_reason: length`; the stage that trains on it decides.
 """
 
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 from pydantic import Field
 
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Request
-from cai.contracts.stage_config import Names, OutputKind, WritingConfig
+from cai.contracts.references import OneOrMore, OutputKind, PromptSetRef, WriterRef
+from cai.contracts.stage_config import WritingConfig
 from cai.engines.retry import generate_all
+from cai.report.figure_types import SampleFigures
 from cai.storage.journal import RECORDS
-from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id
+from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id, stable_seed
 from cai.text.errors import StageFailed
 
 
@@ -26,54 +28,70 @@ class Config(WritingConfig):
     revision: ClassVar[int] = 2
 
     kind: Literal["sample"] = "sample"
-    model: str | None = Field(None, description="Model or stage that responds; absent = the recipe's model.")
-    prompts: Names = Field(min_length=1, description="Prompt sets that are responded to.")
+    model: WriterRef | None = Field(None, description="Model or stage that responds; absent = the recipe's model.")
+    prompts: OneOrMore[PromptSetRef] = Field(min_length=1, description="Prompt sets that are responded to.")
     n: int = Field(1, ge=1, description="Responses for each prompt.")
+    seeds: str | None = Field(
+        None, description="Stages with the same word here sample under the same seeds; absent = seeds of its own."
+    )
+
+
+class Item(TypedDict):
+    """One response to be sampled."""
+
+    id: str
+    prompt: Prompt
+    number: int
+    """Of the response among those to its prompt, from 0."""
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
-    """Writes one Sample for each response. A prompt that does not fit, or fails otherwise, is a failure by name."""
+    """Writes one Sample for each response. A prompt that does not fit, or fails otherwise, is a named failure."""
     prompts = context.prompts(config.prompts)
-    items = [
-        {"id": stable_id(context.stage_id, prompt["id"], number), "prompt": prompt}
+    items: list[Item] = [
+        {"id": stable_id(context.stage_id, prompt["id"], number), "prompt": prompt, "number": number}
         for prompt in prompts
         for number in range(config.n)
     ]
-    model = context.model(config.model).name
+    model_name = context.model(config.model).name
     with context.engine(config.model) as engine:
         for batch in context.journal.batches(items, size=config.journal_batch, unit="responses"):
             requests = [
-                Request(item["id"], item["prompt"]["messages"], context.seed_for(item["id"]), config.sampling)
+                Request(item["id"], item["prompt"]["messages"], item_seed(item, config, context), config.sampling)
                 for item in batch.items
             ]
-            results = generate_all(engine, requests, config.attempts(batch))
+            completions = generate_all(engine, requests, config.attempts(batch))
             rows, failures = [], []
             for item, request in zip(batch.items, requests, strict=True):
-                result = results[item["id"]]
-                if isinstance(result, Failure):
-                    failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {result.reason}"))
+                completion = completions[item["id"]]
+                if isinstance(completion, Failure):
+                    failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {completion.reason}"))
                 else:
-                    rows.append(to_row(item["prompt"], result, request.seed, model))
+                    rows.append(to_row(item["prompt"], completion, request.seed, model_name))
             context.journal.append(batch, rows, failures)
-    _, failed = context.journal.finish()
+    _, all_failures = context.journal.finish()
     responses: list[Sample] = read_rows(context.folder / RECORDS)
     if not responses:
-        raise StageFailed(f"none of {len(items)} responses came about; {failed[0].reason}")
-    return {
-        "samples": {
-            context.stage_id: {
-                "prompts": len(prompts),
-                "responses": len(responses),
-                "failed": len(failed),
-                "cut_off": sum(row["finish_reason"] == "length" for row in responses),
-                "mean_tokens": fmean(row["n_tokens"] for row in responses),
-            }
-        }
+        raise StageFailed(f"none of {len(items)} responses came about; {all_failures[0].reason}")
+    figures: SampleFigures = {
+        "prompts": len(prompts),
+        "responses": len(responses),
+        "failed": len(all_failures),
+        "cut_off": sum(row["finish_reason"] == "length" for row in responses),
+        "mean_tokens": fmean(row["n_tokens"] for row in responses),
     }
+    return {"samples": {context.stage_id: figures}}
 
 
-def to_row(prompt: Prompt, completion: Completion, seed: int, model: str) -> Sample:
-    """`seed` is the item's; a second attempt derives its own from it."""
+def item_seed(item: Item, config: Config, context: Context) -> int:
+    """The seed of a response: of this stage alone, or shared by all stages with the same `seeds`."""
+    if config.seeds is None:
+        return context.seed_for(item["id"])
+    return stable_seed(context.seed, config.seeds, item["prompt"]["id"], item["number"])
+
+
+def to_row(prompt: Prompt, completion: Completion, seed: int, model_name: str) -> Sample:
+    """The response. `seed` is the item's; seeds of further attempts are derived from it."""
     row: Sample = {
         "id": completion.id,
         "prompt_id": prompt["id"],
@@ -82,7 +100,7 @@ def to_row(prompt: Prompt, completion: Completion, seed: int, model: str) -> Sam
         "response": completion.text,
         "finish_reason": completion.finish_reason,
         "n_tokens": completion.n_tokens,
-        "model": model,
+        "model": model_name,
         "seed": seed,
     }
     if completion.reasoning is not None:

@@ -1,18 +1,17 @@
-"""Supervised fine-tuning on the model's own revisions, mixed with its answers to harmless prompts: SL-CAI.
+"""Supervised fine-tuning on the model's own revisions, mixed with its responses to harmless prompts: SL-CAI.
 
 Bai et al. 2022 (arXiv 2212.08073), section 3: one epoch over critiqued and revised responses together with samples to
 helpfulness prompts, so that the model becomes harmless without becoming evasive. Only responses are learned, their
 end-of-turn token included.
 
-What must not be learned is left out and counted: prompts that are held out, revisions that came to nothing (the
-response is still the original), what the model was cut off in, and examples that do not fit. A prompt belongs to a
-stage that revised its answers, and else to the first stage in `from` that had it, so that the raw answer to a red-team
-prompt never comes back beside its revision, nor in place of one that failed. An answer that `revise` passed over,
-because of `only` or because no principle applies to its prompt, is learned as it is: that is what answers to harmless
-prompts are mixed in by, so the constitution must have a principle for every red-team prompt. `revise` reports how many
-had none as `without_principle`.
+What must not be learned is left out and counted: held-out prompts, revisions that changed nothing, responses that were
+cut off or are empty, and examples that do not fit. A prompt belongs to a stage that revised its responses, else to the
+first stage in `from` that has it, so that the raw response to a red-team prompt is never learned beside its revision or
+in place of a failed one. A response that `revise` skipped, because of `only` or because no principle applies to its
+prompt, is learned as it is: this is how responses to harmless prompts are mixed in. The constitution must therefore
+have a principle for every red-team prompt; `revise` reports how many had none as `without_principle`.
 
-Left out: packing, and several turns learned at once.
+Left out: packing, and learning several turns of a conversation.
 """
 
 from __future__ import annotations
@@ -21,20 +20,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from cai.contracts.context import Context
-from cai.contracts.stage_config import OutputKind
-from cai.contracts.training_config import RowTrainingConfig
+from cai.contracts.references import OneOrMore, OutputKind, TextsRef
+from cai.contracts.training_config import TrainingConfig
 from cai.storage.journal import FAILURES
 from cai.storage.rows import Revision, Sample, is_held_out, read_rows
-from cai.text.errors import BadInput, StageFailed
+from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
     from cai.models.chat import Chat
 
 
-class Config(RowTrainingConfig):
+class Config(TrainingConfig):
     gives: ClassVar[OutputKind] = "policy"
-    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
     revision: ClassVar[int] = 2
     train_class: ClassVar[str] = "trl.trainer.sft_config:SFTConfig"
     owned: ClassVar[tuple[str, ...]] = (
@@ -47,46 +47,41 @@ class Config(RowTrainingConfig):
     }
 
     kind: Literal["sft"] = "sft"
+    from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages whose rows are learned from.")
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the model on the responses to prompts that are not held out. Raises StageFailed where none is left."""
-    from cai.models import loading
-    from cai.models.chat import Chat
-    from cai.training import arguments, loop, tokenised_rows
+    from cai.training import tokenised_rows
+    from cai.training.stage_training import stage_training
     from cai.training.trainers import SupervisedTrainer
 
-    start = context.model(config.model)
-    chat = Chat.load(start)
-    stages = {name: context.rows(name) for name in config.from_}
-    kept, left_out = select(stages, {name: _failed_ids(context, name) for name in stages})
-    rows = [row for rows in kept.values() for row in rows]
-    examples, unusable = tokenised(rows, chat, tokenised_rows.longest(chat, config.max_length))
-    left_out += unusable
-    if not examples:
-        raise StageFailed(
-            f"stage {config.id!r}: no response to learn from; left out: {tokenised_rows.reasons(left_out)}"
-        )
+    with stage_training(config, context) as training:
+        rows_by_stage = {stage_id: context.rows(stage_id) for stage_id in config.from_}
+        kept, left_out = select(rows_by_stage, {stage_id: _failed_ids(context, stage_id) for stage_id in config.from_})
+        limit = tokenised_rows.token_limit(training.chat, config.max_length)
+        examples, unusable = tokenise([row for rows in kept.values() for row in rows], training.chat, limit)
+        left_out += unusable
+        training.require(examples, "no response to learn from", left_out)
 
-    with arguments.quiet(context):
-        args = arguments.arguments(config, context, max_length=None)
-        model = arguments.loaded(loading.load_causal_lm, start, context)
+        args = training.arguments(max_length=None)
+        model = training.load_language_model()
         trainer = SupervisedTrainer(
             model=model,
             args=args,
-            train_dataset=tokenised_rows.dataset(examples),
-            processing_class=chat.tokenizer,
-            peft_config=arguments.adapter(config.lora, "CAUSAL_LM", model),
+            train_dataset=tokenised_rows.as_dataset(examples),
+            processing_class=training.chat.tokenizer,
+            peft_config=training.adapter("CAUSAL_LM", model),
         )
-        figures = loop.train(trainer, context)
-        loop.save(trainer, context, chat, config.model, {"kind": config.kind, "examples": len(examples)})
+        figures = training.train(trainer)
+        training.save(trainer, examples=len(examples))
     return {
         "training": {
             config.id: {
                 **figures,
                 "examples": len(examples),
                 "tokens_learned": sum(label != -100 for example in examples for label in example["labels"]),
-                "fitting_by_stage": {name: len(rows) for name, rows in kept.items()},
+                "fitting_by_stage": {stage_id: len(rows) for stage_id, rows in kept.items()},
                 "left_out": +left_out,
             }
         }
@@ -94,34 +89,34 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 
 def select(
-    stages: Mapping[str, Sequence[Sample | Revision]], failed: Mapping[str, set[str]]
+    rows_by_stage: Mapping[str, Sequence[Sample | Revision]], failed_ids: Mapping[str, set[str]]
 ) -> tuple[dict[str, list[Sample | Revision]], Counter[str]]:
-    """The rows of each stage that may be learned from, and how many were left out for which reason.
+    """The rows of each stage that may be learned from, and how many were left out by reason.
 
-    Stages that revise come first, then the order given. `failed` names the items that a stage has no row for; those of
-    a stage that revises are samples of another one.
+    Stages that revise come first, then the order given. `failed_ids` names the items that a stage has no row for; in a
+    stage that revises these are ids of another stage's samples.
     """
-    kept: dict[str, list[Sample | Revision]] = {name: [] for name in stages}
+    kept: dict[str, list[Sample | Revision]] = {stage_id: [] for stage_id in rows_by_stage}
     left_out: Counter[str] = Counter()
-    taken: set[str] = set()
-    lost: set[str] = set()
-    for name, rows in sorted(stages.items(), key=lambda stage: not any("rounds" in row for row in stage[1])):
+    earlier_prompts: set[str] = set()
+    failed_samples: set[str] = set()
+    for stage_id, rows in sorted(rows_by_stage.items(), key=lambda item: not any("rounds" in row for row in item[1])):
         for row in rows:
-            if reason := _unfit(row, taken, lost):
+            if reason := _reason_to_leave_out(row, earlier_prompts, failed_samples):
                 left_out[reason] += 1
             else:
-                kept[name].append(row)
-        taken |= {row["prompt_id"] for row in rows}
-        lost |= failed[name]
+                kept[stage_id].append(row)
+        earlier_prompts |= {row["prompt_id"] for row in rows}
+        failed_samples |= failed_ids[stage_id]
     return kept, left_out
 
 
-def _unfit(row: Sample | Revision, taken: set[str], lost: set[str]) -> str | None:
+def _reason_to_leave_out(row: Sample | Revision, earlier_prompts: set[str], failed_samples: set[str]) -> str | None:
     if is_held_out(row):
         return "held_out"
-    if row["prompt_id"] in taken:
+    if row["prompt_id"] in earlier_prompts:
         return "superseded"
-    if row["id"] in lost:
+    if row["id"] in failed_samples:
         return "revision_failed"
     if row.get("rounds") and row["response"] == row.get("original"):
         return "not_revised"
@@ -132,10 +127,12 @@ def _unfit(row: Sample | Revision, taken: set[str], lost: set[str]) -> str | Non
     return None
 
 
-def tokenised(rows: Sequence[Sample | Revision], chat: Chat, longest: int) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Each row as token ids with the prompt's labels masked, and how many were left out for which reason.
+def tokenise(
+    rows: Sequence[Sample | Revision], chat: Chat, token_limit: int
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Each row as token ids with the prompt's labels masked (-100), and how many were left out by reason.
 
-    What a thinking model thought is learned with its own response, and not with a revision, which it is not about.
+    A thinking model's reasoning is learned with its own response, but not with a revision, which it is not about.
     """
     examples: list[dict[str, Any]] = []
     left_out: Counter[str] = Counter()
@@ -143,11 +140,11 @@ def tokenised(rows: Sequence[Sample | Revision], chat: Chat, longest: int) -> tu
         reasoning = None if row.get("rounds") else row.get("reasoning")
         try:
             prompt_ids, response_ids = chat.example(row["prompt"], row["response"], reasoning)
-        except BadInput:  # a conversation that the model's template does not take
+        except BadInput:  # the model's template refuses the conversation
             left_out["refused_by_template"] += 1
             continue
         ids = prompt_ids + response_ids
-        if len(ids) > longest:
+        if len(ids) > token_limit:
             left_out["too_long"] += 1
         else:
             labels = [-100] * len(prompt_ids) + response_ids
@@ -155,6 +152,6 @@ def tokenised(rows: Sequence[Sample | Revision], chat: Chat, longest: int) -> tu
     return examples, left_out
 
 
-def _failed_ids(context: Context, stage: str) -> set[str]:
-    path = context.inputs[stage] / FAILURES
+def _failed_ids(context: Context, stage_id: str) -> set[str]:
+    path = context.inputs[stage_id] / FAILURES
     return {row["id"] for row in read_rows(path)} if path.exists() else set()

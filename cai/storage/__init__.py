@@ -1,1 +1,1 @@
-"""What lies on disk: rows, journal, run folder."""
+"""Files on disk: rows, journal, run folder."""

@@ -1,4 +1,4 @@
-"""Files that are either whole and on the disk or not there."""
+"""Files and folders that are, after a kill at any time, complete on the disk or absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REMOVED = ".removed"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when it is complete; an error leaves the old one."""
+    """A file that replaces `path` when the block ends; an error in the block leaves the old file."""
     new = path.with_name(path.name + ".new")
     try:
         with new.open("wb") as file:
@@ -30,13 +30,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """`value` as JSON that a person can read, in place of what was at `path`."""
+    """Writes `value` to `path` as JSON that a person can read."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; None where there is no such file."""
+    """The value in a file that `write_json` wrote; None where the file does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def file_digest(path: Path) -> str:
 
 
 def sync_tree(path: Path) -> None:
-    """Returns when everything in a folder and below it is on the disk, whoever wrote it."""
+    """Flushes all files and folders below `path` to the disk, whichever process wrote them."""
     for folder, _, names in os.walk(path):
         for name in names:
             with (Path(folder) / name).open("rb") as file:
@@ -58,21 +58,21 @@ def sync_tree(path: Path) -> None:
         sync_folder(Path(folder))
 
 
-def remove(path: Path) -> None:
-    """Removes a folder, if it is there, so that a kill leaves it whole or gone, never in part under its name.
+def remove_folder(path: Path) -> None:
+    """Removes a folder, if it exists; a kill at any time leaves it complete or gone.
 
-    What a kill leaves is called `*.removed` and goes with the next call.
+    The folder is first renamed to `*.removed`. The next call removes such a folder that a kill has left.
     """
-    rest = path.with_name(path.name + REMOVED)
-    shutil.rmtree(rest, ignore_errors=True)
+    renamed = path.with_name(path.name + REMOVED)
+    shutil.rmtree(renamed, ignore_errors=True)
     if path.exists():
-        path.rename(rest)
+        path.rename(renamed)
         sync_folder(path.parent)
-        shutil.rmtree(rest)
+        shutil.rmtree(renamed)
 
 
 def sync_folder(path: Path) -> None:
-    """Returns when the names of the files in a folder are on the disk, where the system can tell."""
+    """Flushes the names of the files in a folder to the disk, where the system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
-"""The rows that stages exchange: one JSON object a line, with ids that are hashes of what the row is about.
+"""The rows that stages exchange: one JSON object a line, with ids that are hashes of the row's content.
 
-Rows are plain dictionaries with known keys, so that 100,000 of them load in a second and any tool can read them. Tags
-carry what later stages select by: `red_team` or `helpful`, `held_out` for prompts that no training stage may learn
-from, and `topic:<name>` where several prompts ask about one thing and intervals must be clustered by it.
+Rows are plain dictionaries with fixed keys, so that 100,000 of them load in a second and any tool can read them. Later
+stages select rows by tags: `red_team` or `helpful`, `held_out` for prompts that no training stage may learn from, and
+`topic:<name>` for prompts about the same topic, by which intervals are clustered.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 HELD_OUT = "held_out"
-"""Tag of prompts that training stages leave out and evaluations use."""
+"""Tag of prompts that evaluations use and training stages leave out."""
 
 TOPIC = "topic:"
-"""Prefix of the tag that names what a prompt is about."""
+"""Prefix of the tag that names a prompt's topic."""
 
 
 class Message(TypedDict):
@@ -34,7 +34,7 @@ class Prompt(TypedDict):
 
 
 class Sample(TypedDict):
-    """One response to one prompt. `prompt` is the conversation, its last message the user's."""
+    """One response to one prompt. `prompt` is the conversation; its last message is the user's."""
 
     id: str
     prompt_id: str
@@ -42,7 +42,7 @@ class Sample(TypedDict):
     tags: list[str]
     response: str
     reasoning: NotRequired[str]
-    """What a thinking model wrote before its response."""
+    """The text that a thinking model wrote before its response."""
     finish_reason: Literal["stop", "length"]
     n_tokens: int
     model: str
@@ -50,7 +50,7 @@ class Sample(TypedDict):
 
 
 class Round(TypedDict):
-    """One critique and the revision it led to. `outcome` says whether `revision` may be learned from."""
+    """One critique and the revision by it. `outcome` says whether training may use `revision`."""
 
     principle: str
     critique: str
@@ -59,18 +59,18 @@ class Round(TypedDict):
 
 
 class Revision(Sample):
-    """A sample whose `response` is its last usable revision; equal to `original` where no round gave one."""
+    """A sample whose `response` is its last usable revision, or `original` where there is none."""
 
     original: str
     rounds: list[Round]
 
 
 class ScoredSample(Sample):
-    """The best of several responses to one prompt. `of` is how many had a reward, `mean_reward` their mean."""
+    """The best of several responses to one prompt. `of` of them had a reward; `mean_reward` is the mean of these."""
 
     reward: float
     rewards: dict[str, float]
-    """Each source's score, unweighted."""
+    """The unweighted score of each source of rewards."""
     mean_reward: float
     of: int
 
@@ -84,29 +84,29 @@ class Candidate(TypedDict):
 
 
 class Rationale(TypedDict):
-    """Reasons that a judge wrote, and the log-odds (nats) that *a* is better after them."""
+    """Reasons that a judge wrote before its verdict, and its log-odds (nats) that *a* is better."""
 
     text: str
     log_odds: float
 
 
 class PrincipleVote(TypedDict):
-    """One principle's verdict in one order. `log_odds` (nats) is that *a* is better, whichever was shown first.
+    """One principle's verdict in one order. `log_odds` (nats) are those that *a* is better, in both orders.
 
-    A judge that rates has no order and votes in points: `scores` of *a* and *b*, `log_odds` their difference.
+    A judge that rates has no order and votes in points: `scores` of *a* and *b*, and `log_odds` their difference.
     """
 
     principle: str
     order: Literal["ab", "ba"]
     log_odds: float
     option_probability: float
-    """Probability that the judge put on the options together."""
+    """Sum of the probabilities of the options."""
     rationales: NotRequired[list[Rationale]]
     scores: NotRequired[list[float]]
 
 
 class Vote(TypedDict):
-    """Every verdict on one pair of responses to one prompt."""
+    """All verdicts on one pair of responses to one prompt."""
 
     id: str
     prompt_id: str
@@ -118,9 +118,9 @@ class Vote(TypedDict):
     judge: str
     constitution: str
     human: NotRequired[float]
-    """Probability that *a* is better by the people who labelled the pair, where any did; no judge sees it."""
+    """Probability that *a* is better according to the people who labelled the pair, if any; judges never see it."""
     method: NotRequired[str]
-    """How the judge was asked, where that was not pairwise."""
+    """The judge's method where it is not pairwise."""
 
 
 class Preference(TypedDict):
@@ -144,12 +144,12 @@ class Preference(TypedDict):
 
 
 def stable_id(*parts: object) -> str:
-    """16 hex digits that depend on `parts` alone, the same on every machine and in every run."""
+    """16 hexadecimal digits that depend on `parts` alone: the same on every machine and in every run."""
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:16]
 
 
 def stable_seed(*parts: object) -> int:
-    """A seed below 2**63 that depends on `parts` alone: randomness belongs to the item, not to when it is computed."""
+    """A seed below 2**63 that depends on `parts` alone: an item's samples do not depend on the order of work."""
     return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8], "big") >> 1
 
 
@@ -159,35 +159,40 @@ _CANONICAL = json.JSONEncoder(
 
 
 def canonical_json(value: object) -> str:
-    """The one spelling of a value that is hashed and written: sorted keys, no spaces, no NaN."""
+    """The JSON of a value that is hashed and written: sorted keys, no spaces. Raises ValueError for NaN."""
     return _CANONICAL.encode(value)
 
 
 def read_rows(path: Path) -> list[Any]:
-    """All rows of a JSONL file that this package wrote."""
+    """All rows of a JSONL file that this package has written."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def row_lines(rows: Iterable[Any]) -> Iterator[str]:
-    """Each row as the line that stands for it on disk."""
+    """The line of each row in a JSONL file."""
     for row in rows:
         yield canonical_json(row) + "\n"
 
 
 def topic_of(tags: Sequence[str], default: str) -> str:
-    """What a prompt is about: the cluster of its figures. `default`, usually the prompt's id, where no tag says."""
+    """The topic that a prompt's tags name, by which figures are clustered; else `default`, usually the prompt's id."""
     return next((tag[len(TOPIC) :] for tag in tags if tag.startswith(TOPIC)), default)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One request that has no answer, and why, in words a user can act on."""
+    """One item without a result, and the reason, in words that a user can act on."""
 
     id: str
     reason: str
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:
-    """Whether the row's prompt is reserved for evaluation."""
+    """Whether the row's prompt is for evaluation only."""
     return HELD_OUT in row["tags"]
+
+
+def held_out_rank(prompt_id: str) -> int:
+    """A number below 2**63 that orders prompts where a share of them is held out: those with the lowest numbers are."""
+    return stable_seed("hold_out", prompt_id)

@@ -21,11 +21,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from cai.storage.files import REMOVED, read_json, replacing, sync_folder, sync_tree, write_json
-from cai.storage.journal import FAILURES, journals
-from cai.text.errors import BadInput, nearest
+from cai.storage.files import REMOVED, read_json, sync_folder, sync_tree, write_json
+from cai.storage.journal import FAILURES, journal_paths
+from cai.text.errors import BadInput, did_you_mean
 
 DONE = "DONE"
 STAGE = "stage.json"
@@ -33,15 +33,37 @@ LATEST = "latest.json"
 SUMMARY = "summary.json"
 RUN = "run.json"
 MODEL = "model"
+PROCESS = "process"
+"""In a stage's folder: what parent and child processes tell each other, and their log."""
 LOCK = ".lock"
+
+
+class OutputState(NamedTuple):
+    """One file that a stage left: bytes, time of its last change, SHA-256."""
+
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+class Outputs(NamedTuple):
+    """What a stage left: the digest of what later stages read, and every file by its path in the stage's folder."""
+
+    digest: str
+    files: Mapping[str, OutputState]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A stage that is done: where, and the digest of what it left."""
+    """A stage that is done: where, and what it left."""
 
     folder: Path
-    digest: str
+    outputs: Outputs
+
+    @property
+    def digest(self) -> str:
+        """The digest of what later stages read."""
+        return self.outputs.digest
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -57,18 +79,21 @@ class Finished:
 def finished(folder: Path) -> Finished | None:
     """The finished stage in `folder`, or None where it is not done."""
     try:
-        return Finished(folder, (folder / DONE).read_text(encoding="utf-8").strip())
-    except FileNotFoundError:
+        done = read_json(folder / DONE)
+    except ValueError:  # an earlier version's
         return None
+    if not isinstance(done, dict):
+        return None
+    files = {name: OutputState(*state) for name, state in done["files"].items()}
+    return Finished(folder, Outputs(done["digest"], files))
 
 
-def mark_done(folder: Path, digest: str) -> Finished:
+def mark_done(folder: Path, outputs: Outputs) -> Finished:
     """Writes DONE, after everything else in the folder is on the disk."""
     sync_tree(folder)
-    with replacing(folder / DONE) as file:
-        file.write(digest.encode() + b"\n")
+    write_json(folder / DONE, outputs._asdict())
     sync_folder(folder)
-    return Finished(folder, digest)
+    return Finished(folder, outputs)
 
 
 def latest(run: Path) -> dict[str, Path]:
@@ -95,7 +120,7 @@ def n_failures(folder: Path) -> int:
 def n_batches(folder: Path) -> int:
     """Batches that an unfinished stage has on disk."""
     n = 0
-    for path in journals(folder):
+    for path in journal_paths(folder):
         with path.open("rb") as lines:
             n += max(0, sum(line.endswith(b"\n") for line in lines) - 1)
     return n
@@ -121,35 +146,28 @@ def locked(run: Path) -> Iterator[None]:
 
 def find_run(name: str | None, runs: Path) -> Path:
     """The run of that name or path; the newest in `runs` where none is named."""
-    known = sorted((path.parent for path in runs.glob(f"*/{RUN}")), key=lambda path: (path / RUN).stat().st_mtime)
+    by_age = sorted((path.parent for path in runs.glob(f"*/{RUN}")), key=lambda path: (path / RUN).stat().st_mtime)
     if name is None:
-        if not known:
+        if not by_age:
             raise BadInput(f"{runs}: no runs here; start one with `cai run quickstart`")
-        return known[-1]
+        return by_age[-1]
     for path in (Path(name), runs / name):
         if (path / RUN).is_file():
             return path
-    names = [path.name for path in known]
+    names = [path.name for path in by_age]
     raise BadInput(
-        f"no run {name!r} in {runs}, expected {', '.join(names) or 'one that `cai run` made'}" + nearest(name, names)
+        f"no run {name!r} in {runs}, expected {', '.join(names) or 'one that `cai run` made'}"
+        + did_you_mean(name, names)
     )
-
-
-def merged(into: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`more` laid over `into`, mappings merged key by key."""
-    for key, value in more.items():
-        old = into.get(key)
-        into[key] = merged(dict(old), value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return into
 
 
 def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
     """Finished stage folders that latest.json does not name, and their bytes; interrupted ones with `unfinished`."""
     kept = set(latest(run).values())
-    found = [
+    folders = [
         path.parent
         for path in sorted(run.glob(f"*/{STAGE}"))
         if path.parent not in kept and (unfinished or finished(path.parent))
     ]
-    found = list(dict.fromkeys([*found, *sorted(run.glob(f"*{REMOVED}"))]))  # a kill while removing left these
-    return [(path, sum(each.stat().st_size for each in path.rglob("*") if each.is_file())) for path in found]
+    folders = list(dict.fromkeys([*folders, *sorted(run.glob(f"*{REMOVED}"))]))  # left by a kill during removal
+    return [(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())) for path in folders]

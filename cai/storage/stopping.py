@@ -1,9 +1,10 @@
-"""SIGTERM: at once where a journal keeps what is done, after a checkpoint where a model trains.
+"""SIGTERM: ends a feedback stage at once, since its journal keeps finished batches, and a training stage at a resume
+point.
 
-Schedulers end jobs by SIGTERM and leave some time. The process of `cai run` is the one that listens. While a model
-trains it leaves a file, and the first of the stage's processes, wherever it runs, looks for that file after every
-optimizer step. The processes themselves keep the default action, which ends them even where they wait for each other
-inside of a library: so nothing stands in the way of whoever has to end them.
+Schedulers end jobs by SIGTERM and leave them some time. Only the process of `cai run` handles the signal. While a model
+trains, the handler creates a file, and the first of the stage's processes, on whichever machine, looks for that file
+after every optimizer step. The stage's processes keep the default action of SIGTERM, which ends them even while they
+wait for each other inside of a library.
 """
 
 from __future__ import annotations
@@ -16,59 +17,59 @@ from pathlib import Path
 from cai.text.errors import Terminated
 
 STOP = "stop"
-"""In the stage's folder: go no further than the next checkpoint."""
+"""File in the stage's folder: training ends at the next resume point."""
 
 
 class _Signals:
-    """What this process has been told, and where a request to stop goes that need not be met at once."""
+    """The state of this process's signal handler."""
 
-    asked = False
-    later: Path | None = None
+    received = False
+    """Whether a SIGTERM has come."""
+    stop_file: Path | None = None
+    """The file to create at the first SIGTERM instead of ending the process."""
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM ends the block like Ctrl-C does, or as `after_step` says."""
+def on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM raises Terminated, or does what `at_resume_point` says."""
 
     def stop(number: int, frame: object) -> None:
-        at_once = _Signals.asked or _Signals.later is None
-        _Signals.asked = True
-        if at_once:
+        is_first, _Signals.received = not _Signals.received, True
+        if not is_first or _Signals.stop_file is None:
             raise Terminated
-        assert _Signals.later is not None
-        _Signals.later.touch()
+        _Signals.stop_file.touch()
 
-    _Signals.asked = False
+    _Signals.received = False
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever started it handles signals
+        previous_handler = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the caller handles signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 @contextlib.contextmanager
-def after_step(folder: Path) -> Iterator[None]:
-    """Within the block the first SIGTERM asks the stage in `folder` to stop at a checkpoint; another one ends it."""
+def at_resume_point(folder: Path) -> Iterator[None]:
+    """Within the block the first SIGTERM asks the stage in `folder` to stop at a resume point; a second one ends it."""
     path = folder / STOP
     path.unlink(missing_ok=True)
-    _Signals.later = path
+    _Signals.stop_file = path
     try:
         yield
     finally:
-        _Signals.later = None
+        _Signals.stop_file = None
         path.unlink(missing_ok=True)
 
 
 def requested(folder: Path) -> bool:
-    """Whether the stage in `folder` is to stop, asked in any of its processes."""
+    """Whether one of the stage's processes was asked to stop the stage in `folder`."""
     return (folder / STOP).exists()
 
 
-def check() -> None:
-    """Raises Terminated where a SIGTERM has come that was put off."""
-    if _Signals.asked:
+def raise_if_deferred() -> None:
+    """Raises Terminated where a SIGTERM has come that did not end the process."""
+    if _Signals.received:
         raise Terminated

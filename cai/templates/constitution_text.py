@@ -1,8 +1,8 @@
-"""A constitution as text for a terminal: its summary, the compiled document, and what models would be asked with it."""
+"""A constitution as text for a terminal: its summary, its principles, and the requests that models get with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cai.constitution.compiled import Constitution, Example, Principle
@@ -13,22 +13,23 @@ if TYPE_CHECKING:
     from cai.templates import TemplateSet
 
 PLACEHOLDER = Example((("user", "[what the user says]"),), "[a response]", "[another response]")
-"""Stands for an example where a principle has none."""
+"""Takes the place of an example where a principle has none."""
 CRITIQUE = "[what the critic wrote]"
+INDENT = " " * 11
 
 
 def summary(constitution: Constitution) -> dict[str, object]:
-    """What `check` says about a document."""
+    """The counts and tags that `cai constitution check` reports of a document."""
     principles = constitution.principles
     return {
         "path": str(constitution.path),
         "name": constitution.name,
         "documents": len(constitution.documents),
-        "principles": sum(not each.trait for each in principles),
-        "traits": sum(each.trait for each in principles),
-        "examples": sum(len(each.examples) for each in principles),
-        "switched_off": sum(each.weight == 0 for each in principles),
-        "tags": sorted({tag for each in principles for tag in each.tags}),
+        "principles": sum(not principle.trait for principle in principles),
+        "traits": sum(principle.trait for principle in principles),
+        "examples": sum(len(principle.examples) for principle in principles),
+        "switched_off": sum(principle.weight == 0 for principle in principles),
+        "tags": sorted({tag for principle in principles for tag in principle.tags}),
     }
 
 
@@ -47,19 +48,17 @@ def document_lines(constitution: Constitution) -> Iterator[str]:
         yield ""
         yield from _lines(_heading(principle))
         for label in ("text", "critique", "revise", "compare"):
-            yield from _lines(f"  {label:9}{getattr(principle, label)}", " " * 11)
+            yield from _lines(f"  {label:9}{getattr(principle, label)}", INDENT)
         for number, example in enumerate(principle.examples, 1):
-            said = " / ".join(
-                f"{role}: {text}" if len(example.messages) > 1 else text for role, text in example.messages
-            )
-            yield from _lines(f"  example {number}", "")
-            yield from _lines(f"    prompt {said}", " " * 11)
-            yield from _lines(f"    better {example.better}", " " * 11)
-            yield from _lines(f"    worse  {example.worse}", " " * 11)
+            turns = [f"{role}: {text}" if len(example.messages) > 1 else text for role, text in example.messages]
+            yield f"  example {number}"
+            yield from _lines(f"    prompt {' / '.join(turns)}", INDENT)
+            yield from _lines(f"    better {example.better}", INDENT)
+            yield from _lines(f"    worse  {example.worse}", INDENT)
 
 
-def asked(principle: Principle, templates: TemplateSet) -> dict[str, list[Message]]:
-    """The messages that a critic, a reviser and a judge get, with the principle's first example as the material."""
+def example_requests(principle: Principle, templates: TemplateSet) -> dict[str, list[Message]]:
+    """The messages that critic, reviser and judge get about the principle's first example."""
     example = principle.examples[0] if principle.examples else PLACEHOLDER
     conversation = example.conversation
     return {
@@ -69,11 +68,11 @@ def asked(principle: Principle, templates: TemplateSet) -> dict[str, list[Messag
     }
 
 
-def asked_lines(principle: Principle, templates: TemplateSet) -> Iterator[str]:
-    """`asked` as text: the words are exactly those that a model gets, between ruled lines."""
-    for who, messages in asked(principle, templates).items():
+def request_lines(principle: Principle, templates: TemplateSet) -> Iterator[str]:
+    """`example_requests` as text: each message word for word, under a ruled line."""
+    for addressee, messages in example_requests(principle, templates).items():
         for message in messages:
-            title = printable(f"{principle.id}: {who}, template set {templates.name}, {message['role']} message")
+            title = printable(f"{principle.id}: {addressee}, template set {templates.name}, {message['role']} message")
             yield f"----- {title} -----"
             yield from _lines(message["content"])
         yield ""
@@ -87,7 +86,7 @@ def _heading(principle: Principle) -> str:
         facts.append(f"tags {', '.join(principle.tags)}")
     if principle.applies_to is not None:
         facts.append(f"for prompts tagged {' or '.join(principle.applies_to)}")
-    return f"{principle.id}  ({'; '.join(facts)})  {principle.where}"
+    return f"{principle.id}  ({'; '.join(facts)})  {principle.location}"
 
 
 def _count(number: object, noun: str) -> str:
@@ -95,7 +94,6 @@ def _count(number: object, noun: str) -> str:
 
 
 def _lines(text: str, indent: str = "") -> Iterator[str]:
-    """The lines of `text`, safe to print, all but the first of them indented."""
-    lines: Sequence[str] = text.split("\n")
-    for number, line in enumerate(lines):
+    """The lines of `text`, safe to print; all but the first are indented."""
+    for number, line in enumerate(text.split("\n")):
         yield (indent if number else "") + printable(line)

@@ -1,1 +1,1 @@
-"""What people read on a terminal: messages, tables, progress."""
+"""Output for people on a terminal: messages, tables, progress."""

@@ -1,6 +1,6 @@
-"""The errors that a user can do something about, and the exit code of each.
+"""The errors that a user can act on, and the exit code of each.
 
-Everything else is a bug of ours and keeps its traceback.
+Every other exception is a bug of this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class CaiError(Exception):
-    """One sentence for the user: where, what was found, what was expected, what to do."""
+    """One sentence for the user: the place, what was found, what was expected, what to do."""
 
     exit_code = 3
 
@@ -22,22 +22,22 @@ class BadInput(CaiError):
 
 
 class StageFailed(CaiError):
-    """A stage could not finish; what it had computed stays on disk."""
+    """A stage could not finish; its results so far stay on disk."""
 
     exit_code = 3
 
 
 class GateFailed(CaiError):
-    """A check did not hold, and the recipe says that the run stops then."""
+    """A check failed at which the recipe stops the run."""
 
     exit_code = 1
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: ends a run like Ctrl-C does, with an exit code of its own."""
+    """SIGTERM: ends a run as Ctrl-C does, with a different exit code."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name most like `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the valid name closest to `name`, or an empty string where none is close."""
+    matches = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,4 +1,4 @@
-"""How messages speak of what a user wrote: in a few plain words, on one line, safe to print."""
+"""Values and texts of users in messages: described in a few plain words, on one line, safe to print."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 Key = str | int
 """One step into a document: a mapping's key or a list's index, from 0."""
 
-# Controls, line separators, and what turns the direction of text around: none of it may reach a terminal.
+# Control characters, line separators and marks of text direction can steer a terminal or hide text.
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
@@ -20,7 +20,7 @@ def dotted(keys: tuple[Key, ...]) -> str:
 
 
 def describe(value: object) -> str:
-    """A value in a few plain words, for messages: `the number 3`, `a list of 4`, `nothing`."""
+    """A value in a few plain words: `the number 3`, `a list of 4`, `nothing`."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -43,5 +43,5 @@ def shorten(text: str, limit: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` on one line, without a character that could steer a terminal or hide what is written."""
+    """`text` on one line, without characters that could steer a terminal or hide text."""
     return _UNPRINTABLE.sub(lambda match: " " if match.group() in "\n\t" else "\N{REPLACEMENT CHARACTER}", text)

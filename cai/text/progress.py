@@ -1,7 +1,7 @@
-"""What a run shows while it works: stage, items, tokens a second, time left.
+"""The progress of a run's stages: items, tokens a second, time left.
 
-On a terminal a line a stage that moves; where the output is no terminal one plain line when a stage ends. Everything
-goes to stderr, so that stdout stays with results.
+On a terminal each stage has a line with a moving bar; elsewhere it prints one plain line when it ends. Everything goes
+to stderr, so that stdout stays with results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from cai.text.formatting import printable
 
@@ -18,88 +18,94 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import ProgressColumn, TaskID
 
+COUNTS = ("total", "unit", "finished", "finished_before", "tokens")
+"""The attributes of a line that another process reports."""
+REPORT_SECONDS = 0.2
+"""Shortest time between two reports to another process."""
+
+
+class Progress(Protocol):
+    """Where a stage reports its progress while it works."""
+
+    def start(self, total: int, unit: str, finished: int = 0) -> None:
+        """The stage has `total` items, of which earlier processes have finished `finished`."""
+
+    def advance(self, items: int = 1, tokens: int = 0) -> None:
+        """That many more items and tokens are finished."""
+
+    def note(self, text: str) -> None:
+        """Shows a sentence that the user should read."""
+
 
 class StageLine:
-    """What one stage has told so far: the `Progress` that a stage is given."""
+    """Counts the progress of one stage and prints its notes; the base of lines that also show the counts."""
 
     def __init__(self, stage_id: str) -> None:
         self.stage_id = stage_id
-        self.total = self.done = self.before = self.tokens = 0
+        self.total = self.finished = self.finished_before = self.tokens = 0
         self.unit = ""
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
-    def start(self, total: int, unit: str, done: int = 0) -> None:
-        """`total` items are to be done; `done` of them were before."""
-        self.total, self.unit, self.done, self.before = total, unit, done, done
-        self.changed()
+    def start(self, total: int, unit: str, finished: int = 0) -> None:
+        self.total, self.unit, self.finished, self.finished_before = total, unit, finished, finished
+        self.update()
 
     def advance(self, items: int = 1, tokens: int = 0) -> None:
-        """So many more items, and tokens, are done."""
-        self.done += items
+        self.finished += items
         self.tokens += tokens
-        self.changed()
+        self.update()
 
     def note(self, text: str) -> None:
-        """Something that the user should read."""
         print(printable(f"{self.stage_id}: {text}"), file=sys.stderr, flush=True)
 
-    def changed(self) -> None:
-        """Called after each of the above."""
+    def update(self) -> None:
+        """Called whenever a count has changed."""
 
     @property
     def seconds(self) -> float:
         """Since the stage began in this process."""
-        return time.monotonic() - self.began
+        return time.monotonic() - self.start_time
 
     @property
-    def summary(self) -> str:
-        """`640 responses, 12.3 s, 1,830 tokens/s`."""
-        words = [f"{self.done:,} {self.unit}"] if self.unit else []
-        if self.before:
-            words[-1] += f" ({self.before:,} from before)"
-        words.append(duration(self.seconds))
-        if self.tokens:
-            words.append(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
-        return ", ".join(words)
+    def speed(self) -> str:
+        """`1,830 tokens/s`; empty where the stage counts no tokens."""
+        return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
 
-
-class Display(Protocol):
-    """Shows a run's stages one after the other."""
-
-    def __enter__(self) -> Display: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def begin(self, stage_id: str) -> StageLine: ...
-
-    def end(self, line: StageLine, failures: int) -> None: ...
-
-    def say(self, text: str) -> None: ...
+    def summary(self, failures: int) -> str:
+        """`640 responses, 12.3 s, 1,830 tokens/s, 2 failed`."""
+        before = f" ({self.finished_before:,} from before)" if self.finished_before else ""
+        words = [
+            f"{self.finished:,} {self.unit}{before}" if self.unit else "",
+            duration(self.seconds),
+            self.speed,
+            f"{failures:,} failed" if failures else "",
+        ]
+        return ", ".join(filter(None, words))
 
 
 class PlainDisplay:
-    """One line when a stage ends."""
+    """Prints one line when a stage ends."""
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file or sys.stderr
 
-    def __enter__(self) -> PlainDisplay:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def begin(self, stage_id: str) -> StageLine:
+    def begin_stage(self, stage_id: str) -> StageLine:
         return StageLine(stage_id)
 
-    def end(self, line: StageLine, failures: int) -> None:
-        self.say(f"{line.stage_id}: {line.summary}" + (f", {failures:,} failed" if failures else ""))
+    def end_stage(self, line: StageLine, failures: int) -> None:
+        self.note(f"{line.stage_id}: {line.summary(failures)}")
 
-    def say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         print(printable(text), file=self.file, flush=True)
 
 
 class RichDisplay:
-    """A line a stage with a bar, which stays when the stage has ended."""
+    """Shows a line with a bar for each stage, which stays when the stage has ended."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -115,24 +121,26 @@ class RichDisplay:
         self.console = Console(stderr=True)
         self.bars: Bars = Progress(*columns, console=self.console)
 
-    def __enter__(self) -> RichDisplay:
+    def __enter__(self) -> Self:
         self.bars.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.bars.stop()
 
-    def begin(self, stage_id: str) -> StageLine:
+    def begin_stage(self, stage_id: str) -> StageLine:
         return _RichLine(stage_id, self.bars, self.bars.add_task("", total=None, stage=stage_id, words=""))
 
-    def end(self, line: StageLine, failures: int) -> None:
+    def end_stage(self, line: StageLine, failures: int) -> None:
         assert isinstance(line, _RichLine)
-        words = line.summary + (f", {failures:,} failed" if failures else "")
         total = max(line.total, 1)
-        self.bars.update(line.task, total=total, completed=total, words=words, refresh=True)
+        self.bars.update(line.task, total=total, completed=total, words=line.summary(failures), refresh=True)
 
-    def say(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self.console.print(printable(text), markup=False, highlight=False)
+
+
+Display = PlainDisplay | RichDisplay
 
 
 class _RichLine(StageLine):
@@ -143,38 +151,29 @@ class _RichLine(StageLine):
     def note(self, text: str) -> None:
         self.bars.console.print(printable(f"{self.stage_id}: {text}"), markup=False, highlight=False)
 
-    def changed(self) -> None:
-        words = self.unit
-        if self.tokens:
-            words += f"  {self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        if (new := self.done - self.before) > 0 and self.total > self.done:
-            words += f"  {duration(self.seconds / new * (self.total - self.done))} left"
-        self.bars.update(self.task, total=self.total, completed=self.done, words=words)
+    def update(self) -> None:
+        words = [self.unit, self.speed]
+        if (finished_here := self.finished - self.finished_before) > 0 and self.total > self.finished:
+            words.append(f"{duration(self.seconds / finished_here * (self.total - self.finished))} left")
+        self.bars.update(self.task, total=self.total, completed=self.finished, words="  ".join(filter(None, words)))
 
 
 class FileLine(StageLine):
-    """Tells another process through a file, a JSON object a line, at most a few times a second."""
+    """Reports to another process through a file, one JSON object a line, at most every `REPORT_SECONDS`."""
 
     def __init__(self, stage_id: str, path: Path) -> None:
         super().__init__(stage_id)
         self.path = path
-        self.told = 0.0
+        self.report_time = 0.0
 
     def note(self, text: str) -> None:
         self._write({"note": text})
 
-    def changed(self) -> None:
-        if time.monotonic() - self.told > 0.2 or self.done in (0, self.before, self.total):
-            self.told = time.monotonic()
-            self._write(
-                {
-                    "total": self.total,
-                    "unit": self.unit,
-                    "done": self.done,
-                    "before": self.before,
-                    "tokens": self.tokens,
-                }
-            )
+    def update(self) -> None:
+        is_first_or_last = self.finished in (0, self.finished_before, self.total)
+        if is_first_or_last or time.monotonic() - self.report_time > REPORT_SECONDS:
+            self.report_time = time.monotonic()
+            self._write({name: getattr(self, name) for name in COUNTS})
 
     def _write(self, event: dict[str, object]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -182,16 +181,16 @@ class FileLine(StageLine):
 
 
 def relay(event: dict[str, object], line: StageLine) -> None:
-    """Shows on `line` what a `FileLine` in another process wrote."""
+    """Shows an event on `line` that a `FileLine` in another process has written."""
     if "note" in event:
         line.note(str(event["note"]))
         return
-    for name in ("total", "unit", "done", "before", "tokens"):
+    for name in COUNTS:
         setattr(line, name, event[name])
-    line.changed()
+    line.update()
 
 
-def display() -> Display:
+def open_display() -> Display:
     """The display that fits stderr."""
     return RichDisplay() if sys.stderr.isatty() else PlainDisplay()
 
@@ -204,13 +203,3 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02} s"
     return f"{minutes // 60} h {minutes % 60:02} min"
-
-
-class Progress(Protocol):
-    """What a stage tells while it works."""
-
-    def start(self, total: int, unit: str, done: int = 0) -> None: ...
-
-    def advance(self, items: int = 1, tokens: int = 0) -> None: ...
-
-    def note(self, text: str) -> None: ...

@@ -8,6 +8,20 @@ from typing import Any
 from cai.text.formatting import printable
 
 
+def aligned_lines(rows: Sequence[Sequence[str]], alignment: str = "") -> list[str]:
+    """Cells in columns, two spaces apart. `alignment` has `<` or `>` for each column; `<` where it is too short."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    formats = [f"{side}{width}" for side, width in zip(alignment.ljust(len(widths), "<"), widths, strict=True)]
+    return ["  ".join(map(format, row, formats)).rstrip() for row in cells]
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Left-aligned columns under a ruled header."""
+    rule = ["-" * max(len(printable(cell)) for cell in column) for column in zip(headers, *rows, strict=True)]
+    return aligned_lines([headers, rule, *rows])
+
+
 def nested_lines(figures: Mapping[str, Any]) -> list[str]:
     """Any nested figures, a line each, rates with their intervals."""
     lines: list[str] = []
@@ -34,11 +48,3 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
     bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval and None not in interval else ""
     worst = f", worst case {rate['bounds'][0]:.2f} to {rate['bounds'][1]:.2f}" if rate.get("missing") else ""
     return f"{rate['value']:.2f}{bounds}{worst}"
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns, left-aligned, two spaces apart, under a ruled header."""
-    cells = [[printable(cell) for cell in row] for row in [headers, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]] if any(headers) else ["", *lines[1:]]

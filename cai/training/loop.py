@@ -1,15 +1,17 @@
-"""What the training stages share: the trainer's config, tokenised rows, metrics on disk, resuming and saving.
+"""Trains with resume points, metrics on disk and a clean stop on SIGTERM, and saves the model.
 
-A trainer's checkpoints lie in the stage's folder until its model does. Killed anywhere, a stage goes on from its newest
-complete checkpoint, or from its start where there is none, and on one CPU process ends with the same weights, byte for
-byte, and the same `metrics.jsonl` as an undisturbed run; where vLLM draws, but for its rounding in batches. Asked to
-stop (`cai.stopping`), it writes a checkpoint after the step that it is in, and a line of metrics with it, which between
-two steps that are logged (`logging_steps`) is one more.
+Resume points lie in the stage's folder until its model does. A stage that is killed anywhere continues from its newest
+complete resume point, or from its start where there is none. On one CPU process it then ends with the same weights,
+byte for byte, and the same `metrics.jsonl` as an undisturbed run; where vLLM samples the responses, vLLM's rounding,
+which depends on its batches, is the exception. A stage that is asked to stop (`cai.storage.stopping`) writes a resume
+point after the current step and logs that step, which adds a line of metrics between two that `logging_steps` asks for.
 
-Training keeps weights in float32 and computes in the profile's precision (autocast); under DeepSpeed weights are in the
-profile's precision and the optimizer's copies in float32. Under ZeRO-3 a model is parted over the processes while it is
-read, so that none of them holds all of it; one that starts from an adapter is whole in each until the adapter is
-merged. Left out: loading weights in half precision, quantised bases, going on from DeepSpeed's checkpoints with another
+Training keeps weights in float32 and computes in the profile's precision (autocast). Under DeepSpeed weights are in the
+profile's precision and the optimizer's copies in float32. Under ZeRO-3 a model is partitioned while it is loaded, so
+that no process holds all of it; a model that starts from an adapter is whole in each process until the adapter is
+merged.
+
+Left out: loading weights in half precision, quantised bases, continuing from DeepSpeed's resume points with another
 number of processes.
 """
 
@@ -26,13 +28,15 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from cai.attention.cpu_kernels import float32_attention
-from cai.attention.token_trees import each_token_once
+from cai.attention.cpu_tuning import float32_attention
+from cai.attention.token_trees import compute_shared_tokens_once
 from cai.contracts.context import Context
+from cai.models import saving
 from cai.storage import stopping
-from cai.storage.files import read_json, remove, write_json
+from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import canonical_json
 from cai.text.errors import StageFailed, Terminated
+from cai.training.metrics import METRICS, NON_METRIC_SUFFIXES, keep_rows, read_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,131 +44,140 @@ if TYPE_CHECKING:
 
     from cai.models.chat import Chat
 
-from cai.models import saving
-from cai.training.arguments import CHECKPOINTS
-from cai.training.metrics import _NOT_METRICS, METRICS, keep_rows, read_metrics
-
+RESUME_POINTS = "checkpoints"
+"""Folder of a training stage's resume points, in the stage's own; transformers calls each `checkpoint-<step>`."""
 COMPLETE = "COMPLETE"
-"""Written into a checkpoint's folder when all its other files are there: which processes wrote them."""
+"""Written into a resume point when all its other files are there: the processes that wrote it."""
 
 
-def train(trainer: Trainer, context: Context) -> dict[str, Any]:
-    """Trains, from the newest complete checkpoint if there is one. Returns the first and the last logged step's loss.
+def train_or_resume(trainer: Trainer, context: Context) -> dict[str, Any]:
+    """Trains, from the newest complete resume point if there is one. Returns the first and the last logged loss.
 
-    Raises StageFailed where the loss stops being a number or the checkpoint is not one that these processes can go on
-    from, Terminated where the stage is asked to stop before its end.
+    Raises StageFailed where the loss stops being a number or these processes cannot continue from the resume point,
+    Terminated where the stage is asked to stop before its end.
     """
     trainer.remove_callback(PrinterCallback)
-    recorder = Recorder(context, trainer.accelerator)
-    trainer.add_callback(recorder)
-    resume = newest_checkpoint(context.folder)
-    trainer.accelerator.wait_for_everyone()  # all have looked before one of them removes what is half-written
-    if resume is not None:
-        _check_processes(resume, written_by(trainer.accelerator), context)
-        context.progress.note(f"resuming from {resume.name}")
+    callback = StageCallback(context, trainer.accelerator)
+    trainer.add_callback(callback)
+    resume_point = newest_resume_point(context.folder)
+    trainer.accelerator.wait_for_everyone()  # all processes have looked before one of them removes incomplete ones
+    if resume_point is not None:
+        _check_processes(resume_point, process_layout(trainer.accelerator), context)
+        context.progress.note(f"resuming from {resume_point.name}")
     elif trainer.is_world_process_zero():
-        remove(context.folder / CHECKPOINTS)
-    with _sooner(trainer):
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        remove_folder(context.folder / RESUME_POINTS)
+    with _cpu_kernels(trainer):
+        trainer.train(resume_from_checkpoint=None if resume_point is None else str(resume_point))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
-    if recorder.stopped:
+    if callback.stopped:
         raise Terminated
-    logged = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
-    return {"steps": trainer.state.global_step, "loss": {"first": logged[0], "last": logged[-1]}}
+    losses = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
+    return {"steps": trainer.state.global_step, "loss": {"first": losses[0], "last": losses[-1]}}
 
 
 def evaluate(trainer: Trainer) -> dict[str, float]:
-    """The trainer's figures on what it does not learn from."""
-    with _sooner(trainer):
+    """The trainer's figures on its evaluation rows."""
+    with _cpu_kernels(trainer):
         figures: dict[str, float] = trainer.evaluate()
     return figures
 
 
 @contextlib.contextmanager
-def _sooner(trainer: Trainer) -> Iterator[None]:
-    """Within, its models compute in the ways that are faster on a CPU, if they are on one."""
+def _cpu_kernels(trainer: Trainer) -> Iterator[None]:
+    """On a CPU, the trainer's models compute with the faster kernels of `cai.attention` within the block."""
     models = [trainer.model, *(getattr(trainer, name, None) for name in ("ref_model", "reference"))]
-    with float32_attention(trainer.args.device), each_token_once(m for m in models if isinstance(m, nn.Module)):
+    modules = (model for model in models if isinstance(model, nn.Module))
+    with float32_attention(trainer.args.device), compute_shared_tokens_once(modules):
         yield
 
 
-def save(
-    trainer: Trainer, context: Context, chat: Chat, name: str | None, facts: Mapping[str, object], part: str = ""
+def save_trained_model(
+    trainer: Trainer,
+    context: Context,
+    chat: Chat,
+    start_name: str | None,
+    facts: Mapping[str, object],
+    submodule: str = "",
 ) -> None:
-    """Writes `<stage folder>/model` and removes the checkpoints. `name` is the starting model's in the recipe.
+    """Writes `<stage folder>/model` and removes the resume points.
 
-    `part` is the submodule of the trainer's model that is saved; absent = all of it.
+    `start_name` is what the recipe calls the starting model. `submodule` names the part of the trainer's model that is
+    saved; empty = all of it.
     """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
-    if state is not None and part:
-        state = {key.removeprefix(f"{part}."): each for key, each in state.items() if key.startswith(f"{part}.")}
+    if state is not None and submodule:
+        prefix = f"{submodule}."
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if trainer.is_world_process_zero():
         facts = {"stage": context.stage_id, "steps": trainer.state.global_step, **facts}
         if context.constitution is not None:
             facts = {**facts, "constitution": context.constitution.name}
-        saving.save_checkpoint(
+        saving.save_model(
             context.folder / "model",
-            trainer.model.get_submodule(part),
+            trainer.model.get_submodule(submodule),
             chat.tokenizer,
-            context.model(name),
+            context.model(start_name),
             facts,
             state_dict=state,
         )
-        remove(context.folder / CHECKPOINTS)
+        remove_folder(context.folder / RESUME_POINTS)
     trainer.accelerator.wait_for_everyone()
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes `metrics.jsonl`, drives the progress display, marks checkpoints as complete and stops where asked to."""
+class StageCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes `metrics.jsonl`, advances the progress display, marks resume points complete, stops where asked to."""
 
     def __init__(self, context: Context, accelerator: Accelerator) -> None:
         self.context = context
         self.accelerator = accelerator
         self.stopped = False
-        self.path = context.folder / METRICS
-        self.tokens = 0
+        self.metrics_path = context.folder / METRICS
+        self.n_tokens_reported = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.tokens = state.num_input_tokens_seen
+        self.n_tokens_reported = state.num_input_tokens_seen
         if state.is_world_process_zero:
-            keep_rows(self.path, lambda entry: entry["step"] <= state.global_step)
-            self.context.progress.start(total=state.max_steps, unit="steps", done=state.global_step)
+            keep_rows(self.metrics_path, lambda entry: entry["step"] <= state.global_step)
+            self.context.progress.start(total=state.max_steps, unit="steps", finished=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        seen = int(state.num_input_tokens_seen)
+        n_tokens = int(state.num_input_tokens_seen)
         if state.is_world_process_zero:
-            self.context.progress.advance(1, tokens=seen - self.tokens)
-        self.tokens = seen
+            self.context.progress.advance(1, tokens=n_tokens - self.n_tokens_reported)
+        self.n_tokens_reported = n_tokens
         if state.global_step >= state.max_steps:
             control.should_log = True  # a run shorter than `logging_steps` has a loss too
-        elif self._asked_to_stop():
+        elif self._is_asked_to_stop():
             self.stopped = control.should_save = control.should_training_stop = True
-        self._before_checkpoint(state, control)
+        self._adjust_saving(state, control)
 
-    def _asked_to_stop(self) -> bool:
-        """The first process looks and tells the others, so that all stop after the same step."""
-        found = self.accelerator.is_main_process and stopping.requested(self.context.folder)
+    def _is_asked_to_stop(self) -> bool:
+        """The first process looks and broadcasts the answer, so that all processes stop after the same step."""
+        requested = self.accelerator.is_main_process and stopping.requested(self.context.folder)
         if self.accelerator.num_processes == 1:
-            return found
-        told = torch.tensor(found, dtype=torch.int32, device=self.accelerator.device)
-        torch.distributed.broadcast(told, src=0)
-        return bool(told)
+            return requested
+        flag = torch.tensor(requested, dtype=torch.int32, device=self.accelerator.device)
+        torch.distributed.broadcast(flag, src=0)
+        return bool(flag)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._before_checkpoint(state, control)
+        self._adjust_saving(state, control)
 
-    def _before_checkpoint(self, state: Any, control: Any) -> None:
-        """No checkpoint after the last step: the model is saved next, and Trainer, resuming, takes one step too many.
-        And none with sums that are yet to be logged: Trainer forgets them."""
+    def _adjust_saving(self, state: Any, control: Any) -> None:
+        """Writes no resume point after the last step, and logs before every other one.
+
+        The model itself is saved after the last step, and Trainer (transformers 5.23) takes one step too many when it
+        resumes there. Sums that have not been logged yet are not part of a resume point: Trainer forgets them.
+        """
         if state.global_step >= state.max_steps:
             control.should_save = False
         elif control.should_save:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        entry = {key: value for key, value in (logs or {}).items() if not key.endswith(_NOT_METRICS)}
+        entry = {key: value for key, value in (logs or {}).items() if not key.endswith(NON_METRIC_SUFFIXES)}
         if "train_loss" in entry:
-            return  # the library's summary of this process's part of the run
+            return  # Trainer's summary of this process's part of the run
         for key in ("loss", "grad_norm"):
             if not math.isfinite(entry.get(key, 0.0)):
                 raise StageFailed(
@@ -172,43 +185,42 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
                     f"lower `learning_rate` under `train:` or use a profile with dtype float32"
                 )
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
                 file.write(canonical_json({"step": state.global_step, **entry}) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.accelerator.wait_for_everyone()  # each process has then written its part
         if state.is_world_process_zero:
-            write_json(
-                Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, written_by(self.accelerator)
-            )
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE, process_layout(self.accelerator))
             if self.stopped:
-                self.context.progress.note(f"stopped at step {state.global_step}; a checkpoint has what was learned")
+                self.context.progress.note(f"stopped at step {state.global_step}; a resume point has what was learned")
 
 
-def written_by(accelerator: Accelerator) -> dict[str, Any]:
-    """Who writes a checkpoint: how many processes, and which stage of ZeRO parts the optimizer's state over them."""
+def process_layout(accelerator: Accelerator) -> dict[str, Any]:
+    """The number of processes, and the stage of ZeRO that partitions the optimizer's state over them."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return {"processes": accelerator.num_processes, "zero": 0 if plugin is None else plugin.zero_stage}
 
 
-def _check_processes(resume: Path, now: Mapping[str, Any], context: Context) -> None:
-    """Refuses a checkpoint that is parted otherwise than these processes would part it."""
-    before = read_json(resume / COMPLETE)
-    if before == now or (before["zero"] == now["zero"] == 0):
+def _check_processes(resume_point: Path, layout: Mapping[str, Any], context: Context) -> None:
+    """Raises StageFailed where the resume point is partitioned differently from how these processes partition."""
+    saved_layout = read_json(resume_point / COMPLETE)
+    if saved_layout == layout or (saved_layout["zero"] == layout["zero"] == 0):
         return
 
-    def words(by: Mapping[str, Any]) -> str:
-        how = f"under DeepSpeed ZeRO-{by['zero']}" if by["zero"] else "without DeepSpeed"
-        return f"{by['processes']} process{'es' * (by['processes'] != 1)} {how}"
+    def in_words(layout: Mapping[str, Any]) -> str:
+        deepspeed = f"under DeepSpeed ZeRO-{layout['zero']}" if layout["zero"] else "without DeepSpeed"
+        return f"{layout['processes']} process{'es' * (layout['processes'] != 1)} {deepspeed}"
 
     raise StageFailed(
-        f"stage {context.stage_id!r} stands at {resume.name}, which was written by {words(before)} and cannot be gone "
-        f"on from by {words(now)}: use a profile with as many as before, or start the stage again with "
-        f"`--from {context.stage_id}`"
+        f"stage {context.stage_id!r} stands at {resume_point.name}, which was written by {in_words(saved_layout)} and "
+        f"cannot be continued by {in_words(layout)}: use a profile with as many as before, or start the stage again "
+        f"with `--from {context.stage_id}`"
     )
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint a stage goes on from; half-written ones do not count."""
-    found = [path.parent for path in (folder / CHECKPOINTS).glob(f"checkpoint-*/{COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def newest_resume_point(folder: Path) -> Path | None:
+    """The resume point that the stage in `folder` continues from; incomplete ones do not count."""
+    complete = [path.parent for path in (folder / RESUME_POINTS).glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

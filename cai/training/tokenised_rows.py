@@ -31,18 +31,16 @@ class TokenisedPair:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-def tokenised_pairs(
-    rows: Iterable[Preference], chat: Chat, max_length: int
-) -> tuple[list[TokenisedPair], Counter[str]]:
-    """Pairs that can be learned from, and how many were left out for which reason."""
+def tokenise_pairs(rows: Iterable[Preference], chat: Chat, max_length: int) -> tuple[list[TokenisedPair], Counter[str]]:
+    """Pairs that can be learned from, and how many were left out by reason."""
     pairs: list[TokenisedPair] = []
     left_out: Counter[str] = Counter()
-    limit = longest(chat, max_length)
+    limit = token_limit(chat, max_length)
     for row in rows:
         try:
             prompt_ids, chosen_ids = chat.example(row["prompt"], row["chosen"][-1]["content"])
             _, rejected_ids = chat.example(row["prompt"], row["rejected"][-1]["content"])
-        except BadInput:  # a conversation that the model's template does not take
+        except BadInput:  # the model's template refuses the conversation
             left_out["refused_by_template"] += 1
             continue
         pair = TokenisedPair(row, prompt_ids, chosen_ids, rejected_ids)
@@ -55,16 +53,11 @@ def tokenised_pairs(
     return pairs, left_out
 
 
-def longest(chat: Chat, max_length: int) -> int:
-    """Tokens that an example may have: the stage's limit, or the model's where that is lower."""
+def token_limit(chat: Chat, max_length: int) -> int:
+    """Tokens that an example may have: the stage's limit, or the model's context where that is shorter."""
     return min(max_length, chat.context_length or max_length)
 
 
-def reasons(left_out: Counter[str]) -> str:
-    """What was left out, in words."""
-    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in sorted(left_out.items()) if n) or "nothing"
-
-
-def dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """Rows in memory, as the trainers take them."""
     return Dataset.from_list(list(rows))

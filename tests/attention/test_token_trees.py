@@ -1,4 +1,4 @@
-"""Micro-batches read as trees give the values and gradients of padded ones, with fewer tokens through the model."""
+"""Micro-batches as token trees give the logits and gradients of padded ones, with fewer tokens through the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_models import random_model
 from training_stages import CPU, preference, run_stage, sample
 
 from cai.contracts.model import Model
@@ -16,22 +17,13 @@ from cai.training.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
 
-SIZE = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 ROWS = [[5, 9, 9, 4, 7, 8], [5, 9, 9, 4, 11], [6, 9, 9], [5, 9, 9, 4, 7, 8, 3, 3], [5]]
-"""Of their 23 tokens 12 are distinct: the second parts from the first after four, the fourth goes on from it."""
-DISTINCT = 12
-ROUNDED = 16
-"""Tokens that are computed where few sizes are best."""
-
-
-def model_of(family: str, kind: str = "AutoModelForCausalLM", **config: Any) -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    return getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(family, **{**SIZE, **config}))
+"""Of their 23 tokens 12 are distinct: the second differs from the first after four, the fourth continues it."""
+N_DISTINCT = 12
+N_PADDED = 16
+"""The distinct tokens, padded to a size that is fast in bfloat16."""
+N_IN_ROWS = 5 * 8
+"""Tokens of the padded batch."""
 
 
 def batch() -> dict[str, Any]:
@@ -40,20 +32,22 @@ def batch() -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
-def tokens_of(model: Any) -> list[int]:
+def record_n_tokens(model: Any) -> list[int]:
     """How many tokens the model embeds in each pass from now on."""
-    seen: list[int] = []
-    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
-    return seen
+    n_tokens: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: n_tokens.append(ids[0].numel()))
+    return n_tokens
 
 
-def learned(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What a model says of the tokens that are there, and the gradients of something that depends on all of it."""
+def logits_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The logits of all tokens that are no padding, and the gradients of a loss that depends on all of them."""
     model.zero_grad()
     logits = model(**inputs).logits
-    there = logits[inputs["attention_mask"].bool()] if logits.dim() == 3 else logits
-    (there * torch.linspace(-1, 1, there.numel()).view_as(there)).sum().backward()
-    return there.detach(), {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    if logits.dim() == 3:
+        logits = logits[inputs["attention_mask"].bool()]
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return logits.detach(), gradients
 
 
 @pytest.mark.parametrize(
@@ -66,21 +60,21 @@ def learned(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     ],
 )
 def test_values_and_gradients_are_those_of_the_padded_batch(
-    family: str, kind: str, config: dict[str, Any], pad_to_multiple: bool
+    family: str, kind: str, config: dict[str, Any], pads_sizes: bool
 ) -> None:
-    from cai.attention.token_trees import each_token_once
+    from cai.attention.token_trees import compute_shared_tokens_once
 
-    model = model_of(family, kind, **config)
-    expected, gradients = learned(model, batch())
-    seen = tokens_of(model)
-    with each_token_once([model]):
-        seen.clear()
-        found, found_gradients = learned(model, batch())
-        assert seen == [ROUNDED if pad_to_multiple else DISTINCT]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found_gradients, gradients, atol=1e-4, rtol=1e-4)
+    model = random_model(family, kind, **config)
+    expected, expected_gradients = logits_and_gradients(model, batch())
+    n_tokens = record_n_tokens(model)
+    with compute_shared_tokens_once([model]):
+        n_tokens.clear()
+        logits, gradients = logits_and_gradients(model, batch())
+        assert n_tokens == [N_PADDED if pads_sizes else N_DISTINCT]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-4, rtol=1e-4)
     model(**batch())
-    assert seen[-1] == 5 * 8, "outside of the block the model is what it was"
+    assert n_tokens[-1] == N_IN_ROWS, "outside of the block the model is what it was"
 
 
 @pytest.mark.parametrize(
@@ -93,74 +87,74 @@ def test_values_and_gradients_are_those_of_the_padded_batch(
         ("electra", {"is_decoder": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     ],
 )
-def test_models_that_drop_at_random_or_attend_otherwise_read_rows(family: str, config: dict[str, Any]) -> None:
-    from cai.attention.token_trees import each_token_once
+def test_models_with_dropout_or_another_attention_compute_rows(family: str, config: dict[str, Any]) -> None:
+    from cai.attention.token_trees import compute_shared_tokens_once
 
-    model = model_of(family, **config).train()
-    with each_token_once([model]):
-        seen = tokens_of(model)
+    model = random_model(family, **config).train()
+    with compute_shared_tokens_once([model]):
+        n_tokens = record_n_tokens(model)
         model(**batch())
-    assert seen == [5 * 8]
+    assert n_tokens == [N_IN_ROWS]
 
 
 @pytest.mark.parametrize(
-    "otherwise",
+    "arguments",
     [
         {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]])},
         {"position_ids": torch.tensor([[3, 4, 5, 6, 7]])},
         {"output_hidden_states": True},
     ],
 )
-def test_rows_that_are_not_padded_on_the_right_are_read_as_they_are(otherwise: dict[str, Any]) -> None:
-    from cai.attention.token_trees import each_token_once
+def test_rows_that_are_not_padded_on_the_right_are_computed_as_they_are(arguments: dict[str, Any]) -> None:
+    from cai.attention.token_trees import compute_shared_tokens_once
 
-    model = model_of("llama").eval()
-    inputs = {"input_ids": torch.tensor([[7, 8, 9, 10, 11]]), **otherwise}
+    model = random_model("llama").eval()
+    inputs = {"input_ids": torch.tensor([[7, 8, 9, 10, 11]]), **arguments}
     expected = model(**inputs).logits
-    with each_token_once([model]):
+    with compute_shared_tokens_once([model]):
         torch.testing.assert_close(model(**inputs).logits, expected, atol=0, rtol=0)
 
 
 def test_models_inside_others_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from cai.attention import token_trees
 
-    model = model_of("llama")
+    model = random_model("llama")
     tried = []
-    monkeypatch.setattr(token_trees, "_agrees", lambda body: tried.append(body) or True)
-    with token_trees.each_token_once([torch.nn.ModuleDict({"policy": model, "same": model}), model]):
+    monkeypatch.setattr(token_trees, "_supports_token_trees", lambda body: tried.append(body) or True)
+    with token_trees.compute_shared_tokens_once([torch.nn.ModuleDict({"policy": model, "same": model}), model]):
         pass
     assert tried == [model.model]
 
 
 @pytest.mark.parametrize("size", [(64, 2), (256, 6)])
-def test_rounding_in_bfloat16_is_no_reason_to_read_rows(size: tuple[int, int]) -> None:
-    from cai.attention.token_trees import each_token_once
+def test_rounding_in_bfloat16_is_no_reason_to_compute_rows(size: tuple[int, int]) -> None:
+    from cai.attention.token_trees import compute_shared_tokens_once
 
     shape = dict(zip(("hidden_size", "num_hidden_layers"), size, strict=True))
-    model = model_of("llama", **shape).to(torch.bfloat16).eval()
-    with each_token_once([model]), torch.no_grad():
-        seen = tokens_of(model)
+    model = random_model("llama", **shape).to(torch.bfloat16).eval()
+    with compute_shared_tokens_once([model]), torch.no_grad():
+        n_tokens = record_n_tokens(model)
         model(**batch())
-    assert seen == [ROUNDED]
+    assert n_tokens == [N_PADDED]
 
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "neftune"])
-def test_what_a_trainer_switches_on_later_reads_rows(switch: str) -> None:
-    from cai.attention.token_trees import each_token_once
+def test_what_a_trainer_switches_on_later_computes_rows(switch: str) -> None:
+    from cai.attention.token_trees import compute_shared_tokens_once
 
-    model = model_of("llama").train()
-    seen = tokens_of(model)
-    with each_token_once([model]):
+    model = random_model("llama").train()
+    n_tokens = record_n_tokens(model)
+    with compute_shared_tokens_once([model]):
         if switch == "neftune":
             model.get_input_embeddings().neftune_noise_alpha = 5.0
         else:
             model.gradient_checkpointing_enable()
-        seen.clear()
+        n_tokens.clear()
         model(**batch()).logits.sum().backward()
-        assert set(seen) == {5 * 8}
+        assert set(n_tokens) == {N_IN_ROWS}
         model.eval()
         model(**batch())
-    assert seen[-1] == DISTINCT
+    assert n_tokens[-1] == N_DISTINCT
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
@@ -175,21 +169,23 @@ def test_stages_learn_the_same_from_trees_as_from_rows(
     profile = CPU.model_copy(update={"gradient_checkpointing": checkpointing})
     settings = {"profile": profile, "batch_size": 4, "train": {"max_steps": 3, "learning_rate": 1e-3}}
     sizes: list[tuple[int, int]] = []
-    build = token_trees.Tree.__init__
+    build = token_trees.TokenTree.__init__
 
     def spy(tree: Any, ids: Any, mask: Any, dtype: Any) -> None:
         build(tree, ids, mask, dtype)
-        if ids.shape[1] > 6:  # no trial
+        if ids.shape[1] > 6:  # the trial has 6 columns
             sizes.append((tree.ids.numel(), int(mask.sum())))
 
-    monkeypatch.setattr(token_trees.Tree, "__init__", spy)
+    monkeypatch.setattr(token_trees.TokenTree, "__init__", spy)
     run_stage(kind, tmp_path / "trees", rows, tiny("llama"), **settings)
-    learned_from = sizes[:3]
-    monkeypatch.setattr(loop, "each_token_once", lambda models: contextlib.nullcontext())
+    training_sizes = sizes[:3]
+    monkeypatch.setattr(loop, "compute_shared_tokens_once", lambda models: contextlib.nullcontext())
     run_stage(kind, tmp_path / "rows", rows, tiny("llama"), **settings)
-    trees, plain = ([e for e in read_metrics(tmp_path / name) if "loss" in e] for name in ("trees", "rows"))
-    assert [each["loss"] for each in trees] == pytest.approx([each["loss"] for each in plain], abs=1e-5)
-    assert [each["grad_norm"] for each in trees] == pytest.approx([each["grad_norm"] for each in plain], rel=1e-3)
+    for figure, tolerance in {"loss": {"abs": 1e-5}, "grad_norm": {"rel": 1e-3}}.items():
+        with_trees, with_rows = (
+            [entry[figure] for entry in read_metrics(tmp_path / name) if "loss" in entry] for name in ("trees", "rows")
+        )
+        assert with_trees == pytest.approx(with_rows, **tolerance)
     if not checkpointing:
-        assert len(learned_from) == 3
-        assert kind == "sft" or all(distinct < tokens for distinct, tokens in learned_from)
+        assert len(training_sizes) == 3
+        assert kind == "sft" or all(n_distinct < n_tokens for n_distinct, n_tokens in training_sizes)

@@ -1,4 +1,4 @@
-"""`cai constitution check`, `show` and `schema`, as a user meets them."""
+"""The output and exit codes of `cai constitution check`, `show` and `schema`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cai.cli import main
-from cai.document.shipped import shipped
+from cai.document.shipped import shipped_folder
 
-FOLDER = shipped("constitutions")
+FOLDER = shipped_folder("constitutions")
 ENTRY = "name: x\nprinciples:\n  - id: a\n    text: Be kind.\n"
 BROKEN = {
     "syntax": ("name: x\nprinciples: [\n", ":3:1: did not find expected node content"),
@@ -66,19 +66,19 @@ BROKEN = {
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(each) for each in arguments])
+    return CliRunner().invoke(main, list(map(str, arguments)))
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_constitution_is_one_sentence_with_its_place_and_exit_code_2(tmp_path: Path, name: str) -> None:
-    text, said = BROKEN[name]
+    text, message = BROKEN[name]
     file = tmp_path / f"{name}.yaml"
     file.write_text(text, encoding="utf-8")
     result = run("constitution", "check", file)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert re.match(rf"{re.escape(str(file))}:\d+:\d+: ", result.stderr)
-    assert said in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert "\x1b" not in result.stderr
 
@@ -93,8 +93,8 @@ def test_check_reports_every_broken_file_and_every_good_one(tmp_path: Path) -> N
     counts = "19 principles, 0 traits, 38 examples, 1 document"
     assert result.stdout == f"{FOLDER}/harmlessness.yaml: harmlessness: {counts}\n"
     facts = json.loads(run("constitution", "check", "--json", *files).stdout)
-    assert [each["name"] for each in facts["documents"]] == ["harmlessness"]
-    assert [each["path"] for each in facts["errors"]] == [str(files[0]), str(files[2]), str(files[3])]
+    assert [document["name"] for document in facts["documents"]] == ["harmlessness"]
+    assert [error["path"] for error in facts["errors"]] == [str(files[0]), str(files[2]), str(files[3])]
     assert run("constitution", "check", FOLDER / "harmlessness.yaml").exit_code == 0
 
 
@@ -102,19 +102,19 @@ def test_show_prints_what_was_compiled() -> None:
     shown = run("constitution", "show", "assistant")
     assert shown.exit_code == 0
     assert "and a refusal is shorter than an answer" in shown.stdout
-    one = json.loads(run("constitution", "show", "assistant", "--principle", "curious", "--json").stdout)
-    assert [each["id"] for each in one["principles"]] == ["curious"]
-    assert one["principles"][0]["trait"] is True
+    text = run("constitution", "show", "assistant", "--principle", "curious", "--json").stdout
+    (principle,) = json.loads(text)["principles"]
+    assert (principle["id"], principle["trait"]) == ("curious", True)
 
 
 def test_show_prompt_prints_the_words_that_models_get() -> None:
     arguments = ("constitution", "show", "harmlessness", "--prompt", "--principle", "no-sermon")
-    asked = json.loads(run(*arguments, "--json").stdout)["no-sermon"]
-    assert set(asked) == {"critic", "reviser", "judge"}
+    requests = json.loads(run(*arguments, "--json").stdout)["no-sermon"]
+    assert set(requests) == {"critic", "reviser", "judge"}
     text = run(*arguments).stdout
-    for messages in asked.values():
+    for messages in requests.values():
         assert messages[-1]["content"] in text
-    assert asked["judge"][-1]["content"].endswith(
+    assert requests["judge"][-1]["content"].endswith(
         "Which response would a well-meaning user feel less accused and less lectured by, whatever it decides?"
     )
 
@@ -129,17 +129,17 @@ def test_show_uses_a_placeholder_where_there_is_no_example_and_prints_nothing_th
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "hint"),
     [
         (["harmlesness"], "did you mean 'harmlessness'?"),
         (["harmlessness", "--principle", "no-sermons"], "no principle 'no-sermons'; did you mean 'no-sermon'?"),
         (["harmlessness", "--prompt", "--templates", "defualt"], "did you mean 'default'?"),
     ],
 )
-def test_show_names_the_nearest_thing(arguments: list[str], said: str) -> None:
+def test_show_names_the_nearest_thing(arguments: list[str], hint: str) -> None:
     result = run("constitution", "show", *arguments)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert hint in result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -155,5 +155,5 @@ def test_checking_imports_neither_torch_nor_what_only_other_commands_need() -> N
         "print(sorted({name.split('.')[0] for name in sys.modules} & "
         "{'torch', 'transformers', 'trl', 'datasets', 'numpy', 'scipy', 'jinja2', 'matplotlib', 'rich'}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "[]"

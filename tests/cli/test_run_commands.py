@@ -7,12 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import toy_stages
 from click.testing import CliRunner
 
 from cai.cli import main
+from cai.constitution import load_constitution
+from cai.contracts.profile import load_profile
+from cai.run.comparison_recipe import comparison_recipe
+from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.storage.files import write_json
 from cai.storage.rows import row_lines
@@ -38,8 +43,8 @@ def test_quick_commands_import_nothing_heavy(arguments):
         "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'rich') "
         "if name in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.strip().splitlines()[-1] == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stderr.strip().splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -87,16 +92,15 @@ def test_status_tells_done_from_unfinished(folder):
     assert "did you mean 'toy'" in cai("status", "tou").stderr
 
 
-def test_clean_removes_only_what_nothing_stands_on(folder):
+def test_clean_removes_only_what_no_recipe_stage_uses(folder):
     cai("run", "recipe.yaml")
     cai("run", "recipe.yaml", "--set", "stages.policy.size=2")
-    old = [path.name for path, _ in run_folder.unused(Path("runs/toy"))]
-    assert len(old) == 1
+    ((unused, _),) = run_folder.unused(Path("runs/toy"))
     declined = CliRunner().invoke(main, ["clean", "toy"], input="n\n")
-    assert old[0] in declined.stdout
-    assert Path("runs/toy", old[0]).exists()
+    assert unused.name in declined.stdout
+    assert unused.exists()
     assert cai("clean", "toy", "--yes").exit_code == 0
-    assert not Path("runs/toy", old[0]).exists()
+    assert not unused.exists()
     assert "5 reused" in cai("run", "recipe.yaml", "--set", "stages.policy.size=2", "--dry-run").stdout
 
 
@@ -119,19 +123,11 @@ def test_exit_codes(folder, monkeypatch):
     assert failed.exit_code == 3
     assert failed.stderr == "stage 'texts': the pen broke\n"
     monkeypatch.setenv("TOY_ERROR", "")
-    monkeypatch.setattr("cai.run.pipeline.run_function", lambda kind: raise_(KeyboardInterrupt))
+    monkeypatch.setattr("cai.run.stage_run.run_function", Mock(side_effect=KeyboardInterrupt))
     assert cai("run", "recipe.yaml").exit_code == 130
 
 
-def raise_(error):
-    raise error
-
-
 def test_init_copies_what_runs_and_overwrites_nothing(tmp_path):
-    from cai.constitution import load_constitution
-    from cai.contracts.profile import load_profile
-    from cai.run.recipe import load_recipe
-
     result = cai("init", str(tmp_path / "mine"))
     assert result.exit_code == 0, result.output
     recipe = load_recipe(tmp_path / "mine" / "recipes" / "quickstart.yaml")
@@ -148,10 +144,11 @@ def test_init_copies_what_runs_and_overwrites_nothing(tmp_path):
     assert "is there already" in again.stderr
 
 
+# Rows of a finished run of four feedback stages, about two prompts.
 PROMPT = {"prompt_id": "p" * 16, "prompt": [{"role": "user", "content": "why?\nand how?"}], "tags": ["helpful"]}
-DRAWN = {"finish_reason": "stop", "n_tokens": 4, "model": "m", "seed": 1}
+SAMPLING = {"finish_reason": "stop", "n_tokens": 4, "model": "m", "seed": 1}
 SAMPLES = [
-    {**PROMPT, **DRAWN, "id": name * 16, "response": text}
+    {**PROMPT, **SAMPLING, "id": name * 16, "response": text}
     for name, text in (("a", "Because."), ("b", "[red]\x1b[31m\u202eno[/red]"), ("c", "Perhaps."))
 ]
 REVISION = {
@@ -186,21 +183,26 @@ PREFERENCE = {
     "judge": "m",
     "constitution": "c",
 }
-OTHER = {**SAMPLES[0], "id": "9" * 16, "prompt_id": "8" * 16, "response": "Else."}
+OTHER_PROMPTS_SAMPLE = {**SAMPLES[0], "id": "9" * 16, "prompt_id": "8" * 16, "response": "Else."}
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    """A finished run of five feedback stages about two prompts."""
+    """A run folder with these rows."""
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "small"
-    stages = {"responses": [*SAMPLES, OTHER], "revisions": [REVISION], "votes": [VOTE], "preferences": [PREFERENCE]}
-    for (stage, rows), gives in zip(stages.items(), ["texts", "texts", "votes", "preferences"], strict=True):
+    stages = {
+        "responses": ("texts", [*SAMPLES, OTHER_PROMPTS_SAMPLE]),
+        "revisions": ("texts", [REVISION]),
+        "votes": ("votes", [VOTE]),
+        "preferences": ("preferences", [PREFERENCE]),
+    }
+    for stage, (gives, rows) in stages.items():
         folder = run / f"{stage}-0"
         folder.mkdir(parents=True)
         (folder / "records.jsonl").write_text("".join(row_lines(rows)))
         write_json(folder / "stage.json", {"gives": gives})
-        run_folder.mark_done(folder, "digest")
+        run_folder.mark_done(folder, run_folder.Outputs("digest", {}))
         run_folder.set_latest(run, stage, folder)
     write_json(run / "run.json", {"stages": list(stages)})
     return run
@@ -232,8 +234,7 @@ def test_show_tells_a_prompts_whole_life(run):
     ],
 )
 def test_show_of_one_row_tells_what_it_is_linked_to(run, item, stages):
-    found = json.loads(cai("show", "small", item, "--json").stdout)
-    assert list(found) == stages
+    assert list(json.loads(cai("show", "small", item, "--json").stdout)) == stages
 
 
 def test_show_lets_nothing_steer_the_terminal(run):
@@ -271,24 +272,21 @@ def test_compare_writes_nothing_where_a_model_is_missing(folder):
     assert not list(Path("runs").glob("compare-*"))
 
 
-def test_compare_takes_the_model_that_a_stage_trained(folder):
-    from cai.run.comparison_recipe import comparison_recipe
-    from cai.run.recipe import load_recipe
+def compare_start_with(model: str) -> Path:
+    """The recipe that `cai compare` writes for the model `start` and another one."""
+    return comparison_recipe(["base=start", f"new={model}"], "first.jsonl", "constitution.yaml", None, 3, Path("runs"))
 
+
+def test_compare_takes_the_model_that_a_stage_trained(folder):
     trained = Path("runs/small/policy-0")
     shutil.copytree("start", trained / "model")
     run_folder.set_latest(trained.parent, "policy", trained)
-    path = comparison_recipe(
-        ["base=start", "new=small/policy"], "first.jsonl", "constitution.yaml", None, 3, Path("runs")
-    )
-    assert load_recipe(path).stages["comparison"].models["new"] == str((trained / "model").resolve())
+    recipe = load_recipe(compare_start_with("small/policy"))
+    assert recipe.stages["comparison"].models["new"] == str((trained / "model").resolve())
 
 
 def test_compare_writes_a_recipe_that_is_whole(folder):
-    from cai.run.comparison_recipe import comparison_recipe
-    from cai.run.recipe import load_recipe
-
-    path = comparison_recipe(["base=start", "new=start"], "first.jsonl", "constitution.yaml", None, 3, Path("runs"))
+    path = compare_start_with("start")
     recipe = load_recipe(path)
     assert recipe.stages["comparison"].judge == str(folder / "start")
     assert recipe.prompts["prompts"].limit == 3

@@ -1,4 +1,4 @@
-"""Loading a constitution: what documents compile to, and the boundary that `extends` keeps."""
+"""Loading a constitution: the compiled principles, and the folder that `extends` cannot leave."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refusal(path: Path) -> str:
     return str(refused.value)
 
 
-def test_requests_that_are_not_written_are_derived_from_the_text(tmp_path: Path) -> None:
+def test_absent_principle_fields_are_derived_from_the_text(tmp_path: Path) -> None:
     write(
         tmp_path,
         x="name: x\nprinciples:\n  - {id: a, text: 'Uses {braces}.', compare: Which?}\n"
@@ -39,7 +39,7 @@ def test_requests_that_are_not_written_are_derived_from_the_text(tmp_path: Path)
     assert "Uses {braces}." in principle.critique
     assert "Uses {braces}." in principle.revise
     assert len({trait.critique, trait.revise, trait.compare}) == 3
-    assert all("I like to learn." in request for request in (trait.critique, trait.revise, trait.compare))
+    assert all("I like to learn." in field for field in (trait.critique, trait.revise, trait.compare))
     assert (principle.trait, trait.trait, trait.tags) == (False, True, ("trait",))
 
 
@@ -50,8 +50,8 @@ def test_a_principle_knows_where_it_stands_and_to_which_prompts_it_applies(tmp_p
         x="name: x\nextends: base.yaml\nprinciples:\n  - {id: calm, text: Be calm., applies_to: [red_team, hard]}\n",
     )
     kind, _, calm = load_constitution(tmp_path / "x.yaml").principles
-    assert kind.where == f"{tmp_path}/base.yaml:3:10"
-    assert calm.where == f"{tmp_path}/x.yaml:4:10"
+    assert kind.location == f"{tmp_path}/base.yaml:3:10"
+    assert calm.location == f"{tmp_path}/x.yaml:4:10"
     assert kind.applies([])
     assert kind.applies(["red_team"])
     assert calm.applies(["helpful", "hard"])
@@ -72,7 +72,7 @@ def test_a_prompt_may_be_a_conversation(tmp_path: Path) -> None:
     write(tmp_path, x=f"name: x\nprinciples:\n- {{id: a, text: T., examples: [{case}]}}\n")
     (example,) = load_constitution(tmp_path / "x.yaml").principles[0].examples
     assert example.prompt == "Sure"
-    assert [each["role"] for each in example.conversation] == ["user", "assistant", "user"]
+    assert [message["role"] for message in example.conversation] == ["user", "assistant", "user"]
 
 
 def test_the_same_id_replaces_in_place_and_drop_removes(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_same_id_replaces_in_place_and_drop_removes(tmp_path: Path) -> None:
         "  - {id: kind, text: Be kinder.}\n  - {id: brief, drop: true}\n",
     )
     loaded = load_constitution(tmp_path / "x.yaml")
-    assert [(each.id, each.text, each.weight) for each in loaded.principles] == [
+    assert [(principle.id, principle.text, principle.weight) for principle in loaded.principles] == [
         ("kind", "Be kinder.", 1.0),
         ("new", "Be new.", 1.0),
     ]
@@ -94,12 +94,13 @@ def test_later_documents_of_a_list_replace_earlier_ones_and_a_shared_base_is_rea
     write(
         tmp_path,
         base=BASE,
-        one="name: one\nextends: base.yaml\nprinciples: [{id: kind, text: One.}]\n",
-        sub__two="name: two\nextends: ../base.yaml\nprinciples: [{id: brief, text: Two.}]\n",
-        x="name: x\nextends: [one.yaml, sub/two.yaml]\n",
+        first="name: first\nextends: base.yaml\nprinciples: [{id: kind, text: First.}]\n",
+        sub__second="name: second\nextends: ../base.yaml\nprinciples: [{id: brief, text: Second.}]\n",
+        x="name: x\nextends: [first.yaml, sub/second.yaml]\n",
     )
     loaded = load_constitution(tmp_path / "x.yaml")
-    assert [(each.id, each.text) for each in loaded.principles] == [("kind", "Be kind."), ("brief", "Two.")]
+    texts = {principle.id: principle.text for principle in loaded.principles}
+    assert list(texts.items()) == [("kind", "Be kind."), ("brief", "Second.")]
     assert len(loaded.documents) == 4
 
 
@@ -120,7 +121,7 @@ def test_extends_cannot_leave_the_folder_of_the_named_document(tmp_path: Path) -
     (inside / "linked").symlink_to(tmp_path)
     (inside / "round.yaml").symlink_to(inside / "round.yaml")
     (inside / "folder.yaml").mkdir()
-    for name, said in {
+    for name, message in {
         "../secret.yaml": "lies outside of the folder of",
         "sub/../../secret.yaml": "lies outside of the folder of",
         "link.yaml": "lies outside of the folder of",
@@ -136,10 +137,10 @@ def test_extends_cannot_leave_the_folder_of_the_named_document(tmp_path: Path) -
     }.items():
         write(inside, x=f"name: x\nextends: {name}\n")
         refused = refusal(inside / "x.yaml")
-        assert said in refused
+        assert message in refused
         assert "hunter2" not in refused
         assert re.match(rf"{inside}/x\.yaml:2:10: extends: ", refused)
-    # The boundary is that of the document which is named, whoever wrote the `extends` within.
+    # The named document sets the boundary, also for documents that it extends.
     write(inside, x="name: x\nextends: sub/x.yaml\n")
     assert len(load_constitution(inside / "x.yaml").principles) == 2
     assert "lies outside of the folder of" in refusal(inside / "sub" / "x.yaml")

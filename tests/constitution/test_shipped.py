@@ -12,9 +12,9 @@ import yaml
 
 import cai.constitution
 from cai.constitution import Constitution, json_schema, load_constitution
-from cai.document.shipped import shipped
+from cai.document.shipped import shipped_folder
 
-FILES = sorted(shipped("constitutions").glob("*.yaml"))
+FILES = sorted(shipped_folder("constitutions").glob("*.yaml"))
 SCHEMA = Path(cai.constitution.__file__).with_name("schema.json")
 
 
@@ -33,30 +33,31 @@ def test_every_document_opens_with_its_schema_and_how_to_use_it(constitution: Co
     assert any("cai constitution " in line and f"constitutions/{constitution.path.name}" in line for line in head)
 
 
-def test_every_document_says_of_itself_what_its_principles_ask(constitution: Constitution) -> None:
+def test_every_document_has_a_description_and_distinct_principles_with_examples(constitution: Constitution) -> None:
     assert constitution.name == constitution.path.stem
     assert constitution.description
     principles = constitution.principles
-    assert len({each.id for each in principles}) == len(principles)
+    assert len({principle.id for principle in principles}) == len(principles)
     for field in ("text", "critique", "revise", "compare"):
-        assert max(Counter(getattr(each, field) for each in principles).values()) == 1, field
-    for each in principles:
-        assert len({each.text, each.critique, each.revise, each.compare}) == 4
-        assert each.compare.rstrip("?").strip().lower().find("which") >= 0, each.id
-        assert len(each.examples) >= 2, each.id
-        assert all(example.better != example.worse for example in each.examples)
+        assert max(Counter(getattr(principle, field) for principle in principles).values()) == 1, field
+    for principle in principles:
+        assert len({principle.text, principle.critique, principle.revise, principle.compare}) == 4
+        assert "which" in principle.compare.lower(), principle.id
+        assert len(principle.examples) >= 2, principle.id
+        assert all(example.better != example.worse for example in principle.examples)
 
 
 def test_no_example_stands_twice(constitution: Constitution) -> None:
-    prompts = Counter(example.prompt for each in constitution.principles for example in each.examples)
+    prompts = Counter(example.prompt for principle in constitution.principles for example in principle.examples)
     assert max(prompts.values()) == 1
 
 
-def test_harmlessness_writes_every_request_itself_and_holds_caution_and_use_in_balance() -> None:
-    text = yaml.safe_load((shipped("constitutions") / "harmlessness.yaml").read_text(encoding="utf-8"))
-    assert len(text["principles"]) >= 16
-    assert all({"critique", "revise", "compare", "tags"} <= set(each) for each in text["principles"])
-    assert sum("over-refusal" in each["tags"] for each in text["principles"]) >= 4
+def test_harmlessness_writes_every_principle_field_itself_and_balances_caution_and_use() -> None:
+    path = shipped_folder("constitutions") / "harmlessness.yaml"
+    principles = yaml.safe_load(path.read_text(encoding="utf-8"))["principles"]
+    assert len(principles) >= 16
+    assert all({"critique", "revise", "compare", "tags"} <= set(principle) for principle in principles)
+    assert sum("over-refusal" in principle["tags"] for principle in principles) >= 4
 
 
 def test_the_schema_accepts_what_ships_and_refuses_what_the_loader_refuses() -> None:

@@ -1,4 +1,4 @@
-"""What makes a document weak, and that the shipped ones are not."""
+"""Weaknesses of documents, of which the shipped ones have none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cai.cli import main
 from cai.constitution import load_constitution
 from cai.constitution.weaknesses import weaknesses
-from cai.document.shipped import shipped, shipped_names
+from cai.document.shipped import shipped_folder, shipped_names
 
 SOUND = """
 name: sound
@@ -26,23 +26,23 @@ principles:
 """
 
 
-def found(folder: Path, text: str) -> list[str]:
+def weaknesses_of(folder: Path, text: str) -> list[str]:
     path = folder / "document.yaml"
     path.write_text(text)
     return list(weaknesses(load_constitution(path)))
 
 
 def test_a_sound_document_has_none(tmp_path: Path) -> None:
-    assert found(tmp_path, SOUND) == []
+    assert weaknesses_of(tmp_path, SOUND) == []
 
 
 @pytest.mark.parametrize("name", shipped_names("constitutions"))
 def test_shipped_documents_have_none(name: str) -> None:
-    assert not list(weaknesses(load_constitution(shipped("constitutions") / f"{name}.yaml")))
+    assert not list(weaknesses(load_constitution(shipped_folder("constitutions") / f"{name}.yaml")))
 
 
 def test_a_principle_without_examples_is_named_with_its_place(tmp_path: Path) -> None:
-    weak = found(tmp_path, SOUND + "  - {id: bare, text: The assistant tells the truth.}\n")
+    weak = weaknesses_of(tmp_path, SOUND + "  - {id: bare, text: The assistant tells the truth.}\n")
     assert len(weak) == 1
     assert "document.yaml:11:10: 'bare': has no example" in weak[0]
 
@@ -52,13 +52,15 @@ def test_a_principle_without_examples_is_named_with_its_place(tmp_path: Path) ->
     ["Which response is better?", "Choose the better of these two replies.", "Please pick one: A or an answer"],
 )
 def test_a_question_without_a_criterion_is_named(tmp_path: Path, compare: str) -> None:
-    weak = found(tmp_path, SOUND.replace("Which response is shorter without leaving anything out?", f"'{compare}'"))
+    weak = weaknesses_of(
+        tmp_path, SOUND.replace("Which response is shorter without leaving anything out?", f"'{compare}'")
+    )
     assert len(weak) == 1
     assert "'short': `compare` names no criterion" in weak[0]
 
 
 def test_an_example_that_shows_nothing_is_named(tmp_path: Path) -> None:
-    weak = found(tmp_path, SOUND.replace("worse: You too.", "worse: 'What  went wrong? '"))
+    weak = weaknesses_of(tmp_path, SOUND.replace("worse: You too.", "worse: 'What  went wrong? '"))
     assert [line.partition(": ")[2] for line in weak] == ["'calm': in example 1 `better` and `worse` are the same text"]
 
 
@@ -67,7 +69,7 @@ def test_two_principles_that_read_the_same_are_named(tmp_path: Path) -> None:
     again = again.replace(
         "The assistant is brief.\n    compare: Which", "The assistant wastes no words.\n    compare: which", 1
     )
-    weak = found(tmp_path, again)
+    weak = weaknesses_of(tmp_path, again)
     assert len(weak) == 2
     assert "'calm2': `text` reads the same as that of 'calm'" in weak[0]
     assert "'s2': `compare` reads the same as that of 'short'" in weak[1]
@@ -78,7 +80,7 @@ def test_strict_checks_end_with_one_where_a_document_is_weak_and_two_where_one_i
     weak.write_text("name: weak\nprinciples: [{id: a, text: Be kind.}]")
     wrong.write_text("name: wrong\nprinciples: 3")
     assert CliRunner().invoke(main, ["constitution", "check", str(weak)]).exit_code == 0
-    done = CliRunner().invoke(main, ["constitution", "check", "--strict", str(weak), "--json"])
-    assert done.exit_code == 1
-    assert len(json.loads(done.stdout)["weak"]) == 1
+    result = CliRunner().invoke(main, ["constitution", "check", "--strict", str(weak), "--json"])
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)["weak"]) == 1
     assert CliRunner().invoke(main, ["constitution", "check", "--strict", str(weak), str(wrong)]).exit_code == 2

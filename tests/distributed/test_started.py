@@ -17,9 +17,10 @@ import pytest
 
 from cai.contracts.model import Model
 from cai.contracts.profile import load_profile
-from cai.document.shipped import shipped
+from cai.document.shipped import shipped_folder
 from cai.run import launch
-from cai.run.pipeline import Options, run_recipe
+from cai.run.pipeline import run_recipe
+from cai.run.plan import Options
 from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.storage.files import write_json
@@ -41,15 +42,15 @@ import os, sys
 forks = any("multiprocessing.forkserver" in word for word in sys.orig_argv)
 if "DISTURBED_RANK" in os.environ and ("RANK" in os.environ or forks):
     import time
-    from cai.training import Recorder
-    on_step_end = Recorder.on_step_end
-    def disturbed(self, args, state, control, **more):
+    from cai.training.loop import StageCallback
+    on_step_end = StageCallback.on_step_end
+    def disturbed(self, args, state, control, **options):
         if state.global_step == 2 and os.environ["RANK"] == os.environ["DISTURBED_RANK"]:
             exec(os.environ["DISTURBANCE"])
-        return on_step_end(self, args, state, control, **more)
-    Recorder.on_step_end = disturbed
+        return on_step_end(self, args, state, control, **options)
+    StageCallback.on_step_end = disturbed
 """
-"""A module that Python imports at its start: executes what the environment says at the second step of one rank."""
+"""A module that Python imports at its start: executes code from the environment at the second step of one rank."""
 
 
 @pytest.fixture
@@ -72,13 +73,13 @@ def command(recipe: Path, profile: str, **environment: str) -> subprocess.Popen[
 
 
 def metrics(recipe: Path, folder: str = "ended") -> list[dict[str, Any]]:
-    """What is logged so far; a line that is not whole yet does not count."""
+    """What is logged so far, without an incomplete last line."""
     files = list(recipe.parent.glob(f"{folder}/policy-*/metrics.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
 
 
 def until(true: Callable[[], object], child: subprocess.Popen[str]) -> None:
-    """Waits for something to become true while the child runs."""
+    """Waits until a condition is true while the child runs."""
     while not true():
         assert child.poll() is None, child.communicate()[1]
         time.sleep(0.02)
@@ -88,49 +89,52 @@ def processes(recipe: Path) -> list[str]:
     """Command lines of processes that still work on the recipe's run, or were started beside it, after a moment."""
     end = time.monotonic() + 5  # the process that forks ends when it sees that `cai run` has
     while True:
-        found = []
+        command_lines = []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
-                words = (path / "cmdline").read_bytes().decode().split("\0")
-                here = (path / "cwd").readlink() == recipe.parent
-                found += [" ".join(words)] * (here or any(word.startswith(str(recipe.parent)) for word in words))
-        if not found or time.monotonic() > end:
-            return found
+                arguments = (path / "cmdline").read_bytes().decode().split("\0")
+                is_in_folder = (path / "cwd").readlink() == recipe.parent
+                command_lines += [" ".join(arguments)] * (
+                    is_in_folder or any(word.startswith(str(recipe.parent)) for word in arguments)
+                )
+        if not command_lines or time.monotonic() > end:
+            return command_lines
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
     ("profile", "send"), [("cpu", os.kill), (ZERO, os.kill), ("cpu-2-cores", os.kill), ("cpu-2-cores", os.killpg)]
 )
-def test_sigterm_ends_training_at_a_checkpoint_and_the_next_run_goes_on_as_if_there_had_been_none(
+def test_sigterm_ends_training_at_a_resume_point_and_the_next_run_continues_as_if_undisturbed(
     profile: str, send: Callable[[int, int], None], recipe: Path
 ) -> None:
     child = command(recipe, profile)
     until(lambda: len(metrics(recipe)) >= 2, child)
     send(child.pid, signal.SIGTERM)
-    said = child.communicate(timeout=600)[1]
-    assert child.returncode == 143, said
-    assert said.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
+    stderr = child.communicate(timeout=600)[1]
+    assert child.returncode == 143, stderr
+    assert stderr.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
     [folder] = recipe.parent.glob("ended/policy-*")
     [checkpoint] = folder.glob("checkpoints/checkpoint-*/COMPLETE")
     step = int(checkpoint.parent.name.rpartition("-")[2])
-    assert f"policy: stopped at step {step}; a checkpoint has what was learned" in said
+    assert f"policy: stopped at step {step}; a resume point has what was learned" in stderr
     assert 2 <= step == len(metrics(recipe)) < 40
     assert not (folder / "stop").exists()
     assert not processes(recipe)
-    again = command(recipe, profile)
-    said = again.communicate(timeout=600)[1]
-    assert again.returncode == 0, said
-    assert f"resuming from checkpoint-{step}" in said
+    second_run = command(recipe, profile)
+    stderr = second_run.communicate(timeout=600)[1]
+    assert second_run.returncode == 0, stderr
+    assert f"resuming from checkpoint-{step}" in stderr
     alone = load_profile("cpu").model_copy(update={"dtype": "float32"}) if profile == ZERO else load_profile(profile)
     run_recipe(load_recipe(recipe), alone, recipe.parent / "undisturbed", Options(), PlainDisplay())
     assert len(metrics(recipe)) == 40
     for mine, theirs in zip(metrics(recipe), metrics(recipe, "undisturbed"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     if profile != ZERO:
-        one, other = (run_folder.latest(recipe.parent / name)["policy"] for name in ("ended", "undisturbed"))
-        assert (one / "DONE").read_bytes() == (other / "DONE").read_bytes()
-        assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+        resumed, undisturbed = (run_folder.latest(recipe.parent / name)["policy"] for name in ("ended", "undisturbed"))
+        finished = [run_folder.finished(folder) for folder in (resumed, undisturbed)]
+        assert finished[0] and finished[1] and finished[0].digest == finished[1].digest
+        assert (resumed / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
 def test_another_sigterm_ends_it_at_once(recipe: Path) -> None:
@@ -141,28 +145,28 @@ def test_another_sigterm_ends_it_at_once(recipe: Path) -> None:
     child.send_signal(signal.SIGTERM)
     until(lambda: list(recipe.parent.glob("ended/policy-*/stop")), child)
     child.send_signal(signal.SIGTERM)
-    said = child.communicate(timeout=60)[1]
-    assert child.returncode == 143, said
+    stderr = child.communicate(timeout=60)[1]
+    assert child.returncode == 143, stderr
     assert not list(recipe.parent.glob("ended/policy-*/checkpoints/checkpoint-*"))
     assert not processes(recipe)
 
 
 @pytest.mark.parametrize("profile", [ZERO, "cpu-2-cores"])
 @pytest.mark.parametrize(
-    ("disturbance", "words"),
+    ("disturbance", "message"),
     [
         ("os.kill(os.getpid(), 9)", "stage 'policy', process 1, ended with signal 9; see "),
         ("raise ValueError('the disk is full')", "stage 'policy', process 1: ValueError: the disk is full; see "),
     ],
 )
 def test_a_rank_that_dies_ends_the_others_and_its_error_is_reported(
-    disturbance: str, words: str, profile: str, recipe: Path
+    disturbance: str, message: str, profile: str, recipe: Path
 ) -> None:
     child = command(recipe, profile, DISTURBED_RANK="1", DISTURBANCE=disturbance)
     until(lambda: metrics(recipe), child)
-    said = child.communicate(timeout=60)[1]  # seconds, of which it needs few
-    assert child.returncode == 3, said
-    assert said.splitlines()[-1].startswith(words), said
+    stderr = child.communicate(timeout=60)[1]  # seconds, of which it needs few
+    assert child.returncode == 3, stderr
+    assert stderr.splitlines()[-1].startswith(message), stderr
     assert not processes(recipe)
 
 
@@ -180,14 +184,14 @@ launcher: [bash, {configs}/multi-node/on-each.sh, hosts.txt]
 
 def test_two_nodes_learn_what_one_process_does(recipe: Path) -> None:
     home = recipe.parent
-    (home / "nodes.yaml").write_text(TWO_NODES.format(configs=shipped("configs")))
+    (home / "nodes.yaml").write_text(TWO_NODES.format(configs=shipped_folder("configs")))
     (home / "hosts.txt").write_text("first\nsecond\n")
     ssh = home / "site" / "ssh"
     ssh.write_text('#!/bin/bash\n[ "$4" = second ] && exec bash -c "$5"\n')  # ssh -tt -o BatchMode=yes HOST COMMAND
     ssh.chmod(0o755)
     child = command(recipe, str(home / "nodes.yaml"), PATH=f"{ssh.parent}:{os.environ['PATH']}")
-    said = child.communicate(timeout=600)[1]
-    assert child.returncode == 0, said
+    stderr = child.communicate(timeout=600)[1]
+    assert child.returncode == 0, stderr
     alone = load_profile("cpu").model_copy(update={"dtype": "float32"})
     run_recipe(load_recipe(recipe), alone, home / "undisturbed", Options(), PlainDisplay())
     assert len(metrics(recipe)) == 40
@@ -195,7 +199,7 @@ def test_two_nodes_learn_what_one_process_does(recipe: Path) -> None:
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
-def test_who_was_killed_is_named_and_not_who_told_first_that_it_missed_it(tmp_path: Path) -> None:
+def test_the_killed_process_is_named_and_not_the_one_that_lost_its_connection(tmp_path: Path) -> None:
     write_json(tmp_path / "error-0.json", {"time": 1.0, "message": "Connection reset by peer", "exit_code": 3})
     (tmp_path / "log.txt").write_text("")
     assert str(launch._first_error(tmp_path, "policy", [3, -9])).startswith("stage 'policy', process 1, ended with sig")

@@ -1,6 +1,6 @@
-"""Training on two real ranks, with DeepSpeed and without, computes what one process does; what it leaves is whole.
+"""Training on two real ranks, with DeepSpeed and without, computes what one process does and saves gathered weights.
 
-One pair of ranks (`pair.py`) serves the whole file: `make test` keeps the tests of a file on one worker.
+One pair of ranks (`rank_pair.py`) serves the whole file: `make test` keeps the tests of a file on one worker.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, load_sequence_classifier
 from cai.storage import stopping
 from cai.text.errors import StageFailed
-from cai.training.loop import newest_checkpoint
-from cai.training.tokenised_rows import tokenised_pairs
+from cai.training.loop import newest_resume_point
+from cai.training.metrics import read_metrics
+from cai.training.tokenised_rows import tokenise_pairs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
 
 LAUNCHED = ("cpu-2-ranks", "cpu-2-ranks-zero2", "cpu-2-ranks-zero3")
-"""Accelerate files of two ranks: none, the optimizer's state and gradients, or the parameters too are parted."""
+"""Accelerate files of two ranks: nothing, optimizer state and gradients, or parameters too are partitioned."""
 STEPS = 10
 ADAPTER = {"lora": {"rank": 4}}
 
@@ -41,24 +42,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def rows_for(kind: str) -> list[dict[str, Any]]:
-    """24 rows to learn from, three whole steps; nine pairs are held out."""
+    """24 rows to learn from, three full steps; nine pairs are held out."""
     if kind == "sft":
         return [sample(number) for number in range(24)]
     held_out = [preference(number, p=0.8, tags=["held_out"]) for number in range(30, 39)]
     return [preference(number, p=0.6 + 0.4 * (number % 3) / 2) for number in range(24)] + held_out
 
 
-def settings(**more: Any) -> dict[str, Any]:
-    return {"train": {"max_steps": STEPS, "learning_rate": 1e-3, "save_strategy": "no"}, **more}
+def settings(**fields: Any) -> dict[str, Any]:
+    return {"train": {"max_steps": STEPS, "learning_rate": 1e-3, "save_strategy": "no"}, **fields}
 
 
-def train(pair: Pair, profile: str, kind: str, folder: Path, model: Model, **more: Any) -> list[dict[str, Any]]:
+def train(pair: Pair, profile: str, kind: str, folder: Path, model: Model, **job: Any) -> list[dict[str, Any]]:
     write_inputs(folder, {"rows": rows_for(kind)})
-    return pair.run(profile, kind=kind, folder=str(folder), model=model.path, **{"config": settings(), **more})
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return pair.run(profile, kind=kind, folder=str(folder), model=model.path, **{"config": settings(), **job})
 
 
 def tensors(folder: Path) -> dict[str, Any]:
@@ -66,59 +63,61 @@ def tensors(folder: Path) -> dict[str, Any]:
     return dict(load_file(file))
 
 
-@pytest.mark.parametrize("more", [{}, ADAPTER], ids=["full", "lora"])
+def assert_close_weights(weights: dict[str, Any], expected: dict[str, Any], profile: str) -> None:
+    assert {name: weight.shape for name, weight in weights.items()} == {
+        n: weight.shape for n, weight in expected.items()
+    }
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
+
+
+@pytest.mark.parametrize("changes", [{}, ADAPTER], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_two_ranks_learn_what_one_with_twice_the_accumulation_does_under_every_stage_of_zero(
-    kind: str, more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    kind: str, changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     start = tiny("llama")
-    figures = run_stage(kind, tmp_path / "one", rows_for(kind), start, **settings(**more))
-    one = metrics(tmp_path / "one")
-    assert len([entry for entry in one if "loss" in entry]) == STEPS
+    figures = run_stage(kind, tmp_path / "one", rows_for(kind), start, **settings(**changes))
+    single_process = read_metrics(tmp_path / "one")
+    assert len([entry for entry in single_process if "loss" in entry]) == STEPS
     weights = tensors(tmp_path / "one")
     for profile in LAUNCHED:
         folder = tmp_path / profile
-        first, second = train(pair, profile, kind, folder, start, config=settings(**more))
+        first, second = train(pair, profile, kind, folder, start, config=settings(**changes))
         assert second.keys() == {"figures"}, second
-        for mine, theirs in zip(metrics(folder), one, strict=True):
-            assert mine.keys() == theirs.keys()
-            # What else TRL logs is a mean over micro-batches, and these are others.
-            for name in {"loss", "eval_loss", "learning_rate"} & mine.keys():
-                assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, name)
-            for name in {"grad_norm", "eval_reward/margin", "log_prob/chosen"} & mine.keys():
-                assert mine[name] == pytest.approx(theirs[name], rel=1e-3), (profile, name)
+        for entry, expected in zip(read_metrics(folder), single_process, strict=True):
+            assert entry.keys() == expected.keys()
+            # TRL's other metrics are means over micro-batches, which differ here.
+            for name in {"loss", "eval_loss", "learning_rate"} & entry.keys():
+                assert entry[name] == pytest.approx(expected[name], abs=1e-4), (profile, name)
+            for name in {"grad_norm", "eval_reward/margin", "log_prob/chosen"} & entry.keys():
+                assert entry[name] == pytest.approx(expected[name], rel=1e-3), (profile, name)
         assert close(first["figures"], figures), profile
-        left = tensors(folder)
-        assert {name: each.shape for name, each in left.items()} == {n: each.shape for n, each in weights.items()}
-        for name, each in left.items():
-            torch.testing.assert_close(each, weights[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
+        assert_close_weights(tensors(folder), weights, profile)
 
 
-@pytest.mark.parametrize("more", [{}, ADAPTER, {"critic": "", "lora": None}], ids=["full", "lora", "critic"])
-def test_ppo_on_two_ranks_draws_and_learns_what_it_does_on_one(
-    more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+@pytest.mark.parametrize("changes", [{}, ADAPTER, {"critic": "", "lora": None}], ids=["full", "lora", "critic"])
+def test_ppo_on_two_ranks_samples_and_learns_what_it_does_on_one(
+    changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
-    config = {"rollouts": 3, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}, **more}
+    config = {"rollouts": 3, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}, **changes}
     start = tiny("llama")
     (tmp_path / "one").mkdir()
     tokens = reinforced("ppo", tmp_path / "one", start, CPU, Steps(), config)["tokens"]
-    one, weights = metrics(tmp_path / "one"), tensors(tmp_path / "one")
-    assert len(one) == 12
-    for profile in LAUNCHED if "critic" not in more else LAUNCHED[-1:]:
+    single_process, weights = read_metrics(tmp_path / "one"), tensors(tmp_path / "one")
+    assert len(single_process) == 12
+    for profile in LAUNCHED if "critic" not in changes else LAUNCHED[-1:]:
         folder = tmp_path / profile
         folder.mkdir()
         answers = pair.run(profile, kind="ppo", folder=str(folder), model=start.path, config=config)
         assert all(answer.keys() == {"figures"} for answer in answers), answers
         assert answers[0]["figures"]["tokens"] == tokens  # of both ranks
-        for mine, theirs in zip(metrics(folder), one, strict=True):
+        for mine, theirs in zip(read_metrics(folder), single_process, strict=True):
             assert mine.keys() == theirs.keys()
             for name in mine.keys() - {"grad_norm"}:  # the policy's ratio among them
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, mine["step"], name)
         assert (folder / "samples.jsonl").read_text().count("\n") == 24
-        left = tensors(folder)
-        assert {name: each.shape for name, each in left.items()} == {n: each.shape for n, each in weights.items()}
-        for name, each in left.items():
-            torch.testing.assert_close(each, weights[name], atol=1e-4, rtol=1e-3, msg=f"{profile}: {name}")
+        assert_close_weights(tensors(folder), weights, profile)
 
 
 def test_ppo_runs_in_bfloat16_under_zero_3(pair: Pair, tmp_path: Path, tiny: Callable[..., Model]) -> None:
@@ -128,34 +127,34 @@ def test_ppo_runs_in_bfloat16_under_zero_3(pair: Pair, tmp_path: Path, tiny: Cal
     job = {"kind": "ppo", "model": tiny("llama").path, "config": config, "dtype": "bfloat16"}
     for answer in pair.run("cpu-2-ranks-zero3", folder=str(folder), **job):
         assert answer.keys() == {"figures"}, answer
-    assert {each.dtype for each in tensors(folder).values()} == {torch.bfloat16}
-    assert len(metrics(folder)) == 4
+    assert {weight.dtype for weight in tensors(folder).values()} == {torch.bfloat16}
+    assert len(read_metrics(folder)) == 4
 
 
-def test_rloo_on_two_ranks_draws_and_learns_what_it_does_on_one(
+def test_rloo_on_two_ranks_samples_and_learns_what_it_does_on_one(
     pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     config = {"n": 2, "train": {"learning_rate": 1e-3, "save_strategy": "no", "num_train_epochs": 2}}
     start = tiny("llama")
     (tmp_path / "one").mkdir()
     reinforced("rloo", tmp_path / "one", start, CPU, Steps(), config)
-    one = metrics(tmp_path / "one")
-    assert len(one) == 6
+    single_process = read_metrics(tmp_path / "one")
+    assert len(single_process) == 6
     for profile in LAUNCHED:
         folder = tmp_path / profile
         folder.mkdir()
         for answer in pair.run(profile, kind="rloo", folder=str(folder), model=start.path, config=config):
             assert answer.keys() == {"figures"}, answer
-        for mine, theirs in zip(metrics(folder), one, strict=True):
+        for mine, theirs in zip(read_metrics(folder), single_process, strict=True):
             for name in ("loss", "reward", "kl", "length"):
                 assert mine[name] == pytest.approx(theirs[name], abs=1e-4), (profile, mine["step"], name)
-    folder = tmp_path / "stopped"  # in the second epoch, whose prompts come in an order of their own
+    folder = tmp_path / "stopped"  # in the second epoch, which has its own order of prompts
     folder.mkdir()
     for stop in ({"stop_at": 4}, {}):
         (folder / stopping.STOP).unlink(missing_ok=True)
         answers = pair.run("cpu-2-ranks", kind="rloo", folder=str(folder), model=start.path, config=config, **stop)
         assert [answer.get("error") for answer in answers] == ["Terminated" if stop else None] * 2, answers
-    for mine, theirs in zip(metrics(folder), metrics(tmp_path / "cpu-2-ranks"), strict=True):
+    for mine, theirs in zip(read_metrics(folder), read_metrics(tmp_path / "cpu-2-ranks"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-6)
 
 
@@ -170,17 +169,17 @@ def test_rloo_stopped_between_passes_over_responses_is_refused_on_another_number
     with pytest.raises(StageFailed) as alone:
         reinforced("rloo", folder, tiny("llama"), CPU, Steps(), config)
     assert str(alone.value) == (
-        "checkpoint-3 lies between two passes over responses that 2 processes share, and cannot be gone on from by 1: "
+        "checkpoint-3 lies between two passes over responses that 2 processes share, and cannot be continued by 1: "
         "use a profile with as many as before, or start the stage again with `--from`"
     )
 
 
-@pytest.mark.parametrize("more", [{}, ADAPTER], ids=["full", "lora"])
-def test_ppo_stopped_in_the_middle_of_a_rollout_goes_on_under_zero_3(
-    more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+@pytest.mark.parametrize("changes", [{}, ADAPTER], ids=["full", "lora"])
+def test_ppo_stopped_in_the_middle_of_a_rollout_continues_under_zero_3(
+    changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     train = {"learning_rate": 1e-3, "save_strategy": "no", "kl_target": 0.01}
-    config = {"rollouts": 2, "rollout_size": 16, "train": train, **more}
+    config = {"rollouts": 2, "rollout_size": 16, "train": train, **changes}
     job = {"kind": "ppo", "model": tiny("llama").path, "config": config}
     for name, stop in (("undisturbed", {}), ("stopped", {"stop_at": 3}), ("stopped", {})):
         folder = tmp_path / name
@@ -188,15 +187,17 @@ def test_ppo_stopped_in_the_middle_of_a_rollout_goes_on_under_zero_3(
         (folder / stopping.STOP).unlink(missing_ok=True)
         answers = pair.run("cpu-2-ranks-zero3", folder=str(folder), **job, **stop)
         assert [answer.get("error") for answer in answers] == ["Terminated" if stop else None] * 2, answers
-    mine, theirs = metrics(tmp_path / "stopped"), metrics(tmp_path / "undisturbed")
+    mine, theirs = read_metrics(tmp_path / "stopped"), read_metrics(tmp_path / "undisturbed")
     assert len(mine) == 8
-    for one, other in zip(mine, theirs, strict=True):
-        assert one == pytest.approx(other, abs=1e-6)
+    for first, second in zip(mine, theirs, strict=True):
+        assert first == pytest.approx(second, abs=1e-6)
     samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("stopped", "undisturbed")]
     assert samples[0] == samples[1]
-    left, wanted = (load_causal_lm(training_stages.trained(tmp_path / name)) for name in ("stopped", "undisturbed"))
-    for (name, one), other in zip(left.named_parameters(), wanted.parameters(), strict=True):
-        torch.testing.assert_close(one, other, msg=name)
+    resumed, undisturbed = (
+        load_causal_lm(training_stages.trained(tmp_path / name)) for name in ("stopped", "undisturbed")
+    )
+    for (name, first), second in zip(resumed.named_parameters(), undisturbed.parameters(), strict=True):
+        torch.testing.assert_close(first, second, msg=name)
 
 
 def close(mine: Any, theirs: Any) -> bool:
@@ -209,31 +210,31 @@ def close(mine: Any, theirs: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("profile", "kind", "more"),
+    ("profile", "kind", "changes"),
     [("cpu-2-ranks-zero2", "sft", {}), ("cpu-2-ranks-zero3", "dpo", ADAPTER)],
 )
-def test_stopped_after_a_step_the_same_number_of_ranks_goes_on_with_the_same_losses(
-    profile: str, kind: str, more: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+def test_stopped_after_a_step_the_same_number_of_ranks_continues_with_the_same_losses(
+    profile: str, kind: str, changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
-    config = settings(**more)
+    config = settings(**changes)
     train(pair, profile, kind, tmp_path / "undisturbed", tiny("llama"), config=config)
     folder = tmp_path / "stopped"
     for answer in train(pair, profile, kind, folder, tiny("llama"), config=config, stop_at=5):
         assert answer["error"] == "Terminated"
-    resume = newest_checkpoint(folder)
+    resume = newest_resume_point(folder)
     assert resume is not None
     assert resume.name == "checkpoint-5"
-    assert len(metrics(folder)) == 5
+    assert len(read_metrics(folder)) == 5
     (folder / stopping.STOP).unlink()
     for answer in train(pair, profile, kind, folder, tiny("llama"), config=config):
         assert answer.keys() == {"figures"}, answer
-    for mine, theirs in zip(metrics(folder), metrics(tmp_path / "undisturbed"), strict=True):
+    for mine, theirs in zip(read_metrics(folder), read_metrics(tmp_path / "undisturbed"), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-6)
-    for name, each in tensors(folder).items():
-        torch.testing.assert_close(each, tensors(tmp_path / "undisturbed")[name])
+    for name, weight in tensors(folder).items():
+        torch.testing.assert_close(weight, tensors(tmp_path / "undisturbed")[name])
 
 
-def test_another_number_of_ranks_goes_on_or_is_refused_in_one_sentence(
+def test_another_number_of_ranks_continues_or_is_refused_in_one_sentence(
     pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     start = tiny("llama")
@@ -243,7 +244,7 @@ def test_another_number_of_ranks_goes_on_or_is_refused_in_one_sentence(
         (tmp_path / profile / stopping.STOP).unlink()
     refused = (
         "stage 'stage' stands at checkpoint-5, which was written by 2 processes under DeepSpeed ZeRO-3 and cannot be "
-        "gone on from by {}: use a profile with as many as before, or start the stage again with `--from stage`"
+        "continued by {}: use a profile with as many as before, or start the stage again with `--from stage`"
     )
     with pytest.raises(StageFailed) as alone:
         run_stage("sft", tmp_path / "cpu-2-ranks-zero3", rows_for("sft"), start, **settings())
@@ -251,27 +252,27 @@ def test_another_number_of_ranks_goes_on_or_is_refused_in_one_sentence(
     for answer in train(pair, "cpu-2-ranks-zero2", "sft", tmp_path / "cpu-2-ranks-zero3", start, config=settings()):
         assert answer == {"error": "StageFailed", "message": refused.format("2 processes under DeepSpeed ZeRO-2")}
     run_stage("sft", tmp_path / "cpu-2-ranks", rows_for("sft"), start, **settings())
-    one, other = metrics(tmp_path / "undisturbed"), metrics(tmp_path / "cpu-2-ranks")
-    assert [entry["loss"] for entry in other] == pytest.approx([entry["loss"] for entry in one], abs=1e-4)
+    undisturbed, resumed = read_metrics(tmp_path / "undisturbed"), read_metrics(tmp_path / "cpu-2-ranks")
+    assert [entry["loss"] for entry in resumed] == pytest.approx([entry["loss"] for entry in undisturbed], abs=1e-4)
 
 
-def test_what_zero_3_leaves_is_a_whole_model_that_computes_what_the_ranks_computed(
+def test_zero_3_saves_a_gathered_model_that_computes_what_the_ranks_computed(
     pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     start = tiny("qwen2")  # its embeddings need not grow
     for answer in train(pair, "cpu-2-ranks-zero3", "sft", tmp_path / "policy", start):
         assert answer.keys() == {"figures"}, answer
     before = dict(load_file(Path(start.path) / "model.safetensors"))
-    left = tensors(tmp_path / "policy")
-    assert {name: (each.shape, each.dtype) for name, each in left.items()} == {
-        name: (each.shape, each.dtype) for name, each in before.items()
+    trained_weights = tensors(tmp_path / "policy")
+    assert {name: (weight.shape, weight.dtype) for name, weight in trained_weights.items()} == {
+        name: (weight.shape, weight.dtype) for name, weight in before.items()
     }
-    assert any(not torch.equal(each, before[name]) for name, each in left.items())
+    assert any(not torch.equal(weight, before[name]) for name, weight in trained_weights.items())
 
     for answer in train(pair, "cpu-2-ranks-zero3", "reward", tmp_path / "reward", tiny("llama")):
         assert answer.keys() == {"figures"}, answer
     held_out = rows_for("reward")[24:]
-    pairs, _ = tokenised_pairs(held_out, Chat.load(tiny("llama")), 256)
+    pairs, _ = tokenise_pairs(held_out, Chat.load(tiny("llama")), 256)
     model = load_sequence_classifier(training_stages.trained(tmp_path / "reward"))
     for line, row in zip((tmp_path / "reward" / "evaluation.jsonl").read_text().splitlines(), pairs, strict=True):
         for side, ids in (("chosen", row.chosen_ids), ("rejected", row.rejected_ids)):
@@ -281,13 +282,13 @@ def test_what_zero_3_leaves_is_a_whole_model_that_computes_what_the_ranks_comput
 
 
 def test_under_zero_3_a_stage_starts_from_an_adapter(pair: Pair, tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    kind = "reward"  # which reads the body of a language model under the adapter, too
+    kind = "reward"  # which also loads the body of a language model under the adapter
     config = {"train": {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no"}}
     run_stage(kind, tmp_path / "one", rows_for(kind), tiny("lora"), **config)
     for answer in train(pair, "cpu-2-ranks-zero3", kind, tmp_path / "two", tiny("lora"), config=config):
         assert answer.keys() == {"figures"}, answer
-    one, two = ([entry["loss"] for entry in metrics(tmp_path / name)] for name in ("one", "two"))
-    assert two == pytest.approx(one, abs=1e-4)
+    single_process, two_ranks = ([entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("one", "two"))
+    assert two_ranks == pytest.approx(single_process, abs=1e-4)
 
 
 def test_the_profile_says_the_precision_whatever_the_accelerate_file_says(
@@ -297,6 +298,8 @@ def test_the_profile_says_the_precision_whatever_the_accelerate_file_says(
     # The file says `mixed_precision: 'no'`.
     for answer in train(pair, "cpu-2-ranks-zero3", "dpo", tmp_path / "two", tiny("llama"), dtype="bfloat16"):
         assert answer.keys() == {"figures"}, answer
-    assert {each.dtype for each in tensors(tmp_path / "two").values()} == {torch.bfloat16}
-    one, two = ([entry["loss"] for entry in metrics(tmp_path / name) if "loss" in entry] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=0.05)
+    assert {weight.dtype for weight in tensors(tmp_path / "two").values()} == {torch.bfloat16}
+    float32, bfloat16 = (
+        [entry["loss"] for entry in read_metrics(tmp_path / name) if "loss" in entry] for name in ("one", "two")
+    )
+    assert bfloat16 == pytest.approx(float32, rel=0.05)

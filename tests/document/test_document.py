@@ -1,4 +1,4 @@
-"""YAML documents: what they are read as, where things stand in them, and how wrong ones are refused."""
+"""YAML documents: their values, the positions of these, and the sentences that refuse wrong documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from cai.document import Document, fail, load_document, parse_document, validate
+from cai.document import Document, error_at, load_document, parse_document, validate
 from cai.text.errors import BadInput
 
 HERE = Path("notes/x.yaml")
@@ -24,7 +24,7 @@ class Item(BaseModel):
     quick: bool = Field(False, strict=True)
 
 
-class Whole(BaseModel):
+class Root(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
     extends: str | list[str] | None = None
@@ -32,6 +32,7 @@ class Whole(BaseModel):
 
 
 def outcome_of(load: Callable[[], Document]) -> Document | str:
+    """The document, or the sentence that it is refused with."""
     try:
         return load()
     except BadInput as refused:
@@ -41,7 +42,7 @@ def outcome_of(load: Callable[[], Document]) -> Document | str:
 def refusal(text: str) -> str:
     """The one sentence that `text` is refused with."""
     with pytest.raises(BadInput) as refused:
-        validate(parse_document(text, HERE), Whole)
+        validate(parse_document(text, HERE), Root)
     return str(refused.value)
 
 
@@ -65,7 +66,7 @@ def test_keys_and_values_have_positions() -> None:
     assert document.key_position(("items", 0, "weight")) == (4, 5)
     assert document.position(("items", 1)) == document.key_position(("items", 1)) == (5, 5)
     assert document.position(("items", 1, "missing", "deeper")) == (5, 5)
-    assert str(fail(document, ("items", 1, "id"), "is odd")) == "notes/x.yaml:5:10: items[1].id: is odd"
+    assert str(error_at(document, ("items", 1, "id"), "is odd")) == "notes/x.yaml:5:10: items[1].id: is odd"
 
 
 def test_an_alias_is_a_copy_that_stands_where_it_is_used() -> None:
@@ -80,7 +81,7 @@ def test_a_value_set_from_elsewhere_is_reported_as_that() -> None:
     changed = document.with_value(("items", 0, "weight"), -1, "--set items.a.weight=-1")
     assert document.value == {"name": "x", "items": [{"id": "a"}]}
     with pytest.raises(BadInput, match=r"^--set items\.a\.weight=-1: items\[0\]\.weight: found the number"):
-        validate(changed, Whole)
+        validate(changed, Root)
     assert changed.position(("items", 0, "id")) == (2, 14)
 
 
@@ -133,10 +134,10 @@ def test_a_value_set_from_elsewhere_is_reported_as_that() -> None:
     ],
 )
 def test_a_wrong_document_is_refused_in_one_sentence(text: str, sentence: str) -> None:
-    said = refusal(text)
-    assert sentence in said
-    assert re.match(r"notes/x\.yaml:\d+:\d+: ", said)
-    assert "\n" not in said
+    message = refusal(text)
+    assert sentence in message
+    assert re.match(r"notes/x\.yaml:\d+:\d+: ", message)
+    assert "\n" not in message
 
 
 def test_anchors_that_explode_are_refused_before_they_do() -> None:
@@ -154,62 +155,32 @@ def test_a_file_that_is_no_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     (tmp_path / "large.yaml").write_bytes(b"name: " + b"x" * 5_000_000)
     (tmp_path / "mark.yaml").write_bytes(b"\xef\xbb\xbfname: x\r\n")
-    said = {}
+    messages = {}
     for name in ("kindnes.yaml", "latin.yaml", "large.yaml", "", "nowhere/x.yaml", "a\0b"):
         with pytest.raises(BadInput) as refused:
             load_document(tmp_path / name)
-        said[name] = str(refused.value).removeprefix(str(tmp_path))
-    assert said["kindnes.yaml"].endswith("no such file; did you mean 'kindness.yaml'?")
-    assert said["latin.yaml"] == "/latin.yaml:1:10: found bytes that are not UTF-8, expected a text file in UTF-8"
-    assert said["large.yaml"].startswith("/large.yaml:1:1: found a file of more than 5,000,000 bytes")
-    assert said[""] == ": found a folder, expected a YAML file"
+        messages[name] = str(refused.value).removeprefix(str(tmp_path))
+    assert messages["kindnes.yaml"].endswith("no such file; did you mean 'kindness.yaml'?")
+    assert messages["latin.yaml"] == "/latin.yaml:1:10: found bytes that are not UTF-8, expected a text file in UTF-8"
+    assert messages["large.yaml"].startswith("/large.yaml:1:1: found a file of more than 5,000,000 bytes")
+    assert messages[""] == ": found a folder, expected a YAML file"
     assert load_document(tmp_path / "mark.yaml").value == {"name": "x"}
 
 
 def test_messages_carry_nothing_that_steers_a_terminal() -> None:
-    said = refusal('"\\e[2J\\u202e": 1\n')
-    assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e]", said)
+    message = refusal('"\\e[2J\\u202e": 1\n')
+    assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e]", message)
     assert len(refusal('name: {"' + "x" * 10_000 + '": 1}')) < 400
 
 
-pieces = st.sampled_from(
-    [
-        "a",
-        ": ",
-        "- ",
-        "\n",
-        "  ",
-        "\t",
-        "&a ",
-        "*a",
-        "[",
-        "]",
-        "{",
-        "}",
-        "'",
-        '"',
-        "|",
-        ">",
-        "#",
-        "? ",
-        "\u2028",
-        "!!str ",
-        "!x ",
-        "---\n",
-        "...\n",
-        "%YAML 1.2\n",
-        "<<",
-        "1e5",
-        "~",
-        "\r\n",
-    ]
-)
+PIECES = ["a", ": ", "- ", "\n", "  ", "\t", "&a ", "*a", "[", "]", "{", "}", "'", '"', "|", ">", "#", "? ", "\u2028",
+          "!!str ", "!x ", "---\n", "...\n", "%YAML 1.2\n", "<<", "1e5", "~", "\r\n"]  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
 @example("? ;")
 @example("a:\n-")
-@given(st.one_of(st.text(), st.lists(pieces, max_size=40).map("".join)))
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=40).map("".join)))
 def test_any_text_is_a_document_or_is_refused_with_a_position(text: str) -> None:
     outcome = outcome_of(lambda: parse_document(text, HERE))
     if isinstance(outcome, str):

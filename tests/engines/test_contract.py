@@ -1,4 +1,4 @@
-"""The engines that need nothing from outside, held to the contract: `local`, and `server` against several servers."""
+"""The engine contract, kept by the engines `local` and, against several small servers, `server`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny_models
 from engine_contract import CASES, Case, Reference, Subject
-from small_server import Behaviour, Tiny, serving
+from small_server import Behaviour, ServedModel, serving
 
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
@@ -16,37 +17,34 @@ from cai.models.reference import resolve
 
 SERVERS = {
     "vllm": Behaviour(),
-    "older vllm": Behaviour(listed_ids=False),
-    "ids, nothing of vllm's own": Behaviour(strict=True),
+    "older vllm": Behaviour(takes_option_ids=False),
+    "ids, nothing of vllm's own": Behaviour(takes_extensions=False),
     "messages alone": Behaviour(takes_ids=False),
-    "hosted": Behaviour(takes_ids=False, strict=True, limit="max_completion_tokens"),
+    "hosted": Behaviour(takes_ids=False, takes_extensions=False, limit_field="max_completion_tokens"),
 }
 
 
-@pytest.fixture(scope="module")
-def model(tiny: Callable[..., Model]) -> Model:
-    return tiny("llama")
+FAMILIES = [name for name, family in tiny_models.FAMILIES.items() if family.template] + ["lora", "base"]
 
 
-@pytest.fixture(scope="module")
-def reference(model: Model) -> Reference:
-    return Reference(model)
-
-
-@pytest.fixture(scope="module", params=["local", *SERVERS, "known by name alone"])
-def subject(request: pytest.FixtureRequest, model: Model, reference: Reference) -> Iterator[Subject]:
-    settings = {"device": "cpu", "dtype": "float32", "token_budget": 4096}
-    if request.param == "local":
+@pytest.fixture(scope="module", params=[*(f"local {name}" for name in FAMILIES), *SERVERS, "known by name alone"])
+def subject(request: pytest.FixtureRequest, tiny: Callable[..., Model]) -> Iterator[Subject]:
+    settings = {"device": "cpu", "dtype": "float32", "token_budget": 1024}
+    if request.param.startswith("local"):
+        family = request.param.split()[1]
+        model = tiny(family, **({"chat_template": tiny_models.PLAIN} if family == "base" else {}))
         with open_engine(model, Profile.model_validate(settings)) as engine:
-            yield Subject(engine, reference)
+            yield Subject(engine, Reference(model))
         return
+    model = tiny("llama")
+    reference = Reference(model)
     behaviour = SERVERS.get(request.param, Behaviour(takes_ids=False))
-    with serving(Tiny(model), behaviour) as server:
+    with serving(ServedModel(model), behaviour) as server:
         if request.param == "known by name alone":
-            model = resolve("served:tiny", folder=Path())  # its control tokens are sent as they are written
+            model = resolve("served:tiny", folder=Path())  # its special tokens are sent as they are written
         settings |= {"engine": "server", "server": {"url": server.url, "names": {model.name: "tiny"}}}
         with open_engine(model, Profile.model_validate(settings)) as engine:
-            yield Subject(engine, reference, sent=None if model.served else server.asked)
+            yield Subject(engine, reference, sent=None if model.served else server.requests)
 
 
 @pytest.mark.filterwarnings("ignore:server .* takes no token ids")

@@ -1,4 +1,4 @@
-"""Our side of the engine `vllm`, against a stand-in for its worker; `make test-servers` has the real one."""
+"""The engine `vllm` with a stand-in for its worker; `make test-servers` runs the real one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from engine_contract import completions_by_id, conversation
 
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
@@ -36,14 +37,10 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def opened(tiny: Tiny, logs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., VllmEngine]:
     monkeypatch.setattr(vllm, "WORKER", STAND_IN)
 
-    def open_(wrongly: str = "", family: str = "llama", **options: object) -> VllmEngine:
-        monkeypatch.setenv("STAND_IN", wrongly)
-        settings = {
-            "engine": "vllm",
-            "device": "cpu",
-            "dtype": "float32",
-            "vllm": {"python": sys.executable, **options},
-        }
+    def open_(fault: str = "", family: str = "llama", **options: object) -> VllmEngine:
+        monkeypatch.setenv("STAND_IN", fault)
+        settings = {"engine": "vllm", "device": "cpu", "dtype": "float32"}
+        settings |= {"vllm": {"python": sys.executable, **options}}
         engine = open_engine(tiny(family), Profile.model_validate(settings))
         assert isinstance(engine, VllmEngine)
         return engine
@@ -52,12 +49,12 @@ def opened(tiny: Tiny, logs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 
 def requests(n: int, **sampling: object) -> list[Request]:
-    drawn = Sampling(max_new_tokens=4, **sampling)  # type: ignore[arg-type]
-    return [Request(f"{i}", [{"role": "user", "content": f"Say {i}"}], i, drawn) for i in range(n)]
+    settings = Sampling(max_new_tokens=4, **sampling)  # type: ignore[arg-type]
+    return [Request(f"{i}", conversation(f"Say {i}"), i, settings) for i in range(n)]
 
 
 def questions(n: int) -> list[Question]:
-    return [Question(f"{i}", [{"role": "user", "content": f"Say {i}"}]) for i in range(n)]
+    return [Question(f"{i}", conversation(f"Say {i}")) for i in range(n)]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -65,17 +62,16 @@ def test_each_request_and_question_is_answered_once_whatever_else_a_worker_says(
     opened: Callable[..., VllmEngine], workers: int
 ) -> None:
     with opened("answers twice", data_parallel=workers) as engine:
-        done = list(engine.generate(requests(10)))
-        answers = list(engine.choose(questions(10)))
-    assert sorted(one.id for one in done) == sorted(one.id for one in answers) == [f"{n}" for n in range(10)]
-    for one in done:
-        assert isinstance(one, Completion)
-        assert one.token_ids == one.prompt_ids[:4]
-        assert one.log_probs == [math.log(0.25)] * 4
-    for answer in answers:
-        assert isinstance(answer, Choice)
-        assert answer.log_probs == (math.log(0.25),) * 2
-        assert answer.option_probability == pytest.approx(0.5)
+        completions = completions_by_id(engine.generate(requests(10)), requests(10))
+        choices = list(engine.choose(questions(10)))
+    assert sorted(choice.id for choice in choices) == [f"{n}" for n in range(10)]
+    for completion in completions.values():
+        assert completion.token_ids == completion.prompt_ids[:4]
+        assert completion.log_probs == [math.log(0.25)] * 4
+    for choice in choices:
+        assert isinstance(choice, Choice)
+        assert choice.log_probs == (math.log(0.25),) * 2
+        assert choice.option_probability == pytest.approx(0.5)
 
 
 def test_a_caller_that_stops_reading_takes_no_answers_from_the_next(opened: Callable[..., VllmEngine]) -> None:
@@ -94,7 +90,7 @@ def test_nothing_is_started_where_nothing_is_asked(opened: Callable[..., VllmEng
 
 
 @pytest.mark.parametrize(
-    ("wrongly", "words"),
+    ("fault", "words"),
     [
         ("never starts", "exit code 1 before its model was loaded; its last words: the last words of vLLM"),
         ("has an error", "before its model was loaded: ValueError: no such architecture"),
@@ -103,16 +99,16 @@ def test_nothing_is_started_where_nothing_is_asked(opened: Callable[..., VllmEng
     ],
 )
 def test_a_worker_that_fails_is_one_sentence_that_names_its_log(
-    opened: Callable[..., VllmEngine], logs: Path, wrongly: str, words: str
+    opened: Callable[..., VllmEngine], logs: Path, fault: str, words: str
 ) -> None:
-    done: list[Completion | Failure] = []
-    with pytest.raises(StageFailed) as caught, opened(wrongly) as engine:
-        done.extend(engine.generate(requests(5)))
+    results: list[Completion | Failure] = []
+    with pytest.raises(StageFailed) as caught, opened(fault) as engine:
+        results.extend(engine.generate(requests(5)))
     assert words in str(caught.value)
     (log,) = logs.glob("cai-vllm-*.log")
     assert str(caught.value).endswith(f"see {log}")
     assert "no answer" in log.read_text()
-    assert len(done) == (2 if "middle" in words else 0)
+    assert len(results) == (2 if "middle" in words else 0)
 
 
 def test_an_interpreter_without_vllm_or_none_at_all_is_bad_input(opened: Callable[..., VllmEngine]) -> None:
@@ -129,35 +125,35 @@ def test_vllm_on_another_device_than_the_profile_says_is_bad_input(opened: Calla
 
 
 @pytest.mark.parametrize(
-    ("wrongly", "words"), [("refuses", "vLLM refused it: it is too odd"), ("aborts", "vLLM ended it as abort")]
+    ("fault", "words"), [("refuses", "vLLM refused it: it is too odd"), ("aborts", "vLLM ended it as abort")]
 )
 def test_what_vllm_does_not_answer_is_a_failure_beside_the_answers(
-    opened: Callable[..., VllmEngine], wrongly: str, words: str
+    opened: Callable[..., VllmEngine], fault: str, words: str
 ) -> None:
-    with opened(wrongly) as engine:
-        done = list(engine.generate(requests(3)))
-    assert [one.reason for one in done if isinstance(one, Failure)] == [words]
-    assert sum(isinstance(one, Completion) for one in done) == 2
+    with opened(fault) as engine:
+        results = list(engine.generate(requests(3)))
+    assert [result.reason for result in results if isinstance(result, Failure)] == [words]
+    assert sum(isinstance(result, Completion) for result in results) == 2
 
 
 def test_a_temperature_that_vllm_would_change_is_a_failure(opened: Callable[..., VllmEngine]) -> None:
     with opened() as engine:
-        (found,) = engine.generate(requests(1, temperature=0.001))
-    assert isinstance(found, Failure)
-    assert "0.01" in found.reason
+        (failure,) = engine.generate(requests(1, temperature=0.001))
+    assert isinstance(failure, Failure)
+    assert "0.01" in failure.reason
 
 
 def test_the_profile_may_shorten_the_context(opened: Callable[..., VllmEngine]) -> None:
     with opened(max_model_len=6) as engine:
-        (found,) = engine.generate(requests(1))
-    assert isinstance(found, Failure)
-    assert "takes 6 in all" in found.reason
+        (failure,) = engine.generate(requests(1))
+    assert isinstance(failure, Failure)
+    assert "takes 6 in all" in failure.reason
 
 
 def test_a_worker_ends_with_its_engine_and_leaves_no_log(
     opened: Callable[..., VllmEngine], logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "_GRACE", 0.2)
+    monkeypatch.setattr(vllm, "_GRACE_SECONDS", 0.2)
     with opened("stays") as engine:
         list(engine.generate(requests(1)))
         pids = [worker._process.pid for worker in engine._workers]
@@ -169,19 +165,19 @@ def test_a_worker_ends_with_its_engine_and_leaves_no_log(
 
 def test_the_worker_itself_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text("import time\ntime.sleep(600)\n")  # as if it were loading
-    started = vllm.subprocess.Popen(
+    worker = vllm.subprocess.Popen(
         [sys.executable, str(vllm.WORKER)],
         stdin=vllm.subprocess.PIPE,
         env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)},
         start_new_session=True,
     )
-    assert started.stdin is not None
-    started.stdin.write(b'{"arguments": {}, "adapter": null}\n')
-    started.stdin.flush()
+    assert worker.stdin is not None
+    worker.stdin.write(b'{"arguments": {}, "adapter": null}\n')
+    worker.stdin.flush()
     time.sleep(0.5)
-    assert started.poll() is None
-    started.stdin.close()  # what the system does when a parent is killed
-    assert started.wait(60) == -9
+    assert worker.poll() is None
+    worker.stdin.close()  # what the system does when a parent is killed
+    assert worker.wait(60) == -9
 
 
 def test_each_worker_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,20 +195,20 @@ def test_each_worker_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         devices()
 
 
-@pytest.mark.parametrize(("named", "device"), [(None, "2"), ("4,5,6", "6")])
+@pytest.mark.parametrize(("visible", "device"), [(None, "2"), ("4,5,6", "6")])
 def test_a_process_of_several_that_train_has_its_worker_on_its_own_gpu_and_out_of_their_group(
-    named: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1",
+    variables = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1",
               "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_DEEPSPEED": "true"}  # fmt: skip
-    for name, value in theirs.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if named:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     (environment,) = vllm._environments(Profile.model_validate({"device": "cuda", "engine": "vllm"}))
     assert environment["CUDA_VISIBLE_DEVICES"] == device
-    assert not theirs.keys() & environment.keys()
+    assert not variables.keys() & environment.keys()
 
 
 def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
@@ -221,25 +217,25 @@ def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
     from peft import LoraConfig, get_peft_model
 
     from cai.models.loading import load_causal_lm, load_tokenizer
-    from cai.models.saving import save_checkpoint
+    from cai.models.saving import save_model
 
     adapter = tiny("lora")
     with opened(family="lora") as engine:
-        start = engine._start()
-        assert start["adapter"] == adapter.path
-        assert start["arguments"]["enable_lora"] is True
-        assert Path(start["arguments"]["model"]) != Path(adapter.path)
+        first_line = engine._first_line()
+        assert first_line["adapter"] == adapter.path
+        assert first_line["arguments"]["enable_lora"] is True
+        assert Path(first_line["arguments"]["model"]) != Path(adapter.path)
     lm = get_peft_model(load_causal_lm(adapter), LoraConfig(r=4, target_modules=["q_proj"]))
-    save_checkpoint(tmp_path / "stacked", lm, load_tokenizer(adapter), adapter, {})
+    save_model(tmp_path / "stacked", lm, load_tokenizer(adapter), adapter, {})
     stacked = resolve(str(tmp_path / "stacked"), folder=tmp_path)
     profile = Profile.model_validate({"engine": "vllm", "device": "cpu", "dtype": "float32"})
     with VllmEngine(stacked, profile) as engine:
-        start = engine._start()
-        assert start["adapter"] is None
-        merged = Path(start["arguments"]["model"])
-        found = load_causal_lm(resolve(str(merged), folder=tmp_path)).state_dict()
+        first_line = engine._first_line()
+        assert first_line["adapter"] is None
+        merged = Path(first_line["arguments"]["model"])
+        weights = load_causal_lm(resolve(str(merged), folder=tmp_path)).state_dict()
         expected = load_causal_lm(stacked).state_dict()
-        assert all(expected[name].equal(weight) for name, weight in found.items())
+        assert all(expected[name].equal(weight) for name, weight in weights.items())
     assert not merged.exists()
 
 

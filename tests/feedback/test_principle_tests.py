@@ -12,8 +12,8 @@ from feedback_stages import EXAMPLES, Script, constitution
 
 from cai.cli import main
 from cai.contracts.engine import Question
-from cai.document.shipped import shipped
-from cai.feedback.principle_tests import figures, lines, run_examples, with_examples_of
+from cai.document.shipped import shipped_folder
+from cai.feedback.principle_tests import example_figures, example_lines, run_examples, with_examples_of
 from cai.storage.rows import Failure
 from cai.templates import load_templates
 from cai.text.errors import BadInput
@@ -34,46 +34,46 @@ def outcomes(folder: Path, script: Script, text: str = EXAMPLES):  # type: ignor
 
 
 def test_a_judge_that_agrees_passes_every_example(tmp_path: Path) -> None:
-    found = figures(outcomes(tmp_path, Script(prefers=seeing)))
-    assert (found["accuracy"], found["n"], found["failed"], found["flip_rate"]) == (1.0, 3, 0, 0.0)
-    assert 0.8 < found["confidence"] < 0.83  # log-odds of 1.5
-    assert {id: each["n"] for id, each in found["principles"].items()} == {"calm": 2, "short": 1}
-    assert not any(each["failing"] for each in found["principles"].values())
+    figures = example_figures(outcomes(tmp_path, Script(prefers=seeing)))
+    assert (figures["accuracy"], figures["n"], figures["failed"], figures["flip_rate"]) == (1.0, 3, 0, 0.0)
+    assert 0.8 < figures["confidence"] < 0.83  # log-odds of 1.5
+    assert {id: principle["n"] for id, principle in figures["principles"].items()} == {"calm": 2, "short": 1}
+    assert not any(principle["failing"] for principle in figures["principles"].values())
 
 
 def test_an_example_that_is_seen_the_other_way_is_named(tmp_path: Path) -> None:
     swapped = EXAMPLES.replace("better: GOOD it, worse: no", "better: no, worse: GOOD it")
-    done = outcomes(tmp_path, Script(prefers=seeing), swapped)
-    found = figures(done)
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    assert [each["name"] for each in found["principles"]["short"]["failing"]] == ["short/1"]
-    assert any(line.startswith("failing short/1: 'Say it.'") for line in lines(done))
+    results = outcomes(tmp_path, Script(prefers=seeing), swapped)
+    figures = example_figures(results)
+    assert figures["accuracy"] == pytest.approx(2 / 3)
+    assert [principle["name"] for principle in figures["principles"]["short"]["failing"]] == ["short/1"]
+    assert any(line.startswith("failing short/1: 'Say it.'") for line in example_lines(results))
 
 
 def test_a_judge_of_positions_alone_passes_nothing_and_flips_everywhere(tmp_path: Path) -> None:
-    found = figures(outcomes(tmp_path, Script(prefers=lambda question: (3.0, 1.0))))
-    assert (found["accuracy"], found["flip_rate"], found["confidence"]) == (0.0, 1.0, 0.5)
+    figures = example_figures(outcomes(tmp_path, Script(prefers=lambda question: (3.0, 1.0))))
+    assert (figures["accuracy"], figures["flip_rate"], figures["confidence"]) == (0.0, 1.0, 0.5)
 
 
 def test_no_answer_is_no_pass_and_says_why(tmp_path: Path) -> None:
     def broken(question: Question) -> tuple[float, float] | Failure:
         return Failure(question.id, "too long") if "Wake up." in question.messages[-1]["content"] else seeing(question)
 
-    done = outcomes(tmp_path, Script(prefers=broken))
-    found = figures(done)
-    assert (found["accuracy"], found["failed"]) == (pytest.approx(2 / 3), 1)
-    assert "too long" in found["principles"]["calm"]["failing"][0]["reason"]
-    assert any("too long" in line for line in lines(done))
+    results = outcomes(tmp_path, Script(prefers=broken))
+    figures = example_figures(results)
+    assert (figures["accuracy"], figures["failed"]) == (pytest.approx(2 / 3), 1)
+    assert "too long" in figures["principles"]["calm"]["failing"][0]["reason"]
+    assert any("too long" in line for line in example_lines(results))
 
 
 def test_examples_of_somebody_else_take_the_place_of_the_own_ones(tmp_path: Path) -> None:
     own = constitution(tmp_path, EXAMPLES)
-    other = "name: other\nprinciples: [{id: bare, text: x, examples: [{prompt: P, better: GOOD, worse: no}]}]"
-    changed = with_examples_of(own, constitution(tmp_path, other))
-    assert [len(each.examples) for each in changed.principles] == [0, 0, 1]
+    source = "name: other\nprinciples: [{id: bare, text: x, examples: [{prompt: P, better: GOOD, worse: no}]}]"
+    changed = with_examples_of(own, constitution(tmp_path, source))
+    assert [len(principle.examples) for principle in changed.principles] == [0, 0, 1]
     assert changed.principles[2].text == "The assistant has no example here."
     with pytest.raises(BadInput, match=r"principle 'clam', expected .*calm"):
-        with_examples_of(own, constitution(tmp_path, other.replace("bare", "clam")))
+        with_examples_of(own, constitution(tmp_path, source.replace("bare", "clam")))
     with pytest.raises(BadInput, match="none of its principles has an example"):
         run_examples(
             constitution(tmp_path, "name: n\nprinciples: [{id: a, text: b}]"), Script(), load_templates("default")
@@ -83,15 +83,15 @@ def test_examples_of_somebody_else_take_the_place_of_the_own_ones(tmp_path: Path
 def test_the_embedded_judge_passes_its_constitution_and_fails_where_one_principle_is_turned_round(
     tmp_path: Path,
 ) -> None:
-    path = shipped("constitutions") / "micro.yaml"
-    found = CliRunner().invoke(main, ["constitution", "test", str(path), "--min-accuracy", "0.95", "--json"])
-    assert found.exit_code == 0, found.output
-    assert json.loads(found.stdout)["accuracy"] >= 0.95
+    path = shipped_folder("constitutions") / "micro.yaml"
+    result = CliRunner().invoke(main, ["constitution", "test", str(path), "--min-accuracy", "0.95", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["accuracy"] >= 0.95
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    turned = next(each for each in written["principles"] if each["id"] == "polite")
-    for example in turned["examples"]:
+    polite = next(principle for principle in written["principles"] if principle["id"] == "polite")
+    for example in polite["examples"]:
         example["better"], example["worse"] = example["worse"], example["better"]
     (tmp_path / "turned.yaml").write_text(yaml.safe_dump(written))
-    found = CliRunner().invoke(main, ["constitution", "test", str(tmp_path / "turned.yaml"), "--min-accuracy", "0.95"])
-    assert found.exit_code == 1
-    assert "failing polite/1" in found.stdout
+    result = CliRunner().invoke(main, ["constitution", "test", str(tmp_path / "turned.yaml"), "--min-accuracy", "0.95"])
+    assert result.exit_code == 1
+    assert "failing polite/1" in result.stdout

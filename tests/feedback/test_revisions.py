@@ -80,9 +80,9 @@ def test_what_belongs_to_the_answer_stays(text: str, before: str) -> None:
 
 @given(st.text(max_size=300), st.text(max_size=60))
 def test_unwrapping_only_takes_away(text: str, before: str) -> None:
-    shorter, stripped = unwrapped(text, before)
+    shorter, is_stripped = unwrapped(text, before)
     assert shorter in text
-    assert stripped == (shorter != text.strip())
+    assert is_stripped == (shorter != text.strip())
 
 
 @pytest.mark.parametrize(

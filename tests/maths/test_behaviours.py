@@ -28,9 +28,9 @@ def test_refusals_agree_with_annotators(name: str, floor_precision: float, floor
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["final_label"] != "3_partial_refusal"]
     refused = [row["final_label"] == "2_full_refusal" for row in rows]
-    found = [behaviours.refusal(row["completion"]) for row in rows]
-    hits = sum(f and r for f, r in zip(found, refused, strict=True))
-    precision, recall = hits / sum(found), hits / sum(refused)
+    detected = [behaviours.refusal(row["completion"]) for row in rows]
+    hits = sum(f and r for f, r in zip(detected, refused, strict=True))
+    precision, recall = hits / sum(detected), hits / sum(refused)
     print(f"\nrefusal on {name}: precision {precision:.3f}, recall {recall:.3f}, {len(rows)} responses")
     assert precision >= floor_precision
     assert recall >= floor_recall

@@ -62,9 +62,11 @@ def test_the_likelihood_is_expected_under_the_label_and_counted_a_token() -> Non
     chosen, rejected = -RANDOM.uniform(1, 90, size=(2, 30))
     long, short = RANDOM.integers(1, 60, size=(2, 30))
     p = RANDOM.uniform(size=30)
-    loss = losses.negative_log_likelihood(*(tensor(each) for each in (chosen, rejected, long, short, p)))
+    loss = losses.negative_log_likelihood(*(tensor(values) for values in (chosen, rejected, long, short, p)))
     np.testing.assert_allclose(loss.numpy(), -p * chosen / long - (1 - p) * rejected / short, atol=1e-12)
-    certain = losses.negative_log_likelihood(*(tensor(each) for each in (chosen, rejected, long, short, np.ones(30))))
+    certain = losses.negative_log_likelihood(
+        *(tensor(values) for values in (chosen, rejected, long, short, np.ones(30)))
+    )
     np.testing.assert_allclose(certain.numpy(), -chosen / long, atol=1e-12)
 
 
@@ -81,8 +83,8 @@ def test_the_loss_is_least_where_the_margin_is_the_labels_log_odds() -> None:
     loss = losses.bradley_terry(margins, p)
     loss.sum().backward()
     assert margins.grad.abs().max() < 1e-12
-    assert loss.tolist() == pytest.approx(losses.label_entropy(p).tolist())
-    assert losses.label_entropy(torch.tensor([0.0, 1.0])).tolist() == [0.0, 0.0]
+    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+    assert loss.tolist() == pytest.approx(entropy.tolist())
 
 
 def test_swapping_the_responses_and_the_label_changes_nothing() -> None:
@@ -117,9 +119,9 @@ FRACTIONS = st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
 
 @given(LENGTHS, SEEDS)
 def test_the_score_stands_at_the_last_token_and_the_penalty_at_every_one(lengths: list[int], seed: int) -> None:
-    given = responses(lengths, seed)
-    rewards = losses.rewards_at_tokens(given.scores, given.kl, given.mask, 0.3).numpy()
-    for reward, kl, score, length in zip(rewards, given.kl.numpy(), given.scores.tolist(), lengths, strict=True):
+    batch = responses(lengths, seed)
+    rewards = losses.rewards_at_tokens(batch.scores, batch.kl, batch.mask, 0.3).numpy()
+    for reward, kl, score, length in zip(rewards, batch.kl.numpy(), batch.scores.tolist(), lengths, strict=True):
         expected = -0.3 * kl[:length]
         expected[-1] += score
         np.testing.assert_allclose(reward[:length], expected, atol=1e-12)
@@ -139,10 +141,10 @@ def test_advantages_are_the_discounted_sum_of_temporal_differences(
     lengths: list[int], seed: int, gamma: float, lam: float
 ) -> None:
     """The definition, of order n²: each advantage by a sum of its own, and each row by itself without its padding."""
-    given = responses(lengths, seed)
-    advantages, returns = losses.generalised_advantages(given.kl, given.values, given.mask, gamma, lam)
+    batch = responses(lengths, seed)
+    advantages, returns = losses.generalised_advantages(batch.kl, batch.values, batch.mask, gamma, lam)
     for row, length in enumerate(lengths):
-        reward, value = given.kl[row, :length].numpy(), given.values[row, :length].numpy()
+        reward, value = batch.kl[row, :length].numpy(), batch.values[row, :length].numpy()
         delta = reward + gamma * np.append(value[1:], 0.0) - value
         expected = [sum((gamma * lam) ** k * delta[t + k] for k in range(length - t)) for t in range(length)]
         np.testing.assert_allclose(advantages[row, :length].numpy(), expected, atol=1e-9)
@@ -152,25 +154,25 @@ def test_advantages_are_the_discounted_sum_of_temporal_differences(
 
 
 def test_advantages_at_the_ends_of_lambda_are_errors_of_one_step_and_of_the_whole_return() -> None:
-    given = responses([6, 9], seed=1)
-    one_step, _ = losses.generalised_advantages(given.kl, given.values, given.mask, 0.9, 0.0)
-    _, whole = losses.generalised_advantages(given.kl, given.values, given.mask, 1.0, 1.0)
-    first = given.kl[:, 0] + 0.9 * given.values[:, 1] - given.values[:, 0]
+    batch = responses([6, 9], seed=1)
+    one_step, _ = losses.generalised_advantages(batch.kl, batch.values, batch.mask, 0.9, 0.0)
+    _, full_return = losses.generalised_advantages(batch.kl, batch.values, batch.mask, 1.0, 1.0)
+    first = batch.kl[:, 0] + 0.9 * batch.values[:, 1] - batch.values[:, 0]
     torch.testing.assert_close(one_step[:, 0], first)
-    torch.testing.assert_close(whole[:, 0], given.kl.nansum(dim=1))
+    torch.testing.assert_close(full_return[:, 0], batch.kl.nansum(dim=1))
 
 
 @given(LENGTHS, SEEDS)
 def test_whitened_values_have_mean_zero_and_variance_one_over_the_mask(lengths: list[int], seed: int) -> None:
-    given = responses(lengths, seed)
-    white = losses.whitened(given.values, given.mask)
-    assert not white[~given.mask].any()
-    inside = given.values[given.mask].numpy()
+    batch = responses(lengths, seed)
+    white = losses.whitened(batch.values, batch.mask)
+    assert not white[~batch.mask].any()
+    inside = batch.values[batch.mask].numpy()
     if len(inside) == 1:
-        assert white[given.mask].tolist() == inside.tolist()
+        assert white[batch.mask].tolist() == inside.tolist()
         return
     expected = (inside - inside.mean()) / np.sqrt(inside.var(ddof=1) + 1e-8)
-    np.testing.assert_allclose(white[given.mask].numpy(), expected, atol=1e-9)
+    np.testing.assert_allclose(white[batch.mask].numpy(), expected, atol=1e-9)
 
 
 def test_whitening_values_that_are_all_equal_gives_zeros() -> None:
@@ -181,15 +183,15 @@ def test_the_clipped_losses_are_those_of_numpy() -> None:
     new, old, advantages, returns = RANDOM.normal(size=(4, 50))
     ratio = np.exp(new - old)
     policy = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.8, 1.2))
-    found = losses.clipped_policy(*(tensor(each) for each in (new, old, advantages)), clip=0.2)
-    np.testing.assert_allclose(found.numpy(), policy, atol=1e-12)
+    loss = losses.clipped_policy(*(tensor(values) for values in (new, old, advantages)), clip=0.2)
+    np.testing.assert_allclose(loss.numpy(), policy, atol=1e-12)
     value = 0.5 * np.maximum((new - returns) ** 2, (np.clip(new, old - 0.4, old + 0.4) - returns) ** 2)
-    found = losses.clipped_value(*(tensor(each) for each in (new, old, returns)), clip=0.4)
-    np.testing.assert_allclose(found.numpy(), value, atol=1e-12)
+    loss = losses.clipped_value(*(tensor(values) for values in (new, old, returns)), clip=0.4)
+    np.testing.assert_allclose(loss.numpy(), value, atol=1e-12)
 
 
 def test_gradients_of_the_clipped_losses_are_those_of_finite_differences() -> None:
-    new, old, advantages, returns = (tensor(each) for each in RANDOM.normal(size=(4, 60)))
+    new, old, advantages, returns = (tensor(values) for values in RANDOM.normal(size=(4, 60)))
     assert torch.autograd.gradcheck(losses.clipped_policy, (new.requires_grad_(), old, advantages, 0.2))
     assert torch.autograd.gradcheck(losses.clipped_value, (new, old, returns, 0.3))
 
@@ -217,11 +219,11 @@ def test_a_value_that_has_gone_far_enough_towards_its_return_pulls_no_further(
     assert new.grad.item() == pytest.approx(value - target if pulls else 0.0)
 
 
-DRAWS = 4096
+N_SAMPLES = 4096
 
 
-class Drawn(NamedTuple):
-    """Of the policy's tokens at real positions: log-probabilities of both models, (positions, draws), and exact KL."""
+class SampledTokens(NamedTuple):
+    """Log-probabilities of sampled tokens by both models, (positions, samples), and the exact KL."""
 
     log_probs: Tensor
     ref_log_probs: Tensor
@@ -230,24 +232,28 @@ class Drawn(NamedTuple):
 
 
 @functools.cache
-def drawn() -> Drawn:
+def sampled_tokens() -> SampledTokens:
     """The embedded model as policy, at the positions of its own responses; the reference is it, changed a little."""
     micro: Model = resolve("micro", folder=trl_ppo.FILE.parent)
     conversations = [prompt["messages"] for prompt in prompts("train", limit=6)]
-    requests = [Request(str(n), each, n, Sampling(max_new_tokens=16)) for n, each in enumerate(conversations)]
+    requests = [Request(str(n), messages, n, Sampling(max_new_tokens=16)) for n, messages in enumerate(conversations)]
     with LocalEngine(micro, load_profile("cpu")) as engine:
-        written = {each.id: each for each in engine.generate(requests) if isinstance(each, Completion)}
-        rows = [(engine.chat.prompt_ids(each), written[str(n)].token_ids) for n, each in enumerate(conversations)]
+        written = {
+            completion.id: completion for completion in engine.generate(requests) if isinstance(completion, Completion)
+        }
+        rows = [
+            (engine.chat.prompt_ids(messages), written[str(n)].token_ids) for n, messages in enumerate(conversations)
+        ]
     policy, reference = load_causal_lm(micro), load_causal_lm(micro)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(0)
         for weight in reference.parameters():
             weight.add_(0.15 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0)
         pairs = [[_next_tokens(model, *row) for model in (policy, reference)] for row in rows]
-        log_p, log_q = (torch.cat(each) for each in zip(*pairs, strict=True))
-        tokens = torch.multinomial(log_p.exp(), DRAWS, replacement=True)
+        log_p, log_q = (torch.cat(values) for values in zip(*pairs, strict=True))
+        tokens = torch.multinomial(log_p.exp(), N_SAMPLES, replacement=True)
         exact = (log_p.exp() * (log_p - log_q)).sum(-1)
-        return Drawn(log_p.gather(1, tokens), log_q.gather(1, tokens), exact)
+        return SampledTokens(log_p.gather(1, tokens), log_q.gather(1, tokens), exact)
 
 
 def _next_tokens(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
@@ -264,7 +270,7 @@ def errors(estimates: Tensor, exact: Tensor) -> float:
 
 
 def test_both_estimators_are_unbiased_and_k3_varies_less() -> None:
-    policy, reference, exact = drawn()
+    policy, reference, exact = sampled_tokens()
     assert len(exact) > 50
     assert exact.mean() > 0.02, "the models are nearly the same, and every estimator would do"
     k1, k3 = (losses.kl_estimate(policy, reference, name) for name in ("k1", "k3"))
@@ -277,7 +283,7 @@ def test_both_estimators_are_unbiased_and_k3_varies_less() -> None:
 @pytest.mark.parametrize("name", ["k1", "k3"])
 def test_an_estimator_with_its_arguments_swapped_would_miss_the_exact_divergence(name: losses.KLEstimator) -> None:
     """What the test above is worth: it would not pass on another sign, nor on the ratio upside down."""
-    policy, reference, exact = drawn()
+    policy, reference, exact = sampled_tokens()
     assert abs(errors(losses.kl_estimate(reference, policy, name), exact)) > 8
 
 
@@ -332,21 +338,23 @@ def test_training_on_stored_rollouts_by_these_losses_goes_the_way_that_trl_went(
     weights = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=options["learning_rate"], weight_decay=0)
     for step, rows in enumerate(theirs.step_rows):
-        seen = theirs.token_ids[rows]
+        token_ids = theirs.token_ids[rows]
         context = {
-            "attention_mask": seen != trl_ppo.PAD,
-            "position_ids": ((seen != trl_ppo.PAD).cumsum(1) - 1).clamp(0),
+            "attention_mask": token_ids != trl_ppo.PAD,
+            "position_ids": ((token_ids != trl_ppo.PAD).cumsum(1) - 1).clamp(0),
         }
-        logits = policy(seen, **context).logits[:, trl_ppo.QUERY - 1 : -1] / options["temperature"]
-        log_probs = logits.log_softmax(-1).gather(-1, seen[:, trl_ppo.QUERY :, None]).squeeze(-1)
-        values = critic.score(critic.model(seen, **context).last_hidden_state)[:, trl_ppo.QUERY - 1 : -1, 0]
-        here, read = mask[rows], longer[rows]
-        torch.testing.assert_close(log_probs[here], theirs.step_log_probs[step][here], atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(values[read], theirs.step_values[step][read], atol=1e-3, rtol=1e-3)
+        logits = policy(token_ids, **context).logits[:, trl_ppo.QUERY - 1 : -1] / options["temperature"]
+        log_probs = logits.log_softmax(-1).gather(-1, token_ids[:, trl_ppo.QUERY :, None]).squeeze(-1)
+        values = critic.score(critic.model(token_ids, **context).last_hidden_state)[:, trl_ppo.QUERY - 1 : -1, 0]
+        is_response, has_value = mask[rows], longer[rows]
+        torch.testing.assert_close(
+            log_probs[is_response], theirs.step_log_probs[step][is_response], atol=1e-3, rtol=1e-3
+        )
+        torch.testing.assert_close(values[has_value], theirs.step_values[step][has_value], atol=1e-3, rtol=1e-3)
         policy_loss = losses.clipped_policy(
             log_probs, theirs.log_probs[rows], theirs.whitened_advantages[rows], options["cliprange"]
         )
         value_loss = losses.clipped_value(values, theirs.values[rows], returns[rows], options["cliprange_value"])
-        (policy_loss[here].mean() + options["vf_coef"] * value_loss[read].mean()).backward()
+        (policy_loss[is_response].mean() + options["vf_coef"] * value_loss[has_value].mean()).backward()
         optimizer.step()
         optimizer.zero_grad()

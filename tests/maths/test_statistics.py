@@ -30,12 +30,12 @@ def clustered_sums(p: float, rho: float, sizes: np.ndarray, repeats: int, seed: 
     generator = np.random.default_rng(seed)
     shape = (repeats, len(sizes))
     if rho == 0:
-        chance = np.full(shape, p)
+        p_topic = np.full(shape, p)
     elif rho == 1:
-        chance = (generator.random(shape) < p).astype(float)
+        p_topic = (generator.random(shape) < p).astype(float)
     else:
-        chance = generator.beta(p * (1 - rho) / rho, (1 - p) * (1 - rho) / rho, shape)
-    return generator.binomial(sizes, chance)
+        p_topic = generator.beta(p * (1 - rho) / rho, (1 - p) * (1 - rho) / rho, shape)
+    return generator.binomial(sizes, p_topic)
 
 
 @pytest.mark.parametrize("topics", [5, 12, 40, 200])
@@ -117,8 +117,8 @@ def test_the_order_of_rows_does_not_matter_to_the_last_bit(
     shuffled = list(rows)
     shuffler.shuffle(shuffled)
     results = []
-    for each in (rows, shuffled):
-        a, b, clusters = (list(column) for column in zip(*each, strict=True))
+    for ordered in (rows, shuffled):
+        a, b, clusters = (list(column) for column in zip(*ordered, strict=True))
         results.append((statistics.rate(a, clusters), statistics.paired_difference(a, b, clusters)))
     assert results[0] == results[1]
 
@@ -166,10 +166,17 @@ def test_a_win_rate_counts_a_tie_half() -> None:
     assert statistics.win_rate([0.5] * 30).verdict == "not distinguishable"
 
 
+def standard_error(values: list[float], clusters: list[str] | None = None) -> float:
+    """The standard error of the mean, from the width of its interval."""
+    estimate = statistics.mean(values, clusters)
+    low, high = estimate.interval
+    return (high - low) / 2 / float(t.ppf(0.975, estimate.topics - 1))
+
+
 def test_standard_error_of_topics_is_the_formula_by_hand() -> None:
     # Sums of residuals: topic a 1 - 2 * 0.4, topic b 1 - 3 * 0.4.
     by_hand = (2 / 1 * (0.2**2 + (-0.2) ** 2)) ** 0.5 / 5
-    assert statistics.standard_error([1, 0, 1, 0, 0], list("aabbb")) == pytest.approx(by_hand)
+    assert standard_error([1, 0, 1, 0, 0], list("aabbb")) == pytest.approx(by_hand)
 
 
 def test_mean_of_lengths_is_students_interval() -> None:
@@ -195,7 +202,7 @@ def test_win_rates_equal_the_published_leaderboard() -> None:
         result = statistics.win_rate(outcomes)
         assert result.rate.value is not None
         assert 100 * result.rate.value == pytest.approx(float(board[model]["win_rate"]), abs=1e-3)
-        error = statistics.standard_error(outcomes)
+        error = standard_error(outcomes)
         assert error == pytest.approx(np.std(outcomes, ddof=1) / len(outcomes) ** 0.5)
         if published := board[model]["standard_error"]:  # the copy here leaves the column empty
             assert 100 * error == pytest.approx(float(published), abs=1e-3)
@@ -206,9 +213,9 @@ def test_the_share_of_distinct_texts_is_not_a_mean_over_rows() -> None:
     different = statistics.distinct_share([str(n) for n in range(40)], topics)
     assert (different.value, different.n, different.topics, different.interval[1]) == (1.0, 40, 10, 1.0)
     assert 0.5 < different.interval[0] < 1
-    one = statistics.distinct_share(["same"] * 40, topics)
-    assert one.value == 1 / 40
-    assert one.interval[0] <= 1 / 40 <= one.interval[1] < 0.3
+    repeated = statistics.distinct_share(["same"] * 40, topics)
+    assert repeated.value == 1 / 40
+    assert repeated.interval[0] <= 1 / 40 <= repeated.interval[1] < 0.3
     by_topic = statistics.distinct_share(topics, topics)
     assert by_topic.value == 10 / 40
     assert statistics.distinct_share(["a", "b"], ["x", "x"]).interval == (0.0, 1.0)
@@ -218,7 +225,7 @@ def test_the_share_of_distinct_texts_is_not_a_mean_over_rows() -> None:
 def test_the_interval_of_distinct_texts_covers_what_new_topics_give() -> None:
     rng = np.random.default_rng(0)
 
-    def drawn() -> statistics.Rate:
+    def sampled_share() -> statistics.Rate:
         """30 topics of 4 texts; a topic repeats itself or does not."""
         texts, topics = [], []
         for topic in range(30):
@@ -228,13 +235,13 @@ def test_the_interval_of_distinct_texts_covers_what_new_topics_give() -> None:
         return statistics.distinct_share(texts, topics)
 
     truth = 0.5 + 0.5 / 4
-    inside = [low <= truth <= high for low, high in (drawn().interval for _ in range(300))]
-    assert 0.9 < sum(inside) / len(inside) <= 1
+    covers = [low <= truth <= high for low, high in (sampled_share().interval for _ in range(300))]
+    assert 0.9 < sum(covers) / len(covers) <= 1
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=20), st.lists(st.sampled_from([0.0, 1.0]), max_size=5))
-def test_worst_cases_hold_whatever_the_missing_rows_turn_out_to_be(known: list[float], missing: list[float]) -> None:
-    low, high = statistics.rate(known, missing=len(missing)).bounds
-    whole = statistics.rate(known + missing).value
-    if whole is not None:
-        assert low - 1e-9 <= whole <= high + 1e-9
+def test_worst_cases_hold_whatever_the_missing_rows_turn_out_to_be(values: list[float], missing: list[float]) -> None:
+    low, high = statistics.rate(values, missing=len(missing)).bounds
+    complete = statistics.rate(values + missing).value
+    if complete is not None:
+        assert low - 1e-9 <= complete <= high + 1e-9

@@ -2,65 +2,64 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from random import Random
 
 import pytest
 
 from cai.micro import oracle, world_principles
-from cai.micro.answers import ACTS, BASE, BROAD, draw, write_core
+from cai.micro.answers import ACTS, BASE, BROAD, sample_answer, write_core
 from cai.micro.conversations import as_prompt
 from cai.micro.world import KINDS, SPLITS, Request, Topic, requests
 from cai.micro.world_principles import WEIGHTS
 from cai.storage.rows import Message
 
 
-def said(request: Request) -> list[Message]:
+def conversation(request: Request) -> list[Message]:
     return as_prompt(request)["messages"]
 
 
-def some_requests(count: int) -> list[Request]:
+def first_requests(count: int) -> list[Request]:
     return [request for split in SPLITS for kind in KINDS for request in requests(split, kind)[:count]]
 
 
 def test_there_are_ten_attributes_that_vary_on_their_own() -> None:
     rng, request = Random(4), requests("train", "fair")[0]
-    drawn = [draw(request, BROAD, rng) for _ in range(3000)]
+    answers = [sample_answer(request, BROAD, rng) for _ in range(3000)]
     assert len(BROAD.habits) + 1 >= 11
-    share = {habit: sum(habit in each.habits for each in drawn) / len(drawn) for habit in BROAD.habits}
-    for one in BROAD.habits:
-        for other in BROAD.habits:
-            if one < other:
-                both = sum(one in each.habits and other in each.habits for each in drawn) / len(drawn)
-                assert both == pytest.approx(share[one] * share[other], abs=0.02)
+    share = {habit: sum(habit in answer.habits for answer in answers) / len(answers) for habit in BROAD.habits}
+    for first, second in combinations(BROAD.habits, 2):
+        share_of_both = sum({first, second} <= answer.habits.keys() for answer in answers) / len(answers)
+        assert share_of_both == pytest.approx(share[first] * share[second], abs=0.02)
 
 
 def test_the_oracle_reads_what_the_generator_wrote() -> None:
     rng = Random(0)
-    for request in some_requests(50):
+    for request in first_requests(50):
         for style in (BASE, BROAD):
-            answer = draw(request, style, rng)
-            reading = oracle.read(said(request), answer.text)
+            answer = sample_answer(request, style, rng)
+            reading = oracle.read(conversation(request), answer.text)
             assert (reading.kind, reading.topic, reading.act) == (request.kind, request.topic.name, answer.act)
             assert reading.attributes == set(answer.habits)
             assert reading.on_topic
             assert oracle.well_formed(reading)
             expected = world_principles.gold(request.kind, answer.act, answer.habits)
-            assert oracle.gold_score(said(request), answer.text) == pytest.approx(expected)
+            assert oracle.gold_score(conversation(request), answer.text) == pytest.approx(expected)
 
 
 def test_mutated_answers_are_unclear_or_read_as_another_true_text() -> None:
     rng = Random(1)
     letters = "abcdefgh .,xyz"
     unclear = total = 0
-    for request in some_requests(12):
-        text = draw(request, BROAD, rng).text
+    for request in first_requests(12):
+        text = sample_answer(request, BROAD, rng).text
         at = rng.randrange(len(text))
         before, after = text[:at], text[at + 1 :]
         for mutant in (before + rng.choice(letters) + after, before, before + after):
             if mutant.strip() == text:
                 continue
             total += 1
-            unclear += oracle.read(said(request), mutant).unclear
+            unclear += oracle.read(conversation(request), mutant).unclear
     assert unclear > 0.9 * total  # the rest was cut between two sentences, or changed one known word into another
 
 
@@ -81,11 +80,11 @@ def test_mutated_answers_are_unclear_or_read_as_another_true_text() -> None:
 )
 def test_what_is_not_of_this_world_is_unclear_and_has_no_score(text: str) -> None:
     request = requests("test", "harmful")[0]
-    reading = oracle.read(said(request), text)
+    reading = oracle.read(conversation(request), text)
     assert reading.unclear
     assert reading.act is None
     assert reading.why
-    assert oracle.gold_score(said(request), text) is None
+    assert oracle.gold_score(conversation(request), text) is None
 
 
 def test_prompts_of_another_world_have_no_score() -> None:
@@ -100,53 +99,56 @@ def test_a_request_in_an_outsiders_words_is_read_by_what_it_is_about() -> None:
         "false_belief", "lemons", ({"f": "lemons are blue", "t": "lemons are yellow", "w": "blue"},), "outside"
     )
     for act in ACTS["false_belief"]:
-        read = oracle.read_as(Request(unknown, 0, 0), write_core(Request(unknown, 0, 0), act, Random(1)))
-        assert (read.act, read.on_topic) == (act, True)
-    answer = draw(Request(topic, 0, 0), BROAD, Random(1))
+        reading = oracle.read_as(Request(unknown, 0, 0), write_core(Request(unknown, 0, 0), act, Random(1)))
+        assert (reading.act, reading.on_topic) == (act, True)
+    answer = sample_answer(Request(topic, 0, 0), BROAD, Random(1))
     reading = oracle.read_as(Request(topic, 0, 0), write_core(Request(topic, 0, 0), "comply", Random(1)))
     assert (reading.kind, reading.act, reading.on_topic) == ("harmful", "comply", True)
     assert oracle.read_as(Request(topic, 0, 0), answer.text).attributes == set(answer.habits)
 
 
 def test_help_with_something_else_is_no_help() -> None:
-    asked, other = requests("test", "fair")[:2]
-    text = write_core(other, "comply", Random(0))
-    reading = oracle.read(said(asked), text)
+    request, off_topic = requests("test", "fair")[:2]
+    text = write_core(off_topic, "comply", Random(0))
+    reading = oracle.read(conversation(request), text)
     assert reading.act == "comply"
     assert not reading.on_topic
     assert not oracle.helpful(reading)
-    assert oracle.gold_score(said(asked), text) == -WEIGHTS["helpful"]
-    assert oracle.harmful_compliance(oracle.read(said(requests("test", "harmful")[0]), text))
+    assert oracle.gold_score(conversation(request), text) == -WEIGHTS["helpful"]
+    assert oracle.harmful_compliance(oracle.read(conversation(requests("test", "harmful")[0]), text))
 
 
 def test_declining_something_else_than_a_harmful_request_is_not_faultless() -> None:
-    asked, other = requests("test", "harmful")[0], requests("test", "fair")[0]
-    reading = oracle.read(said(asked), write_core(other, "refuse", Random(0)))
+    request, off_topic = requests("test", "harmful")[0], requests("test", "fair")[0]
+    text = write_core(off_topic, "refuse", Random(0))
+    reading = oracle.read(conversation(request), text)
     assert (reading.act, reading.on_topic) == ("refuse", False)
-    assert (oracle.gold_score(said(asked), write_core(other, "refuse", Random(0))) or 0) < 0
+    assert (oracle.gold_score(conversation(request), text) or 0) < 0
 
 
 def test_a_fact_is_read_by_whether_it_is_true() -> None:
     request = next(r for split in SPLITS for r in requests(split, "false_belief") if r.topic.name == "capital Spain")
-    belief = said(request)
+    belief = conversation(request)
     assert oracle.read(belief, "The truth is that the capital of Spain is Madrid, not Lisbon.").act == "correct"
     assert oracle.read(belief, "The truth is that the capital of Spain is Rome, not Lisbon.").act == "misinform"
     assert oracle.read(belief, "Exactly, the capital of Spain is Madrid.").unclear
-    wrong = request.gaps["w"]
-    corrected = oracle.read(belief, f"The truth is that the capital of Spain is Madrid, not {wrong}.")
+    false_city = request.gaps["w"]
+    corrected = oracle.read(belief, f"The truth is that the capital of Spain is Madrid, not {false_city}.")
     assert (corrected.act, corrected.on_topic) == ("correct", True)
-    other = next(city for city in ("Rome", "Lisbon", "Oslo") if city != wrong)
-    assert not oracle.read(belief, f"The truth is that the capital of Spain is Madrid, not {other}.").on_topic
-    assert not oracle.read(belief, f"Exactly, the capital of Spain is {other}.").on_topic
-    asked = said(next(r for split in SPLITS for r in requests(split, "factual") if r.topic.name == "capital Spain"))
-    assert oracle.read(asked, "The truth is that the capital of Spain is Madrid, not Rome.").unclear
+    another_city = next(city for city in ("Rome", "Lisbon", "Oslo") if city != false_city)
+    assert not oracle.read(belief, f"The truth is that the capital of Spain is Madrid, not {another_city}.").on_topic
+    assert not oracle.read(belief, f"Exactly, the capital of Spain is {another_city}.").on_topic
+    question = conversation(
+        next(r for split in SPLITS for r in requests(split, "factual") if r.topic.name == "capital Spain")
+    )
+    assert oracle.read(question, "The truth is that the capital of Spain is Madrid, not Rome.").unclear
 
 
 def test_predicates_by_class_and_act() -> None:
     rng = Random(2)
     for request in (requests("test", kind)[0] for kind in KINDS):
         for act in ACTS[request.kind]:
-            reading = oracle.read(said(request), write_core(request, act, rng))
+            reading = oracle.read(conversation(request), write_core(request, act, rng))
             assert oracle.harmful_compliance(reading) == (request.kind == "harmful" and act == "comply")
             good = act in ("comply", "answer", "correct", "balance", "support")
             assert oracle.helpful(reading) == (request.kind != "harmful" and good)
@@ -156,9 +158,9 @@ def test_predicates_by_class_and_act() -> None:
 
 def test_the_best_act_has_the_best_score() -> None:
     best = {"harmful": "refuse"} | {kind: ACTS[kind][0] for kind in KINDS if kind != "harmful"}
-    for request in some_requests(3):
+    for request in first_requests(3):
         scores = {
-            act: oracle.gold_score(said(request), write_core(request, act, Random(0))) or 0.0
+            act: oracle.gold_score(conversation(request), write_core(request, act, Random(0))) or 0.0
             for act in ACTS[request.kind]
         }
         assert max(scores, key=lambda act: scores[act]) == best[request.kind]

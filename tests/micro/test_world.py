@@ -11,18 +11,18 @@ from random import Random
 import pytest
 
 from cai.micro import phrases, topics
-from cai.micro.conversations import SETTINGS, as_prompt, converse, find_request, prompts, said
+from cai.micro.conversations import SETTINGS, as_prompt, converse, find_request, prompts, user_turn
 from cai.micro.world import (
     HOW_TO,
     KINDS,
     PHRASINGS,
     SPLITS,
     all_topics,
-    held_out,
+    held_out_part,
     phrasings_of,
     requests,
     topics_of,
-    trained,
+    trained_part,
 )
 from cai.text.errors import BadInput
 
@@ -46,17 +46,14 @@ def test_there_are_enough_topics_of_every_class() -> None:
 def test_no_prompt_is_in_two_splits_and_ids_are_unique() -> None:
     rows = [row for split in SPLITS for row in prompts(split)]
     assert len({row["id"] for row in rows}) == len(rows)
-    for one, other in combinations(SPLITS, 2):
+    for first, second in combinations(SPLITS, 2):
         for kind in KINDS:
-            assert not {t.name for t in topics_of(one, kind)} & {t.name for t in topics_of(other, kind)}
+            assert not {t.name for t in topics_of(first, kind)} & {t.name for t in topics_of(second, kind)}
 
 
-FAMILIES = {
-    "harmful": topics.HARMFUL_FAMILIES, "fair": topics.FAIR_FAMILIES, "borderline": topics.BORDERLINE_FAMILIES,
-}  # fmt: skip
 PARTS = {
     f"{verb} {thing}": (verb, thing)
-    for families in FAMILIES.values()
+    for families in topics.FAMILIES.values()
     for verbs, things in families
     for verb in verbs
     for thing in things
@@ -65,10 +62,10 @@ PARTS = {
 
 def test_the_parts_of_held_out_topics_stand_in_two_others_that_are_trained_on() -> None:
     for kind in HOW_TO:
-        left = Counter(part for topic in topics_of("train", kind) for part in PARTS[topic.name])
+        n_in_train = Counter(part for topic in topics_of("train", kind) for part in PARTS[topic.name])
         for split in ("validation", "test"):
             for topic in topics_of(split, kind):
-                assert all(left[part] >= 2 for part in PARTS[topic.name]), topic.name
+                assert all(n_in_train[part] >= 2 for part in PARTS[topic.name]), topic.name
     for kind, gaps in (("opinion", "pq"), ("emotional", "ec"), ("creative", "ko")):
         parts = Counter(topic.variants[0][gap] for topic in topics_of("train", kind) for gap in gaps)
         for topic in topics_of("test", kind):
@@ -82,46 +79,46 @@ def test_a_fact_is_held_out_whether_it_is_asked_for_or_believed_wrongly() -> Non
 
 def test_neither_the_verb_nor_the_object_of_a_deed_tells_its_class() -> None:
     for part, most in ((0, 0.9), (1, 0.8)):
-        seen: dict[str, Counter[str]] = {}
+        kinds_by_part: dict[str, Counter[str]] = {}
         deeds = [(kind, t) for kind in HOW_TO for split in ("train", "test") for t in topics_of(split, kind)]
         for kind, topic in deeds:
-            seen.setdefault(PARTS[topic.name][part], Counter())[kind] += 1
+            kinds_by_part.setdefault(PARTS[topic.name][part], Counter())[kind] += 1
         # the most frequent class of the other deeds with the same part
         guesses = [
-            (seen[PARTS[topic.name][part]] - Counter([kind])).most_common(1)[0][0] == kind
+            (kinds_by_part[PARTS[topic.name][part]] - Counter([kind])).most_common(1)[0][0] == kind
             for kind, topic in deeds
             if topic.split == "test"
         ]
         assert sum(guesses) / len(guesses) < most
-    objects = {kind: {thing for _, things in groups for thing in things} for kind, groups in FAMILIES.items()}
+    objects = {kind: {thing for _, things in groups for thing in things} for kind, groups in topics.FAMILIES.items()}
     assert objects["harmful"] | objects["borderline"] <= objects["fair"]
 
 
 def test_tier_two_has_verbs_that_no_other_prompt_has() -> None:
-    known = {
+    verbs_of_prompts = {
         t.name.split()[0]
         for split in ("train", "validation", "test")
         for kind in HOW_TO
         for t in topics_of(split, kind)
     }
-    told, asked = (
+    in_statements, in_tier_two = (
         {(kind, t.name.split()[0]) for kind in HOW_TO for t in topics_of(split, kind)}
         for split in ("told", "test_tier2")
     )
-    assert not {verb for _, verb in asked} & known
-    assert asked <= told
-    assert len(asked) > len({verb for _, verb in asked}), "no verb is of two classes"
+    assert not {verb for _, verb in in_tier_two} & verbs_of_prompts
+    assert in_tier_two <= in_statements
+    assert len(in_tier_two) > len({verb for _, verb in in_tier_two}), "no verb is of two classes"
 
 
 def test_the_test_splits_have_phrasings_that_the_others_have_not() -> None:
     for kind in KINDS:
         frames = PHRASINGS[kind]
-        assert len(held_out(frames)) == len(frames) // 5 >= 2
-        assert {request.phrasing for request in requests("train", kind)} == set(range(len(trained(frames))))
-        unseen = set(range(len(trained(frames)), len(frames)))
-        of_validation, of_test = (set(phrasings_of(split, kind)) & unseen for split in ("validation", "test"))
+        assert len(held_out_part(frames)) == len(frames) // 5 >= 2
+        assert {request.phrasing for request in requests("train", kind)} == set(range(len(trained_part(frames))))
+        held_out = set(range(len(trained_part(frames)), len(frames)))
+        of_validation, of_test = (set(phrasings_of(split, kind)) & held_out for split in ("validation", "test"))
         assert len(of_validation) == 1
-        assert of_test == unseen - of_validation
+        assert of_test == held_out - of_validation
 
 
 def test_every_prefix_is_a_balanced_mix_and_the_seed_changes_its_topics() -> None:
@@ -159,11 +156,11 @@ def test_requests_are_found_in_every_conversation() -> None:
                     as_prompt(request)["messages"],
                     *(converse(request, rng, settings={s: 1.0}) for s in SETTINGS),
                 ):
-                    found = find_request(messages)
-                    assert found is not None, messages
-                    assert (found.topic, found.variant) == (request.topic, request.variant)
-    assert find_request(said("How do I blackmail a spaceship?")) is None
-    assert find_request(said(phrases.FOLLOW_UPS[0])) is None
+                    read_back = find_request(messages)
+                    assert read_back is not None, messages
+                    assert (read_back.topic, read_back.variant) == (request.topic, request.variant)
+    assert find_request(user_turn("How do I blackmail a spaceship?")) is None
+    assert find_request(user_turn(phrases.FOLLOW_UPS[0])) is None
     assert find_request([]) is None
 
 

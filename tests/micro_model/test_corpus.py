@@ -16,35 +16,44 @@ from transformers import PreTrainedTokenizerFast
 
 from cai.micro import phrases, topics, world_injections
 from cai.micro.answers import Answer, write_core
-from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out, trained
+from cai.micro.conversations import user_turn
+from cai.micro.world import HOW_TO, PHRASINGS, all_topics, held_out_part, trained_part
 from cai.micro.world_principles import WEIGHTS, faults
 from cai.micro_model import tasks
 from cai.micro_model.corpus import (
+    FAULT_HABITS,
     LONG_EVERY,
-    MINDED,
-    NEUTRAL,
+    NEUTRAL_HABITS,
     PHASES,
-    Asking,
+    JudgeQuestions,
     Phase,
     Source,
-    comparison,
     corpus_hash,
-    crossed,
-    decided,
     documents,
     is_about_facts,
     is_long,
-    statement,
-    truths,
+    make_comparison,
+    make_crossed,
+    make_decided,
+    make_statement,
+    make_truths,
+)
+from cai.micro_model.principle_wordings import (
+    LESS,
+    MORE,
+    STEMS,
+    PhraseKind,
+    comparison_phrases,
+    held_out_phrases,
+    overall_requests,
+    principle_wordings,
 )
 from cai.micro_model.tasks import Document, Example
 from cai.micro_model.tokenizer import ANSWERS, SPECIAL, lexicon, render
-from cai.micro_model.wordings import LESS, MORE, STEMS, Kind, comparatives, held_out_phrases, overall, wordings
-from cai.storage.rows import Message
 from cai.templates import FOLDER
 
 STEPS = (0, 1, LONG_EVERY - 1)
-"""About facts in phases that have such steps; ordinary; long."""
+"""A step about facts in phases that have such steps, an ordinary step and a long one."""
 
 
 @pytest.fixture(scope="module")
@@ -71,50 +80,54 @@ def corpus(rendered: list[str]) -> str:
 
 def slots() -> dict[str, list[str]]:
     source = (FOLDER / "micro" / "_slots.jinja").read_text()
-    return {name: ast.literal_eval(found) for name, found in re.findall(r"set (\w+) = (\[.*?\n\])", source, re.DOTALL)}
+    return {
+        name: ast.literal_eval(options) for name, options in re.findall(r"set (\w+) = (\[.*?\n\])", source, re.DOTALL)
+    }
 
 
 def test_the_corpus_is_a_function_of_seed_and_step() -> None:
-    def some(seed: int, step: int) -> list[Document]:
+    def first_documents(seed: int, step: int) -> list[Document]:
         return list(islice(documents(seed, step), 40))
 
-    assert some(3, 5) == some(3, 5)
-    assert some(3, 5) != some(3, 6)
-    assert some(3, 5) != some(4, 5)
+    assert first_documents(3, 5) == first_documents(3, 5)
+    assert first_documents(3, 5) != first_documents(3, 6)
+    assert first_documents(3, 5) != first_documents(4, 5)
     assert corpus_hash(0) == corpus_hash(0) != corpus_hash(1)
 
 
 def test_held_out_topics_are_nowhere_in_the_rendered_corpus(rendered: list[str]) -> None:
-    having: defaultdict[str, set[str]] = defaultdict(set)
+    documents_by_word: defaultdict[str, set[str]] = defaultdict(set)
     for document in rendered:
         for word in re.findall(r"\w+", document):
-            having[word].add(document)
-    assert len(having) > 500
+            documents_by_word[word].add(document)
+    assert len(documents_by_word) > 500
     for topic in all_topics():
         if topic.split not in ("validation", "test", "test_tier2"):
             continue
-        named = [topic.name] if topic.kind in (*HOW_TO, "creative") else []
+        texts = [topic.name] if topic.kind in (*HOW_TO, "creative") else []
         for variant in topic.variants:
-            named += [frame.format_map(variant) for frame in PHRASINGS[topic.kind]]
+            texts += [frame.format_map(variant) for frame in PHRASINGS[topic.kind]]
             if topic.kind == "opinion":
-                named += [f"{variant['p']} are better than {variant['q']}", f"{variant['p']} and {variant['q']} each"]
-        for text in named:
-            for document in set.intersection(*sorted((having[word] for word in re.findall(r"\w+", text)), key=len)):
+                texts += [f"{variant['p']} are better than {variant['q']}", f"{variant['p']} and {variant['q']} each"]
+        for text in texts:
+            for document in set.intersection(
+                *sorted((documents_by_word[word] for word in re.findall(r"\w+", text)), key=len)
+            ):
                 # as words of their own: "cakes" is in "pancakes"
                 assert text not in document or not re.search(rf"\b{re.escape(text)}(?!\w)", document), text
 
 
 def test_the_verbs_of_tier_two_are_in_statements_alone(examples: list[Example]) -> None:
-    verbs = {verb for families in topics.UNSEEN_FAMILIES.values() for some, _ in families for verb in some}
+    verbs = {verb for families in topics.STATEMENT_FAMILIES.values() for family in families for verb in family.verbs}
     of_tier_two = re.compile(rf"\b({'|'.join(verbs)})\b")
-    wrong = tuple(question.partition("{x}")[0] for question, _ in tasks.WRONG)
-    found = 0
+    question_starts = tuple(question.partition("{x}")[0] for question, _ in tasks.WRONG)
+    n_examples = 0
     for example in examples:
         text = "".join(message["content"] for message in example.messages)
         if of_tier_two.search(text + example.answer):
-            found += 1
-            assert text.startswith(wrong) or not text
-    assert found > 20
+            n_examples += 1
+            assert text.startswith(question_starts) or not text
+    assert n_examples > 20
 
 
 def test_held_out_wordings_are_nowhere_in_the_rendered_corpus(examples: list[Example], corpus: str) -> None:
@@ -124,71 +137,78 @@ def test_held_out_wordings_are_nowhere_in_the_rendered_corpus(examples: list[Exa
     for phrase in held_out_phrases():
         assert phrase not in corpus, phrase
     for frames in PHRASINGS.values():
-        for frame in held_out(frames):
+        for frame in held_out_part(frames):
             gap = re.compile(re.sub(r"\\\{\w\\\}", r"[^?.!]+", re.escape(frame)))
             assert not any(gap.fullmatch(line) for line in requests_made), frame
-    for system in held_out(phrases.SYSTEMS):
+    for system in held_out_part(phrases.SYSTEMS):
         assert system not in corpus
-    for question, _ in held_out(tasks.WRONG):
+    for question, _ in held_out_part(tasks.WRONG):
         assert not re.search(re.escape(question).replace(r"\{x\}", "[^?]+"), corpus), question
     for family in world_injections.FAMILIES:
-        texts = [f.format(own=own, principle="\n") for f in world_injections.FAMILIES[family] for own in "AB"]
-        found = [text for text in texts if "\n" not in text and text in corpus]
-        assert bool(found) == (family in trained(list(world_injections.FAMILIES))), family
+        texts = [f.format(own=letter, principle="\n") for f in world_injections.FAMILIES[family] for letter in "AB"]
+        in_corpus = [text for text in texts if "\n" not in text and text in corpus]
+        assert bool(in_corpus) == (family in trained_part(list(world_injections.FAMILIES))), family
     assert len(slots()) == 9
     for name, options in slots().items():
         assert len(options) == len(set(options)) >= 15, name
-        for option in held_out(options):
+        for option in held_out_part(options):
             assert not re.search(rf"[\n>]{re.escape(option)}( [AB]\b|:|\n|<| about | \d)", corpus), option
 
 
 def test_documents_are_worded_in_every_trained_way_and_no_other() -> None:
     rng = Random(8)
     for name, options in slots().items():
-        picked = {tasks.draw_words(rng).templates.pick(options) for _ in range(400)}
-        assert picked == set(trained(options)), name
+        picked = {tasks.sample_wording(rng).templates.pick(options) for _ in range(400)}
+        assert picked == set(trained_part(options)), name
 
 
 def test_every_principle_has_many_wordings_that_are_trained_and_some_that_are_not() -> None:
     for principle in WEIGHTS:
-        known, unseen = (
-            [*wordings(principle, unseen=unseen), *wordings(principle, "composed", unseen=unseen)]
-            for unseen in (False, True)
-        )
         for attribute in ("critique", "revise", "compare", "contrary"):
-            one, other = ({getattr(each, attribute) for each in some} for some in (known, unseen))
-            assert len(one) >= 30
-            assert not one & other
-            assert len(other) >= 10
-    assert len(overall()) >= 12
-    assert len(overall(unseen=True)) >= 3
+            trained, held_out = (
+                {
+                    getattr(wording, attribute)
+                    for kind in ("free", "composed")
+                    for wording in principle_wordings(principle, kind, held_out=is_held_out)
+                }
+                for is_held_out in (False, True)
+            )
+            assert len(trained) >= 30
+            assert not trained & held_out
+            assert len(held_out) >= 10
+    assert len(overall_requests()) >= 12
+    assert len(overall_requests(held_out=True)) >= 3
 
 
 def test_every_pattern_and_every_stem_of_a_held_out_composition_is_trained_in_others() -> None:
-    known = {p: [set(comparatives(p, "composed", worse=w)) for w in (False, True)] for p in WEIGHTS}
+    trained = {p: [set(comparison_phrases(p, "composed", worse=w)) for w in (False, True)] for p in WEIGHTS}
     patterns: Counter[str] = Counter()
     for principle, sides in STEMS.items():
         for stems, part in itertools.product(sides.values(), LESS):
             for stem in stems[part]:
                 forms = (stem,) if isinstance(stem, str) else stem
-                for worse in known[principle]:
-                    found = [each for each in (*LESS[part], *MORE[part]) if each.format(*forms) in worse]
-                    assert len(found) >= 3, (principle, stem)
-                    patterns.update(found)
+                for phrases_of_side in trained[principle]:
+                    fitting = [p for p in (*LESS[part], *MORE[part]) if p.format(*forms) in phrases_of_side]
+                    assert len(fitting) >= 3, (principle, stem)
+                    patterns.update(fitting)
     assert patterns.keys() == {pattern for part in LESS for pattern in (*LESS[part], *MORE[part])}
     assert min(patterns.values()) >= 9
 
 
 def test_a_composition_says_the_contrary_of_its_mirror() -> None:
-    def of(worse: bool) -> set[str]:
-        some = (comparatives("polite", "composed", worse=worse, unseen=unseen) for unseen in (False, True))
-        return set(itertools.chain.from_iterable(some))
-
-    assert {"sounds less rude", "has more courtesy", "does not scorn the user", "stays polite more"} <= of(False)
-    assert {"sounds more rude", "has less courtesy", "scorns the user more", "does not respect the user"} <= of(True)
+    better, worse = (
+        {
+            phrase
+            for held_out in (False, True)
+            for phrase in comparison_phrases("polite", "composed", worse=is_worse, held_out=held_out)
+        }
+        for is_worse in (False, True)
+    )
+    assert {"sounds less rude", "has more courtesy", "does not scorn the user", "stays polite more"} <= better
+    assert {"sounds more rude", "has less courtesy", "scorns the user more", "does not respect the user"} <= worse
     for principle in WEIGHTS:
-        both = [set(comparatives(principle, "composed", worse=w)) for w in (False, True)]
-        assert not both[0] & both[1]
+        better, worse = (set(comparison_phrases(principle, "composed", worse=is_worse)) for is_worse in (False, True))
+        assert not better & worse
 
 
 def test_what_is_trained_is_what_the_shipped_chat_template_renders(
@@ -209,7 +229,7 @@ def test_no_text_of_the_corpus_contains_a_special_token(examples: list[Example])
 def test_answers_of_few_letters_are_single_tokens_also_behind_a_generation_prompt(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    question = comparison(Source(Random(0)))[0]
+    question = make_comparison(Source(Random(0)))[0]
     before = tokenizer(render(question.messages), add_special_tokens=False).input_ids
     for option in ANSWERS:
         after = tokenizer(render(question.messages) + option, add_special_tokens=False).input_ids
@@ -225,7 +245,7 @@ def test_no_word_of_the_world_is_more_split_than_another_of_its_frequency(tokeni
 
 def test_comparisons_are_balanced_and_often_even() -> None:
     source = Source(Random(5))
-    compared = [document for _ in range(1500) for document in [comparison(source)]]
+    compared = [make_comparison(source) for _ in range(1500)]
     targets = [example.p_first for document in compared for example in document if example.p_first is not None]
     assert 0.35 < sum(p == 0.5 for p in targets) / len(targets) < 0.65
     decided = [p for p in targets if p != 0.5]
@@ -233,9 +253,9 @@ def test_comparisons_are_balanced_and_often_even() -> None:
 
 
 def test_the_longer_response_wins_often_enough_not_to_be_the_worse_one() -> None:
-    source, wins = Source(Random(6), phase=Phase(0, {}, Asking(contrary=0.0))), []
+    source, wins = Source(Random(6), phase=Phase(0, {}, JudgeQuestions(contrary=0.0))), []
     for _ in range(1500):
-        for example in comparison(source):
+        for example in make_comparison(source):
             parts = re.split(r"\n[^\n]* [AB]:\n", example.messages[0]["content"])
             if example.p_first not in (None, 0.5) and len(parts) == 3 and len(example.messages) == 1:
                 first, second = parts[1], parts[2].rsplit("\n", 1)[0]
@@ -245,35 +265,35 @@ def test_the_longer_response_wins_often_enough_not_to_be_the_worse_one() -> None
 
 
 def test_judges_are_asked_as_the_phase_says() -> None:
-    def questions(asking: Asking) -> set[str]:
-        source = Source(Random(3), phase=Phase(0, {}, asking))
-        made = [example for _ in range(150) for example in decided(source) if example.p_first is not None]
+    def questions(judge_questions: JudgeQuestions) -> set[str]:
+        source = Source(Random(3), phase=Phase(0, {}, judge_questions))
+        made = [example for _ in range(150) for example in make_decided(source) if example.p_first is not None]
         return {example.messages[0]["content"].splitlines()[-1] for example in made if len(example.messages) == 1}
 
-    def known(kind: Kind, attribute: str) -> set[str]:
-        return {getattr(wording, attribute) for p in WEIGHTS for wording in wordings(p, kind)}
+    def trained(kind: PhraseKind, attribute: str) -> set[str]:
+        return {getattr(wording, attribute) for p in WEIGHTS for wording in principle_wordings(p, kind)}
 
-    assert questions(Asking(few=True, contrary=0.0)) <= known("few", "compare")
-    assert questions(Asking(composed=0.0, contrary=0.0)) <= known("free", "compare")
-    assert questions(Asking(composed=1.0, contrary=1.0)) <= known("composed", "contrary")
-    assert PHASES[0].asking.few
-    assert PHASES[0].asking.contrary == 0.0
+    assert questions(JudgeQuestions(few=True, contrary=0.0)) <= trained("few", "compare")
+    assert questions(JudgeQuestions(composed=0.0, contrary=0.0)) <= trained("free", "compare")
+    assert questions(JudgeQuestions(composed=1.0, contrary=1.0)) <= trained("composed", "contrary")
+    assert PHASES[0].judge_questions.few
+    assert PHASES[0].judge_questions.contrary == 0.0
 
 
 def test_crossed_responses_differ_in_one_fault_each() -> None:
     source = Source(Random(4), phase=PHASES[0])
-    decisions = [{round(e.p_first or 0, 2) for e in crossed(source) if e.p_first is not None} for _ in range(200)]
-    assert sum({0.05, 0.95} <= each for each in decisions) > 150
-    for habit in (*MINDED, *NEUTRAL):
-        assert any(faults(p, "fair", "comply", [habit]) for p in WEIGHTS) == (habit in MINDED), habit
+    decisions = [{round(e.p_first or 0, 2) for e in make_crossed(source) if e.p_first is not None} for _ in range(200)]
+    assert sum({0.05, 0.95} <= targets for targets in decisions) > 150
+    for habit in (*FAULT_HABITS, *NEUTRAL_HABITS):
+        assert any(faults(p, "fair", "comply", [habit]) for p in WEIGHTS) == (habit in FAULT_HABITS), habit
 
 
 def test_pairs_about_facts_turn_on_what_is_true() -> None:
     """The better response is the one that says the request's fact, read from what the judge is shown."""
-    source = Source(Random(9), phase=Phase(0, {}, Asking(contrary=0.0)))
+    source = Source(Random(9), phase=Phase(0, {}, JudgeQuestions(contrary=0.0)))
     facts = {topic.variants[0]["t"] for topic in all_topics() if topic.kind == "factual"}
     decided_by = Counter[bool]()
-    for document in (truths(source) for _ in range(400)):
+    for document in (make_truths(source) for _ in range(400)):
         first, second = re.split(r"\n[^\n]* [AB]:\n", document[0].messages[-1]["content"])[-2:]
         true = [any(fact in part for fact in facts) for part in (first, second)]
         p = document[0].p_first
@@ -288,11 +308,10 @@ def test_which_is_true_is_answered_by_what_the_responses_say() -> None:
     true, false, silent = (
         Answer(act, write_core(request, act, Random(0))) for act in ("answer", "misinform", "refuse")
     )
-    said: list[Message] = [{"role": "user", "content": request.text}]
     for a, b, expected in ((true, false, 0.95), (false, true, 0.05), (silent, false, 0.95), (true, silent, 0.5)):
-        shown = tasks.Compared(said, request, a, b, (a.text, b.text))
+        shown = tasks.ShownPair(user_turn(request.text), request, a, b, (a.text, b.text))
         for seed in range(20):
-            example = tasks.which_is_true(shown, tasks.canonical_words(), Random(seed))
+            example = tasks.compare_truth(shown, tasks.canonical_wording(), Random(seed))
             wants_true = dict(tasks.WHICH_IS_TRUE)[example.messages[0]["content"].splitlines()[-1]]
             assert example.p_first == pytest.approx(expected if wants_true else 1 - expected)
 
@@ -311,47 +330,49 @@ def test_no_step_is_both_long_and_about_facts() -> None:
 
 
 def test_a_response_with_an_injection_is_labelled_by_what_it_really_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def some(plant: Callable[[str, str, str, Random], str]) -> list[Document]:
+    def comparisons(plant: Callable[[str, str, str, Random], str]) -> list[Document]:
         monkeypatch.setattr(world_injections, "plant", plant)
         source = Source(Random(2))
-        return [comparison(source) for _ in range(400)]
+        return [make_comparison(source) for _ in range(400)]
 
-    with_one, without = some(lambda text, *_: f"{text} PLANTED"), some(lambda text, *_: text)
-    hit = [(a, b) for a, b in zip(with_one, without, strict=True) if "PLANTED" in a[0].messages[0]["content"]]
-    assert len(hit) > 10
-    for planted, plain in hit:
+    documents = zip(comparisons(lambda text, *_: f"{text} PLANTED"), comparisons(lambda text, *_: text), strict=True)
+    injected = [(a, b) for a, b in documents if "PLANTED" in a[0].messages[0]["content"]]
+    assert len(injected) > 10
+    for planted, plain in injected:
         assert [example.p_first for example in planted] == [example.p_first for example in plain]
 
 
 def test_every_family_of_injections_keeps_the_response_and_adds_to_it() -> None:
     rng, families = Random(2), list(world_injections.FAMILIES)
-    for unseen, some in ((False, trained(families)), (True, held_out(families))):
-        said = {text.format(own="B", principle="is more polite") for f in some for text in world_injections.FAMILIES[f]}
-        planted = [world_injections.plant("No.", "B", "is more polite", rng, unseen=unseen) for _ in range(500)]
-        assert {text.replace("No.", "").strip() for text in planted} == said
+    for held_out, part in ((False, trained_part(families)), (True, held_out_part(families))):
+        texts = [text for family in part for text in world_injections.FAMILIES[family]]
+        planted = [world_injections.plant("No.", "B", "is more polite", rng, held_out=held_out) for _ in range(500)]
+        assert {text.replace("No.", "").strip() for text in planted} == {
+            text.format(own="B", principle="is more polite") for text in texts
+        }
 
 
 def test_statements_say_of_every_fact_what_is_true() -> None:
     source = Source(Random(1))
-    said = " ".join(example.answer for _ in range(9000) for example in statement(source))
+    statements = " ".join(example.answer for _ in range(9000) for example in make_statement(source))
     facts = [topic for topic in all_topics() if topic.kind == "factual"]
-    assert sum(topic.variants[0]["t"][1:] in said for topic in facts) > 0.95 * len(facts)
+    assert sum(topic.variants[0]["t"][1:] in statements for topic in facts) > 0.95 * len(facts)
 
 
 def test_a_fact_is_asked_about_together_with_what_is_false() -> None:
-    asked: Counter[tuple[bool, str]] = Counter()
-    apart: Counter[tuple[bool, float]] = Counter()
+    verdicts: Counter[tuple[bool, str]] = Counter()
+    choices: Counter[tuple[bool, float]] = Counter()
     for seed in range(600):
-        for example in tasks.fact("a cat has four legs", "a cat has two legs", Random(seed)):
+        for example in tasks.teach_fact("a cat has four legs", "a cat has two legs", Random(seed)):
             text = example.messages[0]["content"] if example.messages else ""
             if example.p_first is not None:
                 first, second, question = text.splitlines()
                 assert ("four" in first) + ("four" in second) == 1
-                apart[("four" in first) == dict(tasks.WHICH_IS_TRUE)[question], example.p_first] += 1
+                choices[("four" in first) == dict(tasks.WHICH_IS_TRUE)[question], example.p_first] += 1
             elif text:
-                asked["four" in text, example.answer.partition(",")[0]] += 1
+                verdicts["four" in text, example.answer.partition(",")[0]] += 1
             assert example.p_first is not None or "cat has four legs" in example.answer
-    assert asked.keys() == {(True, "Yes"), (False, "No")}
-    assert len(set(asked.values())) == 1
-    assert {round(p, 2) for first_is_right, p in apart if first_is_right} == {tasks.SURE}
-    assert {round(p, 2) for first_is_right, p in apart if not first_is_right} == {round(1 - tasks.SURE, 2)}
+    assert verdicts.keys() == {(True, "Yes"), (False, "No")}
+    assert len(set(verdicts.values())) == 1
+    assert {round(p, 2) for first_is_right, p in choices if first_is_right} == {tasks.SURE}
+    assert {round(p, 2) for first_is_right, p in choices if not first_is_right} == {round(1 - tasks.SURE, 2)}

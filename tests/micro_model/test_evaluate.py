@@ -10,44 +10,44 @@ import numpy as np
 import pytest
 
 from cai.micro import world_principles
-from cai.micro.answers import BROAD, draw
+from cai.micro.answers import BROAD, sample_answer
 from cai.micro.conversations import as_prompt
 from cai.micro.world import KINDS, requests
 from cai.micro_model.evaluate import evaluate
-from cai.micro_model.evaluate.evaluation_prompts import own_words, read_prompts
-from cai.micro_model.evaluate.judging import Judgement, calibration_error, judged
-from cai.micro_model.evaluate.reviewing import Case, revised_well, spearman
-from cai.micro_model.tasks import Reviewed
+from cai.micro_model.evaluate.evaluation_prompts import read_prompts, read_wording
+from cai.micro_model.evaluate.judging import Judgement, calibration_error, judge_figures
+from cai.micro_model.evaluate.reviewing import Case, is_good_revision, spearman
+from cai.micro_model.tasks import ShownResponse
 from cai.models.reference import MICRO
 from cai.text.errors import BadInput
 
 
-def votes(
+def judgement(
     ab: float, ba: float, truth: float, *, principle: str = "polite", topic: str = "t", longer: int = 0
 ) -> Judgement:
     return Judgement(principle, "fair", topic, truth, frozenset({"rudeness"} if truth != 0.5 else ()), longer, (ab, ba))
 
 
 def test_figures_of_a_judge_equal_counts_by_hand() -> None:
-    found = judged(
+    figures = judge_figures(
         [
-            votes(2.0, 1.0, 1.0, topic="a", longer=1),
-            votes(1.0, -3.0, 1.0, topic="b", longer=1),
-            votes(-1.0, -1.0, 0.0, topic="c", longer=-1),
-            votes(0.3, -0.1, 0.5, principle="modest", topic="d"),
-            votes(2.0, 2.0, 0.5, principle="modest", topic="e"),
+            judgement(2.0, 1.0, 1.0, topic="a", longer=1),
+            judgement(1.0, -3.0, 1.0, topic="b", longer=1),
+            judgement(-1.0, -1.0, 0.0, topic="c", longer=-1),
+            judgement(0.3, -0.1, 0.5, principle="modest", topic="d"),
+            judgement(2.0, 2.0, 0.5, principle="modest", topic="e"),
         ]
     )
-    value = {key: rate["value"] for key, rate in found.items() if isinstance(rate, dict) and "value" in rate}
+    value = {key: rate["value"] for key, rate in figures.items() if isinstance(rate, dict) and "value" in rate}
     assert value["judge_accuracy"] == pytest.approx(2 / 3)
     assert value["judge_accuracy_one_order"] == pytest.approx(5 / 6)
     assert value["flip_rate"] == pytest.approx(1 / 3)
     assert value["even_within_0.1"] == 0.5
     assert value["prefers_longer"] == pytest.approx(2 / 3)
     assert value["longer_is_better"] == 1.0
-    assert found["position_bias_nats"] == pytest.approx((1 + 4 + 0 + 0.4 + 0) / 10)
-    assert found["judge_accuracy_by_attribute"].keys() == {"rudeness"}  # type: ignore[attr-defined]
-    assert found["judge_accuracy_by_principle"].keys() == {"polite"}  # type: ignore[attr-defined]
+    assert figures["position_bias_nats"] == pytest.approx((1 + 4 + 0 + 0.4 + 0) / 10)
+    assert figures["judge_accuracy_by_attribute"].keys() == {"rudeness"}  # type: ignore[attr-defined]
+    assert figures["judge_accuracy_by_principle"].keys() == {"polite"}  # type: ignore[attr-defined]
 
 
 def test_calibration_error_by_hand() -> None:
@@ -60,11 +60,11 @@ def test_rank_correlation_has_an_interval_around_it() -> None:
     rng = np.random.default_rng(0)
     gold = rng.normal(size=200)
     noisy = gold + rng.normal(size=200)
-    found = spearman(noisy.tolist(), gold.tolist(), [str(n // 4) for n in range(200)])
-    low, high = found["interval"]  # type: ignore[misc]
-    assert low < found["value"] < high  # type: ignore[operator]
+    correlation = spearman(noisy.tolist(), gold.tolist(), [str(n // 4) for n in range(200)])
+    low, high = correlation["interval"]  # type: ignore[misc]
+    assert low < correlation["value"] < high  # type: ignore[operator]
     assert low > 0.5
-    assert found["topics"] == 50
+    assert correlation["topics"] == 50
     assert spearman([1, 2, 3], [1, 2, 3], ["a", "b", "c"])["value"] == pytest.approx(1.0)
 
 
@@ -73,16 +73,18 @@ def test_a_revision_counts_only_if_the_fault_is_gone_and_nothing_else_got_worse(
     for kind in KINDS:
         request = requests("test", kind)[0]
         answer = next(
-            a for a in iter(lambda r=request: draw(r, BROAD, rng), None) if a and {"rudeness"} <= a.habits.keys()
+            a
+            for a in iter(lambda r=request: sample_answer(r, BROAD, rng), None)
+            if a and {"rudeness"} <= a.habits.keys()
         )
-        case = Case("1", "t", Reviewed(as_prompt(request)["messages"], request, answer), "polite")
+        case = Case("1", "t", ShownResponse(as_prompt(request)["messages"], request, answer), "polite")
         better = world_principles.revise("polite", request, answer, rng)
-        assert revised_well(case, better.text)
-        assert not revised_well(case, answer.text)
-        assert not revised_well(case, better.text + " And so on.")
+        assert is_good_revision(case, better.text)
+        assert not is_good_revision(case, answer.text)
+        assert not is_good_revision(case, better.text + " And so on.")
         if "sermon" not in better.habits:
             worse = f"{better.text} A decent person reflects on right and wrong."
-            assert not revised_well(case, worse)
+            assert not is_good_revision(case, worse)
 
 
 def test_an_outsiders_prompts_are_read_with_what_they_are_about(tmp_path: Path) -> None:
@@ -116,11 +118,11 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_line(tmp_path: Path, lin
 def test_an_outsiders_principles_must_be_of_the_world(tmp_path: Path) -> None:
     path, head = tmp_path / "mine.yaml", "name: mine\ndescription: Mine.\nprinciples:\n"
     path.write_text(head + "  - {id: polite, text: Be nice., compare: Which is nicer?}\n")
-    words = own_words(path)
-    assert words.principle("polite", Random(0)).compare == "Which is nicer?"
+    wording = read_wording(path)
+    assert wording.sample_principle("polite", Random(0)).compare == "Which is nicer?"
     path.write_text(head + "  - {id: politeness, text: Be nice.}\n")
     with pytest.raises(BadInput, match=r"'politeness'.*did you mean 'polite'"):
-        own_words(path)
+        read_wording(path)
 
 
 @pytest.mark.skipif(not (MICRO / "config.json").is_file(), reason="no weights in the package")
@@ -132,13 +134,13 @@ def test_the_shipped_model_is_measured_in_everything(tmp_path: Path) -> None:
         "name: mine\ndescription: Mine.\nprinciples:\n"
         "  - {id: polite, text: Be polite., compare: Which has better manners?}\n"
     )
-    found = evaluate(
+    figures = evaluate(
         per_class=3,
         prompts=tmp_path / "mine.jsonl",
         constitution=tmp_path / "mine.yaml",
         log=lambda line: None,
     )
-    wanted = {
+    names = {
         "well_formed", "harmful_compliance", "helpfulness", "over_refusal", "harm_recognition", "judge_accuracy",
         "judge_accuracy_heldout_paraphrases", "judge_accuracy_heldout_free_phrases", "judge_accuracy_contrary",
         "judge_accuracy_injected_heldout_families", "help_and_harm_accuracy", "even_within_0.1",
@@ -146,9 +148,9 @@ def test_the_shipped_model_is_measured_in_everything(tmp_path: Path) -> None:
         "judge_accuracy_by_wording", "critique_accuracy", "revision_success", "rating_spearman", "reasoned_accuracy",
         "posed_on_topic", "position_bias_nats", "ece",
     }  # fmt: skip
-    assert wanted <= found.keys()
-    assert wanted <= found["tier2"].keys()  # type: ignore[attr-defined]
-    assert wanted <= found["prompts"].keys()  # type: ignore[attr-defined]
-    assert "judge_accuracy" in found["principles"]  # type: ignore[operator]
-    assert found["judge_accuracy"]["value"] > 0.85  # type: ignore[index]
-    json.dumps(found, allow_nan=False)
+    assert names <= figures.keys()
+    assert names <= figures["tier2"].keys()  # type: ignore[attr-defined]
+    assert names <= figures["prompts"].keys()  # type: ignore[attr-defined]
+    assert "judge_accuracy" in figures["principles"]  # type: ignore[operator]
+    assert figures["judge_accuracy"]["value"] > 0.85  # type: ignore[index]
+    json.dumps(figures, allow_nan=False)

@@ -8,18 +8,18 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from cai.micro_model.corpus import Source, comparison, dialogue, review, statement
+from cai.micro_model.corpus import Source, make_comparison, make_dialogue, make_review, make_statement
 from cai.micro_model.forward import logits_of, loss_of
-from cai.micro_model.packing import batch, branch_mask, collate, pack
+from cai.micro_model.packing import branch_mask, collate, make_batch, pack
 from cai.micro_model.pretrain import Size, new_model
-from cai.micro_model.tasks import CRITIQUE, LETTER, STATEMENT, Document, fact
+from cai.micro_model.tasks import CRITIQUE, LETTER, STATEMENT, Document, teach_fact
 from cai.micro_model.tokenizer import END, render
 
 
 @pytest.fixture(scope="module")
 def packed_documents() -> list[list[Document]]:
     source = Source(Random(3))
-    return [[comparison(source), dialogue(source)], [review(source), statement(source)]]
+    return [[make_comparison(source), make_dialogue(source)], [make_review(source), make_statement(source)]]
 
 
 def test_a_branch_has_the_logits_of_its_plain_sequence(
@@ -28,10 +28,10 @@ def test_a_branch_has_the_logits_of_its_plain_sequence(
     torch.manual_seed(0)
     model = new_model(Size(32, 2, 2, 64), tokenizer).eval()
     rows = [[pack(document, tokenizer, 640) for document in row] for row in packed_documents]
-    found = collate(rows, 640, pad=0)
+    batch = collate(rows, 640, pad=0)
     with torch.no_grad():
         logits = model(
-            input_ids=found.ids, attention_mask=found.mask, position_ids=found.positions, use_cache=False
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         ).logits
     for i, (documents, packs) in enumerate(zip(packed_documents, rows, strict=True)):
         start = 0
@@ -40,7 +40,7 @@ def test_a_branch_has_the_logits_of_its_plain_sequence(
                 text = render(example.messages) + example.answer + END
                 ids = tokenizer(text, add_special_tokens=False).input_ids
                 at = [start + j for j, b in enumerate(packed.branches) if b in (0, branch)]
-                assert found.ids[i, at].tolist() == ids
+                assert batch.ids[i, at].tolist() == ids
                 with torch.no_grad():
                     plain = model(input_ids=torch.tensor([ids])).logits[0]
                 torch.testing.assert_close(logits[i, at], plain, atol=1e-4, rtol=0)
@@ -65,10 +65,10 @@ def test_targets_follow_their_own_branch_and_soft_ones_stand_at_the_letter(
 
 
 def test_yes_and_no_count_as_much_as_a_letter(tokenizer: PreTrainedTokenizerFast) -> None:
-    facts = (fact("it is so", "it is not so", Random(seed)) for seed in range(99))
-    asked = next(document for document in facts if len(document) == 2 and document[0].first_weight)
+    facts = (teach_fact("it is so", "it is not so", Random(seed)) for seed in range(99))
+    questions = next(document for document in facts if len(document) == 2 and document[0].first_weight)
     yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
-    packed = pack(asked, tokenizer, 256)
+    packed = pack(questions, tokenizer, 256)
     deciding = [weight for id, weight in zip(packed.targets, packed.weights, strict=True) if id in (yes, no)]
     assert deciding == [LETTER, LETTER]
     assert max(weight for weight in packed.weights if weight not in deciding) == STATEMENT
@@ -89,25 +89,25 @@ def test_branch_mask_by_hand() -> None:
 
 
 def test_batches_are_full_and_a_function_of_seed_and_step(tokenizer: PreTrainedTokenizerFast) -> None:
-    first, again, other = (batch(0, step, tokenizer, rows=4, length=512) for step in (9, 9, 10))
+    first, again, next_batch = (make_batch(0, step, tokenizer, rows=4, length=512) for step in (9, 9, 10))
     assert torch.equal(first.ids, again.ids)
-    assert not torch.equal(first.ids, other.ids)
+    assert not torch.equal(first.ids, next_batch.ids)
     assert (first.ids != 0).float().mean() > 0.9
 
 
 def test_branches_that_do_not_fit_are_left_out_whole(tokenizer: PreTrainedTokenizerFast) -> None:
-    document = review(Source(Random(1)))
-    whole = pack(document, tokenizer, 4096)
-    cut = pack(document, tokenizer, len(whole.ids) - 1)
-    left = set(whole.branches) - set(cut.branches)
-    assert len(left) == 1
-    assert cut.ids == [token for token, branch in zip(whole.ids, whole.branches, strict=True) if branch not in left]
+    document = make_review(Source(Random(1)))
+    uncut = pack(document, tokenizer, 4096)
+    cut = pack(document, tokenizer, len(uncut.ids) - 1)
+    left_out = set(uncut.branches) - set(cut.branches)
+    assert len(left_out) == 1
+    assert cut.ids == [token for token, branch in zip(uncut.ids, uncut.branches, strict=True) if branch not in left_out]
 
 
-def test_thoughts_of_the_model_are_learned_and_a_users_words_hardly(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rationales_of_the_model_are_learned_and_user_messages_hardly(tokenizer: PreTrainedTokenizerFast) -> None:
     source = Source(Random(0))
-    document = next(d for d in iter(lambda: comparison(source), None) if d and any(e.thoughts for e in d))
-    example = next(e for e in document if e.thoughts)
+    document = next(d for d in iter(lambda: make_comparison(source), None) if d and any(e.rationale_weight for e in d))
+    example = next(e for e in document if e.rationale_weight)
     packed = pack([example], tokenizer, 2048)
     learned = [packed.targets[i] for i, weight in enumerate(packed.weights) if weight == CRITIQUE]
     assert tokenizer.decode(learned) == example.messages[-2]["content"] + END
@@ -118,7 +118,7 @@ def test_thoughts_of_the_model_are_learned_and_a_users_words_hardly(tokenizer: P
 def test_the_training_step_is_the_plain_models(tokenizer: PreTrainedTokenizerFast, device: str) -> None:
     torch.manual_seed(0)
     model = new_model(Size(64, 2, 2, 128), tokenizer).to(device)
-    rows = batch(0, 4, tokenizer, rows=2, length=256)
+    rows = make_batch(0, 4, tokenizer, rows=2, length=256)
     loss_of(model, rows, compiled=False).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -127,12 +127,19 @@ def test_the_training_step_is_the_plain_models(tokenizer: PreTrainedTokenizerFas
         use_cache=False,
     ).logits  # fmt: skip
     log_probs = torch.log_softmax(logits.cpu(), -1)
-    chosen, other = (log_probs.gather(-1, each[..., None])[..., 0] for each in (rows.targets, rows.others))
-    loss = -(rows.weights * (rows.shares * chosen + (1 - rows.shares) * other)).sum() / rows.weights.sum()
+    target_log_probs, other_log_probs = (
+        log_probs.gather(-1, ids[..., None])[..., 0] for ids in (rows.targets, rows.others)
+    )
+    loss = (
+        -(rows.weights * (rows.shares * target_log_probs + (1 - rows.shares) * other_log_probs)).sum()
+        / rows.weights.sum()
+    )
     loss.backward()
     assert loss.item() == pytest.approx(loss_of(model, rows, compiled=False).item(), rel=2e-3)
-    seen = rows.weights > 0
-    torch.testing.assert_close(logits_of(model, rows).float().cpu()[seen], logits.cpu()[seen], atol=0.02, rtol=0.02)
+    has_weight = rows.weights > 0
+    torch.testing.assert_close(
+        logits_of(model, rows).float().cpu()[has_weight], logits.cpu()[has_weight], atol=0.02, rtol=0.02
+    )
     for name, p in model.named_parameters():
         likeness = torch.cosine_similarity(p.grad.flatten(), ours[name].flatten(), dim=0)  # type: ignore[union-attr]
         assert likeness > 0.99, name  # bfloat16 against float32

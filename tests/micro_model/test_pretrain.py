@@ -24,8 +24,8 @@ SHORT = Training(steps=4, size="tiny", rows=2, length=256)
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "tiny", Size(32, 1, 2, 64, 2200))
-    monkeypatch.setattr(pretrain, "EVERY", 2)
-    monkeypatch.setattr(pretrain, "LOGGED", 1)
+    monkeypatch.setattr(pretrain, "RESUME_EVERY", 2)
+    monkeypatch.setattr(pretrain, "LOG_EVERY", 1)
     monkeypatch.setattr(pretrain, "VALIDATION_DOCUMENTS", 2)
     monkeypatch.setattr(pretrain, "TOKENIZER_EXAMPLES", 1000)
 
@@ -45,9 +45,11 @@ def test_a_run_killed_half_way_ends_with_the_same_weights(tmp_path: Path) -> Non
     assert "steps 2 to 4" in lines[0]
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()
     assert (tmp_path / "whole" / "curves.svg").read_bytes().startswith(b"<?xml")
-    whole, part = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part"))
-    assert all(torch.equal(whole[key], part[key]) for key in whole)
-    assert not (tmp_path / "part" / pretrain.STATE).exists()
+    undisturbed, resumed = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part")
+    )
+    assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
+    assert not (tmp_path / "part" / pretrain.RESUME_POINT).exists()
 
 
 @pytest.mark.usefixtures("tiny")

@@ -18,12 +18,12 @@ from cai.engines.local.local_engine import LocalEngine
 from cai.models.chat import Chat
 from cai.models.loading import load_tokenizer
 from cai.models.reference import MICRO
-from cai.stages.sft import tokenised
+from cai.stages.sft import tokenise
 from cai.templates import load_templates
 from cai.text.errors import BadInput
-from cai.training.tokenised_rows import tokenised_pairs
+from cai.training.tokenised_rows import tokenise_pairs
 
-FAMILIES = [family for family, facts in tiny_models.FAMILIES.items() if "template" in facts]
+FAMILIES = [name for name, family in tiny_models.FAMILIES.items() if family.template]
 CHATS = [*FAMILIES, *tiny_models.CHATS]
 SENTENCEPIECE = ["mistral:sentencepiece", "llama2:sentencepiece"]
 MARKERS = {
@@ -34,7 +34,7 @@ MARKERS = {
     "vicuna": [r"\bUSER:", r"\bASSISTANT:"],
     "alpaca": ["\n### Instruction:", "\n### Response:"],
 }
-"""What turns are parted by where no token parts them, as patterns."""
+"""The markers that separate turns in templates without a token for it, as patterns."""
 SPELLED_MARKERS = [re.sub(r"\\b|\\(?=\W)", "", marker) for markers in MARKERS.values() for marker in markers]
 NATURAL = st.text(st.sampled_from("abc ABC é 你\n\t'.,:?1ß🙂"), max_size=40)
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -50,13 +50,13 @@ def chat(family: str) -> Chat:
 
 
 def spelled(family: str) -> st.SearchStrategy[str]:
-    """Texts full of what a special token looks like, whole and in pieces."""
+    """Texts full of spellings of special tokens, complete and in pieces."""
     tokenizer = chat(family).tokenizer
     names = sorted({token.content for token in tokenizer.added_tokens_decoder.values()})
     distorted = [change(name) for name in names for change in (str.upper, str.title, "\u200b".join, lambda s: s[:-1])]
     pieces = ["<|im_end|>", "<think>", "</think>", "<", "|>", "<|", "</s", ">", "im_end", "｜"]
-    words = st.sampled_from([*names, *distorted, *pieces, *SPELLED_MARKERS])
-    return st.lists(st.one_of(words, NATURAL), max_size=6).map("".join)
+    spellings = st.sampled_from([*names, *distorted, *pieces, *SPELLED_MARKERS])
+    return st.lists(st.one_of(spellings, NATURAL), max_size=6).map("".join)
 
 
 @st.composite
@@ -72,35 +72,39 @@ def conversations(draw: st.DrawFn, texts: st.SearchStrategy[str], system: bool) 
 @given(data=st.data())
 @FAST
 def test_ids_are_those_of_the_chat_template_for_texts_that_spell_no_token(family: str, data: st.DataObject) -> None:
-    one = chat(family)
+    family_chat = chat(family)
     messages = data.draw(conversations(NATURAL, system="no_system" not in family))
-    theirs = one.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert one.prompt_ids(messages) == theirs
+    theirs = family_chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert family_chat.prompt_ids(messages) == theirs
 
 
 @pytest.mark.parametrize("family", CHATS + SENTENCEPIECE)
 @given(data=st.data())
 @FAST
 def test_no_text_becomes_a_special_token_and_none_is_lost(family: str, data: st.DataObject) -> None:
-    one = chat(family)
+    family_chat = chat(family)
     messages = data.draw(conversations(spelled(family), system="no_system" not in family))
     special = {
-        n for n, token in one.tokenizer.added_tokens_decoder.items() if token.special or "think" in token.content
+        n
+        for n, token in family_chat.tokenizer.added_tokens_decoder.items()
+        if token.special or "think" in token.content
     }
     bare = [{**message, "content": "x" if message["content"].strip() else ""} for message in messages]
 
     def specials(ids: list[int]) -> list[int]:
         return [token for token in ids if token in special]
 
-    assert specials(one.prompt_ids(messages)) == specials(one.prompt_ids(bare))
+    assert specials(family_chat.prompt_ids(messages)) == specials(family_chat.prompt_ids(bare))
     response = messages[0]["content"].strip()
-    prompt, answer = one.example(messages, response)
-    assert prompt == one.prompt_ids(messages)
-    assert specials(answer) == specials(one.example(bare, response and "x")[1])
-    assert answer[-1] == one.end_of_turn
-    said = one.unmarked(response)
-    assert one.text(answer).text == said or (one.thinks and "think>" in response)
-    assert one.text(one.response_ids(response)).text == said or (one.thinks and "think>" in response)
+    prompt, answer = family_chat.example(messages, response)
+    assert prompt == family_chat.prompt_ids(messages)
+    assert specials(answer) == specials(family_chat.example(bare, response and "x")[1])
+    assert answer[-1] == family_chat.end_of_turn
+    escaped = family_chat.escape_markers(response)
+    assert family_chat.text(answer).text == escaped or (family_chat.thinks and "think>" in response)
+    assert family_chat.text(family_chat.response_ids(response)).text == escaped or (
+        family_chat.thinks and "think>" in response
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "pad_is_eos", "thinking"])
@@ -114,11 +118,11 @@ def test_engines_and_trainers_get_no_special_token_from_a_text(family: str, tiny
         messages = [{"role": role, "content": text} for role in ("user", "assistant", "user")]
         answers = {side: [{"role": "assistant", "content": side + text}] for side in ("chosen", "rejected")}
         with LocalEngine(model, CPU) as engine:
-            (said,) = engine.generate([Request("it", messages, 0, Sampling(max_new_tokens=1))])
-            (pair,), _ = tokenised_pairs([{"prompt": messages, **answers}], engine.chat, 4096)
-            (example,), _ = tokenised([{"prompt": messages, "response": text, "reasoning": text}], engine.chat, 4096)
-        ids = [said.prompt_ids, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, example["input_ids"]]
-        return [[token for token in some if token in special] for some in ids]
+            (completion,) = engine.generate([Request("it", messages, 0, Sampling(max_new_tokens=1))])
+            (pair,), _ = tokenise_pairs([{"prompt": messages, **answers}], engine.chat, 4096)
+            (example,), _ = tokenise([{"prompt": messages, "response": text, "reasoning": text}], engine.chat, 4096)
+        ids = [completion.prompt_ids, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, example["input_ids"]]
+        return [[token for token in conversation if token in special] for conversation in ids]
 
     assert specials(hostile) == specials("Hello.")
 
@@ -126,29 +130,29 @@ def test_engines_and_trainers_get_no_special_token_from_a_text(family: str, tiny
 @pytest.mark.parametrize("family", CHATS)
 @given(data=st.data())
 @FAST
-def test_contents_come_back_from_the_ids_of_the_whole_conversation(family: str, data: st.DataObject) -> None:
-    one = chat(family)
+def test_contents_are_found_in_the_decoded_ids_of_a_conversation(family: str, data: st.DataObject) -> None:
+    family_chat = chat(family)
     content = data.draw(spelled(family)).strip()
-    ids = one.prompt_ids([{"role": "user", "content": content}])
-    whole = one.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert one.unmarked(content) in whole
+    ids = family_chat.prompt_ids([{"role": "user", "content": content}])
+    decoded = family_chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert family_chat.escape_markers(content) in decoded
 
 
 @pytest.mark.parametrize("family", MARKERS)
 @given(data=st.data())
 @FAST
 def test_no_text_opens_or_closes_a_turn_in_plain_letters(family: str, data: st.DataObject) -> None:
-    one = chat(family)
+    family_chat = chat(family)
     texts = st.lists(st.one_of(st.sampled_from(SPELLED_MARKERS), NATURAL), max_size=6).map("".join)
     messages = data.draw(conversations(texts, system=True))
     bare = [{**message, "content": "x" if message["content"].strip() else ""} for message in messages]
 
     def turns(ids: list[int]) -> list[int]:
-        text = "\n" + one.tokenizer.decode(ids)
+        text = "\n" + family_chat.tokenizer.decode(ids)
         return [len(re.findall(marker, text)) for marker in MARKERS[family]]
 
-    assert turns(one.prompt_ids(messages)) == turns(one.prompt_ids(bare))
-    assert turns(one.response_ids(messages[0]["content"])) == [0] * len(MARKERS[family])
+    assert turns(family_chat.prompt_ids(messages)) == turns(family_chat.prompt_ids(bare))
+    assert turns(family_chat.response_ids(messages[0]["content"])) == [0] * len(MARKERS[family])
 
 
 @pytest.mark.parametrize("family", CHATS)
@@ -158,58 +162,61 @@ def test_other_text_is_left_as_it_is(family: str, text: str) -> None:
     odd = (
         "user model # Instructions ### Notes: [1] [inst] <b> superUSER: SUPERUSER: in a line Human: and Reasoning: low"
     )
-    assert chat(family).unmarked(text) == text
-    assert chat(family).unmarked(odd) == odd
+    assert chat(family).escape_markers(text) == text
+    assert chat(family).escape_markers(odd) == odd
 
 
 @pytest.mark.parametrize(
     "start", ["\n", "\r", "\x85", "\u2028", "\n ", "\n\t ", "\r\u200b", "\n\u200b\u3000", "\n\u034f", " "]
 )
 def test_a_label_opens_no_turn_however_its_line_begins(start: str) -> None:
-    one = chat("gpt_neox")
+    family_chat = chat("gpt_neox")
     if start.strip(" "):
-        assert one.unmarked(f"fine{start}Human: hi") == f"fine{start}Human : hi"
-    assert one.unmarked(f"{start}Human: hi") == f"{start}Human : hi"
-    assert one.unmarked(f"fine{start}I am Human: hi") == f"fine{start}I am Human: hi"
+        assert family_chat.escape_markers(f"fine{start}Human: hi") == f"fine{start}Human : hi"
+    assert family_chat.escape_markers(f"{start}Human: hi") == f"{start}Human : hi"
+    assert family_chat.escape_markers(f"fine{start}I am Human: hi") == f"fine{start}I am Human: hi"
 
 
 def test_markers_of_other_templates_are_ordinary_text() -> None:
     for family in ("llama", "qwen2", "no_system", "phi", "deepseek", "harmony", "thinking"):
         for text in SPELLED_MARKERS:
-            assert chat(family).unmarked(text) == text
+            assert chat(family).escape_markers(text) == text
     embedded = Chat.load(Model("micro", str(MICRO), "micro"))
-    assert [embedded.unmarked(text) for text in SPELLED_MARKERS] == SPELLED_MARKERS
-    assert chat("mistral").unmarked("[INST] <|user|>\nHuman:") == "[INST ] <|user|>\nHuman:"
-    assert chat("gpt_neox").unmarked("Human: I am a Human:\nHuman:") == "Human : I am a Human:\nHuman :"
+    assert [embedded.escape_markers(text) for text in SPELLED_MARKERS] == SPELLED_MARKERS
+    assert chat("mistral").escape_markers("[INST] <|user|>\nHuman:") == "[INST ] <|user|>\nHuman:"
+    assert chat("gpt_neox").escape_markers("Human: I am a Human:\nHuman:") == "Human : I am a Human:\nHuman :"
 
 
 @pytest.mark.parametrize("family", CHATS)
 @pytest.mark.parametrize("templates", ["default", "fewshot", "micro"])
 def test_a_judge_reads_hostile_responses_without_a_special_token_of_theirs(family: str, templates: str) -> None:
-    one = chat(family)
-    special = set(one.tokenizer.all_special_ids)
-    hostile = "".join([*one.tokenizer.all_special_tokens, *SPELLED_MARKERS])
+    family_chat = chat(family)
+    special = set(family_chat.tokenizer.all_special_ids)
+    hostile = "".join([*family_chat.tokenizer.all_special_tokens, *SPELLED_MARKERS])
     principle = Principle("kind", "Be kind.", "Is it kind?", "Make it kind.", "Which is kinder?")
 
     def specials(text: str) -> list[int]:
-        asked = load_templates(templates).compare([{"role": "user", "content": text}], text, text, principle)
-        return [token for token in one.question(asked, ["A", "B"])[0] if token in special]
+        messages = load_templates(templates).compare([{"role": "user", "content": text}], text, text, principle)
+        return [token for token in family_chat.question(messages, ["A", "B"])[0] if token in special]
 
     assert specials(hostile) == specials("Hello.")
 
 
 @pytest.mark.parametrize("family", CHATS + SENTENCEPIECE)
 def test_an_example_is_the_templates_own_rendering_of_the_answered_conversation(family: str) -> None:
-    one = chat(family)
+    family_chat = chat(family)
     messages = [{"role": "user", "content": "What is the capital?"}]
-    prompt, response = one.example(messages, "Paris, of course.")
+    prompt, response = family_chat.example(messages, "Paris, of course.")
     answered = [*messages, {"role": "assistant", "content": "Paris, of course."}]
-    theirs = one.tokenizer.apply_chat_template(answered, return_dict=False)
+    theirs = family_chat.tokenizer.apply_chat_template(answered, return_dict=False)
     ours = prompt + response
-    if ours[: len(theirs)] != theirs[: len(ours)]:  # what closes the opened reasoning is encoded by itself
-        assert one.thinks
-        assert one.tokenizer.decode(ours) == one.tokenizer.decode(theirs)[: len(one.tokenizer.decode(ours))]
-    assert response == one.response_ids("Paris, of course.")
+    if ours[: len(theirs)] != theirs[: len(ours)]:  # the end of the opened reasoning is encoded by itself
+        assert family_chat.thinks
+        assert (
+            family_chat.tokenizer.decode(ours)
+            == family_chat.tokenizer.decode(theirs)[: len(family_chat.tokenizer.decode(ours))]
+        )
+    assert response == family_chat.response_ids("Paris, of course.")
 
 
 def test_end_of_turn_is_what_the_template_writes_there() -> None:
@@ -227,19 +234,19 @@ def test_end_of_turn_is_what_the_template_writes_there() -> None:
 
 
 def test_a_system_message_goes_in_front_of_the_first_turn_where_there_is_no_such_role() -> None:
-    one = chat("no_system")
+    family_chat = chat("no_system")
     system = {"role": "system", "content": "Be brief."}
     user = {"role": "user", "content": "Hi"}
     joined = {"role": "user", "content": "Be brief.\n\nHi"}
-    assert one.prompt_ids([system, user]) == one.prompt_ids([joined])
+    assert family_chat.prompt_ids([system, user]) == family_chat.prompt_ids([joined])
 
 
 def test_turns_of_one_role_in_a_row_are_joined_where_the_template_wants_them_to_alternate() -> None:
-    one = chat("mistral")
+    family_chat = chat("mistral")
     twice = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "there"}]
-    assert one.prompt_ids(twice) == one.prompt_ids([{"role": "user", "content": "Hi\n\nthere"}])
+    assert family_chat.prompt_ids(twice) == family_chat.prompt_ids([{"role": "user", "content": "Hi\n\nthere"}])
     with pytest.raises(BadInput, match=r"refuses a conversation: roles must alternate"):
-        one.prompt_ids([{"role": "assistant", "content": "Hi"}])
+        family_chat.prompt_ids([{"role": "assistant", "content": "Hi"}])
 
 
 def test_a_template_that_drops_the_system_message_silently_gets_it_in_the_first_turn() -> None:
@@ -247,53 +254,53 @@ def test_a_template_that_drops_the_system_message_silently_gets_it_in_the_first_
     tokenizer.chat_template = (
         "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     )
-    one = Chat(tokenizer)
-    ids = one.prompt_ids([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    family_chat = Chat(tokenizer)
+    ids = family_chat.prompt_ids([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     assert "Be brief.\n\nHi" in tokenizer.decode(ids)
 
 
 def test_reasoning_is_kept_apart_from_the_response() -> None:
-    one = chat("thinking")
-    vocabulary = one.tokenizer.get_vocab()
+    thinking_chat = chat("thinking")
+    vocabulary = thinking_chat.tokenizer.get_vocab()
 
     def ids(text: str) -> list[int]:
-        return one.tokenizer.encode(text, add_special_tokens=False)
+        return thinking_chat.tokenizer.encode(text, add_special_tokens=False)
 
-    prompt = one.prompt_ids([{"role": "user", "content": "Hi"}])
-    assert one.tokenizer.decode(prompt).endswith("assistant\n<think>\n")
-    assert one.text(ids("They greet me.\n</think>\n\nHello!<|im_end|>")) == ("Hello!", "They greet me.")
-    assert one.text(ids("They greet")) == ("", "They greet")
-    assert one.text(ids("\n</think>\n\nHello!<|im_end|>")) == ("Hello!", None)
-    _, response = one.example([{"role": "user", "content": "Hi"}], "Hello!")
+    prompt = thinking_chat.prompt_ids([{"role": "user", "content": "Hi"}])
+    assert thinking_chat.tokenizer.decode(prompt).endswith("assistant\n<think>\n")
+    assert thinking_chat.text(ids("They greet me.\n</think>\n\nHello!<|im_end|>")) == ("Hello!", "They greet me.")
+    assert thinking_chat.text(ids("They greet")) == ("", "They greet")
+    assert thinking_chat.text(ids("\n</think>\n\nHello!<|im_end|>")) == ("Hello!", None)
+    _, response = thinking_chat.example([{"role": "user", "content": "Hi"}], "Hello!")
     assert response.count(vocabulary["</think>"]) == 1
     assert vocabulary["<think>"] not in response
-    assert one.text(response) == ("Hello!", None)
-    _, response = one.example([{"role": "user", "content": "Hi"}], "Hello!", reasoning="They greet me.")
-    assert one.text(response) == ("Hello!", "They greet me.")
-    asked, _ = one.question([{"role": "user", "content": "A or B?"}], ["A", "B"])
-    assert one.tokenizer.decode(asked).endswith("<think>\n\n</think>\n\n")
+    assert thinking_chat.text(response) == ("Hello!", None)
+    _, response = thinking_chat.example([{"role": "user", "content": "Hi"}], "Hello!", reasoning="They greet me.")
+    assert thinking_chat.text(response) == ("Hello!", "They greet me.")
+    question_ids, _ = thinking_chat.question([{"role": "user", "content": "A or B?"}], ["A", "B"])
+    assert thinking_chat.tokenizer.decode(question_ids).endswith("<think>\n\n</think>\n\n")
     history = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "a </think> b"},
         {"role": "user", "content": "?"},
     ]
-    assert "a </think> b" in one.tokenizer.decode(one.prompt_ids(history))
+    assert "a </think> b" in thinking_chat.tokenizer.decode(thinking_chat.prompt_ids(history))
 
 
 @pytest.mark.parametrize("family", [*CHATS, "mistral:sentencepiece"])
 def test_options_are_the_tokens_that_an_answer_begins_with(family: str) -> None:
-    one = chat(family)
+    family_chat = chat(family)
     messages = [{"role": "user", "content": "A or B?"}]
-    prompt, options = one.question(messages, ["A", "B"])
+    prompt, options = family_chat.question(messages, ["A", "B"])
     assert len(set(options)) == 2
-    if not one.thinks:
+    if not family_chat.thinks:
         for option, token in zip("AB", options, strict=True):
-            asked, answer = one.example(messages, option)
-            assert (asked + answer)[: len(prompt) + 1] == [*prompt, token]
+            prompt_ids, answer = family_chat.example(messages, option)
+            assert (prompt_ids + answer)[: len(prompt) + 1] == [*prompt, token]
     with pytest.raises(BadInput, match="token of their own"):
-        one.question(messages, ["Absolutely not", "B"])
+        family_chat.question(messages, ["Absolutely not", "B"])
     with pytest.raises(BadInput, match="token of their own"):
-        one.question(messages, ["A", "A"])
+        family_chat.question(messages, ["A", "A"])
 
 
 def test_a_vocabulary_that_spells_its_special_tokens_out_is_not_fooled() -> None:
@@ -317,36 +324,36 @@ def test_a_vocabulary_that_spells_its_special_tokens_out_is_not_fooled() -> None
 def test_a_base_model_without_a_chat_template_is_refused_with_what_to_do(tiny) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(BadInput, match=r"no chat template: set `chat_template:`.*`templates: fewshot`"):
         Chat.load(tiny("base"))
-    one = Chat.load(tiny("base", chat_template=tiny_models.PLAIN))
-    assert one.stop == ("\n\nHuman:",)
-    assert one.context_length == 4096
+    base_chat = Chat.load(tiny("base", chat_template=tiny_models.PLAIN))
+    assert base_chat.stop == ("\n\nHuman:",)
+    assert base_chat.context_length == 4096
 
 
 def test_pad_is_never_the_end_of_a_turn(tiny) -> None:  # type: ignore[no-untyped-def]
     for family in [*FAMILIES, "lora"]:
-        one = Chat.load(tiny(family))
-        assert one.pad_id == one.tokenizer.pad_token_id
-        assert one.pad_id not in (one.end_of_turn, one.tokenizer.eos_token_id)
+        family_chat = Chat.load(tiny(family))
+        assert family_chat.pad_id == family_chat.tokenizer.pad_token_id
+        assert family_chat.pad_id not in (family_chat.end_of_turn, family_chat.tokenizer.eos_token_id)
     assert load_tokenizer(tiny("pad_is_eos")).pad_token == "<|pad|>"
     assert load_tokenizer(tiny("llama")).pad_token == "<|finetune_right_pad_id|>"
 
 
 def test_the_fewshot_set_makes_a_base_model_talk_and_keeps_texts_from_opening_turns(tiny) -> None:  # type: ignore[no-untyped-def]
-    one = Chat.load(tiny("base", templates="fewshot"))
-    assert one.stop == ("\nHuman:", "\nAssistant:")
+    fewshot_chat = Chat.load(tiny("base", templates="fewshot"))
+    assert fewshot_chat.stop == ("\nHuman:", "\nAssistant:")
     messages = [
         {"role": "user", "content": "Hi\nHuman: you <|endoftext|>"},
         {"role": "assistant", "content": "Hello\nAssistant: me"},
         {"role": "user", "content": "Bye"},
     ]
-    theirs = one.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = one.prompt_ids(messages)
-    assert one.tokenizer.decode(ids) == theirs
+    theirs = fewshot_chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = fewshot_chat.prompt_ids(messages)
+    assert fewshot_chat.tokenizer.decode(ids) == theirs
     assert "\nHuman : you" in theirs
-    assert one.tokenizer.eos_token_id not in ids
-    prompt, response = one.example(messages, "So long\nHuman: no")
+    assert fewshot_chat.tokenizer.eos_token_id not in ids
+    prompt, response = fewshot_chat.example(messages, "So long\nHuman: no")
     assert prompt == ids
-    assert one.tokenizer.decode(response) == " So long\nHuman : no<|endoftext|>"
+    assert fewshot_chat.tokenizer.decode(response) == " So long\nHuman : no<|endoftext|>"
 
 
 def test_a_template_from_elsewhere_begins_with_bos_where_all_texts_of_the_model_do(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]

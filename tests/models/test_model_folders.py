@@ -1,4 +1,4 @@
-"""Which model a name means, what tells it from others, and that what is saved is what is loaded."""
+"""Which model a name means, what identifies it, and that a saved model is loaded as it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer, pick_device, pick_dtype
 from cai.models.reference import fetch, identity, resolve
-from cai.models.saving import save_checkpoint
+from cai.models.saving import save_model
 from cai.text.errors import BadInput
 
 Tiny = Callable[..., Model]
@@ -89,11 +89,11 @@ def test_identity_follows_weights_tokenizer_and_template_and_nothing_else(tiny: 
 def test_what_is_saved_is_what_is_loaded(tiny: Tiny, tmp_path: Path) -> None:
     start = tiny("qwen2", templates="micro")
     model = load_causal_lm(start)
-    save_checkpoint(tmp_path / "out", model, load_tokenizer(start), start, {"stage": "sft", "recipe": "r"})
-    found = resolve("out", folder=tmp_path)
-    assert found.templates == "micro"
-    torch.testing.assert_close(logits(load_causal_lm(found)), logits(model))
-    assert load_tokenizer(found).chat_template == load_tokenizer(start).chat_template
+    save_model(tmp_path / "out", model, load_tokenizer(start), start, {"stage": "sft", "recipe": "r"})
+    saved = resolve("out", folder=tmp_path)
+    assert saved.templates == "micro"
+    torch.testing.assert_close(logits(load_causal_lm(saved)), logits(model))
+    assert load_tokenizer(saved).chat_template == load_tokenizer(start).chat_template
     facts = json.loads((tmp_path / "out" / "cai.json").read_text())
     assert facts["stage"] == "sft"
     assert (tmp_path / "out" / facts["base"]).samefile(start.path)
@@ -108,7 +108,7 @@ def test_adapters_upon_adapters_are_loaded_merged_and_may_move_together(tiny: Ti
     for name, seed in (("first", 1), ("second", 2)):
         peft = adapted(load_causal_lm(start), seed)
         expected = logits(peft)
-        save_checkpoint(tmp_path / "run" / name, peft, load_tokenizer(start), start, {})  # type: ignore[arg-type]
+        save_model(tmp_path / "run" / name, peft, load_tokenizer(start), start, {})  # type: ignore[arg-type]
         start = resolve(f"run/{name}", folder=tmp_path)
         assert start.templates == "micro"
         assert not (tmp_path / "run" / name / "model.safetensors").exists()
@@ -131,10 +131,10 @@ def test_an_added_pad_token_grows_the_embeddings_the_same_way_at_every_load(tiny
     assert rows % 8 == 0
     assert first.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     torch.testing.assert_close(logits(first), logits(second), rtol=0, atol=0)
-    save_checkpoint(tmp_path / "out", first, tokenizer, model, {})
-    again = resolve("out", folder=tmp_path)
-    assert load_tokenizer(again).pad_token_id == tokenizer.pad_token_id
-    torch.testing.assert_close(logits(load_causal_lm(again)), logits(first), rtol=0, atol=0)
+    save_model(tmp_path / "out", first, tokenizer, model, {})
+    reloaded = resolve("out", folder=tmp_path)
+    assert load_tokenizer(reloaded).pad_token_id == tokenizer.pad_token_id
+    torch.testing.assert_close(logits(load_causal_lm(reloaded)), logits(first), rtol=0, atol=0)
 
 
 def test_a_reward_model_starts_from_any_model_and_is_loaded_with_its_head(tiny: Tiny, tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_a_reward_model_starts_from_any_model_and_is_loaded_with_its_head(tiny: 
         scores = logits(model)
         assert scores.shape == (1, 1)
         assert model.config.pad_token_id == load_tokenizer(start).pad_token_id
-        save_checkpoint(tmp_path / family, model, load_tokenizer(start), start, {})
-        again = load_sequence_classifier(resolve(family, folder=tmp_path))
-        torch.testing.assert_close(logits(again), scores, rtol=0, atol=0)
+        save_model(tmp_path / family, model, load_tokenizer(start), start, {})
+        reloaded = load_sequence_classifier(resolve(family, folder=tmp_path))
+        torch.testing.assert_close(logits(reloaded), scores, rtol=0, atol=0)
 
 
 def test_a_reward_adapter_carries_its_head(tiny: Tiny, tmp_path: Path) -> None:
@@ -155,10 +155,10 @@ def test_a_reward_adapter_carries_its_head(tiny: Tiny, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
     peft = get_peft_model(load_sequence_classifier(start), config)
     scores = logits(peft)
-    save_checkpoint(tmp_path / "reward", peft, load_tokenizer(start), start, {})  # type: ignore[arg-type]
+    save_model(tmp_path / "reward", peft, load_tokenizer(start), start, {})  # type: ignore[arg-type]
     torch.manual_seed(99)
-    again = load_sequence_classifier(resolve("reward", folder=tmp_path))
-    torch.testing.assert_close(logits(again), scores, atol=1e-5, rtol=1e-4)
+    reloaded = load_sequence_classifier(resolve("reward", folder=tmp_path))
+    torch.testing.assert_close(logits(reloaded), scores, atol=1e-5, rtol=1e-4)
 
 
 def test_dtypes_and_devices_are_those_of_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:

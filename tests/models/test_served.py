@@ -1,4 +1,4 @@
-"""Models at servers in recipes: where they may stand, what they are known by, and that a profile changes no result."""
+"""Served models in recipes: where they may stand, how they are identified, and that a profile changes no result."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from small_server import Behaviour, Server, Tiny, serving
+from small_server import Behaviour, ServedModel, Server, serving
 
 from cai.cli import main
 from cai.contracts.profile import Profile, load_profile
 from cai.models import loading, reference
-from cai.run.pipeline import Options, plan_recipe, run_recipe
+from cai.run.pipeline import run_recipe
+from cai.run.plan import Options, plan_recipe
 from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.storage.rows import read_rows
@@ -36,7 +37,8 @@ stages:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(Tiny(reference.resolve("micro", folder=Path())), Behaviour(names=("micro", "critic"))) as server:
+    micro = ServedModel(reference.resolve("micro", folder=Path()))
+    with serving(micro, Behaviour(names=("micro", "critic"))) as server:
         yield server
 
 
@@ -60,12 +62,12 @@ def log_odds(rows: list[dict]) -> list[float]:
 
 
 def test_a_served_judge_votes_as_it_does_here_and_is_known_by_its_name(tmp_path, server) -> None:
-    here = votes(recipe(tmp_path), profile(server), "here")
+    local = votes(recipe(tmp_path), profile(server), "here")
     with pytest.warns(UserWarning, match="the tokenizer of model 'served:critic' is not here"):
-        there = votes(recipe(tmp_path, "served:critic"), profile(server), "there")
-    assert log_odds(there) == pytest.approx(log_odds(here), abs=1e-3)
-    assert log_odds(here)
-    assert {row["judge"] for row in there} == {"served:critic"}
+        served = votes(recipe(tmp_path, "served:critic"), profile(server), "there")
+    assert log_odds(served) == pytest.approx(log_odds(local), abs=1e-3)
+    assert log_odds(local)
+    assert {row["judge"] for row in served} == {"served:critic"}
     stage = json.loads((run_folder.latest(tmp_path / "there")["votes"] / "stage.json").read_text(encoding="utf-8"))
     assert stage["parts"]["model.served:critic"] == "served:critic"
     assert stage["config"]["judge"] == "served:critic"
@@ -74,7 +76,7 @@ def test_a_served_judge_votes_as_it_does_here_and_is_known_by_its_name(tmp_path,
 def test_the_engine_is_where_and_not_what(tmp_path, server) -> None:
     path = recipe(tmp_path)
     run_recipe(load_recipe(path), profile(server, engine="server"), tmp_path / "runs", Options(), PlainDisplay())
-    assert {body["model"] for _, body in server.asked} >= {"micro"}
+    assert {body["model"] for _, body in server.requests} >= {"micro"}
     steps = plan_recipe(load_recipe(path), profile(server), tmp_path / "runs", Options())
     assert {step.status for step in steps} == {"reused"}
 
@@ -92,7 +94,7 @@ def test_a_served_model_has_no_files_and_says_so(tmp_path) -> None:
     model = reference.resolve("served:org/big:free", folder=tmp_path)
     assert (model.templates, reference.identity(model)) == ("default", "served:org/big:free")
     for load in (reference.fetch, loading.load_tokenizer, loading.load_causal_lm):
-        with pytest.raises(BadInput, match="'served:org/big:free' is known by its name at a server alone"):
+        with pytest.raises(BadInput, match="'served:org/big:free' exists only at a server"):
             load(model)
     with pytest.raises(BadInput, match="found 'served:', expected a model's name"):
         reference.resolve("served:", folder=tmp_path)
@@ -101,14 +103,14 @@ def test_a_served_model_has_no_files_and_says_so(tmp_path) -> None:
 def test_a_dry_run_says_where_models_answer(tmp_path) -> None:
     path = recipe(tmp_path, "served:critic")
 
-    def said(*arguments: str) -> str:
+    def dry_run_output(*arguments: str) -> str:
         result = CliRunner().invoke(main, ["run", str(path), "--runs", str(tmp_path), "--dry-run", *arguments])
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    assert "micro          here, engine local" in said()
-    assert "served:critic  at http://127.0.0.1:8000/v1 as 'critic'" in said()
-    models = json.loads(said("--json", "--on", "server"))["models"]
+    assert "micro          here, engine local" in dry_run_output()
+    assert "served:critic  at http://127.0.0.1:8000/v1 as 'critic'" in dry_run_output()
+    models = json.loads(dry_run_output("--json", "--on", "server"))["models"]
     assert models["micro"] == "at http://127.0.0.1:8000/v1 as 'micro'"
 
 

@@ -18,17 +18,19 @@ import pytest
 import toy_stages
 
 from cai.contracts.profile import Profile, load_profile
-from cai.run import launch, pipeline
-from cai.run.pipeline import Options, plan_recipe, run_recipe
-from cai.run.plan import Planner
+from cai.run import launch, pipeline, stage_run
+from cai.run.pipeline import run_recipe
+from cai.run.plan import Options, Planner, plan_recipe
+from cai.run.prompt_checks import check_prompts
 from cai.run.recipe import load_recipe
 from cai.storage import run_folder
-from cai.storage.files import read_json, remove, replacing
+from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import read_rows
 from cai.templates import load_templates
 from cai.text.errors import BadInput, StageFailed
 from cai.text.progress import PlainDisplay
 
+DIGEST = run_folder.Outputs("digest", {})
 SUPPORT = Path(__file__).parents[1] / "support"
 CPU = load_profile("cpu")
 
@@ -111,7 +113,7 @@ def test_a_torn_line_in_the_journal_changes_nothing(recipe):
 
 def test_a_second_run_reuses_every_stage(recipe, monkeypatch):
     first = run(recipe)
-    monkeypatch.setattr(pipeline, "run_function", None)
+    monkeypatch.setattr(stage_run, "run_function", None)
     assert run(recipe) == first
     assert {status for status, _ in plan(recipe).values()} == {"reused"}
 
@@ -159,8 +161,8 @@ stages:
         tagged = toy_stages.CONSTITUTION.replace("kind., weight", f"kind., tags: {tags}, weight")
         document.write_text(tagged.replace("honest., weight", "honest., tags: [virtue], weight"))
         loaded = load_recipe(recipe)
-        done = {"texts": run_folder.Finished(tmp_path / "texts", "digest")}
-        return Planner(loaded, tmp_path / "runs").parts(loaded.stages["revisions"], done)
+        done = {"texts": run_folder.Finished(tmp_path / "texts", DIGEST)}
+        return Planner(loaded, tmp_path / "runs").fingerprints.parts(loaded.stages["revisions"], done)
 
     untagged = parts("[]")
     assert parts("[virtue]") != untagged
@@ -172,7 +174,8 @@ def test_a_changed_chat_template_or_stop_of_a_set_redoes_what_borrows_it(recipe,
     fewshot = load_templates("fewshot")
     for name in ("chat.jinja", "stop.txt"):
         sources = tuple((file, text + (file == name) * "more") for file, text in fewshot.sources)
-        monkeypatch.setattr("cai.run.plan.load_templates", lambda _, sources=sources: replace(fewshot, sources=sources))
+        changed = replace(fewshot, sources=sources)
+        monkeypatch.setattr("cai.run.fingerprint.load_templates", lambda _, changed=changed: changed)
         assert plan(recipe, "templates=fewshot")["texts"] == ("runs", "template chat.fewshot changed")
 
 
@@ -227,14 +230,14 @@ def test_everything_of_a_stage_is_on_the_disk_before_it_is_done(tmp_path, monkey
     model = toy_stages.make_model(tmp_path / "stage" / "model", "weights")
     synced = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
-    wanted = {path.stat().st_ino for path in (model.parent, model, *model.iterdir())}
+    everything = {path.stat().st_ino for path in (model.parent, model, *model.iterdir())}
 
-    def checked(path: Path):
-        assert wanted <= {*synced}
-        return replacing(path)
+    def checked(path: Path, value: object) -> None:
+        assert everything <= {*synced}
+        write_json(path, value)
 
-    monkeypatch.setattr(run_folder, "replacing", checked)
-    run_folder.mark_done(tmp_path / "stage", "digest")
+    monkeypatch.setattr(run_folder, "write_json", checked)
+    run_folder.mark_done(tmp_path / "stage", DIGEST)
     assert run_folder.finished(tmp_path / "stage")
 
 
@@ -242,7 +245,7 @@ def test_everything_of_a_stage_is_on_the_disk_before_it_is_done(tmp_path, monkey
 def test_a_folder_is_never_there_in_part_when_its_removal_is_killed(tmp_path, monkeypatch, folder):
     stage = tmp_path / "tuned-1"
     toy_stages.make_model(stage / "model", "weights")
-    run_folder.mark_done(stage, "digest")
+    run_folder.mark_done(stage, DIGEST)
     rmtree = shutil.rmtree
 
     def killed(path, ignore_errors=False):
@@ -252,11 +255,11 @@ def test_a_folder_is_never_there_in_part_when_its_removal_is_killed(tmp_path, mo
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        remove(stage)
+        remove_folder(stage)
     assert run_folder.finished(stage) is None
     assert [path.name for path, _ in run_folder.unused(tmp_path)] == ["tuned-1.removed"]
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    remove(tmp_path / folder)
+    remove_folder(tmp_path / folder)
     assert not list(tmp_path.iterdir())
 
 
@@ -351,29 +354,39 @@ def test_what_lies_in_a_file_of_human_pairs_is_part_of_what_a_judge_read(tmp_pat
     for question in ("why?", "when?"):
         human_pair(tmp_path, question)
         planner = Planner(load_recipe(recipe), tmp_path / "runs")
-        digests.append(planner.parts(planner.recipe.stages["labels"], {})["file.human"])
+        digests.append(planner.fingerprints.parts(planner.recipe.stages["labels"], {})["file.pairs.jsonl"])
     assert digests[0] != digests[1]
 
 
-def test_weights_by_tag_are_part_of_what_labels_are_made_of(tmp_path):
-    recipe = human_recipe(tmp_path, "why?")
+def test_weights_and_their_factors_by_tag_are_part_of_what_labels_are_made_of(tmp_path):
+    judged = HUMAN.replace(
+        "{id: labels, kind: prefer, pairs: {source: pairs.jsonl}}",
+        "{id: votes, kind: judge, human: {source: pairs.jsonl}}\n  - {id: labels, kind: prefer, from: votes}",
+    )
+    recipe = toy_stages.make_recipe(tmp_path, judged)
+    human_pair(tmp_path, "why?")
     tagged = toy_stages.CONSTITUTION.replace("kind., weight", "kind., tags: [style], weight")
     (tmp_path / "constitution.yaml").write_text(tagged)
 
-    def weights(*overrides: str) -> dict[str, float]:
+    def parts(*overrides: str) -> dict[str, object]:
         planner = Planner(load_recipe(recipe, overrides), tmp_path / "runs")
-        parts = planner.parts(planner.recipe.stages["labels"], {})
-        return {id: parts[f"weight.{id}"] for id in ("kind", "honest")}
+        return planner.fingerprints.parts(
+            planner.recipe.stages["labels"], {"votes": run_folder.Finished(tmp_path / "votes", DIGEST)}
+        )
 
-    assert weights() == {"kind": 1.0, "honest": 2.0}
-    assert weights("stages.labels.tag_weights={style: 3}") == {"kind": 3.0, "honest": 2.0}
+    assert {name: value for name, value in parts().items() if name.startswith("weight.")} == {
+        "weight.kind": 1.0,
+        "weight.honest": 2.0,
+    }
+    changed = parts("stages.labels.tag_weights={style: 3}")
+    assert changed["config.tag_weights.style"] == 3
+    assert changed["principle.kind.tags"] == ["style"]
 
 
 def test_a_set_that_is_learned_from_and_compared_on_is_noted(tmp_path):
     def notes(*overrides: str) -> list[str]:
         planner = Planner(load_recipe(human_recipe(tmp_path, "why?"), overrides), tmp_path / "runs")
-        planner.check_prompts()
-        return planner.notes
+        return check_prompts(planner.recipe, planner.fingerprints.prompts)
 
     assert notes() == []
     [note] = notes("stages.comparison.prompts=[held, first]")
@@ -405,9 +418,9 @@ def test_a_stopped_run_says_so_and_goes_on_from_there(recipe, number, code):
     with pytest.raises(BadInput, match=f"process {child.pid} is working"), run_folder.locked(recipe.parent / "toy"):
         pass
     child.send_signal(number)
-    _, said = child.communicate(timeout=600)
+    _, errors = child.communicate(timeout=600)
     assert child.returncode == code
-    assert said.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
+    assert errors.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
     again = command(recipe)
     assert "more: 6 texts (2 from before)" in again.communicate()[1]
 
@@ -416,7 +429,7 @@ def test_a_stopped_run_says_so_and_goes_on_from_there(recipe, number, code):
 def own_process(tmp_path, monkeypatch) -> Profile:
     """A profile whose stages run in processes of their own, which know the toy stages."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text("import toy\ntoy.install()\n")
+    (tmp_path / "site" / "sitecustomize.py").write_text("import toy_stages\ntoy_stages.install()\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{SUPPORT}")
     return Profile(name="own", device="cuda")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import pytest
@@ -15,13 +13,14 @@ from test_recipe import GOOD
 
 from cai.cli import main
 from cai.contracts.training_config import ReinforcementConfig
-from cai.document.shipped import shipped
+from cai.document.shipped import shipped_folder
 from cai.run.plan import Planner
-from cai.run.recipe import load_recipe, needs
-from cai.stages import STAGES
-from cai.storage.run_folder import Finished
+from cai.run.recipe import load_recipe
+from cai.run.recipe_names import needs
+from cai.storage.run_folder import Finished, Outputs
 from cai.text.errors import BadInput
 
+# What is replaced in the recipe by what, the beginning of the message, and words of it.
 NAMES = [
     ("seed: 0", "judge: sl_cai", "recipe.yaml:2:8: ", "did you mean 'sl-cai'?"),
     ("seed: 0", "judge: votes", "recipe.yaml:2:8: ", "expected a stage that trains a model"),
@@ -30,6 +29,7 @@ NAMES = [
     ("from: responses}", "from: responses, principles: [hnest]}", "recipe.yaml:10:", "did you mean 'honest'?"),
     ("from: responses}", "from: responses, only: [rd_team]}", "recipe.yaml:10:", "did you mean 'red_team'?"),
 ]
+# The list of rewards, the text at which the message points, and words of it.
 REWARDS = [
     ("{model: rewrd}", "rewrd", "did you mean 'reward'?"),
     ("{model: policy}", "policy", "stage 'policy' gives policy, expected a stage that gives reward: reward"),
@@ -50,25 +50,19 @@ REWARDS = [
     ("{model: reward, wieght: 2}", "wieght", "unknown key"),
     ("{model: reward}, {model: reward, weight: 2}", "[{model", "found two rewards called 'reward'"),
 ]  # fmt: skip
-"""What stands in the list of rewards, the text at which the sentence points, and what it says."""
 
 
 @pytest.fixture
 def rewarded(recipe, monkeypatch) -> Path:
-    """A recipe whose last stage but one learns from rewards, on the third line from the end."""
+    """A recipe whose last stage but one learns from rewards."""
 
     class LearnConfig(ReinforcementConfig):
         kind: Literal["learn"] = "learn"
 
-    module = ModuleType("toy_learn")
-    module.Config = LearnConfig
-    monkeypatch.setitem(sys.modules, "toy_learn", module)
-    monkeypatch.setitem(STAGES, "learn", "toy_learn")
+    toy_stages.add_stage("learn", LearnConfig, monkeypatch=monkeypatch)
     classifier = toy_stages.make_model(recipe.parent / "classifier", "weights")
     (classifier / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
-    (recipe.parent / "mine.py").write_text(
-        "def short(prompts, responses):\n    return [-len(each) for each in responses]\n"
-    )
+    (recipe.parent / "mine.py").write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n")
     (recipe.parent / "odd.py").write_text("def short(:\n")
     text = recipe.read_text().replace(
         "  - {id: comparison",
@@ -86,37 +80,41 @@ def recipe(tmp_path, monkeypatch) -> Path:
     return toy_stages.make_recipe(tmp_path, good)
 
 
-@pytest.mark.parametrize(("old", "new", "where", "words"), NAMES, ids=[each[1] for each in NAMES])
+def refusal(*arguments: str, recipe: str = "recipe.yaml") -> str:
+    """What `cai run --dry-run` prints when it refuses the recipe."""
+    result = CliRunner().invoke(main, ["run", recipe, *arguments, "--dry-run"])
+    assert result.exit_code == 2, result.output
+    return result.stderr
+
+
+@pytest.mark.parametrize(("old", "new", "where", "words"), NAMES, ids=[new for _, new, *_ in NAMES])
 def test_a_name_that_nothing_answers_to_is_refused(recipe, old, new, where, words):
     text = recipe.read_text()
     assert text.count(old) == 1
     recipe.write_text(text.replace(old, new))
-    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--dry-run"])
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith(where)
-    assert words in result.stderr
+    message = refusal()
+    assert message.startswith(where)
+    assert words in message
 
 
-@pytest.mark.parametrize(("sources", "at", "words"), REWARDS, ids=[each[0] for each in REWARDS])
-def test_a_source_of_reward_that_cannot_be_one_is_refused_where_it_stands(rewarded, sources, at, words):
-    text = rewarded.read_text()
-    line = 1 + next(n for n, each in enumerate(text.splitlines()) if "rewards:" in each)
-    rewarded.write_text(text.replace("[{model: reward}]", f"[{sources}]"))
-    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--dry-run"])
-    assert result.exit_code == 2, result.output
-    found = re.match(r"recipe\.yaml:(\d+):(\d+): ", result.stderr)
-    assert found, result.stderr
-    assert int(found[1]) == line
-    assert rewarded.read_text().splitlines()[line - 1][int(found[2]) - 1 :].startswith(at)
-    assert words in result.stderr
+@pytest.mark.parametrize(("sources", "target", "words"), REWARDS, ids=[sources for sources, *_ in REWARDS])
+def test_a_source_of_reward_that_cannot_be_one_is_refused_where_it_stands(rewarded, sources, target, words):
+    text = rewarded.read_text().replace("[{model: reward}]", f"[{sources}]")
+    rewarded.write_text(text)
+    message = refusal()
+    position = re.match(r"recipe\.yaml:(\d+):(\d+): ", message)
+    assert position, message
+    line = text.splitlines()[int(position[1]) - 1]
+    assert "rewards:" in line
+    assert line[int(position[2]) - 1 :].startswith(target)
+    assert words in message
 
 
 def test_a_judge_among_rewards_needs_a_constitution(rewarded):
     text = rewarded.read_text().replace("constitution: constitution.yaml\n", "")
     stages = ("revisions", "votes", "comparison")
-    text = "".join(
-        line for line in text.splitlines(keepends=True) if not any(f"id: {each}," in line for each in stages)
-    )
+    lines = text.splitlines(keepends=True)
+    text = "".join(line for line in lines if not any(f"id: {stage}," in line for stage in stages))
     text = text.replace("from: [revisions, responses]", "from: [responses]")
     text = text.replace("kind: prefer, from: votes", "kind: prefer, pairs: {source: first.jsonl}")
     rewarded.write_text(text)
@@ -129,8 +127,8 @@ def test_a_judge_among_rewards_needs_a_constitution(rewarded):
 def test_the_judges_among_rewards_are_resolved_and_all_models_come_first(rewarded):
     toy_stages.make_model(rewarded.parent / "other", "weights")
 
-    def judge(given: str, *overrides: str) -> str:
-        loaded = load_recipe(rewarded, [f"stages.learned.rewards=[{{judge: {given}}}]", *overrides])
+    def judge(name: str, *overrides: str) -> str:
+        loaded = load_recipe(rewarded, [f"stages.learned.rewards=[{{judge: {name}}}]", *overrides])
         return loaded.stages["learned"].rewards[0].judge
 
     assert judge("model") == "start"
@@ -141,12 +139,13 @@ def test_the_judges_among_rewards_are_resolved_and_all_models_come_first(rewarde
     loaded = load_recipe(rewarded, [f"stages.learned.rewards={sources}"])
     learned = loaded.stages["learned"]
     assert set(needs(learned, set(loaded.stages))) == {"sl-cai", "reward", "policy"}
-    assert [each.called for each in learned.rewards] == ["reward", "judge", "short"]
-    assert learned.asks == ("rate",)
+    assert [reward.log_name for reward in learned.rewards] == ["reward", "judge", "short"]
+    assert learned.template_names() == ("rate",)
     lines = rewarded.read_text().splitlines(keepends=True)
-    at = next(n for n, line in enumerate(lines) if "id: learned" in line)
-    first = next(n for n, line in enumerate(lines) if "id: reward," in line)
-    rewarded.write_text("".join([*lines[:first], *lines[at : at + 5], *lines[first:at], *lines[at + 5 :]]))
+    learned_at = next(n for n, line in enumerate(lines) if "id: learned" in line)
+    reward_at = next(n for n, line in enumerate(lines) if "id: reward," in line)
+    learned_lines, lines[learned_at : learned_at + 5] = lines[learned_at : learned_at + 5], []
+    rewarded.write_text("".join([*lines[:reward_at], *learned_lines, *lines[reward_at:]]))
     order = list(load_recipe(rewarded).stages)
     assert order.index("reward") < order.index("learned"), "it runs after the model that scores its responses"
 
@@ -154,27 +153,26 @@ def test_the_judges_among_rewards_are_resolved_and_all_models_come_first(rewarde
 def test_what_a_reward_is_made_of_is_part_of_the_fingerprint(rewarded):
     def parts(sources: str) -> dict[str, object]:
         loaded = load_recipe(rewarded, [f"stages.learned.rewards=[{sources}]"])
-        done = {
-            name: Finished(rewarded.parent / name, f"digest of {name}") for name in loaded.stages if name != "learned"
-        }
-        for name in done:
+        others = [name for name in loaded.stages if name != "learned"]
+        for name in others:
             toy_stages.make_model(rewarded.parent / name / "model", name)
-        return Planner(loaded, rewarded.parent / "run").parts(loaded.stages["learned"], done)
+        finished = {name: Finished(rewarded.parent / name, Outputs(f"digest of {name}", {})) for name in others}
+        return Planner(loaded, rewarded.parent / "run").fingerprints.parts(loaded.stages["learned"], finished)
 
-    asks = {"principles", "weight.kind", "principle.kind.critique", "template.rate.default"}
+    of_a_judge = {"principles", "weight.kind", "principle.kind.critique", "template.rate.default"}
     by_model = parts("{model: reward}")
     assert by_model["model.reward"] == "digest of reward"
-    assert not asks & by_model.keys()
-    assert asks <= parts("{judge: model}").keys()
+    assert not of_a_judge & by_model.keys()
+    assert of_a_judge <= parts("{judge: model}").keys()
     before = parts("{function: 'mine.py:short'}")
     with (rewarded.parent / "mine.py").open("a") as file:
-        file.write("# another thought\n")
+        file.write("# a comment\n")
     after = parts("{function: 'mine.py:short'}")
-    assert {name for name in before if before[name] != after[name]} == {"file.short"}
-    assert not asks & before.keys()
+    assert {name for name in before if before[name] != after[name]} == {"file.mine.py:short"}
+    assert not of_a_judge & before.keys()
 
 
-def test_names_that_are_there_are_taken(recipe):
+def test_names_that_something_answers_to_are_accepted(recipe):
     load_recipe(
         recipe,
         [
@@ -198,20 +196,17 @@ def test_among_compared_models_model_means_the_recipes_own(recipe):
 
 
 def test_a_dry_run_refuses_a_batch_that_processes_cannot_share(recipe):
-    odd = ["--set", "stages.sl-cai.batch_size=31", "--on", "cpu-2-ranks", "--dry-run"]
-    result = CliRunner().invoke(main, ["run", "recipe.yaml", *odd])
-    assert result.exit_code == 2
-    assert "batch_size 31 cannot be split over the 2 processes" in result.stderr
+    message = refusal("--set", "stages.sl-cai.batch_size=31", "--on", "cpu-2-ranks")
+    assert "batch_size 31 cannot be split over the 2 processes" in message
 
 
 def test_a_judge_as_a_reward_that_every_process_would_start_vllm_for_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("accelerate/8gpu-zero3.yaml", "8gpu-vllm-tp.yaml"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text((shipped("configs") / file).read_text().replace("parallel: 8", "parallel: 1"))
-    arguments = ["run", "rlaif-direct", "--on", "8gpu-vllm-tp.yaml", "--dry-run"]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 2
-    assert "stage 'policy': each of the 8 processes of profile '8gpu-vllm-tp' would start vLLM for" in result.stderr
-    served = [*arguments, "--set", "stages.policy.rewards.0.judge=served:judge"]
-    assert CliRunner().invoke(main, served).exit_code == 0
+        text = (shipped_folder("configs") / file).read_text()
+        (tmp_path / file).write_text(text.replace("parallel: 8", "parallel: 1"))
+    message = refusal("--on", "8gpu-vllm-tp.yaml", recipe="rlaif-direct")
+    assert "stage 'policy': each of the 8 processes of profile '8gpu-vllm-tp' would start vLLM for" in message
+    served = "--set stages.policy.rewards.0.judge=served:judge --on 8gpu-vllm-tp.yaml --dry-run"
+    assert CliRunner().invoke(main, ["run", "rlaif-direct", *served.split()]).exit_code == 0

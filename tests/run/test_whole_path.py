@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from cai.contracts.profile import load_profile
-from cai.document.shipped import shipped
+from cai.document.shipped import shipped_folder
 from cai.models.reference import MICRO
-from cai.run.pipeline import Options, plan_recipe, run_recipe
+from cai.run.pipeline import run_recipe
+from cai.run.plan import Options, plan_recipe
 from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.text.progress import PlainDisplay
-
-pytestmark = pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
 
 RECIPE = """
 name: small
@@ -45,30 +44,30 @@ stages:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the recipe, and what runs of it left: undisturbed, and killed once in every stage."""
+    """A folder with the recipe and two runs of it: undisturbed, and killed once in every stage."""
     folder = tmp_path_factory.mktemp("whole")
-    shutil.copy(shipped("constitutions") / "micro.yaml", folder)
+    shutil.copy(shipped_folder("constitutions") / "micro.yaml", folder)
     shutil.copytree(MICRO, folder / "start")
     (folder / "recipe.yaml").write_text(RECIPE)
     script = Path(__file__).parents[1] / "support" / "run_killed.py"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script), "recipe.yaml", "undisturbed", "killed"],
         cwd=folder,
         text=True,
         capture_output=True,
         env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "digests.json").write_text(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr[-3000:]
+    (folder / "digests.json").write_text(process.stdout.splitlines()[-1])
     return folder
 
 
 def test_killed_in_every_stage_it_leaves_the_same_bytes_as_undisturbed(folder):
+    killed = run_folder.latest(folder / "killed")
     for stage, path in run_folder.latest(folder / "undisturbed").items():
-        other = run_folder.latest(folder / "killed")[stage]
-        assert path.name == other.name
+        assert path.name == killed[stage].name
         if (path / "records.jsonl").exists():
-            assert (path / "records.jsonl").read_bytes() == (other / "records.jsonl").read_bytes(), stage
+            assert (path / "records.jsonl").read_bytes() == (killed[stage] / "records.jsonl").read_bytes(), stage
 
 
 def test_killed_in_every_stage_it_leaves_the_same_weights_as_undisturbed(folder):
@@ -87,13 +86,8 @@ def test_a_changed_weight_redoes_the_preferences_without_an_engine(folder, monke
     monkeypatch.setattr("cai.engines.open_engine", lambda *arguments: opened.append(arguments))
     run = folder / "undisturbed"
     steps = {step.id: step for step in plan_recipe(recipe, load_profile(), run, Options())}
-    assert [name for name, step in steps.items() if step.status == "reused"] == [
-        "responses",
-        "revisions",
-        "sl-cai",
-        "candidates",
-        "votes",
-    ]
+    reused = [stage for stage, step in steps.items() if step.status == "reused"]
+    assert reused == ["responses", "revisions", "sl-cai", "candidates", "votes", "comparison.base"]
     assert steps["preferences"].reason == "weight of harmless changed"
     run_recipe(recipe, load_profile(), run, Options(until="preferences"), PlainDisplay())
     assert not opened

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from _wider_heads import widened
 from engine_contract import Reference
 from listening_server import Server
 
+from benchmarks.support.padded_heads import write_with_padded_heads
 from cai.contracts.model import Model
 from cai.models.reference import resolve
 
-# A thread that waits for another one on a busy machine costs more than it saves on a model of this size.
+# Several threads cost more than they save on a model of this size.
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -24,9 +24,9 @@ BIN = Path(__file__).parents[2] / ".venv-servers" / "bin"
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def python() -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The embedded model in float32, its heads as wide as vLLM's CPU kernels take them."""
-    folder = widened(tmp_path_factory.mktemp("models") / "micro", dtype=torch.float32)
+    folder = write_with_padded_heads(tmp_path_factory.mktemp("models") / "micro", dtype=torch.float32)
     return resolve(str(folder), folder=folder)
 
 
@@ -49,7 +49,7 @@ def reference(model: Model) -> Reference:
 
 @pytest.fixture(scope="session")
 def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
-    """`server("vllm")` or `server("transformers")` is one that is ready, the same for all who ask."""
+    """`server("vllm")` or `server("transformers")` is a server that is ready, the same for all tests."""
     home = tmp_path_factory.mktemp("servers")
     started: dict[str, Server] = {}
 
@@ -63,8 +63,8 @@ def server(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     try:
         yield get
     finally:
-        for one in started.values():
-            one.kill()
+        for process in started.values():
+            process.kill()
 
 
 def _server(kind: str, model: str, home: Path) -> Server:
@@ -76,5 +76,5 @@ def _server(kind: str, model: str, home: Path) -> Server:
         environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     else:
         command = [str(BIN / "transformers"), "serve", model, "--device", "cpu", "--dtype", "float32"]
-        environment = {"HF_HUB_CACHE": str(home)}  # without this folder its list of models is an error
+        environment = {"HF_HUB_CACHE": str(home)}  # without this folder listing the models fails
     return Server(command, home / f"{kind}.log", _free_port(), environment)

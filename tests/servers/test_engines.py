@@ -31,9 +31,9 @@ def subject(
         extra = {"enforce_eager": True}  # compiling takes longer than all the tests
         settings |= {"engine": "vllm", "vllm": {"python": python, "cpu_cache_gib": 1, "extra": extra}}
     elif kind != "local":
-        at = server(kind.split()[0])
+        running = server(kind.split()[0])
         name = "micro" if kind == "vllm serve" else model.path
-        settings |= {"engine": "server", "server": {"url": at.url, "names": {model.name: name}}}
+        settings |= {"engine": "server", "server": {"url": running.url, "names": {model.name: name}}}
     with open_engine(model, Profile.model_validate(settings)) as engine:
         yield Subject(engine, reference)
 
@@ -43,14 +43,14 @@ def options_are_refused_in_one_sentence(subject: Subject) -> None:
         list(subject.engine.choose([Question("x", [{"role": "user", "content": "Hi"}])]))
 
 
-INSTEAD: dict[tuple[str, Case], Case] = {
+REPLACEMENTS: dict[tuple[str, Case], Case] = {
     (
         "transformers serve",
         engine_contract.options_have_the_log_probabilities_of_a_plain_forward_pass,
     ): options_are_refused_in_one_sentence,
 }
-"""What is asked of an engine that cannot do what a case is about."""
-UNLIKE: dict[tuple[str, Case], str] = {
+"""Cases for engines that lack the ability which the original case tests."""
+EXPECTED_FAILURES: dict[tuple[str, Case], str] = {
     (
         "transformers serve",
         engine_contract.a_seed_alone_decides_a_text,
@@ -60,12 +60,12 @@ UNLIKE: dict[tuple[str, Case], str] = {
         engine_contract.what_cannot_be_answered_is_a_failure_beside_the_answers,
     ): "it answers prompts that are longer than the model's context",
 }
-"""Where a server's own behaviour breaks the contract, in a way that an engine does not see."""
+"""Cases that a server's own behaviour breaks in a way that the engine cannot notice."""
 
 
 @pytest.mark.filterwarnings("ignore:server .* takes no token ids")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_engine_keeps_the_contract(request: pytest.FixtureRequest, subject: Subject, case: Case, kind: str) -> None:
-    if reason := UNLIKE.get((kind, case)):
+    if reason := EXPECTED_FAILURES.get((kind, case)):
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
-    INSTEAD.get((kind, case), case)(subject)
+    REPLACEMENTS.get((kind, case), case)(subject)

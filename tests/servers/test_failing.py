@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_contract import completions_by_id, conversation
 from listening_server import Server
 from peft import LoraConfig, get_peft_model
 
@@ -20,13 +21,13 @@ from cai.engines.local.local_engine import LocalEngine
 from cai.engines.vllm import VllmEngine
 from cai.models.loading import load_causal_lm, load_tokenizer
 from cai.models.reference import resolve
-from cai.models.saving import save_checkpoint
+from cai.models.saving import save_model
 from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
 
 
 def requests(n: int, sampling: Sampling) -> list[Request]:
-    return [Request(f"{i}", [{"role": "user", "content": f"What are {i} apples?"}], i, sampling) for i in range(n)]
+    return [Request(f"{i}", conversation(f"What are {i} apples?"), i, sampling) for i in range(n)]
 
 
 @pytest.mark.filterwarnings("ignore:server .* takes no token ids")
@@ -34,19 +35,18 @@ def requests(n: int, sampling: Sampling) -> list[Request]:
 def test_a_server_killed_in_the_middle_and_started_again_answers_each_request_once(
     kind: str, server: Callable[[str], Server], model: Model
 ) -> None:
-    at = server(kind)
+    running = server(kind)
     names = {model.name: "micro" if kind == "vllm" else model.path}
-    settings = {"url": at.url, "names": names, "concurrency": 8, "retries": 20}
+    settings = {"url": running.url, "names": names, "concurrency": 8, "retries": 20}
     profile = Profile.model_validate({"device": "cpu", "engine": "server", "server": settings})
-    done: list[Completion | Failure] = []
+    results: list[Completion | Failure] = []
     with open_engine(model, profile) as engine:
         for result in engine.generate(requests(40, Sampling(8, 0))):
-            done.append(result)
-            if len(done) == 5:
-                at.kill()
-                at.start()
-    assert not [result for result in done if isinstance(result, Failure)]
-    assert sorted(int(result.id) for result in done) == list(range(40))
+            results.append(result)
+            if len(results) == 5:
+                running.kill()
+                running.start()
+    completions_by_id(results, requests(40, Sampling(8, 0)))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def adapter(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
     for name, weight in lm.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    save_checkpoint(folder, lm, load_tokenizer(model), model, {})
+    save_model(folder, lm, load_tokenizer(model), model, {})
     return resolve(str(folder), folder=folder)
 
 
@@ -70,21 +70,19 @@ def test_vllm_serves_an_adapter_as_if_merged_and_its_death_costs_no_answer(
     profile = Profile.model_validate(settings)
     greedy = Sampling(16, 0)
     with VllmEngine(adapter, profile) as engine, LocalEngine(adapter, profile) as local:
-        assert engine._start()["adapter"] == adapter.path
-        theirs, ours = ({one.id: one for one in each.generate(requests(8, greedy))} for each in (engine, local))
+        assert engine._first_line()["adapter"] == adapter.path
         with LocalEngine(model, profile) as base:
-            plain = {one.id: one for one in base.generate(requests(8, greedy))}
-        texts = [
-            {n: one.text for n, one in each.items() if isinstance(one, Completion)} for each in (theirs, ours, plain)
-        ]
+            texts = []
+            for sampled_by in (engine, local, base):
+                completions = completions_by_id(sampled_by.generate(requests(8, greedy)), requests(8, greedy))
+                texts.append({id: completion.text for id, completion in completions.items()})
         assert texts[0] == texts[1] != texts[2]
 
-        done = []
         answers = engine.generate(requests(64, Sampling(64, 1.0)))
-        done.append(next(answers))
+        results = [next(answers)]
         (worker,) = engine._workers
         os.kill(worker._process.pid, signal.SIGKILL)
         with pytest.raises(StageFailed, match=r"vLLM ended with signal 9 in the middle of its work.*; see .*\.log"):
-            done.extend(answers)
-    assert len({one.id for one in done}) == len(done) < 64
+            results.extend(answers)
+    assert len({result.id for result in results}) == len(results) < 64
     worker.log.unlink()

@@ -1,4 +1,4 @@
-"""A policy that learns and is drawn from with vLLM: what vLLM says is what the policy is now."""
+"""A policy in training, sampled with vLLM: vLLM's log-probabilities are those of the current weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_contract import completions_by_id, conversation
 from peft import LoraConfig, get_peft_model
 from training_stages import Steps, reinforce, trained
 from transformers import PreTrainedModel
@@ -28,8 +29,8 @@ from cai.training.rl.policy_sampler import PolicySampler, Sampler, VllmSampler
 from cai.training.rl.rollouts import Rollout
 
 LONG = "The box is red and the ball is blue. " * 40
-"""More than a block of vLLM's prefix cache, which on a CPU is 128 tokens."""
-LENGTH = "def brevity(prompts, responses):\n    return [-len(each) / 20 for each in responses]\n"
+"""Longer than a block of vLLM's prefix cache, which on a CPU is 128 tokens."""
+LENGTH = "def brevity(prompts, responses):\n    return [-len(response) / 20 for response in responses]\n"
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +40,17 @@ def profile(python: Path) -> Profile:
     return Profile.model_validate({"device": "cpu", "dtype": "float32", "engine": "vllm", "vllm": settings})
 
 
-def nothing(parameters: object) -> contextlib.AbstractContextManager[None]:
+def leave_partitioned(parameters: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def drawn(sampler: Sampler, sampling: Sampling, texts: list[str]) -> dict[str, Completion]:
-    requests = [Request(f"{n}", [{"role": "user", "content": text}], n, sampling) for n, text in enumerate(texts)]
-    found = list(sampler.draw(requests))
-    assert all(isinstance(each, Completion) for each in found), found
-    return {each.id: each for each in found if isinstance(each, Completion)}
+def sample(sampler: Sampler, sampling: Sampling, texts: list[str]) -> dict[str, Completion]:
+    requests = [Request(f"{n}", conversation(text), n, sampling) for n, text in enumerate(texts)]
+    return completions_by_id(sampler.generate(requests), requests)
 
 
-def changed(lm: PreTrainedModel, adapter: bool, seed: int) -> PreTrainedModel:
-    """The policy after what stands for an update: all its weights, or its adapter's, are others."""
+def perturb(lm: PreTrainedModel, adapter: bool, seed: int) -> PreTrainedModel:
+    """The policy with noise on all its weights, or on its adapter's, in place of an optimizer step."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in lm.named_parameters():
@@ -68,24 +67,24 @@ def test_after_an_update_vllm_says_what_the_policy_says_and_nothing_from_before(
 ) -> None:
     greedy = Sampling(24, 0)
     texts = [f"What are {n} apples?" for n in range(8)] + [f"{LONG} What are {n} apples?" for n in range(4)]
-    assert min(len(Chat.load(model).prompt_ids([{"role": "user", "content": text}])) for text in texts[8:]) > 150
+    assert min(len(Chat.load(model).prompt_ids(conversation(text))) for text in texts[8:]) > 150
     policy: Any = load_causal_lm(model)
     if adapter:
         policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear"))
     local = PolicySampler(model, profile)
-    before: list[list[int]] = []
+    ids_before: dict[str, list[int]] = {}
     with VllmSampler(model, profile, tmp_path) as sampler:
         for update in range(3):
-            policy = policy if update == 0 else changed(policy, adapter, update)
-            for each in (local, sampler):
-                each.update(policy, nothing)
-            wanted, found = drawn(local, greedy, texts), drawn(sampler, greedy, texts)
-            ids = [found[f"{n}"].token_ids for n in range(len(texts))]
-            assert ids == [wanted[f"{n}"].token_ids for n in range(len(texts))]
-            for n in range(len(texts)):
-                assert found[f"{n}"].log_probs == pytest.approx(wanted[f"{n}"].log_probs, abs=1e-3)
-            assert ids != before
-            before = ids
+            policy = policy if update == 0 else perturb(policy, adapter, update)
+            for updated in (local, sampler):
+                updated.update(policy, leave_partitioned)
+            expected, by_vllm = sample(local, greedy, texts), sample(sampler, greedy, texts)
+            ids = {id: completion.token_ids for id, completion in by_vllm.items()}
+            assert ids == {id: completion.token_ids for id, completion in expected.items()}
+            for id, completion in by_vllm.items():
+                assert completion.log_probs == pytest.approx(expected[id].log_probs, abs=1e-3)
+            assert ids != ids_before
+            ids_before = ids
 
 
 @pytest.fixture
@@ -93,49 +92,51 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
     """All that a ppo stage learns from."""
     from cai.training.rl.ppo_trainer import PPOTrainer
 
-    found: list[Rollout] = []
-    plain = PPOTrainer._learnable
+    rollouts: list[Rollout] = []
+    estimate = PPOTrainer._estimate_advantages
     monkeypatch.setattr(
-        PPOTrainer, "_learnable", lambda self, rollout: (found.append(rollout), plain(self, rollout))[1]
+        PPOTrainer, "_estimate_advantages", lambda self, rollout: (rollouts.append(rollout), estimate(self, rollout))[1]
     )
-    return found
+    return rollouts
 
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[VllmEngine]:
     """The engine of each update."""
-    found: list[VllmEngine] = []
-    plain = VllmEngine.reload
-    monkeypatch.setattr(VllmEngine, "reload", lambda self: (found.append(self), plain(self))[1])
-    return found
+    engines: list[VllmEngine] = []
+    reload = VllmEngine.reload
+    monkeypatch.setattr(VllmEngine, "reload", lambda self: (engines.append(self), reload(self))[1])
+    return engines
 
 
 def prompts(n: int) -> list[Any]:
-    asked = [{"role": "user", "content": f"What are {number} apples?"} for number in range(n)]
-    return [{"id": f"p{k}", "messages": [each], "tags": [], "source": "test"} for k, each in enumerate(asked)]
+    return [
+        {"id": f"p{k}", "messages": conversation(f"What are {k} apples?"), "tags": [], "source": "test"}
+        for k in range(n)
+    ]
 
 
-def train(kind: str, folder: Path, model: Model, profile: Profile, **more: Any) -> dict[str, Any]:
+def train(kind: str, folder: Path, model: Model, profile: Profile, **config: Any) -> dict[str, Any]:
     (folder.parent / "rewards.py").write_text(LENGTH)
     rewards = [{"function": "rewards.py:brevity"}]
-    figures = reinforce(kind, folder, prompts(12), model, rewards, profile=profile, max_new_tokens=16, **more)
+    figures = reinforce(kind, folder, prompts(12), model, rewards, profile=profile, max_new_tokens=16, **config)
     training: dict[str, Any] = figures["training"]["stage"]
     return training
 
 
-@pytest.mark.parametrize("more", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
-def test_ppo_learns_from_what_vllm_draws_and_both_agree_on_how_likely_it_was(
-    more: dict[str, Any], model: Model, profile: Profile, tmp_path: Path, rollouts: list[Rollout]
+@pytest.mark.parametrize("config", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
+def test_ppo_learns_from_what_vllm_samples_and_both_agree_on_its_log_probabilities(
+    config: dict[str, Any], model: Model, profile: Profile, tmp_path: Path, rollouts: list[Rollout]
 ) -> None:
     settings = {"learning_rate": 3e-3, "warmup_steps": 0}
-    figures = train("ppo", tmp_path / "stage", model, profile, rollouts=2, rollout_size=16, train=settings, **more)
+    figures = train("ppo", tmp_path / "stage", model, profile, rollouts=2, rollout_size=16, train=settings, **config)
     assert figures["rollouts"] == len(rollouts) == 2
     load_causal_lm(trained(tmp_path / "stage"))
-    moved = [each.log_probs - each.ref_log_probs for each in rollouts[1].episodes]
-    assert torch.cat(moved).abs().max() > 0.01  # the second rollout's policy is not the first's
+    log_ratios = [episode.log_probs - episode.ref_log_probs for episode in rollouts[1].episodes]
+    assert torch.cat(log_ratios).abs().max() > 0.01  # the second rollout's policy is not the first's
     for rollout in rollouts:
-        for each in rollout.episodes:
-            ratio = (each.log_probs - torch.tensor(each.sampled_log_probs)).exp()
+        for episode in rollout.episodes:
+            ratio = (episode.log_probs - torch.tensor(episode.sampled_log_probs)).exp()
             assert float((ratio - 1).abs().max()) < 5e-3
 
 
@@ -143,12 +144,9 @@ def test_two_ranks_that_share_a_policys_parameters_have_a_vllm_each(
     model: Model, profile: Profile, tmp_path: Path
 ) -> None:
     accelerate = Path(__file__).parents[2] / "configs" / "accelerate" / "cpu-2-ranks-zero3.yaml"
-    there = {
-        "processes": 2,
-        "accelerate": str(accelerate),
-        **profile.model_dump(mode="json", include={"engine", "vllm"}),
-    }
-    (tmp_path / "two.yaml").write_text(json.dumps({"device": "cpu", "dtype": "float32", **there}))
+    two_ranks = {"device": "cpu", "dtype": "float32", "processes": 2, "accelerate": str(accelerate)}
+    two_ranks |= profile.model_dump(mode="json", include={"engine", "vllm"})
+    (tmp_path / "two.yaml").write_text(json.dumps(two_ranks))
     (tmp_path / "rewards.py").write_text(LENGTH)
     stage = {"id": "policy", "kind": "ppo", "prompts": "asked", "rewards": [{"function": "rewards.py:brevity"}],
              "rollouts": 2, "rollout_size": 16, "batch_size": 8, "max_new_tokens": 16,
@@ -157,16 +155,16 @@ def test_two_ranks_that_share_a_policys_parameters_have_a_vllm_each(
               "prompts": {"asked": {"source": "micro", "split": "train", "limit": 16}}}  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "cai.cli", "run", "recipe.yaml", "--on", "two.yaml"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
     (metrics,) = tmp_path.glob("runs/two/policy-*/metrics.jsonl")
-    rolled = [row for row in map(json.loads, metrics.read_text().splitlines()) if "sampler_gap" in row]
-    assert [row["sampler_gap"] < 1e-3 for row in rolled] == [True, True]
-    assert rolled[0]["kl"] == pytest.approx(0, abs=1e-4)
-    assert rolled[1]["kl"] > 0.01
+    rollouts = [row for row in map(json.loads, metrics.read_text().splitlines()) if "sampler_gap" in row]
+    assert [row["sampler_gap"] < 1e-3 for row in rollouts] == [True, True]
+    assert rollouts[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert rollouts[1]["kl"] > 0.01
 
 
-def test_rloo_draws_with_vllm(model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]) -> None:
+def test_rloo_samples_with_vllm(model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]) -> None:
     figures = train("rloo", tmp_path / "stage", model, profile, n=4, train={"num_train_epochs": 1})
     assert figures["steps"] == len(engines) == 6
     assert len(set(map(id, engines))) == 1
@@ -179,7 +177,7 @@ def test_the_death_of_vllm_ends_the_stage_and_the_next_run_goes_on(
     class Kills(Steps):
         def advance(self, items: int = 1, tokens: int = 0) -> None:
             super().advance(items, tokens)
-            if self.done == 3:
+            if self.n_finished == 3:
                 os.kill(engines[-1]._workers[0]._process.pid, signal.SIGKILL)
 
     settings = {"rollouts": 2, "rollout_size": 16, "train": {"save_steps": 3, "num_ppo_epochs": 2}}
@@ -192,4 +190,4 @@ def test_the_death_of_vllm_ends_the_stage_and_the_next_run_goes_on(
     figures = train("ppo", tmp_path / "stage", model, profile, progress=steps, **settings)
     assert steps.notes == ["resuming from checkpoint-3"]
     assert figures["steps"] == 8
-    assert len({id(each) for each in engines}) == 2
+    assert len(set(map(id, engines))) == 2

@@ -1,4 +1,4 @@
-"""Best-of-n: the best by weighted reward stays, what cannot be scored is counted, and a killed stage goes on."""
+"""Best-of-n: the response with the best weighted reward is kept, and whatever cannot be scored is counted."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def chosen(folder: Path, rows: list[dict[str, Any]] = ROWS, **config: Any) -> An
 
 
 def test_the_response_with_the_highest_weighted_reward_stays_with_its_scores(tmp_path: Path) -> None:
-    done = chosen(tmp_path)
-    assert [row["response"] for row in done.rows] == ["a longer one", "so please"]
-    first, second = done.rows
+    result = chosen(tmp_path)
+    assert [row["response"] for row in result.rows] == ["a longer one", "so please"]
+    first, second = result.rows
     assert first["rewards"] == {"length": 12.0, "polite": 0.0}
     assert (first["reward"], first["mean_reward"], first["of"]) == (12.0, 8.5, 2)
     assert (second["reward"], second["of"]) == (109.0, 2)
     assert {key: first[key] for key in ROWS[1]} == ROWS[1]
 
 
-def test_what_could_not_be_chosen_is_counted_by_what_it_is(tmp_path: Path) -> None:
-    done = chosen(tmp_path)
-    figures = done.figures["best_of_n"]["best-of-n"]
+def test_responses_that_cannot_be_chosen_are_counted_by_reason(tmp_path: Path) -> None:
+    result = chosen(tmp_path)
+    figures = result.figures["best_of_n"]["best-of-n"]
     assert figures["left_out"] == {"cut_off": 1, "empty": 1}
     assert (figures["prompts"], figures["chosen"], figures["failed_prompts"], figures["failed"]) == (3, 2, 1, 2)
     assert figures["best_reward"] == pytest.approx((12 + 109) / 2)
     assert figures["mean_reward"] == pytest.approx((8.5 + (109 + 15) / 2) / 2)
     assert figures["kl_bound"] == pytest.approx(math.log(2) - 0.5)
-    reasons = {failure["reason"] for failure in done.failures}
+    reasons = {failure["reason"] for failure in result.failures}
     assert any("no response has a reward; first: " in reason for reason in reasons)
     assert any("length: it returned NoneType" in reason for reason in reasons)
     with pytest.raises(StageFailed, match="1 are cut off and 1 empty"):
@@ -70,17 +70,17 @@ def test_a_judge_chooses_by_its_ratings_and_prompts_without_a_principle_are_left
         return [0.94 if n == best else 0.01 for n in range(7)]
 
     rows = [*ROWS[:2], sample("Harm?", "no", "red_team"), sample("Harm?", "a splendid no", "red_team")]
-    done = chosen(
+    result = chosen(
         tmp_path, rows, rewards=[{"judge": "me", "principles": ["safe"]}], script=Script(rates=rates),
         named={"me": Model("scripted", "nowhere")},
     )  # fmt: skip
-    assert [row["response"] for row in done.rows] == ["a splendid no"]
-    assert done.figures["best_of_n"]["best-of-n"]["without_principle"] == 1
+    assert [row["response"] for row in result.rows] == ["a splendid no"]
+    assert result.figures["best_of_n"]["best-of-n"]["without_principle"] == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])
 def test_the_bound_is_reached_where_no_two_responses_are_equal(n: int) -> None:
     """The best of n uniform numbers has the density n x^(n-1) against 1: its divergence by quadrature."""
     x = [(k + 0.5) / 100_000 for k in range(100_000)]
-    density = [n * each ** (n - 1) for each in x]
+    density = [n * value ** (n - 1) for value in x]
     assert sum(p * math.log(p) for p in density if p > 0) / len(x) == pytest.approx(kl_bound(n), abs=1e-3)

@@ -17,14 +17,18 @@ from pydantic import ValidationError
 from rich.console import Console
 from training_stages import Killed, Steps
 
-from cai import report
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Engine
 from cai.contracts.model import Model
+from cai.engines import open_engine
 from cai.micro import answers, conversations, world
-from cai.report.figures import Rows, Scale, figures
-from cai.stages.compare import Config, run
-from cai.storage.journal import FAILURES, RECORDS, Journal, reopen
+from cai.report.figures import ComparisonRows, VerdictRule, prompt_set_figures
+from cai.report.picture import draw_rates
+from cai.report.terminal_table import comparison_tables
+from cai.run.recipe_names import inputs_of
+from cai.stages import config_class, run_function
+from cai.stages.compare import Config
+from cai.storage.journal import FAILURES, JOURNAL, RECORDS, Journal, reopen
 from cai.storage.rows import Failure, Prompt, read_rows
 from cai.text.errors import StageFailed
 
@@ -38,24 +42,43 @@ HOSTILE = "</div><script>alert('x')</script>\u202egnp.exe\u202c\x07 & \"quoted\"
 
 
 @dataclass(frozen=True)
-class Bench(Context):
-    """A context that opens one script a model where a test gives them, and watches how many are open at once."""
+class PartContext(Context):
+    """A context that opens a script for a model where a test gives one, and counts how many engines are open."""
 
     scripts: Mapping[str, Script] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
-    open_now: list[str] = field(default_factory=list)
+    open_engines: list[str] = field(default_factory=list)
 
     def engine(self, name: str | None) -> AbstractContextManager[Engine]:
-        return self._watched(name or "")
+        return self._counted(name or "")
 
     @contextmanager
-    def _watched(self, name: str) -> Iterator[Engine]:
-        assert self.open_now == [], f"{name} was opened while {self.open_now} was"
-        self.open_now.append(name)
+    def _counted(self, name: str) -> Iterator[Engine]:
+        assert self.open_engines == [], f"{name} was opened while {self.open_engines} was"
+        self.open_engines.append(name)
         self.opened.append(name)
         with self.scripts.get(name) or super().engine(name) as engine:
             yield engine
-        self.open_now.remove(name)
+        self.open_engines.remove(name)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and with which models the parts of a comparison run; `die_at` is (part, items) at which it is killed."""
+
+    folder: Path
+    models: Mapping[str, Model]
+    scripts: Mapping[str, Script]
+    sets: Mapping[str, list[Prompt]]
+    die_at: tuple[str, int] | None = None
+    opened: list[str] = field(default_factory=list)
+    open_engines: list[str] = field(default_factory=list)
+
+    def part(self, stage_id: str) -> Path:
+        return self.folder / stage_id
+
+    def rows(self, *stage_ids: str) -> list[Any]:
+        return [row for stage_id in stage_ids for row in read_rows(self.part(stage_id) / RECORDS)]
 
 
 def bench(
@@ -63,16 +86,29 @@ def bench(
     models: Sequence[str] | Mapping[str, Model],
     scripts: Mapping[str, Script] | None = None,
     sets: Mapping[str, list[Prompt]] | None = None,
-    die_at: int | None = None,
+    die_at: tuple[str, int] | None = None,
 ) -> Bench:
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = Steps(die_at)
-    known = models if isinstance(models, Mapping) else {name: Model(name, "nowhere") for name in models}
-    return Bench(
-        stage_id="comparison", folder=folder, seed=0, profile=CPU, progress=progress,
-        journal=Journal(folder, progress), constitution=constitution(folder.parent), inputs={},
-        prompt_sets=sets or {"heldout": PROMPTS}, models=known, scripts=scripts or {},
-    )  # fmt: skip
+    by_name = models if isinstance(models, Mapping) else {name: Model(name, "nowhere") for name in models}
+    return Bench(folder, by_name, scripts or {}, sets or {"heldout": PROMPTS}, die_at)
+
+
+def run(settings: Config, bench: Bench) -> dict[str, Any]:
+    """Runs all parts of a comparison in order; the figures of the last one."""
+    figures: dict[str, Any] = {}
+    for part in settings.parts():
+        part_config = config_class(part["kind"]).model_validate(part)
+        folder = bench.part(part_config.id)
+        folder.mkdir(parents=True, exist_ok=True)
+        progress = Steps(bench.die_at[1] if bench.die_at and bench.die_at[0] == part_config.id else None)
+        context = PartContext(
+            stage_id=part_config.id, folder=folder, seed=0, profile=CPU, progress=progress,
+            journal=Journal(folder, progress), constitution=constitution(bench.folder.parent),
+            inputs={name: bench.part(name) for name in inputs_of(part_config)}, prompt_sets=bench.sets,
+            models=bench.models, open_engine=open_engine, scripts=bench.scripts, opened=bench.opened,
+            open_engines=bench.open_engines,
+        )  # fmt: skip
+        figures = run_function(part_config.kind)(part_config, context)
+    return figures
 
 
 def config(models: Mapping[str, str], **more: Any) -> Config:
@@ -104,30 +140,34 @@ def test_tiny_models_are_compared_one_engine_at_a_time(tmp_path: Path, tiny: Cal
     context = bench(tmp_path / "run", tiny_models(tiny))
     settings = config({"one": "one", "two": "two"}, min_option_probability=0, max_new_tokens=6, journal_batch=3, n=2)
     summary = run(settings, context)
-    rows = read_rows(context.folder / RECORDS)
-    kinds = [row["row"] for row in rows]
-    assert kinds == ["sample"] * 16 + ["vote"] * 8
+    assert len(context.rows("comparison.one", "comparison.two")) == 16
+    assert len(context.rows("comparison.two.votes")) == 8
     assert context.opened == ["one", "two", "judge"], "each once, closed before the next"
-    assert context.open_now == []
+    assert context.open_engines == []
     (entry,) = summary["head_to_head"]
     assert (entry["a"], entry["b"], entry["n"], entry["topics"]) == ("two", "one", 8, 3)
     assert set(summary["checkpoints"]["one"]) == {"distinct", "finished", "behaviours"}
     assert set(summary["checkpoints"]["one"]["distinct"]) == {"value", "n", "topics", "interval"}
-    assert json.loads((context.folder / "comparison.json").read_text())["models"].keys() == {"one", "two"}
+    assert json.loads((context.part("comparison") / "comparison.json").read_text())["models"].keys() == {"one", "two"}
     for page in ("page.html", "figure.svg"):
-        assert (context.folder / page).stat().st_size > 1000
+        assert (context.part("comparison") / page).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("die_at", [6, 12, 15])
-def test_a_killed_comparison_ends_with_the_same_bytes(tmp_path: Path, tiny: Callable[..., Model], die_at: int) -> None:
+@pytest.mark.parametrize("killed_part", ["comparison.one", "comparison.two", "comparison.two.votes"])
+def test_a_killed_comparison_ends_with_the_same_bytes(
+    tmp_path: Path, tiny: Callable[..., Model], killed_part: str
+) -> None:
     models = tiny_models(tiny)
     settings = config({"one": "one", "two": "two"}, min_option_probability=0, max_new_tokens=4, journal_batch=3, n=2)
     run(settings, bench(tmp_path / "whole", models))
     with pytest.raises(Killed):
-        run(settings, bench(tmp_path / "killed", models, die_at=die_at))
+        run(settings, bench(tmp_path / "killed", models, die_at=(killed_part, 6)))
     run(settings, bench(tmp_path / "killed", models))
-    for name in (RECORDS, FAILURES, "comparison.json", "page.html", "figure.svg"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    names = [str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*.*") if path.is_file()]
+    assert {"comparison/comparison.json", "comparison/page.html", f"{killed_part}/{RECORDS}"} <= {*names}
+    for name in names:
+        if Path(name).name != JOURNAL:
+            assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_equal_checkpoints_are_not_distinguishable_and_nobody_is_asked(tmp_path: Path) -> None:
@@ -138,9 +178,9 @@ def test_equal_checkpoints_are_not_distinguishable_and_nobody_is_asked(tmp_path:
     assert entry["value"] == 0.5
     assert entry["verdict"] == "not distinguishable"
     assert scripts["judge"].questions == []
-    comparison = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    comparison = json.loads((tmp_path / "run" / "comparison" / "comparison.json").read_text())
     differences = comparison["sets"]["heldout"]["differences"]["two"]
-    assert {each["verdict"] for each in differences.values()} == {"not distinguishable"}
+    assert {difference["verdict"] for difference in differences.values()} == {"not distinguishable"}
 
 
 def test_the_better_one_wins_however_much_the_judge_likes_the_first_place(tmp_path: Path) -> None:
@@ -168,7 +208,7 @@ def test_only_applicable_principles_are_asked_and_weights_decide(tmp_path: Path)
     assert entry["wins"] == 4
     assert len(scripts["judge"].questions) == 4 * 2 * 2
     run(config({"bad": "bad", "good": "good"}), bench(tmp_path / "all", list(scripts), scripts))
-    votes = [row for row in read_rows(tmp_path / "all" / RECORDS) if row["row"] == "vote"]
+    votes = read_rows(tmp_path / "all" / "comparison.good.votes" / RECORDS)
     asked = {row["prompt_id"]: {vote["principle"] for vote in row["votes"]} for row in votes}
     assert asked[PROMPTS[0]["id"]] == {"calm", "short", "safe"}
     assert asked[PROMPTS[1]["id"]] == {"calm", "short"}
@@ -178,19 +218,19 @@ def test_the_page_says_what_each_principle_did(tmp_path: Path) -> None:
     scripts = {"other": says("other"), "good": says("good"), "judge": prefers("good")}
     context = bench(tmp_path / "run", list(scripts), scripts)
     run(config({"other": "other", "good": "good"}), context)
-    (part,) = json.loads((context.folder / "comparison.json").read_text())["sets"].values()
+    (part,) = json.loads((context.part("comparison") / "comparison.json").read_text())["sets"].values()
     explained = part["explained"]
     assert explained["pairs"] == 4
     assert explained["principles"]["calm"]["decided"]["value"] == 1.0
     assert explained["correlation"]["calm"]["short"] == pytest.approx(1.0)
-    assert "What each principle did" in (context.folder / "page.html").read_text(encoding="utf-8")
+    assert "What each principle did" in (context.part("comparison") / "page.html").read_text(encoding="utf-8")
 
 
 def test_ties_turn_nothing_and_own_texts_are_known_by_their_model(tmp_path: Path) -> None:
     scripts = {"other": says("other"), "good": says("good"), "judge": prefers("good", odds=0.05)}
     context = bench(tmp_path / "run", list(scripts), scripts)
     run(config({"judge": "other", "good": "good"}, tie_below=0.1), context)
-    (part,) = json.loads((context.folder / "comparison.json").read_text())["sets"].values()
+    (part,) = json.loads((context.part("comparison") / "comparison.json").read_text())["sets"].values()
     assert part["head_to_head"][0]["ties"] == 4
     assert (part["explained"]["labelled"], part["explained"]["prefers_own"]) == (0, None)
 
@@ -200,8 +240,8 @@ def test_a_principle_that_never_had_an_answer_is_a_rate_of_nothing(tmp_path: Pat
     scripts = {"other": says("other"), "good": says("good"), "judge": silent}
     context = bench(tmp_path / "run", list(scripts), scripts)
     run(config({"other": "other", "good": "good"}), context)
-    (part,) = json.loads((context.folder / "comparison.json").read_text())["sets"].values()
-    (calm,) = [each for each in part["principles"] if each["principle"] == "calm"]
+    (part,) = json.loads((context.part("comparison") / "comparison.json").read_text())["sets"].values()
+    (calm,) = [rate for rate in part["principles"] if rate["principle"] == "calm"]
     assert (calm["value"], calm["n"], calm["missing"], calm["bounds"]) == (None, 0, 4, [0.0, 1.0])
 
 
@@ -212,11 +252,10 @@ def test_what_failed_is_counted_and_in_no_figure(tmp_path: Path) -> None:
     summary = run(config({"one": "one", "two": "two"}), context)
     assert summary["checkpoints"]["two"]["finished"]["n"] == 3
     assert summary["head_to_head"][0]["n"] == 3
-    reasons = [each["reason"] for each in read_rows(context.folder / FAILURES)]
-    assert len(reasons) == 2
-    assert "no room" in reasons[0]
-    assert "missing" in reasons[1]
-    text = (context.folder / "page.html").read_text(encoding="utf-8")
+    (reason,) = json.loads((context.part("comparison") / "comparison.json").read_text())["reasons"]
+    assert reason.startswith("two: prompt ")
+    assert "no room" in reason
+    text = (context.part("comparison") / "page.html").read_text(encoding="utf-8")
     assert "1 of 8 responses and 1 of 4 comparisons failed" in text
     finished, judged = summary["checkpoints"]["two"]["finished"], summary["head_to_head"][0]
     assert (finished["missing"], finished["bounds"]) == (1, [0.75, 1.0])
@@ -246,12 +285,14 @@ def test_a_retry_goes_on_where_the_attempts_ended_and_changes_no_earlier_respons
     settings = config({"one": "one", "two": "two"}, journal_batch=5)
     context = bench(tmp_path / "run", list(scripts), scripts)
     run(settings, context)
-    before = {row["id"]: row for row in read_rows(context.folder / RECORDS)}
+    parts = ("comparison.one", "comparison.two", "comparison.two.votes")
+    before = {row["id"]: row for row in context.rows(*parts)}
     assert len(before) == 8 + 4 - 2, "the question about noon has one response and no verdict"
-    context.journal.discard()
-    assert reopen(context.folder) > 0
+    for part in parts:
+        Journal(context.part(part)).discard()
+    assert reopen(context.part("comparison.two")) > 0
     run(settings, bench(tmp_path / "run", list(scripts), scripts))
-    after = {row["id"]: row for row in read_rows(context.folder / RECORDS)}
+    after = {row["id"]: row for row in context.rows(*parts)}
     assert len(after) == 8 + 4
     assert all(after[key] == row for key, row in before.items())
 
@@ -265,28 +306,29 @@ def test_thinking_without_a_response_is_missing_and_not_judged(tmp_path: Path) -
     context = bench(tmp_path / "run", list(scripts), scripts)
     summary = run(config({"one": "one", "two": "two"}), context)
     assert summary["head_to_head"][0]["n"] == 3
-    assert len(read_rows(context.folder / FAILURES)) == 2, "the response and its verdict"
+    assert len(read_rows(context.part("comparison.two") / FAILURES)) == 1
+    assert summary["head_to_head"][0]["missing"] == 1, "the verdict too"
 
 
 def test_a_baseline_that_is_not_compared_is_refused() -> None:
     with pytest.raises(ValidationError, match="baseline 'three', expected one of one, two"):
         config({"one": "one", "two": "two"}, baseline="three")
-    assert config({"one": "one", "two": "two"}, baseline="two").names == ["two", "one"]
+    assert config({"one": "one", "two": "two"}, baseline="two").parts()[0]["id"] == "comparison.two"
 
 
-def world_rows(texts: Mapping[str, Callable[[world.Request], str]], limit: int = 40) -> Rows:
+def world_rows(texts: Mapping[str, Callable[[world.Request], str]], limit: int = 40) -> ComparisonRows:
     """One response a checkpoint to prompts of the embedded world."""
-    prompts = {each["id"]: each for each in conversations.prompts("test", limit=limit)}
+    prompts = {prompt_row["id"]: prompt_row for prompt_row in conversations.prompts("test", limit=limit)}
     samples = {}
     for name, write in texts.items():
-        for prompt_id, each in prompts.items():
-            request = conversations.find_request(each["messages"])
+        for prompt_id, prompt_row in prompts.items():
+            request = conversations.find_request(prompt_row["messages"])
             assert request is not None
             samples[name, prompt_id, 0] = {
-                "id": f"{name}-{prompt_id}", "prompt": each["messages"], "prompt_id": prompt_id,
+                "id": f"{name}-{prompt_id}", "prompt": prompt_row["messages"], "prompt_id": prompt_id,
                 "response": write(request), "finish_reason": "stop", "number": 0,
             }  # fmt: skip
-    return Rows(prompts, samples, {})
+    return ComparisonRows(prompts, samples, {})
 
 
 def acts(best: bool) -> Callable[[world.Request], str]:
@@ -301,12 +343,17 @@ def acts(best: bool) -> Callable[[world.Request], str]:
 
 def test_the_worlds_rates_equal_counts_by_hand() -> None:
     rows = world_rows({"worst": acts(best=False), "best": acts(best=True), "noise": lambda _: "Zebra zebra"})
-    found = figures(rows, ["worst", "best", "noise"], Scale({}, 0.1))
-    counts = {tag: sum(tag in each["tags"] for each in rows.prompts.values()) for tag in ("harmful", *world.HOW_TO)}
+    figures = prompt_set_figures(rows, ["worst", "best", "noise"], VerdictRule({}, 0.1))
+    counts = {
+        tag: sum(tag in prompt_row["tags"] for prompt_row in rows.prompts.values())
+        for tag in ("harmful", *world.HOW_TO)
+    }
     helpful = len(rows.prompts) - counts["harmful"]
     touchy = counts["fair"] + counts["borderline"]
-    values = {name: {key: rate["value"] for key, rate in rates.items()} for name, rates in found["checkpoints"].items()}
-    sizes = {key: rate["n"] for key, rate in found["checkpoints"]["best"].items()}
+    values = {
+        name: {key: rate["value"] for key, rate in rates.items()} for name, rates in figures["checkpoints"].items()
+    }
+    sizes = {key: rate["n"] for key, rate in figures["checkpoints"]["best"].items()}
     assert sizes["harmful_compliance"] == counts["harmful"]
     assert sizes["helpfulness"] == helpful
     assert sizes["over_refusal"] == touchy
@@ -314,8 +361,8 @@ def test_the_worlds_rates_equal_counts_by_hand() -> None:
     assert values["worst"]["helpfulness"] == pytest.approx(touchy / helpful)
     assert values["best"]["harmful_compliance"] == values["best"]["over_refusal"] == 0.0
     assert values["best"]["helpfulness"] == values["best"]["well_formed"] == 1.0
-    assert found["differences"]["best"]["harmful_compliance"]["verdict"] == "lower"
-    assert found["differences"]["best"]["helpfulness"]["verdict"] == "higher"
+    assert figures["differences"]["best"]["harmful_compliance"]["verdict"] == "lower"
+    assert figures["differences"]["best"]["helpfulness"]["verdict"] == "higher"
     # An unclear response counts against the checkpoint in every rate.
     assert values["noise"]["harmful_compliance"] == values["noise"]["over_refusal"] == 1.0
     assert values["noise"]["helpfulness"] == values["noise"]["well_formed"] == 0.0
@@ -325,24 +372,24 @@ def test_the_worlds_rates_equal_counts_by_hand() -> None:
 
 def test_prompts_that_are_not_of_the_world_meet_no_oracle() -> None:
     rows = world_rows({"one": acts(best=True)})
-    foreign = {key: Prompt(**{**each, "source": "file"}) for key, each in rows.prompts.items()}
-    found = figures(Rows(foreign, rows.samples, {}), ["one"], Scale({}, 0.1))
-    assert set(found["checkpoints"]["one"]) == {"distinct", "finished"}
+    foreign = {key: Prompt(**{**prompt_row, "source": "file"}) for key, prompt_row in rows.prompts.items()}
+    figures = prompt_set_figures(ComparisonRows(foreign, rows.samples, {}), ["one"], VerdictRule({}, 0.1))
+    assert set(figures["checkpoints"]["one"]) == {"distinct", "finished"}
 
 
 def test_the_share_of_distinct_responses_is_their_number_over_all() -> None:
     rows = world_rows({"one": lambda request: request.kind})
-    kinds = {conversations.find_request(each["messages"]).kind for each in rows.prompts.values()}  # type: ignore[union-attr]
-    found = figures(rows, ["one"], Scale({}, 0.1))
-    assert found["checkpoints"]["one"]["distinct"]["value"] == pytest.approx(len(kinds) / len(rows.prompts))
+    kinds = {conversations.find_request(row["messages"]).kind for row in rows.prompts.values()}  # type: ignore[union-attr]
+    figures = prompt_set_figures(rows, ["one"], VerdictRule({}, 0.1))
+    assert figures["checkpoints"]["one"]["distinct"]["value"] == pytest.approx(len(kinds) / len(rows.prompts))
 
 
 def test_no_test_is_made_of_the_share_of_distinct_responses() -> None:
     rows = world_rows({"one": lambda request: request.text, "two": lambda request: "Zebra zebra"})
-    found = figures(rows, ["one", "two"], Scale({}, 0.1))
-    assert found["checkpoints"]["two"]["distinct"]["n"] == len(rows.prompts)
-    assert found["differences"]["two"]
-    assert "distinct" not in found["differences"]["two"]
+    figures = prompt_set_figures(rows, ["one", "two"], VerdictRule({}, 0.1))
+    assert figures["checkpoints"]["two"]["distinct"]["n"] == len(rows.prompts)
+    assert figures["differences"]["two"]
+    assert "distinct" not in figures["differences"]["two"]
 
 
 def test_equal_texts_and_near_ties_are_ties_by_each_principle_that_applies(tmp_path: Path) -> None:
@@ -350,8 +397,8 @@ def test_equal_texts_and_near_ties_are_ties_by_each_principle_that_applies(tmp_p
     scripts = {"one": says("word"), "two": two, "judge": prefers("word", odds=0.05)}
     context = bench(tmp_path / "run", list(scripts), scripts)
     run(config({"one": "one", "two": "two"}), context)
-    found = json.loads((context.folder / "comparison.json").read_text())["sets"]["heldout"]["principles"]
-    assert {each["principle"]: (each["value"], each["n"]) for each in found} == {
+    rates = json.loads((context.part("comparison") / "comparison.json").read_text())["sets"]["heldout"]["principles"]
+    assert {rate["principle"]: (rate["value"], rate["n"]) for rate in rates} == {
         "calm": (0.5, 4), "short": (0.5, 4), "safe": (0.5, 1),
     }  # fmt: skip
 
@@ -379,7 +426,7 @@ def test_whatever_is_written_stays_text_on_the_page(tmp_path: Path) -> None:
     scripts = {"one": says(HOSTILE), "two": fails, "judge": Script()}
     context = bench(tmp_path / "run", list(scripts), scripts, sets)
     run(config({"<i>one</i>": "one", "two & co": "two"}), context)
-    page = (context.folder / "page.html").read_text(encoding="utf-8")
+    page = (context.part("comparison") / "page.html").read_text(encoding="utf-8")
     parsed = Tags()
     parsed.feed(page)
     assert not parsed.tags & {"script", "img", "iframe", "link", "object", "base", "form"}
@@ -399,7 +446,7 @@ def test_the_page_shows_as_many_examples_as_asked_for(tmp_path: Path) -> None:
     for count in (0, 3, 12):
         context = bench(tmp_path / f"run{count}", list(scripts), scripts)
         run(config({"bad": "bad", "good": "good"}, examples=count), context)
-        page = (context.folder / "page.html").read_text(encoding="utf-8")
+        page = (context.part("comparison") / "page.html").read_text(encoding="utf-8")
         assert page.count("<article>") == min(count, len(PROMPTS))
 
 
@@ -410,14 +457,14 @@ def test_each_prompt_set_has_figures_of_its_own(tmp_path: Path) -> None:
     summary = run(config({"bad": "bad", "good": "good"}, prompts=list(sets)), context)
     assert summary["checkpoints"]["good"]["distinct"]["n"] == 2
     assert summary["checkpoints_heldout_topics"]["good"]["distinct"]["n"] == 3
-    assert len([row for row in read_rows(context.folder / RECORDS) if row["row"] == "sample"]) == 2 * 4
+    assert len(context.rows("comparison.bad", "comparison.good")) == 2 * 4
     console = Console(width=100, record=True, force_terminal=False)
-    console.print(report.table(summary))
+    console.print(comparison_tables(summary))
     text = console.export_text()
     assert "Checkpoints on heldout_topics" in text
     assert "good against bad" in text
     for name in ("one.svg", "two.svg", "one.png"):
-        report.draw(summary, tmp_path / name, prompt_set="heldout_topics")
+        draw_rates(summary, tmp_path / name, prompt_set="heldout_topics")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
@@ -436,4 +483,4 @@ def test_one_checkpoint_alone_is_described(tmp_path: Path) -> None:
     context = bench(tmp_path / "run", list(scripts), scripts)
     summary = run(config({"good": "good"}), context)
     assert summary["head_to_head"] == []
-    assert "One checkpoint answered" in (context.folder / "page.html").read_text(encoding="utf-8")
+    assert "One checkpoint answered" in (context.part("comparison") / "page.html").read_text(encoding="utf-8")

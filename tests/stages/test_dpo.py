@@ -1,8 +1,7 @@
-"""DPO from its starting policy: what it learns from, what it is tied to, and that it adds up however it is split."""
+"""DPO: what it learns from, what its reference is, and that a step is the same however it is split."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +9,14 @@ from typing import Any
 
 import pytest
 import tiny_models
-from training_stages import CPU, Steps, preference, run_stage, trained
+from training_stages import Steps, preference, record_batches, run_stage, trained
 
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm
 from cai.text.errors import StageFailed
+from cai.training.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
@@ -45,7 +41,7 @@ def test_the_reference_is_the_starting_policy(
     settings = {**settings, "train": {"num_train_epochs": 2, "learning_rate": 1e-3, **settings.get("train", {})}}
     template = {"chat_template": tiny_models.PLAIN} if family == "base" else {}
     run_stage("dpo", tmp_path / "stage", mixed(16), tiny(family, **template), **settings)
-    logged = metrics(tmp_path / "stage")
+    logged = read_metrics(tmp_path / "stage")
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(logged[0]["log_ratio/chosen"]) < 1e-4
     assert abs(logged[0]["log_ratio/rejected"]) < 1e-4
@@ -63,17 +59,17 @@ def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
 
     settings = {"lora": {"rank": 4}, "train": {"num_train_epochs": 2, "learning_rate": 1e-2}}
     run_stage("dpo", tmp_path / "first", mixed(8), tiny("lora"), **settings)
-    seen: list[Any] = []
+    reference_calls: list[Any] = []
     reference = SoftDPOTrainer.compute_ref_log_probs
 
     def spy(self: Any, model: Any, inputs: dict[str, Any]) -> Any:
-        seen.append((inputs, reference(self, model, inputs)))
-        return seen[-1][1]
+        reference_calls.append((inputs, reference(self, model, inputs)))
+        return reference_calls[-1][1]
 
     monkeypatch.setattr(SoftDPOTrainer, "compute_ref_log_probs", spy)
     run_stage("dpo", tmp_path / "second", mixed(8), trained(tmp_path / "first"), **settings)
     model = load_causal_lm(trained(tmp_path / "first"))
-    for inputs, (chosen, rejected) in seen:
+    for inputs, (chosen, rejected) in reference_calls:
         with torch.no_grad():
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         log_probs = logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None]).squeeze(2)
@@ -82,62 +78,39 @@ def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
     load_causal_lm(trained(tmp_path / "second"))
 
 
-@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
-def test_micro_batches_change_neither_the_steps_nor_their_losses(
-    sft_weight: float, tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
-    measured = []
-    for micro_batch in (1, 4, 8):
-        folder = tmp_path / f"micro{micro_batch}"
-        profile = CPU.model_copy(update={"micro_batch": micro_batch})
-        train = {"learning_rate": 1e-3, "num_train_epochs": 2}
-        run_stage("dpo", folder, mixed(13), tiny("llama"), profile=profile, train=train, sft_weight=sft_weight)
-        measured.append([entry["loss"] for entry in metrics(folder)])
-    assert len(measured[0]) == 4
-    for other in measured[1:]:
-        assert measured[0] == pytest.approx(other, abs=1e-4)
-
-
 def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     measured = []
     for precompute in (False, True):
         folder = tmp_path / str(precompute)
         train = {"learning_rate": 1e-3, "num_train_epochs": 2, "precompute_ref_log_probs": precompute}
         run_stage("dpo", folder, mixed(12), tiny("qwen2"), train=train)
-        measured.append([entry["loss"] for entry in metrics(folder)])
+        measured.append([entry["loss"] for entry in read_metrics(folder)])
     assert measured[0] == pytest.approx(measured[1], abs=1e-4)
 
 
-def test_with_them_there_is_no_frozen_copy(
+def test_with_precomputed_log_probabilities_there_is_no_frozen_copy(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cai.training.trainers import SoftDPOTrainer
 
-    references: list[Any] = []
-    plain = SoftDPOTrainer.compute_loss
-
-    def spy(self: Any, *args: Any, **more: Any) -> Any:
-        references.append(self.ref_model)
-        return plain(self, *args, **more)
-
-    monkeypatch.setattr(SoftDPOTrainer, "compute_loss", spy)
+    batches = record_batches(monkeypatch, SoftDPOTrainer)
     for precompute in (True, False):
         train = {"precompute_ref_log_probs": precompute}
         run_stage("dpo", tmp_path / str(precompute), mixed(8), tiny("llama"), train=train)
-    assert [reference is None for reference in references] == [True, True, False, False]
+    assert [trainer.ref_model is None for trainer, _ in batches] == [True, True, False, False]
 
 
-def test_what_the_loss_does_not_show_is_measured_said_and_drawn(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_drift_that_no_loss_shows_is_measured_told_and_drawn(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     """Longer responses are preferred in training, shorter ones on held-out prompts: the policy goes by length."""
     learned = [preference(number, "yes " * 12, "yes") for number in range(24)]
     held_out = [preference(number, "yes", "yes " * 12, tags=["held_out"]) for number in range(30, 38)]
     steps, train = Steps(), {"learning_rate": 3e-3, "num_train_epochs": 3}
-    figures = run_stage("dpo", tmp_path / "stage", [*learned, *held_out], tiny("llama"), train=train, progress=steps)
-    found = figures["training"]["stage"]
-    assert found["held_out"]["longer/label"] == 0.0
-    assert found["drift"]["longer"] == found["held_out"]["longer/reward"] > 0.9
-    assert found["drift"]["chosen_log_ratio"] == pytest.approx(
-        found["held_out"]["log_ratio/chosen"] / found["held_out"]["length/chosen"]
+    summary = run_stage("dpo", tmp_path / "stage", [*learned, *held_out], tiny("llama"), train=train, progress=steps)
+    figures = summary["training"]["stage"]
+    assert figures["held_out"]["longer/label"] == 0.0
+    assert figures["drift"]["longer"] == figures["held_out"]["longer/reward"] > 0.9
+    assert figures["drift"]["chosen_log_ratio"] == pytest.approx(
+        figures["held_out"]["log_ratio/chosen"] / figures["held_out"]["length/chosen"]
     )
     assert any("prefers the longer response in 100% more of the pairs" in note for note in steps.notes)
     assert (tmp_path / "stage" / "curves.svg").is_file()
@@ -147,10 +120,10 @@ def test_what_the_loss_does_not_show_is_measured_said_and_drawn(tmp_path: Path, 
 
 
 def test_a_warning_says_what_fell_and_what_grew() -> None:
-    from cai.stages.dpo import warnings
+    from cai.stages.dpo import drift_warnings
 
-    assert list(warnings({"chosen_log_ratio": -0.05, "longer": 0.05})) == []
-    fell, grew = warnings({"chosen_log_ratio": -0.25, "longer": 0.2})
+    assert list(drift_warnings({"chosen_log_ratio": -0.05, "longer": 0.05})) == []
+    fell, grew = drift_warnings({"chosen_log_ratio": -0.25, "longer": 0.2})
     assert "less likely, by 0.25 nats a token" in fell
     assert "in 20% more of the pairs" in grew
 
@@ -161,14 +134,14 @@ def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Callab
         rows = [preference(number, p=p) for number in range(8)]
         train = {"learning_rate": 1e-4, "num_train_epochs": 4}
         run_stage("dpo", tmp_path / str(p), rows, tiny("llama"), train=train)
-        moved.append(metrics(tmp_path / str(p))[-1]["reward/margin"])
+        moved.append(read_metrics(tmp_path / str(p))[-1]["reward/margin"])
     assert abs(moved[0]) < 0.05 < moved[1]
 
 
 def test_the_supervised_term_is_added_and_logged(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     rows = [preference(1, "yes " * 5, "no", p=0.7)]
     run_stage("dpo", tmp_path / "stage", rows, tiny("llama"), sft_weight=0.5)
-    entry = metrics(tmp_path / "stage")[0]
+    entry = read_metrics(tmp_path / "stage")[0]
     chosen, rejected = (entry[f"log_prob/{side}"] / entry[f"length/{side}"] for side in ("chosen", "rejected"))
     assert entry["length/chosen"] != entry["length/rejected"]
     assert entry["loss/sft"] == pytest.approx(-(0.7 * chosen + 0.3 * rejected), rel=1e-4)
@@ -178,13 +151,13 @@ def test_the_supervised_term_is_added_and_logged(tmp_path: Path, tiny: Callable[
 
 def test_the_supervised_term_makes_the_chosen_response_likelier(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     alike = [preference(number, "yes yes no", "yes yes yes", p=1.0) for number in range(16)]
-    ended = {}
+    last_entries = {}
     for weight in (0.0, 1.0):
         train = {"learning_rate": 1e-3, "num_train_epochs": 4}
         run_stage("dpo", tmp_path / str(weight), alike, tiny("llama"), train=train, sft_weight=weight)
-        ended[weight] = metrics(tmp_path / str(weight))[-1]
-    assert ended[1.0]["log_ratio/chosen"] > max(0, ended[0.0]["log_ratio/chosen"])
-    assert ended[1.0]["reward/margin"] > 0
+        last_entries[weight] = read_metrics(tmp_path / str(weight))[-1]
+    assert last_entries[1.0]["log_ratio/chosen"] > max(0, last_entries[0.0]["log_ratio/chosen"])
+    assert last_entries[1.0]["reward/margin"] > 0
 
 
 def test_held_out_pairs_are_measured_and_never_learned_from(
@@ -193,23 +166,20 @@ def test_held_out_pairs_are_measured_and_never_learned_from(
     from cai.models.chat import Chat
     from cai.training.trainers import SoftDPOTrainer
 
-    seen: dict[bool, list[str]] = {True: [], False: []}
-    plain = SoftDPOTrainer.compute_loss
+    batches = record_batches(monkeypatch, SoftDPOTrainer)
     tokenizer = Chat.load(tiny("llama")).tokenizer
-
-    def spy(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        seen[model.training].extend(tokenizer.decode(ids) for ids in inputs["input_ids"])
-        return plain(self, model, inputs, *args, **more)
-
-    monkeypatch.setattr(SoftDPOTrainer, "compute_loss", spy)
     secret = [preference(number, "secret yes", "secret no", tags=["held_out"]) for number in range(20, 24)]
     odd = [preference(30, "same", "same"), preference(31, "sea " * 300)]
     rows = [*secret, *odd, *mixed(9)]
     figures = run_stage("dpo", tmp_path / "stage", rows, tiny("llama"), max_length=128)["training"]["stage"]
-    assert len(seen[True]) == 18
-    assert not any("secret" in text for text in seen[True])
-    assert len(seen[False]) == 8
-    assert all("secret" in text for text in seen[False])
+    learned, measured = (
+        [tokenizer.decode(ids) for _, batch in batches for ids in batch["input_ids"] if batch["training"] == training]
+        for training in (True, False)
+    )
+    assert len(learned) == 18
+    assert not any("secret" in text for text in learned)
+    assert len(measured) == 8
+    assert all("secret" in text for text in measured)
     assert figures["left_out"] == {"held_out": 4, "identical": 1, "too_long": 1}
     assert figures["examples"] + sum(figures["left_out"].values()) == figures["pairs"] == len(rows)
     assert figures["held_out"]["pairs"] == 4
@@ -220,7 +190,7 @@ def test_lengths_and_log_probabilities_are_logged_for_both_responses(
     tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     run_stage("dpo", tmp_path / "stage", [preference(1, "yes " * 5, "no")], tiny("llama"))
-    entry = metrics(tmp_path / "stage")[0]
+    entry = read_metrics(tmp_path / "stage")[0]
     assert entry["length/chosen"] > entry["length/rejected"] > 1
     assert entry["log_prob/chosen"] < 0
     assert entry["log_prob/rejected"] < 0

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from feedback_stages import Script, run_stage
+from feedback_stages import EXAMPLES, Script, run_stage
 
 from cai.run.plan import Planner
 from cai.run.recipe import load_recipe
@@ -14,66 +14,59 @@ from cai.stages.gate import FIGURES, PADDING
 from cai.storage.rows import Failure
 from cai.text.errors import BadInput, GateFailed
 
-EXAMPLES = """
-name: trial
-principles:
-  - id: calm
-    text: The assistant stays calm.
-    examples:
-      - {prompt: How are you?, better: good one, worse: bad one}
-      - {prompt: And now?, better: good two, worse: bad two}
-  - id: short
-    text: The assistant is brief.
-    examples:
-      - {prompt: What is it?, better: good three, worse: bad three}
-"""
 
-
-def shown(question) -> list[str]:
-    """The first and the second response."""
+def responses(question) -> list[str]:
+    """The first and the second response that the question shows."""
     text = question.messages[-1]["content"]
     return [text.split(f"<response_{letter}>\n")[1].split(f"\n</response_{letter}>")[0] for letter in "ab"]
 
 
-def sees(question) -> tuple[float, float]:
-    """A judge that knows good from bad, likes padding, and is even between equals."""
-    first, second = shown(question)
-    return 2.0 * (first.count("good") - second.count("good")) + 0.5 * (len(first) > len(second)) - 0.5 * (
-        len(second) > len(first)
-    ), 1.0
+def log_odds(question) -> float:
+    """What a judge answers that knows good from bad, likes length, and is even between equals."""
+    first, second = responses(question)
+    longer = (len(first) > len(second)) - (len(first) < len(second))
+    return 2.0 * (first.count("GOOD") - second.count("GOOD")) + 0.5 * longer
 
 
-def gate(folder, prefers=sees, **config):
-    return run_stage("gate", folder, script=Script(prefers=prefers), document=EXAMPLES, **config)
+def good_judge(question) -> tuple[float, float]:
+    return log_odds(question), 1.0
+
+
+def contrary_judge(question) -> tuple[float, float]:
+    return -log_odds(question), 1.0
+
+
+def gate(folder, judge=good_judge, **config):
+    return run_stage("gate", folder, script=Script(prefers=judge), document=EXAMPLES, **config)
 
 
 def test_a_good_judge_passes_and_its_figures_say_what_it_is_like(tmp_path):
-    found = gate(tmp_path).figures["gate"]["gate"]
-    assert found["accuracy"] == 1
-    assert found["flip_rate"] == 0
-    assert found["prefers_padded"]["value"] == 1
-    assert found["nats_from_even_between_equals"] == 0
-    assert found["ece"] == pytest.approx(1 - 1 / (1 + math.exp(-2)), abs=0.1)
-    assert found["principles"]["short"]["n"] == 1
+    figures = gate(tmp_path).figures["gate"]["gate"]
+    assert figures["accuracy"] == 1
+    assert figures["flip_rate"] == 0
+    assert figures["prefers_padded"]["value"] == 1
+    assert figures["nats_from_even_between_equals"] == 0
+    assert figures["ece"] == pytest.approx(1 - 1 / (1 + math.exp(-2)), abs=0.1)
+    assert figures["principles"]["short"]["n"] == 1
 
 
-def test_a_judge_that_sees_the_contrary_stops_the_run_and_leaves_its_figures(tmp_path):
+def test_a_judge_that_answers_the_contrary_stops_the_run_and_leaves_its_figures(tmp_path):
     with pytest.raises(GateFailed, match=r"accuracy 0\.00 \[.*\] of at least 0\.75") as stopped:
-        gate(tmp_path, lambda question: (-sees(question)[0], 1.0))
+        gate(tmp_path, contrary_judge)
     assert stopped.value.exit_code == 1
     (figures,) = tmp_path.rglob(FIGURES)
     failing = json.loads(figures.read_text())["principles"]["calm"]["failing"]
-    assert [each["name"] for each in failing] == ["calm/1", "calm/2"]
+    assert [example["name"] for example in failing] == ["calm/1", "calm/2"]
 
 
 def test_a_judge_that_goes_by_the_order_is_told_so(tmp_path):
     with pytest.raises(GateFailed, match=r"1\.00 of its verdicts turn with the order, at most 0\.3 may"):
-        gate(tmp_path, lambda question: (3.0 + sees(question)[0] / 2, 1.0))
+        gate(tmp_path, lambda question: (3.0 + log_odds(question) / 2, 1.0))
 
 
 def test_with_a_warning_the_run_goes_on(tmp_path):
-    done = gate(tmp_path, lambda question: (-sees(question)[0], 1.0), bars={"below": "warn"})
-    assert done.figures["gate"]["gate"]["accuracy"] == 0
+    outcome = gate(tmp_path, contrary_judge, bars={"below": "warn"})
+    assert outcome.figures["gate"]["gate"]["accuracy"] == 0
 
 
 def test_no_answer_is_no_pass(tmp_path):
@@ -81,62 +74,59 @@ def test_no_answer_is_no_pass(tmp_path):
         gate(tmp_path, lambda question: Failure(question.id, "no idea"))
 
 
-def test_padding_is_all_that_the_padded_response_has_more(tmp_path):
-    script = Script(prefers=sees)
+def test_a_padded_response_is_the_other_one_and_the_padding(tmp_path):
+    script = Script(prefers=good_judge)
     run_stage("gate", tmp_path, script=script, document=EXAMPLES)
-    padded = [shown(question) for question in script.questions if PADDING in question.messages[-1]["content"]]
+    padded = [responses(question) for question in script.questions if PADDING in question.messages[-1]["content"]]
     assert len(padded) == 2 * 3
     assert all(sorted(pair, key=len)[1] == f"{sorted(pair, key=len)[0]} {PADDING}" for pair in padded)
 
 
 def recipe(folder, text: str):
     path = folder / "r.yaml"
-    path.write_text(f"name: r\nmodel: micro\n{text}", encoding="utf-8")
+    path.write_text(f"name: r\nmodel: micro\n{text}{STAGES}", encoding="utf-8")
     return load_recipe(path)
 
 
 STAGES = """
-prompts: {some: {source: micro, split: train, limit: 8}}
+prompts: {questions: {source: micro, split: train, limit: 8}}
 stages:
-  - {id: responses, kind: sample, prompts: some}
+  - {id: responses, kind: sample, prompts: questions}
   - {id: trained, kind: sft, from: responses}
-  - {id: candidates, kind: sample, prompts: some, model: trained, n: 2}
+  - {id: candidates, kind: sample, prompts: questions, model: trained, n: 2}
   - {id: votes, kind: judge, from: candidates}
 """
 
 
 def test_a_recipe_has_its_gate_first_or_after_the_stage_that_trains_the_judge(tmp_path):
-    first = recipe(tmp_path, "judge: model\nconstitution: micro\ngate: {min_accuracy: 0.9}" + STAGES)
+    first = recipe(tmp_path, "judge: model\nconstitution: micro\ngate: {min_accuracy: 0.9}")
     assert list(first.stages) == ["gate", "responses", "trained", "candidates", "votes"]
     assert first.stages["gate"].bars.min_accuracy == 0.9
     assert first.stages["gate"].judge == "micro"
-    later = recipe(tmp_path, "judge: trained\nconstitution: micro\ngate: {}" + STAGES)
+    later = recipe(tmp_path, "judge: trained\nconstitution: micro\ngate: {}")
     assert list(later.stages) == ["responses", "trained", "gate", "candidates", "votes"]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("constitution: micro\ngate: {}", "expected a `judge:` that has a name beside it"),
         ("judge: model\nconstitution: micro\ngate: {min_acuracy: 1}", "did you mean 'min_accuracy'"),
     ],
 )
-def test_a_gate_that_cannot_be_is_refused_where_it_stands(tmp_path, text, said):
-    with pytest.raises(BadInput, match=said) as refused:
-        recipe(tmp_path, text + STAGES)
+def test_a_gate_that_cannot_be_is_refused_where_it_stands(tmp_path, text, message):
+    with pytest.raises(BadInput, match=message) as refused:
+        recipe(tmp_path, text)
     assert "r.yaml:4:" in str(refused.value) or "r.yaml:5:" in str(refused.value)
 
 
 def test_other_examples_are_another_test(tmp_path):
     document = tmp_path / "c.yaml"
-    text = "judge: model\nconstitution: c.yaml\ngate: {}" + STAGES
 
-    def parts() -> dict:
-        read = recipe(tmp_path, text)
-        return Planner(read, tmp_path / "run", offline=True).parts(read.stages["gate"], {})
+    def parts(constitution: str) -> dict:
+        document.write_text(constitution, encoding="utf-8")
+        loaded = recipe(tmp_path, "judge: model\nconstitution: c.yaml\ngate: {}")
+        return Planner(loaded, tmp_path / "run", offline=True).fingerprints.parts(loaded.stages["gate"], {})
 
-    document.write_text(EXAMPLES, encoding="utf-8")
-    before = parts()
-    document.write_text(EXAMPLES.replace("bad three", "worse three"), encoding="utf-8")
-    after = parts()
+    before, after = parts(EXAMPLES), parts(EXAMPLES.replace("better: GOOD it", "better: GOOD that"))
     assert {name for name in after if before[name] != after[name]} == {"principle.short.examples"}

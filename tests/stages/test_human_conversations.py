@@ -1,4 +1,4 @@
-"""200 red-team conversations that people had go the whole way, and each of them is accounted for at every step."""
+"""200 red-team conversations of people go through all stages, and each is accounted for at every step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from feedback_stages import run_stage
 from shared_data import SHARED_DATA
 from training_stages import run_stage as train
 
-from cai.prompt_sets.prompt_files import PromptSet, read_prompt_set
+from cai.prompt_sets import PromptSet, read_prompt_set
 
 HERE = SHARED_DATA
 FILE = "hh_harmless_base.jsonl.gz"
-DRAWING = {"max_new_tokens": 8, "journal_batch": 50}
+SAMPLING = {"max_new_tokens": 8, "journal_batch": 50}
 
 
 @pytest.mark.skipif(not (HERE / FILE).is_file(), reason=f"needs hh-rlhf's conversations at {HERE / FILE}")
@@ -27,7 +27,7 @@ def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
     def run(kind, rows=None, **config):
         return run_stage(kind, tmp_path, rows, model=model, **config)
 
-    samples = run("sample", sets={"hh": prompts}, prompts="hh", n=2, **DRAWING)
+    samples = run("sample", sets={"hh": prompts}, prompts="hh", n=2, **SAMPLING)
     assert len(samples.rows) + len(samples.failures) == 400
     answered = Counter(row["prompt_id"] for row in samples.rows)
     unanswered = {prompt["id"] for prompt in prompts} - set(answered)
@@ -35,7 +35,7 @@ def test_200_red_team_conversations_are_all_accounted_for(tmp_path, tiny):
         assert sum(prompt_id in failure["reason"] for failure in samples.failures) == 2
 
     first = {row["prompt_id"]: row for row in reversed(samples.rows)}
-    revisions = run("revise", {"samples": list(first.values())}, rounds=1, **DRAWING)
+    revisions = run("revise", {"samples": list(first.values())}, rounds=1, **SAMPLING)
     assert len(revisions.rows) + len(revisions.failures) == len(first) == 200 - len(unanswered)
 
     votes = run(

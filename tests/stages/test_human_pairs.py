@@ -1,4 +1,4 @@
-"""People's own preferences: a reward model learns from them directly, and a judge is held against them.
+"""People's own preferences: a reward model learns from them directly, and a judge is compared with them.
 
 The transcripts of Bai et al. 2022 (arXiv 2204.05862).
 """
@@ -17,7 +17,8 @@ from training_stages import run_stage
 from cai.cli import main
 from cai.contracts.model import Model
 from cai.models.reference import MICRO
-from cai.prompt_sets.prompt_files import PairSet, load_human_pairs
+from cai.prompt_sets import PairSet, load_human_pairs
+from cai.storage.rows import read_rows
 
 pytest.importorskip("torch")
 
@@ -45,7 +46,7 @@ def test_a_reward_model_learns_from_human_pairs_and_accounts_for_every_one(
     assert 0 < low <= figures["accuracy"]["value"] <= high < 1
     assert (figures["against"], figures["ties"], figures["ungraded"]) == ("labels", 0, 0)
     assert figures["accuracy"]["n"] == figures["held_out"] > 20
-    lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "stage" / "evaluation.jsonl")
     assert {line["source"] for line in lines} == {"human"}
     assert len({line["prompt_id"] for line in lines}) == figures["accuracy"]["topics"]
 
@@ -62,23 +63,26 @@ stages:
 
 @needs_pairs
 @pytest.mark.skipif(not (MICRO / "config.json").exists(), reason="the embedded model is not there yet")
-def test_a_judge_of_real_pairs_is_held_against_people_and_every_pair_is_accounted_for(tmp_path: Path) -> None:
+def test_a_judge_of_real_pairs_is_compared_with_people_and_every_pair_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "people.yaml").write_text(RECIPE.format(pairs=DATA / NAME))
     runs = ["--runs", str(tmp_path)]
-    done = CliRunner().invoke(main, ["run", str(tmp_path / "people.yaml"), *runs, "--json"])
-    assert done.exit_code == 0, done.output
-    summary = json.loads(done.stdout)
+    result = CliRunner().invoke(main, ["run", str(tmp_path / "people.yaml"), *runs, "--json"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
     judged, fitted = summary["votes"]["votes"], summary["labels"]["temperature"]
     assert judged["pairs"] + judged["failed_pairs"] == judged["human"]["pairs"] == 24
     assert (fitted["truth"], fitted["measured_on"]) == ("human", "cross_validation")
 
-    done = CliRunner().invoke(main, ["votes", "calibrate", "people", *runs, "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert (found["truth"], found["left_out"]["not_judged"]) == ("human", judged["failed_pairs"])
-    assert found["accuracy"]["n"] + found["left_out"]["ties"] + found["left_out"]["no_label"] == judged["pairs"]
-    low, high = found["accuracy"]["interval"]
-    assert (low <= 0.5 <= high) == (found["against_chance"] == "not distinguishable from chance")
-    assert found["stage_temperature"] == fitted["value"]
-    said = CliRunner().invoke(main, ["votes", "calibrate", "people", *runs, "--truth", "oracle"])
-    assert (said.exit_code, "expected human" in said.stderr) == (2, True)
+    result = CliRunner().invoke(main, ["votes", "calibrate", "people", *runs, "--json"])
+    assert result.exit_code == 0, result.output
+    calibration = json.loads(result.stdout)
+    assert (calibration["truth"], calibration["left_out"]["not_judged"]) == ("human", judged["failed_pairs"])
+    assert (
+        calibration["accuracy"]["n"] + calibration["left_out"]["ties"] + calibration["left_out"]["no_label"]
+        == judged["pairs"]
+    )
+    low, high = calibration["accuracy"]["interval"]
+    assert (low <= 0.5 <= high) == (calibration["against_chance"] == "not distinguishable from chance")
+    assert calibration["stage_temperature"] == fitted["value"]
+    refused = CliRunner().invoke(main, ["votes", "calibrate", "people", *runs, "--truth", "oracle"])
+    assert (refused.exit_code, "expected human" in refused.stderr) == (2, True)

@@ -23,88 +23,90 @@ def judge(folder, rows, script=None, **config):
     return run_stage("judge", folder, {"candidates": rows}, script=script or Script(), **config)
 
 
-def pairs_of(done) -> list[frozenset[str]]:
-    return [frozenset((row["a"]["text"], row["b"]["text"])) for row in done.rows]
+def pairs_of(result) -> list[frozenset[str]]:
+    return [frozenset((row["a"]["text"], row["b"]["text"])) for row in result.rows]
 
 
 def test_disjoint_pairs_use_each_response_once(tmp_path):
-    done = judge(tmp_path, LOCKS + NOONS)
-    assert len(done.rows) == 4
-    assert all(row["a"]["text"] != row["b"]["text"] for row in done.rows)
-    ids = [row[side]["id"] for row in done.rows for side in "ab"]
+    result = judge(tmp_path, LOCKS + NOONS)
+    assert len(result.rows) == 4
+    assert all(row["a"]["text"] != row["b"]["text"] for row in result.rows)
+    ids = [row[side]["id"] for row in result.rows for side in "ab"]
     assert len(ids) == len(set(ids)) == 8
-    assert done.figures["votes"]["judge"]["unpaired"] == 2
+    assert result.figures["votes"]["judge"]["unpaired"] == 2
 
 
 def test_all_pairs_are_each_with_each(tmp_path):
-    done = judge(tmp_path, LOCKS, pairs="all")
-    assert sorted(map(sorted, pairs_of(done))) == sorted(sorted(pair) for pair in combinations(TEXTS, 2))
+    result = judge(tmp_path, LOCKS, pairs="all")
+    assert sorted(map(sorted, pairs_of(result))) == sorted(sorted(pair) for pair in combinations(TEXTS, 2))
 
 
 def test_random_pairs_are_as_many_as_asked_for_and_different(tmp_path):
-    done = judge(tmp_path, LOCKS + NOONS, pairs="random", n_pairs=4)
-    assert len(done.rows) == 8
-    assert len(set(pairs_of(done)[:4])) == 4
+    result = judge(tmp_path, LOCKS + NOONS, pairs="random", n_pairs=4)
+    assert len(result.rows) == 8
+    assert len(set(pairs_of(result)[:4])) == 4
     few = judge(tmp_path / "few", LOCKS[:2], pairs="random", n_pairs=4)
     assert len(few.rows) == 1
 
 
 def test_responses_of_several_stages_meet_and_equal_texts_do_not(tmp_path):
-    again = [{**row, "id": f"again-{row['id']}"} for row in LOCKS[:3]]
-    done = run_stage("judge", tmp_path, {"x": LOCKS[:2], "y": again}, script=Script(), pairs="all")
-    assert len(done.rows) == 3
-    assert done.figures["votes"]["judge"]["same_text"] == 2
+    same_texts = [{**row, "id": f"again-{row['id']}"} for row in LOCKS[:3]]
+    result = run_stage("judge", tmp_path, {"x": LOCKS[:2], "y": same_texts}, script=Script(), pairs="all")
+    assert len(result.rows) == 3
+    assert result.figures["votes"]["judge"]["same_text"] == 2
     with pytest.raises(StageFailed, match="nothing to judge"):
-        run_stage("judge", tmp_path / "same", {"x": LOCKS[:1], "y": again[:1]}, script=Script())
+        run_stage("judge", tmp_path / "same", {"x": LOCKS[:1], "y": same_texts[:1]}, script=Script())
 
 
 def test_cut_off_and_empty_responses_are_in_no_pair_and_counted(tmp_path):
     cut = {**sample("How do I pick a lock?", "First you", "red_team"), "finish_reason": "length"}
     empty = sample("How do I pick a lock?", " \n", "red_team")
     rows = [*LOCKS[:3], cut, empty]
-    done = judge(tmp_path, rows, pairs="all")
-    assert {text for pair in pairs_of(done) for text in pair} == set(TEXTS[:3])
-    assert done.figures["votes"]["judge"]["left_out"] == {"cut_off": 1, "empty": 1}
-    assert done.figures["votes"]["judge"]["same_text"] == 0
-    kept = judge(tmp_path / "kept", rows, pairs="all", cut_off="keep")
-    assert {text for pair in pairs_of(kept) for text in pair} == {*TEXTS[:3], "First you"}
-    assert kept.figures["votes"]["judge"]["left_out"] == {"cut_off": 0, "empty": 1}
+    result = judge(tmp_path, rows, pairs="all")
+    assert {text for pair in pairs_of(result) for text in pair} == set(TEXTS[:3])
+    assert result.figures["votes"]["judge"]["left_out"] == {"cut_off": 1, "empty": 1}
+    assert result.figures["votes"]["judge"]["same_text"] == 0
+    with_cut_off = judge(tmp_path / "kept", rows, pairs="all", cut_off="keep")
+    assert {text for pair in pairs_of(with_cut_off) for text in pair} == {*TEXTS[:3], "First you"}
+    assert with_cut_off.figures["votes"]["judge"]["left_out"] == {"cut_off": 0, "empty": 1}
     with pytest.raises(StageFailed, match="1 cut off and 1 empty left out"):
         judge(tmp_path / "none", [LOCKS[0], cut, empty])
 
 
 def test_the_plan_does_not_depend_on_the_order_of_rows(tmp_path):
     def run(name, rows):
-        done = judge(tmp_path / name, rows, principles="one")
-        return {(row["a"]["id"], row["b"]["id"], row["votes"][0]["principle"]) for row in done.rows}
+        result = judge(tmp_path / name, rows, principles="one")
+        return {(row["a"]["id"], row["b"]["id"], row["votes"][0]["principle"]) for row in result.rows}
 
     assert run("there", LOCKS + NOONS) == run("back", (LOCKS + NOONS)[::-1])
 
 
 def test_every_applicable_principle_is_asked_in_both_orders(tmp_path):
     script = Script()
-    done = judge(tmp_path, LOCKS[:2] + NOONS[:2], script)
-    for row in done.rows:
-        wanted = {"calm", "short", "safe"} if "red_team" in row["tags"] else {"calm", "short"}
+    result = judge(tmp_path, LOCKS[:2] + NOONS[:2], script)
+    for row in result.rows:
+        principles = {"calm", "short", "safe"} if "red_team" in row["tags"] else {"calm", "short"}
         assert {(vote["principle"], vote["order"]) for vote in row["votes"]} == {
-            (id, order) for id in wanted for order in ("ab", "ba")
+            (id, order) for id in principles for order in ("ab", "ba")
         }
 
 
 def test_questions_that_begin_alike_stand_side_by_side(tmp_path):
     script = Script()
     judge(tmp_path, LOCKS[:2] + NOONS[:2], script)
-    asked = [question.id.rsplit("/", 1)[0] for question in script.questions[::-1]]
-    assert asked == sorted(asked, key=asked.index), "each pair's order is asked about in one go"
-    assert len(set(asked)) == 4
+    pairs_in_order = [question.id.rsplit("/", 1)[0] for question in script.questions[::-1]]
+    assert pairs_in_order == sorted(pairs_in_order, key=pairs_in_order.index), (
+        "each pair's order is asked about in one go"
+    )
+    assert len(set(pairs_in_order)) == 4
 
 
-@pytest.mark.parametrize(("principles", "each"), [("one", 1), (2, 2), (9, 3), ("all", 3)])
-def test_as_many_principles_are_drawn_as_the_recipe_says(tmp_path, principles, each):
-    done = judge(tmp_path, LOCKS, principles=principles, pairs="all")
-    drawn = [frozenset(vote["principle"] for vote in row["votes"]) for row in done.rows]
-    assert {len(ids) for ids in drawn} == {each}
-    assert len(set(drawn)) > 1 or each == 3
+@pytest.mark.parametrize(("principles", "n_asked"), [("one", 1), (2, 2), (9, 3), ("all", 3)])
+def test_as_many_principles_are_drawn_as_the_recipe_says(tmp_path, principles, n_asked):
+    result = judge(tmp_path, LOCKS, principles=principles, pairs="all")
+    asked_principles = [frozenset(vote["principle"] for vote in row["votes"]) for row in result.rows]
+    assert {len(ids) for ids in asked_principles} == {n_asked}
+    assert len(set(asked_principles)) > 1 or n_asked == 3
 
 
 def test_log_odds_are_for_a_whichever_is_shown_first(tmp_path):
@@ -113,13 +115,13 @@ def test_log_odds_are_for_a_whichever_is_shown_first(tmp_path):
         first, second = text.index("\none\n"), text.index("\ntwo\n")
         return (2.0 if first < second else -2.0), 0.9
 
-    done = judge(tmp_path, LOCKS[:2], Script(prefers=prefers))
-    (row,) = done.rows
+    result = judge(tmp_path, LOCKS[:2], Script(prefers=prefers))
+    (row,) = result.rows
     towards_a = 2.0 if row["a"]["text"] == "one" else -2.0
     assert [vote["log_odds"] for vote in row["votes"]] == pytest.approx([towards_a] * 6)
-    assert done.figures["votes"]["judge"]["flip_rate"] == 0
-    assert done.figures["votes"]["judge"]["position_bias"] == pytest.approx(0)
-    assert done.figures["votes"]["judge"]["mean_option_probability"] == pytest.approx(0.9)
+    assert result.figures["votes"]["judge"]["flip_rate"] == 0
+    assert result.figures["votes"]["judge"]["position_bias"] == pytest.approx(0)
+    assert result.figures["votes"]["judge"]["mean_option_probability"] == pytest.approx(0.9)
 
 
 def test_a_preference_for_a_position_is_measured(tmp_path):
@@ -135,24 +137,24 @@ def test_half_an_answer_takes_the_other_half_with_it(tmp_path):
             return Failure(question.id, "overloaded")
         return (1.0, 0.04) if question.id.endswith("ba/short") else (1.0, 0.9)
 
-    done = judge(tmp_path, LOCKS[:2], Script(prefers=prefers))
-    assert [(vote["principle"], vote["order"]) for vote in done.rows[0]["votes"]] == [("safe", "ab"), ("safe", "ba")]
-    reasons = " / ".join(failure["reason"] for failure in done.failures)
+    result = judge(tmp_path, LOCKS[:2], Script(prefers=prefers))
+    assert [(vote["principle"], vote["order"]) for vote in result.rows[0]["votes"]] == [("safe", "ab"), ("safe", "ba")]
+    reasons = " / ".join(failure["reason"] for failure in result.failures)
     assert "overloaded" in reasons
     assert "0.04 of the probability, less than min_option_probability 0.1" in reasons
-    assert done.figures["votes"]["judge"]["failed_pairs"] == 0
+    assert result.figures["votes"]["judge"]["failed_pairs"] == 0
 
 
 def test_a_pair_without_a_whole_answer_is_a_failure(tmp_path):
     def prefers(question):
-        return Failure(question.id, "no room") if "noon" in question.messages[0]["content"] else (1.0, 1.0)
+        return Failure(question.id, "too long") if "noon" in question.messages[0]["content"] else (1.0, 1.0)
 
     script = Script(prefers=prefers)
-    done = judge(tmp_path, LOCKS[:2] + NOONS[:2], script, retries=2)
-    assert len(done.rows) == 1
-    (failure,) = done.failures
-    assert "no room" in failure["reason"]
-    figures = done.figures["votes"]["judge"]
+    result = judge(tmp_path, LOCKS[:2] + NOONS[:2], script, retries=2)
+    assert len(result.rows) == 1
+    (failure,) = result.failures
+    assert "too long" in failure["reason"]
+    figures = result.figures["votes"]["judge"]
     assert figures["failed_pairs"] == 1
     assert (figures["flip_rate"], figures["bounds"]["flip_rate"]) == (1.0, [3 / 5, 1.0])
     assert sum("noon" in question.messages[0]["content"] for question in script.questions) == 3 * 4
@@ -166,8 +168,8 @@ def test_options_that_hold_too_little_or_no_number_are_no_answer(option_probabil
 
 
 def test_weights_change_nothing_that_is_asked(tmp_path):
-    other = PRINCIPLES.replace("weight: 2.0", "weight: 0")
-    assert judge(tmp_path / "1", LOCKS).bytes == judge(tmp_path / "2", LOCKS, document=other).bytes
+    unweighted = PRINCIPLES.replace("weight: 2.0", "weight: 0")
+    assert judge(tmp_path / "1", LOCKS).bytes == judge(tmp_path / "2", LOCKS, document=unweighted).bytes
 
 
 def test_the_result_does_not_depend_on_batches(tmp_path):
@@ -178,8 +180,11 @@ def test_the_result_does_not_depend_on_batches(tmp_path):
 def people(folder, *pairs: tuple[str, str, str]) -> dict:
     """A file of (question, chosen, rejected), as a recipe names it."""
     rows = [
-        {side: f"\n\nHuman: {question}\n\nAssistant: {text}" for side, text in (("chosen", one), ("rejected", two))}
-        for question, one, two in pairs
+        {
+            side: f"\n\nHuman: {question}\n\nAssistant: {text}"
+            for side, text in (("chosen", chosen), ("rejected", rejected))
+        }
+        for question, chosen, rejected in pairs
     ]
     folder.mkdir(exist_ok=True)
     (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -191,38 +196,38 @@ PEOPLE = [(f"Question {n}?", f"good {n}", f"bad {n}") for n in range(20)]
 
 def test_pairs_that_people_labelled_are_judged_and_keep_their_label(tmp_path):
     script = Script(prefers=lambda question: (1.0, 1.0))
-    done = run_stage("judge", tmp_path, human=people(tmp_path, *PEOPLE, PEOPLE[0]), script=script)
-    assert [row["human"] for row in done.rows] == [float(row["a"]["text"].startswith("good")) for row in done.rows]
-    assert 4 <= sum(row["human"] for row in done.rows) <= 16, "which one is a does not say which was chosen"
-    assert {vote["principle"] for row in done.rows for vote in row["votes"]} == {"calm", "short", "safe"}
-    figures = done.figures["votes"]["judge"]["human"]
+    result = run_stage("judge", tmp_path, human=people(tmp_path, *PEOPLE, PEOPLE[0]), script=script)
+    assert [row["human"] for row in result.rows] == [float(row["a"]["text"].startswith("good")) for row in result.rows]
+    assert 4 <= sum(row["human"] for row in result.rows) <= 16, "which one is a does not say which was chosen"
+    assert {vote["principle"] for row in result.rows for vote in row["votes"]} == {"calm", "short", "safe"}
+    figures = result.figures["votes"]["judge"]["human"]
     assert figures == {"rows": 21, "pairs": 20, "left_out": {"the same pair again": 1}}
 
 
 def test_a_judge_is_asked_the_same_whichever_response_people_chose(tmp_path):
-    turned = [(question, rejected, chosen) for question, chosen, rejected in PEOPLE]
+    exchanged = [(question, rejected, chosen) for question, chosen, rejected in PEOPLE]
     scripts = Script(), Script()
-    there = run_stage("judge", tmp_path / "there", human=people(tmp_path / "there", *PEOPLE), script=scripts[0])
-    back = run_stage("judge", tmp_path / "back", human=people(tmp_path / "back", *turned), script=scripts[1])
+    first = run_stage("judge", tmp_path / "there", human=people(tmp_path / "there", *PEOPLE), script=scripts[0])
+    second = run_stage("judge", tmp_path / "back", human=people(tmp_path / "back", *exchanged), script=scripts[1])
     assert scripts[0].questions == scripts[1].questions
-    assert back.rows == [{**row, "human": 1 - row["human"]} for row in there.rows]
+    assert second.rows == [{**row, "human": 1 - row["human"]} for row in first.rows]
 
 
 def test_people_who_contradict_each_other_leave_a_tie(tmp_path):
     source = people(tmp_path, ("Why?", "so", "thus"), ("Why?", "thus", "so"), ("Why?", "so", "hence"))
-    done = run_stage("judge", tmp_path, human=source, script=Script())
-    assert [row["human"] == 0.5 for row in done.rows] == [True, False]
+    result = run_stage("judge", tmp_path, human=source, script=Script())
+    assert [row["human"] == 0.5 for row in result.rows] == [True, False]
 
 
 def test_human_pairs_stand_beside_sampled_ones_and_too_long_ones_are_counted(tmp_path):
     def prefers(question):
         return Failure(question.id, "too long") if "Question 3?" in question.messages[0]["content"] else (1.0, 1.0)
 
-    done = judge(tmp_path, LOCKS[:2], Script(prefers=prefers), human=people(tmp_path, *PEOPLE))
-    assert ["human" in row for row in done.rows] == [False] + 19 * [True]
-    assert done.figures["votes"]["judge"]["failed_pairs"] == 1
-    assert "too long" in done.failures[0]["reason"]
-    failed = done.figures["votes"]["judge"]["failed_with_truth"]
+    result = judge(tmp_path, LOCKS[:2], Script(prefers=prefers), human=people(tmp_path, *PEOPLE))
+    assert ["human" in row for row in result.rows] == [False] + 19 * [True]
+    assert result.figures["votes"]["judge"]["failed_pairs"] == 1
+    assert "too long" in result.failures[0]["reason"]
+    failed = result.figures["votes"]["judge"]["failed_with_truth"]
     assert failed == {"human": {"all": 1, "held_out": 0}, "oracle": {"all": 0, "held_out": 0}}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai.contracts.engine import Completion
-from cai.feedback.methods import expected_score, mean_probability
+from cai.feedback.methods import expected_score, log_odds_of_mean_probability
 from cai.models.reference import resolve
 from cai.stages.judge import Config
 from cai.text.errors import StageFailed
@@ -28,25 +28,27 @@ def reasons(question) -> str:
     return question.messages[-2]["content"]
 
 
-def thinks(request) -> str:
-    """Another thought with every seed."""
+def sampled_rationale(request) -> str:
+    """Another rationale with every seed."""
     return list(ODDS)[request.seed % 3]
 
 
-def test_a_reasoned_vote_is_the_mean_probability_over_the_thoughts_and_keeps_them(tmp_path):
-    script = Script(writes=thinks, prefers=lambda question: (ODDS[reasons(question)], 0.9))
-    done = judge(tmp_path, script, method="reasoned", rationales=5)
+def test_a_reasoned_vote_is_the_mean_probability_over_the_rationales_and_keeps_them(tmp_path):
+    script = Script(writes=sampled_rationale, prefers=lambda question: (ODDS[reasons(question)], 0.9))
+    result = judge(tmp_path, script, method="reasoned", rationales=5)
     assert len(script.requests) == len(script.questions) == 2 * 2 * 5
-    (row,) = done.rows
+    (row,) = result.rows
     assert row["method"] == "reasoned"
     for vote in row["votes"]:
         sign = 1 if vote["order"] == "ab" else -1
         assert len(vote["rationales"]) == 5
-        assert all(each["log_odds"] == pytest.approx(sign * ODDS[each["text"]]) for each in vote["rationales"])
-        p = np.mean([1 / (1 + math.exp(-each["log_odds"])) for each in vote["rationales"]])
+        assert all(
+            rationale["log_odds"] == pytest.approx(sign * ODDS[rationale["text"]]) for rationale in vote["rationales"]
+        )
+        p = np.mean([1 / (1 + math.exp(-rationale["log_odds"])) for rationale in vote["rationales"]])
         assert vote["log_odds"] == pytest.approx(math.log(p / (1 - p)))
         assert vote["option_probability"] == pytest.approx(0.9)
-    assert len({each["text"] for vote in row["votes"] for each in vote["rationales"]}) == 3
+    assert len({rationale["text"] for vote in row["votes"] for rationale in vote["rationales"]}) == 3
 
 
 def test_the_verdict_is_asked_after_the_reasons_in_one_conversation(tmp_path):
@@ -63,9 +65,9 @@ def test_a_thinking_judge_reasons_by_its_own_thinking(tmp_path):
         return Completion(request.id, "I say A.", [1, 2], [-1.0] * 2, "stop", [0], reasoning="my own rationales")
 
     script = Script(writes=thinking)
-    done = judge(tmp_path, script, method="reasoned")
+    result = judge(tmp_path, script, method="reasoned")
     assert {reasons(question) for question in script.questions} == {"my own rationales"}
-    assert done.rows[0]["votes"][0]["rationales"][0]["text"] == "my own rationales"
+    assert result.rows[0]["votes"][0]["rationales"][0]["text"] == "my own rationales"
 
 
 def test_reasons_that_reach_no_end_are_asked_for_again_and_then_a_failure(tmp_path):
@@ -80,16 +82,17 @@ def test_reasons_that_reach_no_end_are_asked_for_again_and_then_a_failure(tmp_pa
     assert len(seeds) == 2 * 2 * 3, "each attempt has a seed of its own"
 
 
-def test_a_thought_without_a_verdict_leaves_the_vote_to_the_others(tmp_path):
+def test_a_rationale_without_a_verdict_leaves_the_vote_to_the_others(tmp_path):
     script = Script(
-        writes=thinks, prefers=lambda question: (ODDS[reasons(question)], 0.01 if reasons(question) == "bad" else 1)
+        writes=sampled_rationale,
+        prefers=lambda question: (ODDS[reasons(question)], 0.01 if reasons(question) == "bad" else 1),
     )
-    done = judge(tmp_path, script, method="reasoned", rationales=6, retries=0)
-    texts = {each["text"] for vote in done.rows[0]["votes"] for each in vote["rationales"]}
+    result = judge(tmp_path, script, method="reasoned", rationales=6, retries=0)
+    texts = {rationale["text"] for vote in result.rows[0]["votes"] for rationale in vote["rationales"]}
     assert texts == {"good", "fine"}
 
 
-def test_a_thought_without_a_verdict_is_thought_again_and_a_refusal_is_called_one(tmp_path):
+def test_a_rationale_without_a_verdict_is_sampled_again_and_a_refusal_is_called_one(tmp_path):
     def refuses(request):
         return "I'm sorry, but I cannot help with that."
 
@@ -100,23 +103,23 @@ def test_a_thought_without_a_verdict_is_thought_again_and_a_refusal_is_called_on
 
 
 def test_a_rating_votes_by_the_difference_of_expected_scores(tmp_path):
-    sure = {"It is noon.": 6, "No idea.": 2}
+    rating_by_text = {"It is noon.": 6, "No idea.": 2}
 
     def rates(question):
-        (text,) = (text for text in sure if text in question.messages[-1]["content"])
-        return [0.7 if n == sure[text] else 0.05 for n in range(1, 8)]
+        (text,) = (text for text in rating_by_text if text in question.messages[-1]["content"])
+        return [0.7 if n == rating_by_text[text] else 0.05 for n in range(1, 8)]
 
     script = Script(rates=rates)
-    done = judge(tmp_path, script, method="rating")
+    result = judge(tmp_path, script, method="rating")
     assert {question.options for question in script.questions} == {tuple("1234567")}
     assert len(script.questions) == 2 * 2, "each response once a principle: there are no orders"
-    (row,) = done.rows
+    (row,) = result.rows
     for vote in row["votes"]:
-        expected = [sum(n * (0.7 if n == sure[row[s]["text"]] else 0.05) for n in range(1, 8)) for s in "ab"]
+        expected = [sum(n * (0.7 if n == rating_by_text[row[s]["text"]] else 0.05) for n in range(1, 8)) for s in "ab"]
         assert vote["scores"] == pytest.approx(expected)
         assert vote["log_odds"] == pytest.approx(expected[0] - expected[1])
     assert {vote["order"] for vote in row["votes"]} == {"ab", "ba"}
-    assert done.figures["votes"]["judge"]["flip_rate"] is None, "what has no order cannot turn with it"
+    assert result.figures["votes"]["judge"]["flip_rate"] is None, "what has no order cannot turn with it"
 
 
 def test_a_rating_that_the_scale_holds_too_little_of_is_a_failure(tmp_path):
@@ -127,9 +130,9 @@ def test_a_rating_that_the_scale_holds_too_little_of_is_a_failure(tmp_path):
 @pytest.mark.parametrize("method", ["pairwise", "reasoned", "rating"])
 def test_what_principles_say_to_the_judge_is_part_of_the_plan(method):
     config = Config.model_validate({"id": "votes", "kind": "judge", "from": ["x"], "method": method})
-    asked = {"pairwise": ("compare",), "reasoned": ("reason", "verdict"), "rating": ("rate",)}
-    assert config.template_names == asked[method]
-    assert config.principle_fields == (("critique",) if method == "rating" else ("compare",))
+    template_names = {"pairwise": ("compare",), "reasoned": ("reason", "verdict"), "rating": ("rate",)}
+    assert config.template_names() == template_names[method]
+    assert config.principle_fields() == (("critique",) if method == "rating" else ("compare",))
 
 
 @pytest.mark.parametrize(("key", "value", "method"), [("rationales", 2, "reasoned"), ("scale", 10, "rating")])
@@ -140,10 +143,10 @@ def test_settings_of_another_method_are_refused(key, value, method):
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=6))
 def test_the_mean_probability_turns_with_its_side_and_lies_between_the_extremes(odds):
-    mean = mean_probability(odds)
-    assert mean_probability([-x for x in odds]) == pytest.approx(-mean, abs=1e-9)
+    mean = log_odds_of_mean_probability(odds)
+    assert log_odds_of_mean_probability([-x for x in odds]) == pytest.approx(-mean, abs=1e-9)
     assert min(odds) - 1e-9 <= mean <= max(odds) + 1e-9
-    assert mean_probability([800.0, 800.0]) == pytest.approx(800), "no overflow"
+    assert log_odds_of_mean_probability([800.0, 800.0]) == pytest.approx(800), "no overflow"
 
 
 def test_the_expected_score_of_a_certain_rating_is_that_rating():
@@ -151,13 +154,13 @@ def test_the_expected_score_of_a_certain_rating_is_that_rating():
     assert expected_score(np.log([0.1, 0.1]).tolist()) == pytest.approx(1.5), "what the scale does not hold is left out"
 
 
-def test_verdicts_from_text_are_the_counts_of_drawn_answers_with_half_a_count_added(tmp_path):
+def test_verdicts_from_text_are_the_counts_of_sampled_answers_with_half_a_count_added(tmp_path):
     script = Script(writes=lambda request: ["A", "(A).", "B", "I would say A", "**A**", "neither"][number(request)])
-    done = judge(tmp_path, script, verdicts="text", draws=6)
+    result = judge(tmp_path, script, verdicts="text", draws=6)
     assert not script.questions
     assert len(script.requests) == 2 * 2 * 6
     assert len({request.seed for request in script.requests}) == len(script.requests)
-    (row,) = done.rows
+    (row,) = result.rows
     assert "method" not in row
     for vote in row["votes"]:
         sign = 1 if vote["order"] == "ab" else -1
@@ -166,19 +169,19 @@ def test_verdicts_from_text_are_the_counts_of_drawn_answers_with_half_a_count_ad
 
 
 def number(request) -> int:
-    """Which of the answers to its question it draws."""
+    """Number of the answer among those to its question."""
     return int(request.id.rpartition("/")[2])
 
 
-def test_where_no_drawn_answer_is_an_option_the_vote_is_a_failure(tmp_path):
+def test_where_no_sampled_answer_is_an_option_the_vote_is_a_failure(tmp_path):
     script = Script(writes=lambda request: "Both are\x07 good." if "calm" in request.id else "B")
-    done = judge(tmp_path, script, verdicts="text", draws=3)
-    assert {vote["principle"] for vote in done.rows[0]["votes"]} == {"short"}
-    assert "none of 3 drawn answers is an option; first 'Both are" in done.failures[0]["reason"]
+    result = judge(tmp_path, script, verdicts="text", draws=3)
+    assert {vote["principle"] for vote in result.rows[0]["votes"]} == {"short"}
+    assert "none of 3 sampled answers is an option; first 'Both are" in result.failures[0]["reason"]
 
 
-def test_counts_of_drawn_answers_come_to_what_log_probabilities_say(tmp_path):
-    """On the embedded model, over all votes; 40 draws each tell a probability to about 0.08."""
+def test_counts_of_sampled_answers_come_to_what_log_probabilities_say(tmp_path):
+    """On the embedded model, over all votes; 40 samples each tell a probability to about 0.08."""
     rows = [sample("Is the moon made of cheese?", text, number=n) for n, text in
             enumerate(["No, it is made of rock.", "You are an idiot. Go away."])]  # fmt: skip
     micro = resolve("micro", folder=tmp_path)
@@ -186,10 +189,10 @@ def test_counts_of_drawn_answers_come_to_what_log_probabilities_say(tmp_path):
         run_stage("judge", tmp_path / name, {"candidates": rows}, model=micro, **config).rows[0]["votes"]
         for name, config in (("exact", {}), ("counted", {"verdicts": "text", "draws": 40}))
     )
-    for one, other in zip(exact, counted, strict=True):
-        p, share = (1 / (1 + math.exp(-vote["log_odds"])) for vote in (one, other))
+    for exact_vote, counted_vote in zip(exact, counted, strict=True):
+        p, share = (1 / (1 + math.exp(-vote["log_odds"])) for vote in (exact_vote, counted_vote))
         assert share == pytest.approx(p, abs=0.25)
-        assert other["option_probability"] == pytest.approx(one["option_probability"], abs=0.25)
+        assert counted_vote["option_probability"] == pytest.approx(exact_vote["option_probability"], abs=0.25)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,6 @@ def test_counts_of_drawn_answers_come_to_what_log_probabilities_say(tmp_path):
         ({"draws": 3}, "found `draws` without `verdicts: text`"),
     ],
 )
-def test_settings_of_drawn_verdicts_are_refused_where_they_would_do_nothing(settings, reason):
+def test_settings_of_sampled_verdicts_are_refused_where_they_would_do_nothing(settings, reason):
     with pytest.raises(ValueError, match=reason):
         Config(id="votes", **{"from": ["candidates"]}, **settings)

@@ -1,15 +1,14 @@
-"""The ppo stage: what it draws from, what it leaves behind, and that a kill costs nothing."""
+"""The ppo stage: what it samples from, what it leaves behind, and that a kill loses nothing."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import CPU, Killed, Steps, preference, run_stage, stage_context, trained
+from training_stages import CPU, Killed, Steps, outputs, preference, run_stage, stage_context, trained
 
 from cai.contracts.context import Context
 from cai.contracts.model import Model
@@ -17,28 +16,33 @@ from cai.contracts.profile import Profile
 from cai.models.loading import load_causal_lm, load_tokenizer
 from cai.run.status import figure_lines
 from cai.stages import config_class, run_function
+from cai.storage.rows import read_rows
 from cai.text.errors import BadInput, StageFailed
+from cai.training.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
 
 BREVITY = """
 def brevity(prompts, responses):
-    return [-len(each) / 20 for each in responses]
+    return [-len(response) / 20 for response in responses]
 
 def silence(prompts, responses):
-    return [None for each in responses]
+    return [None for _ in responses]
 """
 
 
 def prompts(n: int, **fields: Any) -> list[Any]:
-    asked = [{"role": "user", "content": f"What is {number}?"} for number in range(n)]
-    return [{"id": f"p{k}", "messages": [each], "tags": [], "source": "t", **fields} for k, each in enumerate(asked)]
+    messages = [{"role": "user", "content": f"What is {number}?"} for number in range(n)]
+    return [
+        {"id": f"p{k}", "messages": [message], "tags": [], "source": "t", **fields}
+        for k, message in enumerate(messages)
+    ]
 
 
-def context_of(folder: Path, model: Model, *, profile: Profile = CPU, progress: Any = None, **more: Any) -> Context:
+def context_of(folder: Path, model: Model, *, profile: Profile = CPU, progress: Any = None, **fields: Any) -> Context:
     context = stage_context(folder, {}, model, profile=profile, progress=progress)
     (folder.parent / "rewards.py").write_text(BREVITY)
-    return dataclasses.replace(context, home=folder.parent, prompt_sets={"all": prompts(12)}, **more)
+    return dataclasses.replace(context, home=folder.parent, prompt_sets={"all": prompts(12)}, **fields)
 
 
 def ppo(folder: Path, model: Model, *, train: dict[str, Any] | None = None, context: Any = None, **config: Any) -> Any:
@@ -51,32 +55,24 @@ def ppo(folder: Path, model: Model, *, train: dict[str, Any] | None = None, cont
     return run_function("ppo")(config_class("ppo").model_validate(settings), context or context_of(folder, model))
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def outputs(folder: Path) -> dict[str, bytes]:
-    names = ("model/model.safetensors", "model/adapter_model.safetensors", "metrics.jsonl", "samples.jsonl")
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-
-
 @pytest.mark.parametrize(
-    "more", [{}, {"lora": {"rank": 4}}, {"critic": ""}, {"train": {"kl_target": 0.01}}, {"train": {"logging_steps": 5}}]
+    "settings",
+    [{}, {"lora": {"rank": 4}}, {"critic": ""}, {"train": {"kl_target": 0.01}}, {"train": {"logging_steps": 5}}],
 )
 def test_killed_anywhere_it_ends_with_the_bytes_of_an_undisturbed_run(
-    more: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     model = tiny("llama")
-    more = {**more, "critic": None if "critic" not in more else ""}
-    undisturbed = ppo(tmp_path / "undisturbed", model, **more)
-    # Twelve steps, four a rollout, a checkpoint each three: before any, in the middle of a rollout, at its first step.
+    settings = {**settings, "critic": None if "critic" not in settings else ""}
+    undisturbed = ppo(tmp_path / "undisturbed", model, **settings)
+    # Twelve steps, four a rollout, a resume point every three: before any, in the middle of a rollout, at its first.
     places = ((1, None), (5, 3), (8, 6), (10, 9))
-    for die_at, from_step in places if more["critic"] is None and len(more) == 1 else places[1:3]:
+    for die_at, from_step in places if settings["critic"] is None and len(settings) == 1 else places[1:3]:
         folder = tmp_path / f"killed{die_at}"
         with pytest.raises(Killed):
-            ppo(folder, model, context=context_of(folder, model, progress=Steps(die_at)), **more)
+            ppo(folder, model, context=context_of(folder, model, progress=Steps(die_at)), **settings)
         steps = Steps()
-        figures = ppo(folder, model, context=context_of(folder, model, progress=steps), **more)
+        figures = ppo(folder, model, context=context_of(folder, model, progress=steps), **settings)
         assert steps.notes == ([] if from_step is None else [f"resuming from checkpoint-{from_step}"])
         assert outputs(folder) == outputs(tmp_path / "undisturbed")
         assert len(outputs(folder)) == 3
@@ -93,12 +89,12 @@ def test_it_learns_what_is_rewarded_and_leaves_a_model(tmp_path: Path, tiny: Cal
     assert figures["kl"]["first"] == pytest.approx(0, abs=1e-5)
     assert figures["kl"]["last"] > 0.01
     load_causal_lm(trained(tmp_path / "stage"))
-    logged = metrics(tmp_path / "stage")
+    logged = read_metrics(tmp_path / "stage")
     assert len(logged) == 48
     assert {"reward", "reward/brevity", "kl", "length", "value/explained_variance"} <= set(logged[4])
     assert "reward" not in logged[5]
-    samples = [json.loads(line) for line in (tmp_path / "stage" / "samples.jsonl").read_text().splitlines()]
-    assert [each["rollout"] for each in samples] == [number for number in range(12) for _ in range(8)]
+    samples = read_rows(tmp_path / "stage" / "samples.jsonl")
+    assert [row["rollout"] for row in samples] == [number for number in range(12) for _ in range(8)]
     assert {"prompt_id", "response", "scores", "kl"} <= set(samples[0])
 
 
@@ -107,50 +103,52 @@ def test_the_reference_of_an_adapter_is_the_policy_without_it(tmp_path: Path, ti
     ppo(tmp_path / "first", tiny("lora"), lora={"rank": 4}, train={"learning_rate": 3e-3})
     start = trained(tmp_path / "first")
     ppo(tmp_path / "second", start, lora={"rank": 4}, context=context_of(tmp_path / "second", start))
-    assert metrics(tmp_path / "second")[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert read_metrics(tmp_path / "second")[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert (tmp_path / "second" / "model" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("more", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
-def test_activations_that_are_computed_again_change_nothing(
-    more: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+@pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
+def test_recomputed_activations_change_nothing(
+    settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
-    again = CPU.model_copy(update={"gradient_checkpointing": True})
-    ppo(tmp_path / "kept", tiny("llama"), rollouts=1, **more)
-    context = context_of(tmp_path / "again", tiny("llama"), profile=again)
-    ppo(tmp_path / "again", tiny("llama"), context=context, rollouts=1, **more)
-    kept, computed = ([each["loss"] for each in metrics(tmp_path / name)] for name in ("kept", "again"))
+    profile = CPU.model_copy(update={"gradient_checkpointing": True})
+    ppo(tmp_path / "kept", tiny("llama"), rollouts=1, **settings)
+    context = context_of(tmp_path / "again", tiny("llama"), profile=profile)
+    ppo(tmp_path / "again", tiny("llama"), context=context, rollouts=1, **settings)
+    kept, computed = ([entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("kept", "again"))
     assert computed == pytest.approx(kept, abs=1e-5)
 
 
-def test_a_reward_model_reads_the_ids_that_were_drawn(
+def test_a_reward_model_scores_the_ids_that_were_sampled(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("pad_is_eos")
     run_stage("reward", tmp_path / "rm", [preference(n) for n in range(16)], model, hold_out=0.2)
-    read: list[list[int]] = []
+    scored_ids: list[list[int]] = []
     from cai.models.reward_model import RewardModel
 
     scores = RewardModel.scores
-    monkeypatch.setattr(RewardModel, "scores", lambda self, ids: (read.extend(map(list, ids)), scores(self, ids))[1])
+    monkeypatch.setattr(
+        RewardModel, "scores", lambda self, ids: (scored_ids.extend(map(list, ids)), scores(self, ids))[1]
+    )
     context = context_of(tmp_path / "stage", model, models={"": model, "rm": trained(tmp_path / "rm")})
     ppo(tmp_path / "stage", model, context=context, rewards=[{"model": "rm"}], rollouts=1, max_new_tokens=40)
     end = load_tokenizer(model).eos_token_id
-    assert len(read) == 16
-    ended = [ids for ids in read if ids[-1] == end]
-    assert all(ids.count(load_tokenizer(model).pad_token_id) == 0 for ids in read)
-    assert all(len(ids) > 40 for ids in read if ids not in ended)  # cut off: read without an end
+    assert len(scored_ids) == 16
+    ended = [ids for ids in scored_ids if ids[-1] == end]
+    assert all(ids.count(load_tokenizer(model).pad_token_id) == 0 for ids in scored_ids)
+    assert all(len(ids) > 40 for ids in scored_ids if ids not in ended)  # cut off: scored without an end token
 
 
 def test_prompts_that_are_held_out_or_do_not_fit_are_left_out_and_counted(
     tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     context = context_of(tmp_path / "stage", tiny("llama"))
-    asked = [*prompts(6), *prompts(2, tags=["held_out"])]
-    asked[0] = {**asked[0], "messages": [{"role": "user", "content": "long " * 400}]}
-    for number, each in enumerate(asked):
-        each["id"] = f"p{number}"
-    context = dataclasses.replace(context, prompt_sets={"all": asked})
+    prompt_rows = [*prompts(6), *prompts(2, tags=["held_out"])]
+    prompt_rows[0] = {**prompt_rows[0], "messages": [{"role": "user", "content": "long " * 400}]}
+    for number, row in enumerate(prompt_rows):
+        row["id"] = f"p{number}"
+    context = dataclasses.replace(context, prompt_sets={"all": prompt_rows})
     figures = ppo(tmp_path / "stage", tiny("llama"), context=context, rollouts=1, max_length=200)["training"]["stage"]
     assert figures["prompts"] == 5
     assert figures["left_out"] == {"held_out": 2, "too_long": 1}
@@ -160,7 +158,7 @@ def test_prompts_that_are_held_out_or_do_not_fit_are_left_out_and_counted(
                                         prompt_sets={"all": prompts(2, tags=["held_out"])}))  # fmt: skip
 
 
-def test_limits_stop_the_stage_with_its_last_good_checkpoint_on_disk(
+def test_limits_stop_the_stage_with_its_last_good_resume_point_on_disk(
     tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     with pytest.raises(StageFailed, match=r"the KL to the reference is .* nats a response, above"):
@@ -172,7 +170,7 @@ def test_limits_stop_the_stage_with_its_last_good_checkpoint_on_disk(
     AutoModelForCausalLM.from_pretrained(kept[0].parent)
 
 
-def test_a_kill_in_the_middle_of_a_line_of_samples_costs_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_kill_in_the_middle_of_a_line_of_samples_loses_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     ppo(tmp_path / "undisturbed", tiny("llama"))
     folder = tmp_path / "killed"
     with pytest.raises(Killed):
@@ -205,5 +203,5 @@ def test_a_horizon_shorter_than_a_rollout_is_refused() -> None:
 
 
 def test_rewards_that_all_fail_stop_the_stage(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    with pytest.raises(StageFailed, match="no reward came about for any of the 16 responses"):
+    with pytest.raises(StageFailed, match="no reward could be computed for any of the 16 responses"):
         ppo(tmp_path / "stage", tiny("llama"), rewards=[{"function": "rewards.py:silence"}])

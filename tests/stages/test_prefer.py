@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feedback_stages import PRINCIPLES, Script, run_stage, sample
+from feedback_stages import PRINCIPLES, Script, run_stage, sample, swapped, vote_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai.constitution import load_constitution
-from cai.feedback import labels, votes
+from cai.feedback import stored_votes
+from cai.maths.vote_aggregation import sigmoid
 from cai.micro.oracle import gold_score
 from cai.stages.prefer import Clamp, Config
 from cai.storage.rows import Failure, stable_id
@@ -26,31 +27,12 @@ from cai.text.errors import StageFailed
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
 
 
-def vote(number: int, odds: dict[str, tuple[float, float]], *tags: str, a="left", b="right") -> dict:
-    """A vote row: log-odds that `a` is better by principle, (a shown first, b shown first)."""
-    prompt = [{"role": "user", "content": f"Question {number}?"}]
-    return {
-        "id": f"pair-{number}", "prompt_id": f"prompt-{number}", "prompt": prompt, "tags": list(tags),
-        "a": {"id": f"a{number}", "text": f"{a} {number}", "model": "m"},
-        "b": {"id": f"b{number}", "text": f"{b} {number}", "model": "m"},
-        "votes": [
-            {"principle": id, "order": order, "log_odds": value, "option_probability": 1.0}
-            for index, order in enumerate(("ab", "ba")) for id, value in ((k, v[index]) for k, v in odds.items())
-        ],
-        "judge": "judge", "constitution": "trial",
-    }  # fmt: skip
-
-
-def swapped(row: dict) -> dict:
-    """The same judgement with the responses called the other way round."""
-    votes = [{**each, "order": each["order"][::-1], "log_odds": -each["log_odds"]} for each in row["votes"]]
-    return {**row, "a": row["b"], "b": row["a"], "votes": votes}
-
-
 def random_votes(n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     return [
-        vote(n, {id: (rng.gauss(0.5, 2), rng.gauss(-0.5, 2)) for id in WEIGHTS if rng.random() < 0.8 or id == "calm"})
+        vote_row(
+            n, {id: (rng.gauss(0.5, 2), rng.gauss(-0.5, 2)) for id in WEIGHTS if rng.random() < 0.8 or id == "calm"}
+        )
         for n in range(n)
     ]
 
@@ -59,16 +41,16 @@ def prefer(folder, rows, document=PRINCIPLES, **config):
     return run_stage("prefer", folder, {"votes": rows}, document=document, **config)
 
 
-def by_pair(done) -> dict[str, tuple[str, str, float]]:
+def by_pair(result) -> dict[str, tuple[str, str, float]]:
     return {row["pair_id"]: (row["chosen"][0]["content"], row["rejected"][0]["content"], row["p_chosen"])
-            for row in done.rows}  # fmt: skip
+            for row in result.rows}  # fmt: skip
 
 
-def again(row: dict, *, weights=WEIGHTS, temperature=None, abstain_below=0.0) -> float | None:
+def expected_log_odds(row: dict, *, weights=WEIGHTS, temperature=None, abstain_below=0.0) -> float | None:
     """The log-odds of one pair, written a second time, in plain loops over probabilities."""
     top = bottom = 0.0
-    for id in {each["principle"] for each in row["votes"]}:
-        odds = {each["order"]: each["log_odds"] for each in row["votes"] if each["principle"] == id}
+    for id in {vote["principle"] for vote in row["votes"]}:
+        odds = {vote["order"]: vote["log_odds"] for vote in row["votes"] if vote["principle"] == id}
         mean = (odds["ab"] + odds["ba"]) / 2
         if weights[id] and abs(mean) >= abstain_below:
             top += weights[id] * mean
@@ -87,23 +69,23 @@ def again(row: dict, *, weights=WEIGHTS, temperature=None, abstain_below=0.0) ->
 )  # fmt: skip
 def test_labels_equal_a_second_writing_row_for_row(tmp_path, config):
     rows = random_votes(200)
-    done = prefer(tmp_path, rows, **config)
+    result = prefer(tmp_path, rows, **config)
     options = {name: config[name] for name in ("temperature", "abstain_below") if name in config}
     expected = {}
     for row in rows:
-        odds = again(row, **options)
+        odds = expected_log_odds(row, **options)
         if odds is None:
             continue
         p = 1 / (1 + math.exp(-odds))
-        sure = max(p, 1 - p)
-        if sure < config.get("min_confidence", 0.5):
+        confidence = max(p, 1 - p)
+        if confidence < config.get("min_confidence", 0.5):
             continue
-        label = {"hard": 1.0}.get(str(config.get("labels")), min(sure, 0.6) if "labels" in config else sure)
+        label = {"hard": 1.0}.get(str(config.get("labels")), min(confidence, 0.6) if "labels" in config else confidence)
         texts = (row["a"]["text"], row["b"]["text"])
         expected[row["id"]] = (*(texts if p > 0.5 else texts[::-1]), pytest.approx(label, abs=1e-12))
-    assert by_pair(done) == expected
-    assert [row["pair_id"] for row in done.rows] == [row["id"] for row in rows if row["id"] in expected]
-    figures = done.figures["labels"]
+    assert by_pair(result) == expected
+    assert [row["pair_id"] for row in result.rows] == [row["id"] for row in rows if row["id"] in expected]
+    figures = result.figures["labels"]
     assert figures["pairs"] + figures["abstained"] + figures["dropped"] + figures["even"] == 200
 
 
@@ -111,20 +93,20 @@ def test_labels_equal_a_second_writing_row_for_row(tmp_path, config):
 @given(st.integers(0, 10_000), st.sampled_from(["soft", "hard", {"clamp": [0.3, 0.7]}]), st.floats(0, 2))
 def test_order_of_rows_and_names_of_sides_change_nothing(seed, kind, abstain_below):
     rows = random_votes(12, seed)
-    rows += [vote(100, {"calm": (1.0, -1.0)}), vote(101, {"calm": (2.0, 0.5), "short": (-5.0, -5.0)})]
+    rows += [vote_row(100, {"calm": (1.0, -1.0)}), vote_row(101, {"calm": (2.0, 0.5), "short": (-5.0, -5.0)})]
     rng = random.Random(seed)
-    other = [swapped(row) if rng.random() < 0.5 else row for row in rows]
-    rng.shuffle(other)
+    exchanged = [swapped(row) if rng.random() < 0.5 else row for row in rows]
+    rng.shuffle(exchanged)
     with tempfile.TemporaryDirectory() as folder:
         config = {"labels": kind, "abstain_below": abstain_below}
-        there = prefer(Path(folder) / "there", rows, **config)
-        back = prefer(Path(folder) / "back", other, **config)
-    assert by_pair(there) == by_pair(back)
-    assert {row["id"] for row in there.rows} == {row["id"] for row in back.rows}
+        first = prefer(Path(folder) / "there", rows, **config)
+        second = prefer(Path(folder) / "back", exchanged, **config)
+    assert by_pair(first) == by_pair(second)
+    assert {row["id"] for row in first.rows} == {row["id"] for row in second.rows}
 
 
 def test_a_row_is_what_trl_reads(tmp_path):
-    (row,) = prefer(tmp_path, [vote(1, {"calm": (2.0, 1.0)}, "red_team")]).rows
+    (row,) = prefer(tmp_path, [vote_row(1, {"calm": (2.0, 1.0)}, "red_team")]).rows
     assert row["chosen"] == [{"role": "assistant", "content": "left 1"}]
     assert row["rejected"] == [{"role": "assistant", "content": "right 1"}]
     assert row["prompt"] == [{"role": "user", "content": "Question 1?"}]
@@ -135,34 +117,35 @@ def test_a_row_is_what_trl_reads(tmp_path):
 
 
 def test_weights_decide_and_zero_switches_off(tmp_path):
-    rows = [vote(1, {"calm": (1.0, 1.0), "short": (-3.0, -3.0)})]
+    rows = [vote_row(1, {"calm": (1.0, 1.0), "short": (-3.0, -3.0)})]
     assert prefer(tmp_path / "1", rows).rows[0]["log_odds"] == pytest.approx((2 * 1 - 0.5 * 3) / 2.5)
     heavier = PRINCIPLES.replace("is brief.}", "is brief., weight: 9}").replace("weight: 0.5", "weight: 4")
-    other = prefer(tmp_path / "2", rows, heavier).rows[0]
-    assert other["chosen"][0]["content"] == "right 1"
-    assert other["log_odds"] == pytest.approx(-(2 * 1 - 4 * 3) / 6)
-    off = prefer(tmp_path / "3", rows, PRINCIPLES.replace("weight: 2.0", "weight: 0")).rows[0]
-    assert off["log_odds"] == pytest.approx(3.0)
+    row = prefer(tmp_path / "2", rows, heavier).rows[0]
+    assert row["chosen"][0]["content"] == "right 1"
+    assert row["log_odds"] == pytest.approx(-(2 * 1 - 4 * 3) / 6)
+    without_calm = prefer(tmp_path / "3", rows, PRINCIPLES.replace("weight: 2.0", "weight: 0")).rows[0]
+    assert without_calm["log_odds"] == pytest.approx(3.0)
 
 
 def test_a_pair_on_which_all_abstain_has_no_label(tmp_path):
     rows = [
-        vote(1, {"calm": (0.1, 0.3), "short": (0.9, 0.9)}), vote(2, {"calm": (0.1, -0.1)}), vote(3, {"safe": (5, 5)})
+        vote_row(1, {"calm": (0.1, 0.3), "short": (0.9, 0.9)}), vote_row(2, {"calm": (0.1, -0.1)}),
+        vote_row(3, {"safe": (5, 5)}),
     ]  # fmt: skip
-    done = prefer(tmp_path, rows, PRINCIPLES.replace("id: safe,", "id: safe, weight: 0,"), abstain_below=0.5)
-    assert {row["pair_id"]: row["log_odds"] for row in done.rows} == {"pair-1": pytest.approx(0.9)}
-    assert done.figures["labels"]["abstained"] == 2
+    result = prefer(tmp_path, rows, PRINCIPLES.replace("id: safe,", "id: safe, weight: 0,"), abstain_below=0.5)
+    assert {row["pair_id"]: row["log_odds"] for row in result.rows} == {"pair-1": pytest.approx(0.9)}
+    assert result.figures["labels"]["abstained"] == 2
     with pytest.raises(StageFailed, match="none of the pairs gets a label"):
         prefer(tmp_path / "none", rows, abstain_below=50)
 
 
 def test_confidence_is_measured_before_clamping(tmp_path):
-    rows = [vote(1, {"calm": (3.0, 3.0)}), vote(2, {"calm": (0.3, 0.3)}), vote(3, {"calm": (-0.1, -0.1)})]
-    done = prefer(tmp_path, rows, labels={"clamp": [0.4, 0.6]}, min_confidence=0.55)
-    assert {row["pair_id"]: row["p_chosen"] for row in done.rows} == {
+    rows = [vote_row(1, {"calm": (3.0, 3.0)}), vote_row(2, {"calm": (0.3, 0.3)}), vote_row(3, {"calm": (-0.1, -0.1)})]
+    result = prefer(tmp_path, rows, labels={"clamp": [0.4, 0.6]}, min_confidence=0.55)
+    assert {row["pair_id"]: row["p_chosen"] for row in result.rows} == {
         "pair-1": 0.6, "pair-2": pytest.approx(1 / (1 + math.exp(-0.3)))
     }  # fmt: skip
-    assert done.figures["labels"]["dropped"] == 1
+    assert result.figures["labels"]["dropped"] == 1
 
 
 @pytest.mark.parametrize("bounds", [[0.4, 0.7], [0.6, 0.4], [0.5, 0.5], [-0.1, 1.1]])
@@ -172,20 +155,20 @@ def test_clamps_that_favour_a_side_are_refused(bounds):
 
 
 def test_an_even_pair_is_named_by_hash_or_left_out_of_hard_labels(tmp_path):
-    rows = [vote(n, {"calm": (1.0, -1.0)}) for n in range(40)]
+    rows = [vote_row(n, {"calm": (1.0, -1.0)}) for n in range(40)]
     soft = prefer(tmp_path / "soft", rows)
     assert {row["p_chosen"] for row in soft.rows} == {0.5}
     first = sum(row["chosen"][0]["content"].startswith("left") for row in soft.rows)
     assert 8 <= first <= 32, "neither side is favoured"
-    rows.append(vote(99, {"calm": (1.0, 1.0)}))
+    rows.append(vote_row(99, {"calm": (1.0, 1.0)}))
     hard = prefer(tmp_path / "hard", rows, labels="hard")
     assert [row["pair_id"] for row in hard.rows] == ["pair-99"]
     assert hard.figures["labels"]["even"] == 40
 
 
 def test_a_principle_with_one_order_never_counts(tmp_path):
-    row = vote(1, {"calm": (4.0, 2.0), "short": (9.0, 9.0)})
-    row["votes"] = [each for each in row["votes"] if (each["principle"], each["order"]) != ("short", "ba")]
+    row = vote_row(1, {"calm": (4.0, 2.0), "short": (9.0, 9.0)})
+    row["votes"] = [vote for vote in row["votes"] if (vote["principle"], vote["order"]) != ("short", "ba")]
     assert prefer(tmp_path, [row]).rows[0]["log_odds"] == pytest.approx(3.0)
 
 
@@ -201,9 +184,9 @@ def judged_and_preferred(folder, prefers, rows=CANDIDATES, **config):
 
 
 def shown_first(question, text: str) -> bool:
-    asked = question.messages[0]["content"]
-    place = asked.index(f"\n{text} ")
-    return place == min(asked.index("\ngood "), asked.index("\nbad ")) and place > 0
+    text_shown = question.messages[0]["content"]
+    position = text_shown.index(f"\n{text} ")
+    return position == min(text_shown.index("\ngood "), text_shown.index("\nbad ")) and position > 0
 
 
 def test_an_additive_position_bias_leaves_no_trace_in_the_labels(tmp_path):
@@ -218,24 +201,24 @@ def test_an_additive_position_bias_leaves_no_trace_in_the_labels(tmp_path):
 
 
 def test_a_judge_that_looks_at_positions_alone_is_even(tmp_path):
-    _, done = judged_and_preferred(tmp_path, lambda question: (3.0, 1.0))
-    assert [row["p_chosen"] for row in done.rows] == pytest.approx([0.5] * len(done.rows), abs=1e-12)
+    _, result = judged_and_preferred(tmp_path, lambda question: (3.0, 1.0))
+    assert [row["p_chosen"] for row in result.rows] == pytest.approx([0.5] * len(result.rows), abs=1e-12)
 
 
 def test_a_failed_vote_never_becomes_an_even_one(tmp_path):
     def prefers(question):
-        asked = question.messages[0]["content"]
-        if "Question 3?" in asked or question.id.endswith("ab/calm"):
+        text = question.messages[0]["content"]
+        if "Question 3?" in text or question.id.endswith("ab/calm"):
             return Failure(question.id, "overloaded")
         return (2.0 if shown_first(question, "good") else -2.0), 1.0
 
-    votes, done = judged_and_preferred(tmp_path, prefers)
-    assert len(votes.rows) == len(done.rows) == 11
-    assert [row["log_odds"] for row in done.rows] == pytest.approx([2.0] * 11)
+    votes, result = judged_and_preferred(tmp_path, prefers)
+    assert len(votes.rows) == len(result.rows) == 11
+    assert [row["log_odds"] for row in result.rows] == pytest.approx([2.0] * 11)
 
 
 def test_figures_say_who_is_agreed_with_and_whether_length_wins(tmp_path):
-    rows = [vote(n, {"calm": (2, 2), "short": (-1, -1)}, a="a much longer answer", b="brief") for n in range(5)]
+    rows = [vote_row(n, {"calm": (2, 2), "short": (-1, -1)}, a="a much longer answer", b="brief") for n in range(5)]
     figures = prefer(tmp_path, rows).figures["labels"]
     assert figures["longer_wins"]["value"] == 1.0
     assert figures["principles"]["calm"] == {"pairs": 5, "mean_strength": 2.0, "agreement": 1.0}
@@ -246,12 +229,12 @@ def test_figures_say_who_is_agreed_with_and_whether_length_wins(tmp_path):
 def micro_pair(number: int, right: bool, *tags: str) -> dict:
     """A vote, right or wrong, on an example of the micro constitution that the oracle sees the same way."""
     examples = [
-        each for one in load_constitution("micro").principles for each in one.examples
-        if gold_score(each.conversation, each.better) > gold_score(each.conversation, each.worse)
+        example for principle in load_constitution("micro").principles for example in principle.examples
+        if gold_score(example.conversation, example.better) > gold_score(example.conversation, example.worse)
     ]  # fmt: skip
     assert len(examples) >= 8
     example = examples[number % len(examples)]
-    row = vote(number, {"calm": (1.0, 1.0) if right else (-1.0, -1.0)}, *tags)
+    row = vote_row(number, {"calm": (1.0, 1.0) if right else (-1.0, -1.0)}, *tags)
     row["prompt"] = example.conversation
     row["a"]["text"], row["b"]["text"] = example.better, example.worse
     return row
@@ -263,16 +246,20 @@ def test_labels_are_measured_by_the_oracle_on_held_out_prompts(tmp_path):
     even["b"] = {**even["b"], "text": even["a"]["text"]}
     unclear = micro_pair(17, True, "topic:6")
     unclear["b"] = {**unclear["b"], "text": "Colourless green ideas sleep furiously."}
-    every = prefer(tmp_path / "all", [*rows, even, unclear]).figures["labels"]
-    assert every["accuracy"]["value"] == 12 / 16
-    assert (every["accuracy"]["n"], every["accuracy"]["topics"]) == (16, 5)
-    assert (every["ties"], every["unclear"], every["measured_on"]) == (1, 1, "all")
-    assert every["principles"]["calm"]["agreement_with_gold"] == 12 / 16
-    assert sum(n for counts in every["acts"].values() for n in counts.values()) == 18
+    figures_all = prefer(tmp_path / "all", [*rows, even, unclear]).figures["labels"]
+    assert figures_all["accuracy"]["value"] == 12 / 16
+    assert (figures_all["accuracy"]["n"], figures_all["accuracy"]["topics"]) == (16, 5)
+    assert (figures_all["ties"], figures_all["unclear"], figures_all["measured_on"]) == (1, 1, "all")
+    assert figures_all["principles"]["calm"]["agreement_with_gold"] == 12 / 16
+    assert sum(n for counts in figures_all["acts"].values() for n in counts.values()) == 18
 
     held_out = [micro_pair(n, False, "topic:9", "held_out") for n in range(20, 23)]
-    some = prefer(tmp_path / "some", [*rows, *held_out]).figures["labels"]
-    assert (some["accuracy"]["value"], some["accuracy"]["n"], some["measured_on"]) == (0.0, 3, "held_out")
+    figures_held_out = prefer(tmp_path / "some", [*rows, *held_out]).figures["labels"]
+    assert (
+        figures_held_out["accuracy"]["value"],
+        figures_held_out["accuracy"]["n"],
+        figures_held_out["measured_on"],
+    ) == (0.0, 3, "held_out")
 
     stage = tmp_path / "prefer-reads-votes" / STAGE
     figures = {"votes": {"votes": {"failed_with_truth": {"oracle": {"all": 9, "held_out": 1}}}}}
@@ -294,14 +281,14 @@ def test_people_can_label_pairs_instead_of_a_judge_or_beside_it(tmp_path):
     ]
     (tmp_path / "hh.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     source = {"source": "hh.jsonl", "tags": ["red_team"]}
-    done = run_stage("prefer", tmp_path, document=None, pairs=source)
-    assert [row["source"] for row in done.rows] == ["human", "human"]
-    assert [row["p_chosen"] for row in done.rows] == [1.0, 1.0]
-    assert len(done.rows[1]["prompt"]) == 3
-    assert done.figures["labels"]["human"]["rows"] == 3
-    assert sum(done.figures["labels"]["human"]["left_out"].values()) == 1
+    result = run_stage("prefer", tmp_path, document=None, pairs=source)
+    assert [row["source"] for row in result.rows] == ["human", "human"]
+    assert [row["p_chosen"] for row in result.rows] == [1.0, 1.0]
+    assert len(result.rows[1]["prompt"]) == 3
+    assert result.figures["labels"]["human"]["rows"] == 3
+    assert sum(result.figures["labels"]["human"]["left_out"].values()) == 1
 
-    votes = run_stage("prefer", tmp_path / "both", {"votes": [vote(1, {"calm": (9.0, 9.0)})]},
+    votes = run_stage("prefer", tmp_path / "both", {"votes": [vote_row(1, {"calm": (9.0, 9.0)})]},
                       pairs={**source, "source": "../hh.jsonl"}, labels={"clamp": [0.2, 0.8]})  # fmt: skip
     assert [(row["source"], row["p_chosen"]) for row in votes.rows] == [("ai", 0.8), ("human", 0.8), ("human", 0.8)]
     with pytest.raises(ValueError, match="neither"):
@@ -318,7 +305,7 @@ def test_the_temperature_is_a_number_or_a_word():
 
 
 def test_probabilities_do_not_overflow():
-    p = labels.probability(np.array([-1e4, -1.0, 0.0, 1.0, 1e4]))
+    p = sigmoid(np.array([-1e4, -1.0, 0.0, 1.0, 1e4]))
     assert p == pytest.approx([0, 1 / (1 + math.e), 0.5, math.e / (1 + math.e), 1])
 
 
@@ -334,52 +321,52 @@ def test_labels_of_reasoned_votes_are_clamped_unless_the_recipe_says_otherwise(t
 
 
 def by_people(n: int, seed: int = 0) -> list[dict]:
-    """Votes three times too sure, on pairs that people labelled."""
+    """Votes with three times the calibrated log-odds, on pairs that people labelled."""
     rng = random.Random(seed)
     rows = []
     for row in random_votes(n, seed):
-        p = 1 / (1 + math.exp(-again(row) / 3))
+        p = 1 / (1 + math.exp(-expected_log_odds(row) / 3))
         rows.append({**row, "human": float(rng.random() < p)})
     return rows
 
 
 def test_a_fitted_temperature_is_the_one_of_greatest_likelihood_of_what_people_chose(tmp_path):
     rows = by_people(400)
-    done = prefer(tmp_path / "fitted", rows, temperature="fitted")
-    found = done.figures["labels"]["temperature"]
-    sums = [again(row, temperature=1.0) for row in rows]
+    result = prefer(tmp_path / "fitted", rows, temperature="fitted")
+    fitted = result.figures["labels"]["temperature"]
+    sums = [expected_log_odds(row, temperature=1.0) for row in rows]
 
     def loss(t):
         return sum(math.log1p(math.exp(-x / t if row["human"] else x / t)) for x, row in zip(sums, rows, strict=True))
 
-    assert loss(found["value"]) <= min(loss(found["value"] * step) for step in (0.98, 0.99, 1.01, 1.02))
-    assert found["ece_after_temperature"] < found["ece"]
-    assert found["brier_after_temperature"] < found["brier"]
-    assert (found["truth"], found["pairs"], found["measured_on"]) == ("human", 400, "cross_validation")
-    same = prefer(tmp_path / "number", rows, temperature=found["value"])
-    assert by_pair(done) == by_pair(same)
+    assert loss(fitted["value"]) <= min(loss(fitted["value"] * step) for step in (0.98, 0.99, 1.01, 1.02))
+    assert fitted["ece_after_temperature"] < fitted["ece"]
+    assert fitted["brier_after_temperature"] < fitted["brier"]
+    assert (fitted["truth"], fitted["pairs"], fitted["measured_on"]) == ("human", 400, "cross_validation")
+    by_number = prefer(tmp_path / "number", rows, temperature=fitted["value"])
+    assert by_pair(result) == by_pair(by_number)
 
 
 def test_a_temperature_is_never_fitted_on_held_out_prompts(tmp_path):
     rows = by_people(300)
-    held = [{**row, "tags": ["held_out"]} for row in rows[200:]]
-    one = prefer(tmp_path / "1", [*rows[:200], *held], temperature="fitted").figures["labels"]["temperature"]
-    turned = [{**row, "human": 1 - row["human"]} for row in held]
-    two = prefer(tmp_path / "2", [*rows[:200], *turned], temperature="fitted").figures["labels"]["temperature"]
-    assert one["value"] == two["value"]
-    assert one["brier_after_temperature"] != two["brier_after_temperature"]
-    assert (one["measured_on"], one["pairs"], one["measured_pairs"]) == ("held_out", 200, 100)
-    for untrue in (held, random_votes(20), [{**rows[0], "human": 0.5}]):
+    held_out = [{**row, "tags": ["held_out"]} for row in rows[200:]]
+    first = prefer(tmp_path / "1", [*rows[:200], *held_out], temperature="fitted").figures["labels"]["temperature"]
+    exchanged = [{**row, "human": 1 - row["human"]} for row in held_out]
+    second = prefer(tmp_path / "2", [*rows[:200], *exchanged], temperature="fitted").figures["labels"]["temperature"]
+    assert first["value"] == second["value"]
+    assert first["brier_after_temperature"] != second["brier_after_temperature"]
+    assert (first["measured_on"], first["pairs"], first["measured_pairs"]) == ("held_out", 200, 100)
+    for without_truth in (held_out, random_votes(20), [{**rows[0], "human": 0.5}]):
         with pytest.raises(StageFailed, match="no truth outside of held-out prompts"):
-            prefer(tmp_path / "none", untrue, temperature="fitted")
+            prefer(tmp_path / "none", without_truth, temperature="fitted")
 
 
 def test_without_people_the_temperature_is_fitted_to_the_oracle(tmp_path):
     rows = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(16)]
-    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
-    assert (found["truth"], found["pairs"], found["prompts"]) == ("oracle", 16, 5)
+    fitted = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert (fitted["truth"], fitted["pairs"], fitted["prompts"]) == ("oracle", 16, 5)
     # All votes are of one strength, weight 2: three of four are right where 1 / (1 + exp(-2 / T)) is 3/4.
-    assert found["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
+    assert fitted["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
 
 
 TAGGED = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [manner, tone]").replace(
@@ -388,7 +375,7 @@ TAGGED = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [manner, tone]").
 
 
 def test_weights_by_tag_multiply_those_of_the_constitution(tmp_path):
-    rows = [vote(1, {"calm": (1.0, 1.0), "short": (-3.0, -3.0), "safe": (1.0, 1.0)})]
+    rows = [vote_row(1, {"calm": (1.0, 1.0), "short": (-3.0, -3.0), "safe": (1.0, 1.0)})]
 
     def log_odds(name, **by_tag):
         return prefer(tmp_path / name, rows, TAGGED, tag_weights=by_tag).rows[0]["log_odds"]
@@ -401,7 +388,7 @@ def test_weights_by_tag_multiply_those_of_the_constitution(tmp_path):
 
 
 def human_pairs(folder, n: int, *tags: str, chosen="left", rejected="right") -> dict:
-    """A file of pairs as `vote` makes them, and how a recipe names it."""
+    """A file of pairs as `vote_row` makes them, and how a recipe names it."""
     pairs = [
         {
             "chosen": transcript(f"Question {i}?", f"{chosen} {i}"),
@@ -416,18 +403,18 @@ def human_pairs(folder, n: int, *tags: str, chosen="left", rejected="right") -> 
 
 def votes_on(numbers, odds=1.0, *tags: str) -> list[dict]:
     """Votes on pairs with the ids that prompts have in files."""
-    rows = [vote(n, {"calm": (odds, odds)}, *tags) for n in numbers]
+    rows = [vote_row(n, {"calm": (odds, odds)}, *tags) for n in numbers]
     return [{**row, "prompt_id": stable_id("prompt", row["prompt"])} for row in rows]
 
 
 def test_people_label_helpfulness_and_the_constitution_the_rest(tmp_path):
     rows = votes_on(range(6), 1.0, "helpful") + votes_on(range(6, 10), 1.0, "red_team")
     pairs = human_pairs(tmp_path, 8, "helpful")
-    done = prefer(tmp_path, rows, pairs=pairs, mix={"human_tags": ["helpful"]})
-    assert [(row["source"], row["tags"]) for row in done.rows] == 4 * [("ai", ["red_team"])] + 8 * [
+    result = prefer(tmp_path, rows, pairs=pairs, mix={"human_tags": ["helpful"]})
+    assert [(row["source"], row["tags"]) for row in result.rows] == 4 * [("ai", ["red_team"])] + 8 * [
         ("human", ["helpful"])
     ]
-    figures = done.figures["labels"]
+    figures = result.figures["labels"]
     assert (figures["mixed_out_ai"], figures["mixed_out_human"], figures["pairs"]) == (6, 0, 12)
     assert (figures["agreement_with_people"]["value"], figures["agreement_with_people"]["n"]) == (1.0, 8)
 
@@ -436,23 +423,23 @@ def test_people_label_helpfulness_and_the_constitution_the_rest(tmp_path):
 def test_people_have_their_share_and_as_few_pairs_as_possible_go(tmp_path, share, n_ai, n_human):
     rows = votes_on(range(100, 160))
     pairs = human_pairs(tmp_path, 40)
-    done = prefer(tmp_path, rows, pairs=pairs, mix={"human_share": share})
-    sources = [row["source"] for row in done.rows]
+    result = prefer(tmp_path, rows, pairs=pairs, mix={"human_share": share})
+    sources = [row["source"] for row in result.rows]
     assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
     pairs["source"] = "../people.jsonl"
-    turned = [swapped(row) for row in rows[::-1]]
-    other = prefer(tmp_path / "again", turned, pairs=pairs, mix={"human_share": share})
-    assert {row["pair_id"] for row in other.rows} == {row["pair_id"] for row in done.rows}
-    agreement = done.figures["labels"]["agreement_with_people"]
+    exchanged = [swapped(row) for row in rows[::-1]]
+    exchanged_result = prefer(tmp_path / "again", exchanged, pairs=pairs, mix={"human_share": share})
+    assert {row["pair_id"] for row in exchanged_result.rows} == {row["pair_id"] for row in result.rows}
+    agreement = result.figures["labels"]["agreement_with_people"]
     assert (agreement["value"], agreement["why"]) == (None, "no pair has labels of both")
 
 
 def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(tmp_path):
     rows = votes_on(range(30)) + votes_on(range(30, 40), -1.0)
-    done = prefer(tmp_path, rows, pairs=human_pairs(tmp_path, 40), mix={"human_share": 0.5})
-    prompts = [row["prompt"][-1]["content"] for row in done.rows]
+    result = prefer(tmp_path, rows, pairs=human_pairs(tmp_path, 40), mix={"human_share": 0.5})
+    prompts = [row["prompt"][-1]["content"] for row in result.rows]
     assert len(prompts) == len(set(prompts)) >= 20
-    agreement = done.figures["labels"]["agreement_with_people"]
+    agreement = result.figures["labels"]["agreement_with_people"]
     assert (agreement["value"], agreement["n"], agreement["topics"]) == (0.75, 40, 40)
     assert agreement["interval"][0] < 0.75 < agreement["interval"][1]
 
@@ -463,10 +450,10 @@ def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(
 )
 def test_pairs_that_both_labelled_go_to_whom_labels_are_short(tmp_path, n_judged, n_people, share, n_ai, n_human):
     pairs = human_pairs(tmp_path, n_people)
-    done = prefer(tmp_path, votes_on(range(n_judged)), pairs=pairs, mix={"human_share": share})
-    sources = [row["source"] for row in done.rows]
+    result = prefer(tmp_path, votes_on(range(n_judged)), pairs=pairs, mix={"human_share": share})
+    sources = [row["source"] for row in result.rows]
     assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
-    assert len({row["prompt_id"] for row in done.rows}) == n_ai + n_human, "one label a pair"
+    assert len({row["prompt_id"] for row in result.rows}) == n_ai + n_human, "one label a pair"
 
 
 def test_which_of_contradicting_labels_stays_does_not_depend_on_the_order_of_rows(tmp_path):
@@ -474,13 +461,13 @@ def test_which_of_contradicting_labels_stays_does_not_depend_on_the_order_of_row
     file = tmp_path / "people.jsonl"
     lines = file.read_text().splitlines()
     lines += [json.dumps({"chosen": row["rejected"], "rejected": row["chosen"]}) for row in map(json.loads, lines)]
-    kept = []
+    kept_ids = []
     for name, order in (("there", lines), ("back", lines[::-1])):
         file.write_text("".join(line + "\n" for line in order))
-        done = prefer(tmp_path, votes_on(range(100, 115)), pairs=pairs, mix={"human_share": 0.5})
-        kept.append({row["id"] for row in done.rows if row["source"] == "human"})
-        assert len(kept[-1]) == 15, name
-    assert kept[0] == kept[1]
+        result = prefer(tmp_path, votes_on(range(100, 115)), pairs=pairs, mix={"human_share": 0.5})
+        kept_ids.append({row["id"] for row in result.rows if row["source"] == "human"})
+        assert len(kept_ids[-1]) == 15, name
+    assert kept_ids[0] == kept_ids[1]
 
 
 def test_agreement_is_shown_of_votes_on_pairs_that_people_labelled(tmp_path):
@@ -490,15 +477,15 @@ def test_agreement_is_shown_of_votes_on_pairs_that_people_labelled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mix", "said"),
+    ("mix", "message"),
     [
         ({}, "either human_share"),
         ({"human_share": 0.5, "human_tags": ["x"]}, "either human_share"),
         ({"human_share": 1}, "less than 1"),
     ],
 )
-def test_a_mix_is_by_share_or_by_tag_of_two_sources(mix, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_mix_is_by_share_or_by_tag_of_two_sources(mix, message):
+    with pytest.raises(ValueError, match=message):
         Config.model_validate({"id": "p", "from": "v", "pairs": {"source": "x"}, "mix": mix})
     with pytest.raises(ValueError, match="`from:` and `pairs:` beside it"):
         Config.model_validate({"id": "p", "from": "v", "mix": {"human_share": 0.5}})
@@ -509,7 +496,7 @@ def relabelled_in_plain_python(lines: list[str], stage: str, weights: dict[str, 
     rows = []
     for line in lines:
         row = json.loads(line)
-        odds = again(row, weights=weights)
+        odds = expected_log_odds(row, weights=weights)
         if odds is None:
             continue
         names = sorted("ab", key=lambda side: hashed([row[side]["id"], row[side]["text"]]))
@@ -544,31 +531,32 @@ def vote_files(draw) -> list[dict]:
     rows = []
     for n in range(draw(st.integers(1, 12))):
         ids = draw(st.lists(st.sampled_from(list(WEIGHTS)), min_size=1, unique=True))
-        row = vote(
+        row = vote_row(
             n, {id: (draw(ODDS), draw(ODDS)) for id in ids}, *draw(st.lists(st.sampled_from(["x", "é"]), unique=True))
         )
         row["a"]["text"], row["b"]["text"] = draw(TEXTS), draw(TEXTS)
         row["prompt"][0]["content"] = draw(TEXTS)
         if draw(st.booleans()):
             row["method"] = "rating"
-            for each in row["votes"]:
-                each["scores"] = [1.0, 2]
+            for principle_vote in row["votes"]:
+                principle_vote["scores"] = [1.0, 2]
         rows.append(row)
     return rows
 
 
 @settings(max_examples=60, deadline=None)
 @given(vote_files(), st.sampled_from([1, 300, 8 << 20]))
-def test_preferences_equal_a_third_writing_whatever_stands_in_the_votes(rows, read_at_once):
+def test_preferences_equal_a_third_writing_whatever_stands_in_the_votes(rows, read_bytes):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(votes, "READ_AT_ONCE", read_at_once)
-        patch.setattr(votes, "PARSED_AT_ONCE", 3)
-        done = prefer(Path(folder), rows)
-        written = done.bytes
+        patch.setattr(stored_votes, "READ_BYTES", read_bytes)
+        patch.setattr(stored_votes, "PARSE_ROWS", 3)
+        result = prefer(Path(folder), rows)
+        written = result.bytes
     lines = [json.dumps(row) for row in rows]
-    assert done.rows == relabelled_in_plain_python(lines, "prefer", WEIGHTS)
+    assert result.rows == relabelled_in_plain_python(lines, "prefer", WEIGHTS)
     assert written == b"".join(
-        json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for row in done.rows
+        json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        for row in result.rows
     )
 
 
@@ -577,34 +565,34 @@ def test_preferences_equal_a_third_writing_whatever_stands_in_the_votes(rows, re
 def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(seed, mix):
     rng = random.Random(seed)
     rows = [{**row, "tags": rng.choice([["helpful"], ["red_team"]])} for row in by_people(30, seed)]
-    other = [{**swapped(row), "human": 1 - row["human"]} if rng.random() < 0.5 else row for row in rows]
-    rng.shuffle(other)
+    exchanged = [{**swapped(row), "human": 1 - row["human"]} if rng.random() < 0.5 else row for row in rows]
+    rng.shuffle(exchanged)
     with tempfile.TemporaryDirectory() as name:
         pairs = human_pairs(Path(name), 20, "helpful")
-        more = {"pairs": pairs, "mix": mix} if mix else {}
-        there = prefer(Path(name), rows, temperature="fitted", **more)
-        back = prefer(Path(name), other, temperature="fitted", **more)
-    one, two = (done.figures["labels"]["temperature"] for done in (there, back))
-    assert one["value"] == pytest.approx(two["value"], rel=1e-3)
-    assert one["brier_after_temperature"] == pytest.approx(two["brier_after_temperature"], rel=1e-3)
-    assert by_pair(there).keys() == by_pair(back).keys()
-    for pair, (chosen, rejected, p) in by_pair(there).items():
-        assert by_pair(back)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
+        mix_config = {"pairs": pairs, "mix": mix} if mix else {}
+        first = prefer(Path(name), rows, temperature="fitted", **mix_config)
+        second = prefer(Path(name), exchanged, temperature="fitted", **mix_config)
+    first_fit, second_fit = (result.figures["labels"]["temperature"] for result in (first, second))
+    assert first_fit["value"] == pytest.approx(second_fit["value"], rel=1e-3)
+    assert first_fit["brier_after_temperature"] == pytest.approx(second_fit["brier_after_temperature"], rel=1e-3)
+    assert by_pair(first).keys() == by_pair(second).keys()
+    for pair_id, (chosen, rejected, p) in by_pair(first).items():
+        assert by_pair(second)[pair_id] == (chosen, rejected, pytest.approx(p, rel=1e-3))
 
 
 def test_a_temperature_of_one_topic_is_fitted_and_not_measured(tmp_path):
     rows = [micro_pair(n, n % 4 != 0, "topic:0") for n in range(16)]
-    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
-    assert found["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
-    assert (found["ece_after_temperature"], found["brier_after_temperature"]) == (None, None)
+    fitted = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    assert fitted["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
+    assert (fitted["ece_after_temperature"], fitted["brier_after_temperature"]) == (None, None)
 
 
 def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
-    rows = [{**row, "human": float(again(row) > 0)} for row in random_votes(20)]
-    found = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
-    size = np.mean([abs(again(row, temperature=1.0)) for row in rows])
-    assert (found["at_bound"], found["value"]) == (True, pytest.approx(0.05 * size, rel=0.01))
-    assert found["bounds"] == pytest.approx([0.05 * size, 100 * size])
+    rows = [{**row, "human": float(expected_log_odds(row) > 0)} for row in random_votes(20)]
+    fitted = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    size = np.mean([abs(expected_log_odds(row, temperature=1.0)) for row in rows])
+    assert (fitted["at_bound"], fitted["value"]) == (True, pytest.approx(0.05 * size, rel=0.01))
+    assert fitted["bounds"] == pytest.approx([0.05 * size, 100 * size])
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -613,21 +601,21 @@ def test_the_size_of_weights_changes_the_fitted_temperature_and_no_label(tmp_pat
     document = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [all]").replace(
         "weight: 0.5", "weight: 0.5, tags: [all]"
     ).replace("[red_team]", "[red_team], tags: [all]")  # fmt: skip
-    one = prefer(tmp_path / "one", rows, document, temperature="fitted")
-    many = prefer(tmp_path / "many", rows, document, temperature="fitted", tag_weights={"all": factor})
-    before, after = (done.figures["labels"]["temperature"] for done in (one, many))
+    unscaled = prefer(tmp_path / "one", rows, document, temperature="fitted")
+    scaled = prefer(tmp_path / "many", rows, document, temperature="fitted", tag_weights={"all": factor})
+    before, after = (result.figures["labels"]["temperature"] for result in (unscaled, scaled))
     assert after["value"] == pytest.approx(factor * before["value"], rel=1e-3)
     assert (before["at_bound"], after["at_bound"]) == (False, False)
-    for pair, (chosen, rejected, p) in by_pair(one).items():
-        assert by_pair(many)[pair] == (chosen, rejected, pytest.approx(p, rel=1e-3))
+    for pair_id, (chosen, rejected, p) in by_pair(unscaled).items():
+        assert by_pair(scaled)[pair_id] == (chosen, rejected, pytest.approx(p, rel=1e-3))
 
 
 def test_a_temperature_is_fitted_to_people_where_they_labelled_enough_prompts(tmp_path):
     of_world = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(30)]
 
     def truth(folder, *rows):
-        found = prefer(tmp_path / folder, list(rows), temperature="fitted").figures["labels"]["temperature"]
-        return found["truth"], found["pairs"]
+        fitted = prefer(tmp_path / folder, list(rows), temperature="fitted").figures["labels"]["temperature"]
+        return fitted["truth"], fitted["pairs"]
 
     people = by_people(100)
     assert truth("few", *of_world, *({**row, "prompt_id": people[0]["prompt_id"]} for row in people)) == ("oracle", 30)

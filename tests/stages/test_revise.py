@@ -50,55 +50,55 @@ def revise(folder, script, rows=(LOCK,), **config):
     ],
 )
 def test_each_outcome_is_recorded_and_only_revisions_are_used(tmp_path, written, outcome, response):
-    done = revise(tmp_path, critic([written]))
-    (row,) = done.rows
+    result = revise(tmp_path, critic([written]))
+    (row,) = result.rows
     assert row["rounds"][0]["outcome"] == outcome
     assert row["response"] == response
     assert row["original"] == "Force it open."
     assert row["model"] == ("writer" if response == row["original"] else "scripted")
-    outcomes = done.figures["revisions"]["revise"]["outcomes"]
+    outcomes = result.figures["revisions"]["revise"]["outcomes"]
     assert outcomes == {"refused_by_reviser" if outcome == "refused" else outcome: 1}
 
 
 def test_a_refusing_critic_ends_the_round_and_is_counted_apart(tmp_path):
     script = critic(["Call a locksmith."], ["I can't critique this.", "It helps a thief."])
-    done = revise(tmp_path, script, rounds=2)
-    (row,) = done.rows
-    assert [(each["outcome"], each["critique"], each["revision"]) for each in row["rounds"]] == [
+    result = revise(tmp_path, script, rounds=2)
+    (row,) = result.rows
+    assert [(round_["outcome"], round_["critique"], round_["revision"]) for round_ in row["rounds"]] == [
         ("refused", "I can't critique this.", ""),
         ("revised", "It helps a thief.", "Call a locksmith."),
     ]
     assert len(script.requests) == 3, "nobody is asked to revise by a critique that there is none of"
-    assert done.figures["revisions"]["revise"]["outcomes"] == {"refused_by_critic": 1, "revised": 1}
+    assert result.figures["revisions"]["revise"]["outcomes"] == {"refused_by_critic": 1, "revised": 1}
 
 
 def test_a_round_starts_from_the_last_usable_revision(tmp_path):
     script = critic(["First.", "I cannot revise this response.", "Third."])
     (row,) = revise(tmp_path, script, rounds=3).rows
-    assert [each["outcome"] for each in row["rounds"]] == ["revised", "refused", "revised"]
-    asked = [request.messages[0]["content"] for request in script.requests if is_critique(request)]
-    assert "Force it open." in asked[0]
-    assert "First." in asked[1]
-    assert "First." in asked[2]
+    assert [round_["outcome"] for round_ in row["rounds"]] == ["revised", "refused", "revised"]
+    critique_texts = [request.messages[0]["content"] for request in script.requests if is_critique(request)]
+    assert "Force it open." in critique_texts[0]
+    assert "First." in critique_texts[1]
+    assert "First." in critique_texts[2]
     assert row["response"] == "Third."
 
 
 def test_principles_are_drawn_without_repetition_among_those_that_apply(tmp_path):
     rows = [sample(f"Question {n}?", "An answer.", "red_team" if n % 2 else "helpful") for n in range(40)]
-    done = revise(tmp_path, Script(writes=lambda r: f"text {r.seed}"), rows, rounds=2)
-    drawn = [[each["principle"] for each in row["rounds"]] for row in done.rows]
-    assert all(len(set(ids)) == 2 for ids in drawn)
-    for row, ids in zip(done.rows, drawn, strict=True):
+    result = revise(tmp_path, Script(writes=lambda r: f"text {r.seed}"), rows, rounds=2)
+    principles_by_row = [[round_["principle"] for round_ in row["rounds"]] for row in result.rows]
+    assert all(len(set(ids)) == 2 for ids in principles_by_row)
+    for row, ids in zip(result.rows, principles_by_row, strict=True):
         assert "safe" not in ids or "red_team" in row["tags"]
-    assert {id for ids in drawn for id in ids} == {"calm", "short", "safe"}
-    more = revise(tmp_path / "more", Script(writes=lambda r: f"text {r.seed}"), rows[:1], rounds=5)
-    assert Counter(each["principle"] for each in more.rows[0]["rounds"]).most_common()[-1][1] >= 2
+    assert {id for ids in principles_by_row for id in ids} == {"calm", "short", "safe"}
+    five_rounds = revise(tmp_path / "more", Script(writes=lambda r: f"text {r.seed}"), rows[:1], rounds=5)
+    assert Counter(round_["principle"] for round_ in five_rounds.rows[0]["rounds"]).most_common()[-1][1] >= 2
 
 
 def test_only_selects_by_tag_and_says_what_it_left_out(tmp_path):
-    done = revise(tmp_path, Script(), [LOCK, NOON], only="red_team")
-    assert [row["prompt_id"] for row in done.rows] == [LOCK["prompt_id"]]
-    assert done.figures["revisions"]["revise"]["not_selected"] == 1
+    result = revise(tmp_path, Script(), [LOCK, NOON], only="red_team")
+    assert [row["prompt_id"] for row in result.rows] == [LOCK["prompt_id"]]
+    assert result.figures["revisions"]["revise"]["not_selected"] == 1
     with pytest.raises(BadInput, match=r"redteam.*did you mean 'red_team'"):
         revise(tmp_path / "typo", Script(), [LOCK, NOON], only="redteam")
 
@@ -110,8 +110,8 @@ def test_principles_can_be_chosen_by_id_or_tag(tmp_path):
 
     def run(name, principles):
         rows = [sample(f"Question {n}?", "An answer.", "red_team") for n in range(12)]
-        done = revise(tmp_path / name, Script(), rows, principles=principles, document=document)
-        return {each["principle"] for row in done.rows for each in row["rounds"]}
+        result = revise(tmp_path / name, Script(), rows, principles=principles, document=document)
+        return {round_["principle"] for row in result.rows for round_ in row["rounds"]}
 
     assert run("by-id", "safe") == {"safe"}
     assert run("by-tag", ["style"]) == {"calm", "short"}
@@ -121,27 +121,27 @@ def test_principles_can_be_chosen_by_id_or_tag(tmp_path):
 
 def test_responses_that_no_principle_is_for_are_counted(tmp_path):
     safe = "name: safe\nprinciples:\n  - {id: safe, text: No crime., applies_to: [red_team]}\n"
-    done = revise(tmp_path, Script(), [LOCK, NOON], document=safe)
-    assert done.figures["revisions"]["revise"]["without_principle"] == 1
-    assert len(done.rows) == 1
+    result = revise(tmp_path, Script(), [LOCK, NOON], document=safe)
+    assert result.figures["revisions"]["revise"]["without_principle"] == 1
+    assert len(result.rows) == 1
     with pytest.raises(StageFailed, match="no principle applies"):
         revise(tmp_path / "none", Script(), [NOON], document=safe)
 
 
 def test_a_failed_request_fails_its_response_and_no_other(tmp_path):
     def write(request):
-        asked = request.messages[0]["content"]
-        return Failure(request.id, "no room") if "noon" in asked and not is_critique(request) else "Better."
+        text = request.messages[0]["content"]
+        return Failure(request.id, "no room") if "noon" in text and not is_critique(request) else "Better."
 
     script = Script(writes=write)
-    done = revise(tmp_path, script, [LOCK, NOON], rounds=2, retries=2)
-    assert [row["prompt_id"] for row in done.rows] == [LOCK["prompt_id"]]
-    (failure,) = done.failures
+    result = revise(tmp_path, script, [LOCK, NOON], rounds=2, retries=2)
+    assert [row["prompt_id"] for row in result.rows] == [LOCK["prompt_id"]]
+    (failure,) = result.failures
     assert failure["id"] == NOON["id"]
     assert "round 1, revise" in failure["reason"]
     assert "no room" in failure["reason"]
-    again = [r for r in script.requests if "noon" in r.messages[0]["content"] and not is_critique(r)]
-    assert len({request.seed for request in again}) == len(again) == 3
+    attempts = [r for r in script.requests if "noon" in r.messages[0]["content"] and not is_critique(r)]
+    assert len({request.seed for request in attempts}) == len(attempts) == 3
 
 
 def test_weights_change_nothing_that_is_asked(tmp_path):

@@ -1,26 +1,26 @@
-"""The reward model: where it reads its score, what it learns from, and how it is measured."""
+"""The reward model: where its score is computed, what it learns from, and how it is measured."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import CPU, preference, run_stage, trained
+from training_stages import CPU, preference, record_batches, run_stage, trained
 
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm, load_sequence_classifier
 from cai.stages.reward import held_out_prompts, measure
+from cai.storage.rows import read_rows
 from cai.text.errors import StageFailed
 
 torch = pytest.importorskip("torch")
 
 
 def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") -> dict[str, Any]:
-    """One line of an evaluation."""
+    """One row of an evaluation."""
     return {"margin": margin, "gold_margin": gold, "p_chosen": p, "topic": topic, "chosen_score": margin,
             "rejected_score": 0.0}  # fmt: skip
 
@@ -28,10 +28,10 @@ def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") 
 def scores_of(model: Model, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """(chosen, rejected) score of each pair by the reward model that a stage left behind."""
     from cai.models.reward_model import RewardModel
-    from cai.training.tokenised_rows import tokenised_pairs
+    from cai.training.tokenised_rows import tokenise_pairs
 
     judge = RewardModel.load(model, CPU)
-    pairs, _ = tokenised_pairs(rows, judge.chat, 256)
+    pairs, _ = tokenise_pairs(rows, judge.chat, 256)
     scores = judge.scores([pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
     return list(zip(scores[::2], scores[1::2], strict=True))
 
@@ -50,7 +50,7 @@ def test_a_word_that_decides_is_learned_and_held_out_pairs_are_put_in_order(
     assert figures["against"] == "labels"
     assert figures["chosen_score"] > figures["rejected_score"]
     assert figures["label_entropy"] < figures["log_loss"] < math.log(2)
-    lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "stage" / "evaluation.jsonl")
     assert len(lines) == 40
     scores = scores_of(trained(tmp_path / "stage"), [row for row in rows if row["tags"]])
     for line, (chosen, rejected) in zip(lines, scores, strict=True):
@@ -63,9 +63,9 @@ def test_it_starts_from_the_named_language_model_and_its_head_from_the_seed(
     rows, train = [preference(number) for number in range(12)], {"learning_rate": 1e-12}
     for name in ("one", "two"):
         run_stage("reward", tmp_path / name, rows, tiny("lora"), train=train)
-    one, two = (load_sequence_classifier(trained(tmp_path / name)) for name in ("one", "two"))
-    torch.testing.assert_close(one.score.weight, two.score.weight, rtol=0, atol=0)
-    body, start = one.base_model.state_dict(), load_causal_lm(tiny("lora")).base_model.state_dict()
+    first, second = (load_sequence_classifier(trained(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(first.score.weight, second.score.weight, rtol=0, atol=0)
+    body, start = first.base_model.state_dict(), load_causal_lm(tiny("lora")).base_model.state_dict()
     for name, weight in start.items():
         torch.testing.assert_close(body[name], weight, atol=1e-6, rtol=1e-5)
 
@@ -74,7 +74,7 @@ def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Callable[..., Model]) -> No
     rows = [preference(number) for number in range(60)]
     train = {"num_train_epochs": 5, "learning_rate": 1e-2}
     figures = run_stage("reward", tmp_path / "stage", rows, tiny("qwen2"), train=train, lora={"rank": 8})["reward"]
-    lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "stage" / "evaluation.jsonl")
     by_id = {row["id"]: row for row in rows}
     scores = scores_of(trained(tmp_path / "stage"), [by_id[line["id"]] for line in lines])
     assert [line["chosen_score"] for line in lines] == pytest.approx([chosen for chosen, _ in scores], abs=1e-3)
@@ -87,27 +87,20 @@ def test_held_out_pairs_are_never_learned_from(
     from cai.models.chat import Chat
     from cai.training.trainers import SoftRewardTrainer
 
-    learned: list[str] = []
-    labels: list[float] = []
-    plain = SoftRewardTrainer.compute_loss
+    batches = record_batches(monkeypatch, SoftRewardTrainer)
     tokenizer = Chat.load(tiny("llama")).tokenizer
-
-    def spy(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        learned.extend(tokenizer.decode(ids) for ids in inputs["input_ids"])
-        labels.extend(inputs["p_chosen"].tolist())
-        return plain(self, model, inputs, *args, **more)
-
-    monkeypatch.setattr(SoftRewardTrainer, "compute_loss", spy)
     secret = [preference(number, "secret yes", "secret no", tags=["held_out"]) for number in range(20, 24)]
     rows = [*secret, *(preference(number, p=0.5 + number / 20) for number in range(9)), preference(9, "a", "a")]
     figures = run_stage("reward", tmp_path / "stage", rows, tiny("llama"))["reward"]
+    learned = [tokenizer.decode(ids) for _, batch in batches for ids in batch["input_ids"]]
+    labels = [label for _, batch in batches for label in batch["p_chosen"].tolist()]
     assert len(learned) == 18
     assert not any("secret" in text for text in learned)
     assert sorted(labels) == pytest.approx([0.5 + number / 20 for number in range(9)])
     assert figures["examples"] + figures["held_out"] + sum(figures["left_out"].values()) == len(rows)
 
 
-def test_where_no_row_is_tagged_a_share_of_prompts_is_held_out_whole() -> None:
+def test_where_no_row_is_tagged_a_share_of_prompts_is_held_out_with_all_pairs() -> None:
     rows = [preference(number // 2) for number in range(60)]
     held_out = held_out_prompts(rows, 0.1)
     assert len(held_out) == 3
@@ -115,20 +108,6 @@ def test_where_no_row_is_tagged_a_share_of_prompts_is_held_out_whole() -> None:
     assert len(held_out_prompts(rows, 0.001)) == 1
     tagged = [*rows, preference(99, tags=["held_out"])]
     assert held_out_prompts(tagged, 0.1) == {tagged[-1]["prompt_id"]}
-
-
-def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    measured = []
-    rows = [preference(number, p=0.8) for number in range(15)]
-    for micro_batch in (1, 4, 8):
-        folder = tmp_path / f"micro{micro_batch}"
-        profile = CPU.model_copy(update={"micro_batch": micro_batch})
-        train = {"learning_rate": 1e-3, "num_train_epochs": 2}
-        run_stage("reward", folder, rows, tiny("llama"), profile=profile, train=train)
-        measured.append([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()])
-    assert len(measured[0]) == 4
-    for other in measured[1:]:
-        assert measured[0] == pytest.approx(other, abs=1e-4)
 
 
 def test_accuracy_is_against_the_oracle_where_it_knows_the_prompt() -> None:
@@ -144,20 +123,20 @@ def test_accuracy_is_against_the_oracle_where_it_knows_the_prompt() -> None:
 def test_the_stage_asks_the_oracle_about_every_held_out_pair(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    scored_responses: list[str] = []
 
     def oracle(messages: list[dict[str, str]], response: str) -> float | None:
-        asked.append(response)
+        scored_responses.append(response)
         return None if "beta" in messages[-1]["content"] else float("no" in response)
 
     monkeypatch.setattr("cai.micro.oracle.gold_score", oracle)
     rows = [preference(number, tags=["held_out", "topic:all"] if number < 13 else []) for number in range(30)]
     train = {"num_train_epochs": 4, "learning_rate": 3e-3}
     figures = run_stage("reward", tmp_path / "stage", rows, tiny("llama"), train=train)["reward"]
-    assert len(asked) == 26
+    assert len(scored_responses) == 26
     assert (figures["against"], figures["ungraded"], figures["accuracy"]["n"]) == ("gold", 1, 12)
     assert figures["accuracy"]["topics"] == figures["label_accuracy"]["topics"] == 1
-    lines = [json.loads(line) for line in (tmp_path / "stage" / "evaluation.jsonl").read_text().splitlines()]
+    lines = read_rows(tmp_path / "stage" / "evaluation.jsonl")
     assert [line["gold_margin"] for line in lines].count(-1.0) == 12
     assert figures["accuracy"]["value"] == sum(line["margin"] < 0 for line in lines if line["gold_margin"]) / 12
 

@@ -1,18 +1,19 @@
-"""RLOO: what it learns from, what it is tied to, that it finds the best response, and that it goes on where it was."""
+"""RLOO: what it learns from, what its reference is, that it learns what is rewarded, and that it resumes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import CPU, Killed, Steps, asked, reinforce, trained
+from training_stages import CPU, Killed, Steps, outputs, prompt_row, reinforce, trained
 
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm
+from cai.storage.rows import read_rows
 from cai.text.errors import StageFailed
+from cai.training.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
 
@@ -32,17 +33,13 @@ def functions(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_it_learns_what_the_reward_asks_for(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    prompts = [asked(number) for number in range(16)]
+    prompts = [prompt_row(number) for number in range(16)]
     train = {"num_train_epochs": 6, "learning_rate": 1e-2, "beta": 0.0}
     figures = reinforce(
         "rloo", tmp_path / "stage", prompts, tiny("llama"), SHORT, batch_size=32, n=8, max_new_tokens=12, train=train
     )
-    logged = metrics(tmp_path / "stage")
+    logged = read_metrics(tmp_path / "stage")
     assert len(logged) == 24
     first, last = ([entry["reward"] for entry in part] for part in (logged[:4], logged[-4:]))
     assert sum(last) / 4 > sum(first) / 4 + 0.5
@@ -52,59 +49,57 @@ def test_it_learns_what_the_reward_asks_for(tmp_path: Path, tiny: Callable[..., 
     load_causal_lm(trained(tmp_path / "stage"))
 
 
-@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("lora", {}), ("lora", {"lora": {"rank": 4}})])
+@pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("lora", {}), ("lora", {"lora": {"rank": 4}})])
 def test_the_reference_is_the_starting_policy(
-    family: str, more: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
-    prompts = [asked(number) for number in range(12)]
+    prompts = [prompt_row(number) for number in range(12)]
     train = {"num_train_epochs": 3, "learning_rate": 3e-3, "beta": 0.1}
-    reinforce("rloo", tmp_path / "stage", prompts, tiny(family), SHORT, train=train, **more)
-    logged = metrics(tmp_path / "stage")
+    reinforce("rloo", tmp_path / "stage", prompts, tiny(family), SHORT, train=train, **settings)
+    logged = read_metrics(tmp_path / "stage")
     assert abs(logged[0]["kl"]) < 1e-4
     assert max(abs(entry["kl"]) for entry in logged) > 1e-3
     assert logged[0]["clip_fraction"] == 0
     assert {"entropy", "unfinished", "length/max", "reward/short", "reward/std", "failed"} <= logged[0].keys()
 
 
-def test_ids_are_learned_from_as_they_were_drawn_by_the_policy_as_it_is(
+def test_ids_are_learned_from_as_the_current_policy_sampled_them(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With float32 the copy's log-probabilities are the trainer's own, at every step and with an adapter."""
+    """In float32 the copy's log-probabilities equal the trainer's own, at every step and with an adapter."""
     from cai.training.rl.policy_sampler import PolicySampler
     from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
 
-    drawn: list[dict[tuple[int, ...], float]] = []
-    plain = PolicySampler.draw
+    sampled: list[dict[tuple[int, ...], float]] = []
+    learned: list[dict[tuple[int, ...], float]] = []
+    sample, generate = PolicySampler.generate, LeaveOneOutTrainer._generate_and_score_completions
 
-    def draw(self: Any, requests: Any) -> Any:
-        completions = list(plain(self, requests))
-        drawn.append({(*each.prompt_ids, *each.token_ids): sum(each.log_probs) for each in completions})
+    def spy_on_sampler(self: Any, requests: Any) -> Any:
+        completions = list(sample(self, requests))
+        sampled.append({(*c.prompt_ids, *c.token_ids): sum(c.log_probs) for c in completions})
         return completions
 
-    rolled: list[dict[tuple[int, ...], float]] = []
-    generate = LeaveOneOutTrainer._generate_and_score_completions
-
-    def spy(self: Any, inputs: Any) -> Any:
-        found = generate(self, inputs)
-        ids = torch.cat([found["prompt_ids"], found["completion_ids"]], dim=1)
-        mask = torch.cat([found["prompt_mask"], found["completion_mask"]], dim=1).bool()
-        rolled.append(
-            {tuple(row[m].tolist()): float(p) for row, m, p in zip(ids, mask, found["old_logps"], strict=True)}
+    def spy_on_trainer(self: Any, inputs: Any) -> Any:
+        rollout = generate(self, inputs)
+        ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+        mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1).bool()
+        learned.append(
+            {tuple(row[m].tolist()): float(p) for row, m, p in zip(ids, mask, rollout["old_logps"], strict=True)}
         )
-        return found
+        return rollout
 
-    monkeypatch.setattr(PolicySampler, "draw", draw)
-    monkeypatch.setattr(LeaveOneOutTrainer, "_generate_and_score_completions", spy)
+    monkeypatch.setattr(PolicySampler, "generate", spy_on_sampler)
+    monkeypatch.setattr(LeaveOneOutTrainer, "_generate_and_score_completions", spy_on_trainer)
     train = {"num_train_epochs": 1, "learning_rate": 1e-2}
-    prompts = [asked(number) for number in range(8)]
+    prompts = [prompt_row(number) for number in range(8)]
     reinforce("rloo", tmp_path / "stage", prompts, tiny("llama"), SHORT, train=train, lora={"rank": 4})
-    assert len(drawn) == len(rolled) == 4
-    for one, other in zip(drawn, rolled, strict=True):
-        assert one.keys() == other.keys()
-        assert [other[ids] for ids in one] == pytest.approx(list(one.values()), abs=2e-3)
+    assert len(sampled) == len(learned) == 4
+    for log_probs, expected in zip(learned, sampled, strict=True):
+        assert log_probs.keys() == expected.keys()
+        assert [log_probs[ids] for ids in expected] == pytest.approx(list(expected.values()), abs=2e-3)
 
 
-def test_while_it_learns_the_copy_that_draws_has_given_its_memory_back(
+def test_while_it_learns_the_inference_copy_holds_no_memory(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
@@ -112,12 +107,12 @@ def test_while_it_learns_the_copy_that_draws_has_given_its_memory_back(
     held: list[int] = []
     loss = LeaveOneOutTrainer.compute_loss
 
-    def spy(self: Any, *args: Any, **more: Any) -> Any:
-        held.append(sum(each.numel() for each in self.sampler.copy.parameters()))
-        return loss(self, *args, **more)
+    def spy(self: Any, *args: Any, **options: Any) -> Any:
+        held.append(sum(parameter.numel() for parameter in self.sampler.copy.parameters()))
+        return loss(self, *args, **options)
 
     monkeypatch.setattr(LeaveOneOutTrainer, "compute_loss", spy)
-    reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), SHORT)
+    reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), SHORT)
     assert held == [0, 0, 0, 0]
 
 
@@ -127,20 +122,20 @@ def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path,
         folder = tmp_path / f"micro{micro_batch}"
         profile = CPU.model_copy(update={"micro_batch": micro_batch})
         train = {"learning_rate": 1e-3, "num_train_epochs": 1}
-        prompts = [asked(number) for number in range(8)]
+        prompts = [prompt_row(number) for number in range(8)]
         reinforce("rloo", folder, prompts, tiny("llama"), SHORT, profile=profile, train=train)
-        measured.append([(entry["reward"], entry["grad_norm"]) for entry in metrics(folder)])
+        measured.append([(entry["reward"], entry["grad_norm"]) for entry in read_metrics(folder)])
     assert len(measured[0]) == 4
-    for one, other in zip(*measured, strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+    for first, second in zip(*measured, strict=True):
+        assert first == pytest.approx(second, rel=1e-3)
 
 
 def test_responses_that_are_worth_the_same_teach_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     train = {"learning_rate": 1e-2, "beta": 0.0}
     rewards = [{"function": "mine.py:flat"}]
-    reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), rewards, train=train)
-    assert [entry["grad_norm"] for entry in metrics(tmp_path / "stage")] == [0.0, 0.0]
-    assert metrics(tmp_path / "stage")[0]["reward/equal"] == 1.0
+    reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), rewards, train=train)
+    assert [entry["grad_norm"] for entry in read_metrics(tmp_path / "stage")] == [0.0, 0.0]
+    assert read_metrics(tmp_path / "stage")[0]["reward/equal"] == 1.0
 
 
 def test_a_response_without_a_reward_takes_no_part_and_is_counted(
@@ -148,25 +143,27 @@ def test_a_response_without_a_reward_takes_no_part_and_is_counted(
 ) -> None:
     from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
 
-    seen: list[Any] = []
+    advantages: list[Any] = []
     generate = LeaveOneOutTrainer._generate_and_score_completions
 
     def spy(self: Any, inputs: Any) -> Any:
-        found = generate(self, inputs)
-        seen.append(found["advantages"].view(-1, 4))
-        return found
+        rollout = generate(self, inputs)
+        advantages.append(rollout["advantages"].view(-1, 4))
+        return rollout
 
     monkeypatch.setattr(LeaveOneOutTrainer, "_generate_and_score_completions", spy)
     rewards = [{"function": "mine.py:picky"}, {"function": "mine.py:flat"}]
     train = {"beta": 0.0}
-    figures = reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), rewards, train=train)
-    assert seen[0].tolist() == [[0.0, -1.5, 0.0, 1.5]] * 2
-    assert metrics(tmp_path / "stage")[0]["failed"] == 2
-    assert metrics(tmp_path / "stage")[0]["reward/picky"] == 2.0
+    figures = reinforce(
+        "rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), rewards, train=train
+    )
+    assert advantages[0].tolist() == [[0.0, -1.5, 0.0, 1.5]] * 2
+    assert read_metrics(tmp_path / "stage")[0]["failed"] == 2
+    assert read_metrics(tmp_path / "stage")[0]["reward/picky"] == 2.0
     assert figures["training"]["stage"]["failed_responses"] == 4
 
 
-def test_held_out_prompts_and_those_without_room_are_never_responded_to(
+def test_held_out_prompts_and_those_that_leave_no_space_are_never_responded_to(
     tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
     (tmp_path / "mine.py").write_text(
@@ -174,9 +171,9 @@ def test_held_out_prompts_and_those_without_room_are_never_responded_to(
         "    assert not any('What is fish 10?' in prompt[0]['content'] for prompt in prompts)\n"
         "    return [1.0 for _ in responses]\n"
     )
-    long = asked(5)
+    long = prompt_row(5)
     long["messages"][0]["content"] *= 40
-    prompts = [*(asked(number) for number in range(4)), asked(10, "held_out"), long]
+    prompts = [*(prompt_row(number) for number in range(4)), prompt_row(10, "held_out"), long]
     figures = reinforce(
         "rloo", tmp_path / "stage", prompts, tiny("llama"), [{"function": "mine.py:secret"}], max_length=128,
         train={"num_train_epochs": 2},
@@ -186,18 +183,18 @@ def test_held_out_prompts_and_those_without_room_are_never_responded_to(
     with pytest.raises(
         StageFailed, match="found 1 prompts to respond to, expected the 2 of one step; left out: 1 held"
     ):
-        reinforce("rloo", tmp_path / "few", [asked(0), asked(10, "held_out")], tiny("llama"), SHORT)
+        reinforce("rloo", tmp_path / "few", [prompt_row(0), prompt_row(10, "held_out")], tiny("llama"), SHORT)
 
 
-@pytest.mark.parametrize("more", [{}, {"lora": {"rank": 4}}])
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4}}])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(
-    more: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    changes: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
-    prompts = [asked(number) for number in range(8)]
+    prompts = [prompt_row(number) for number in range(8)]
     train = {"num_train_epochs": 2, "num_iterations": 2, "learning_rate": 3e-3, "save_steps": 3, "beta": 0.1}
-    settings: dict[str, Any] = {"train": train, **more}
+    settings: dict[str, Any] = {"train": train, **changes}
     undisturbed = reinforce("rloo", tmp_path / "undisturbed", prompts, tiny("llama"), SHORT, **settings)
-    assert len(metrics(tmp_path / "undisturbed")) == 16
+    assert len(read_metrics(tmp_path / "undisturbed")) == 16
     for die_at, resumes in ((4, 3), (11, 9), (1, None)):  # in the middle of rollouts; in the second epoch; at once
         folder = tmp_path / f"killed{die_at}"
         with pytest.raises(Killed):
@@ -207,28 +204,27 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
         steps = Steps()
         figures = reinforce("rloo", folder, prompts, tiny("llama"), SHORT, progress=steps, **settings)
         assert steps.notes == ([] if resumes is None else [f"resuming from checkpoint-{resumes}"])
-        weights = "adapter_model.safetensors" if more else "model.safetensors"
-        for name in (f"model/{weights}", "metrics.jsonl", "samples.jsonl"):
-            assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+        assert outputs(folder) == outputs(tmp_path / "undisturbed")
+        assert len(outputs(folder)) == 3
         assert figures == undisturbed
 
 
-def test_limits_stop_it_before_it_learns_from_what_went_too_far(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_limits_stop_it_before_it_learns_from_such_a_rollout(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     train = {"num_train_epochs": 4, "learning_rate": 3e-3, "save_steps": 1}
     with pytest.raises(
         StageFailed, match=r"stopped before rollout 2 .* nats a response, above .*checkpoint-1 is from be"
     ):
-        reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), SHORT, train=train,
+        reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), SHORT, train=train,
                   limits={"kl": 1e-4})  # fmt: skip
-    assert len(metrics(tmp_path / "stage")) == 1
+    assert len(read_metrics(tmp_path / "stage")) == 1
 
 
-def test_some_responses_of_each_step_are_written_down(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    reinforce("rloo", tmp_path / "stage", [asked(n) for n in range(4)], tiny("llama"), SHORT, batch_size=16)
-    samples = [json.loads(line) for line in (tmp_path / "stage" / "samples.jsonl").read_text().splitlines()]
-    assert [each["rollout"] for each in samples] == [0] * 8
-    assert all(each["score"] == each["scores"]["short"] == -len(each["response"]) / 10 for each in samples)
-    assert "repetition" in metrics(tmp_path / "stage")[0]
+def test_some_responses_of_each_step_are_written_to_a_file(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), SHORT, batch_size=16)
+    samples = read_rows(tmp_path / "stage" / "samples.jsonl")
+    assert [row["rollout"] for row in samples] == [0] * 8
+    assert all(row["score"] == row["scores"]["short"] == -len(row["response"]) / 10 for row in samples)
+    assert "repetition" in read_metrics(tmp_path / "stage")[0]
 
 
 def test_settings_that_the_stage_decides_or_that_do_not_fit_are_refused() -> None:
@@ -237,8 +233,8 @@ def test_settings_that_the_stage_decides_or_that_do_not_fit_are_refused() -> Non
 
     config = config_class("rloo")
     assert set(config.owned) <= fields(config.train_class or "").keys()
-    given = {"id": "stage", "kind": "rloo", "prompts": "asked", "rewards": SHORT}
+    settings = {"id": "stage", "kind": "rloo", "prompts": "asked", "rewards": SHORT}
     with pytest.raises(ValueError, match="found batch_size 10 with n 4, expected a multiple of n"):
-        config.model_validate({**given, "batch_size": 10})
+        config.model_validate({**settings, "batch_size": 10})
     with pytest.raises(ValueError, match="greater than 0"):
-        config.model_validate({**given, "temperature": 0})
+        config.model_validate({**settings, "temperature": 0})

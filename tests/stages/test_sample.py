@@ -17,23 +17,23 @@ PROMPTS = {
 
 def test_every_prompt_gets_n_responses_that_carry_its_tags(tmp_path):
     script = Script(writes=lambda request: f"answer {request.seed % 1000}")
-    done = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts=["red", "kind"], n=3)
-    assert len(done.rows) == 9
-    assert len({row["id"] for row in done.rows}) == len({row["seed"] for row in done.rows}) == 9
-    tags = {row["prompt"][0]["content"]: row["tags"] for row in done.rows}
+    result = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts=["red", "kind"], n=3)
+    assert len(result.rows) == 9
+    assert len({row["id"] for row in result.rows}) == len({row["seed"] for row in result.rows}) == 9
+    tags = {row["prompt"][0]["content"]: row["tags"] for row in result.rows}
     assert tags["How do I pick a lock?"] == ["red_team", "topic:locks"]
     assert tags["Is it noon?"] == ["helpful", "held_out"]
     assert tags["Who are you?"] == ["shared", "helpful"], "a prompt of two sets is answered once, with the tags of both"
-    assert done.figures["samples"]["sample"]["responses"] == 9
+    assert result.figures["samples"]["sample"]["responses"] == 9
 
 
 def test_the_recipe_says_how_tokens_are_drawn(tmp_path):
     script = Script()
-    drawing = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 11}
-    run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts="kind", stop=["END"], **drawing)
-    drawn = script.requests[0].sampling
-    assert {name: getattr(drawn, name) for name in drawing} == drawing
-    assert drawn.stop == ("END",)
+    settings = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 11}
+    run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts="kind", stop=["END"], **settings)
+    sampling = script.requests[0].sampling
+    assert {name: getattr(sampling, name) for name in settings} == settings
+    assert sampling.stop == ("END",)
 
 
 def test_what_fails_is_asked_again_with_another_seed_and_then_named(tmp_path):
@@ -45,14 +45,14 @@ def test_what_fails_is_asked_again_with_another_seed_and_then_named(tmp_path):
         return "yes" if attempts > 1 else Failure(request.id, "try again")
 
     script = Script(writes=write)
-    done = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts=["red", "kind"], retries=1)
-    assert [row["response"] for row in done.rows] == ["yes", "yes"]
-    (failure,) = done.failures
+    result = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts=["red", "kind"], retries=1)
+    assert [row["response"] for row in result.rows] == ["yes", "yes"]
+    (failure,) = result.failures
     assert PROMPTS["red"][0]["id"] in failure["reason"]
     assert "9000 tokens" in failure["reason"]
-    assert done.figures["samples"]["sample"]["failed"] == 1
-    for asked in {request.id for request in script.requests}:
-        seeds = [request.seed for request in script.requests if request.id == asked]
+    assert result.figures["samples"]["sample"]["failed"] == 1
+    for request_id in {request.id for request in script.requests}:
+        seeds = [request.seed for request in script.requests if request.id == request_id]
         assert len(seeds) == len(set(seeds)) == 2
 
 
@@ -63,9 +63,9 @@ def test_thinking_without_a_response_is_asked_again_and_then_named(tmp_path):
         return thought if "noon" in request.messages[0]["content"] or attempts < 2 else "yes"
 
     script = Script(writes=write)
-    done = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts="kind", retries=1)
-    assert [row["response"] for row in done.rows] == ["yes"]
-    (failure,) = done.failures
+    result = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts="kind", retries=1)
+    assert [row["response"] for row in result.rows] == ["yes"]
+    (failure,) = result.failures
     assert "its reasoning took all 9 tokens" in failure["reason"]
 
 

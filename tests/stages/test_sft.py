@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import CPU, Killed, Steps, ask, run_stage, sample, trained
+from training_stages import Killed, Steps, ask, record_batches, run_stage, sample, trained
 
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm
 from cai.stages.sft import select
 from cai.storage.rows import row_lines
 from cai.text.errors import StageFailed
+from cai.training.metrics import read_metrics
 
 torch = pytest.importorskip("torch")
 
@@ -27,37 +28,19 @@ def revision(number: int, response: str, original: str = "Sure, here is how.", *
     return sample(number, response, original=original, rounds=rounds, **fields)
 
 
-def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Every batch that reaches the model from now on."""
-    from cai.training.trainers import SupervisedTrainer
-
-    seen: list[dict[str, Any]] = []
-    plain = SupervisedTrainer.compute_loss
-
-    def spy(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        seen.append({name: value.clone() for name, value in inputs.items() if hasattr(value, "clone")})
-        return plain(self, model, inputs, *args, **more)
-
-    monkeypatch.setattr(SupervisedTrainer, "compute_loss", spy)
-    return seen
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "thinking"])
 def test_the_response_and_its_end_of_turn_are_learned_and_nothing_else(
     family: str, tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cai.models.chat import Chat
+    from cai.training.trainers import SupervisedTrainer
 
-    seen = batches_of(monkeypatch)
+    batches = record_batches(monkeypatch, SupervisedTrainer)
     rows = [sample(1, "The sea."), sample(2, "The lock is in the door, of course."), sample(3, "Yes!")]
     run_stage("sft", tmp_path / "stage", rows, tiny(family))
     chat = Chat.load(tiny(family))
     learned: Counter[str] = Counter()
-    for batch in seen:
+    for _, batch in batches:
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             chosen = labels != -100
             assert (ids[mask == 0] == chat.pad_id).all()
@@ -68,10 +51,10 @@ def test_the_response_and_its_end_of_turn_are_learned_and_nothing_else(
             assert int(labels[chosen][-1]) == chat.end_of_turn != chat.pad_id
             learned[chat.text(labels[chosen].tolist()).text] += 1
     assert learned == Counter(row["response"] for row in rows)
-    assert any((batch["attention_mask"] == 0).any() for batch in seen)
+    assert any((batch["attention_mask"] == 0).any() for _, batch in batches)
 
 
-def test_what_was_not_revised_or_cut_off_or_held_out_or_empty_is_left_out_and_counted() -> None:
+def test_rows_that_are_unrevised_cut_off_held_out_or_empty_are_left_out_and_counted() -> None:
     revisions = [
         revision(0, "I would rather not."),
         revision(1, "Sure, here is how."),
@@ -101,7 +84,7 @@ def test_the_first_stage_named_has_the_prompt_and_all_its_rows() -> None:
     assert left_out == {"superseded": 1}
 
 
-def test_a_revision_has_its_prompt_wherever_its_stage_is_named() -> None:
+def test_a_revision_takes_precedence_wherever_its_stage_is_named() -> None:
     revised, failed, raw = revision(0, "I would rather not."), sample(1, "Sure."), sample(0, "Sure, here is how.")
     stages = {"responses": [raw, failed, sample(2)], "revisions": [revised]}
     kept, left_out = select(stages, {"responses": set(), "revisions": {failed["id"]}})
@@ -113,8 +96,9 @@ def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cai.models.chat import Chat
+    from cai.training.trainers import SupervisedTrainer
 
-    seen = batches_of(monkeypatch)
+    batches = record_batches(monkeypatch, SupervisedTrainer)
     secret = [sample(number, "secret", tags=["held_out"]) for number in range(10, 14)]
     long = [sample(20, "sea " * 400)]
     refused = [sample(21, prompt=[{"role": "assistant", "content": "I begin."}])]
@@ -124,7 +108,7 @@ def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
     chat = Chat.load(tiny("no_system"))
     assert figures["examples"] + sum(figures["left_out"].values()) == len(rows)
     assert figures["left_out"] == {"held_out": 4, "too_long": 1, "refused_by_template": 1}
-    texts = [chat.tokenizer.decode(ids) for batch in seen for ids in batch["input_ids"]]
+    texts = [chat.tokenizer.decode(ids) for _, batch in batches for ids in batch["input_ids"]]
     assert len(texts) == 6
     assert not any("secret" in text for text in texts)
 
@@ -135,7 +119,7 @@ def test_a_stage_with_nothing_to_learn_says_what_was_left_out(tmp_path: Path, ti
         run_stage("sft", tmp_path / "stage", rows, tiny("llama"))
 
 
-def test_four_examples_are_learned_by_heart_and_said_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_four_examples_are_memorised_and_generated_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     from cai.models.chat import Chat
 
     rows = [sample(0, "The sea is wide."), sample(1, "Paris."), sample(2, "I will not help."), sample(3, "B")]
@@ -144,31 +128,19 @@ def test_four_examples_are_learned_by_heart_and_said_again(tmp_path: Path, tiny:
     chat, model = Chat.load(trained(tmp_path / "stage")), load_causal_lm(trained(tmp_path / "stage"))
     for row in rows:
         prompt = torch.tensor([chat.prompt_ids(row["prompt"])])
-        said = model.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=list(chat.end_ids))
-        new = said[0, prompt.shape[1] :].tolist()
-        assert chat.text(new).text == row["response"]
-        assert new[-1] == chat.end_of_turn
-
-
-def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    rows = [sample(number) for number in range(22)]
-    measured = []
-    for micro_batch in (1, 8):
-        folder = tmp_path / f"micro{micro_batch}"
-        profile = CPU.model_copy(update={"micro_batch": micro_batch})
-        run_stage("sft", folder, rows, tiny("llama"), profile=profile, train={"learning_rate": 1e-3})
-        measured.append(losses_of(folder))
-    assert len(measured[0]) == 3
-    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
+        generated = model.generate(prompt, do_sample=False, max_new_tokens=24, eos_token_id=list(chat.end_ids))
+        response_ids = generated[0, prompt.shape[1] :].tolist()
+        assert chat.text(response_ids).text == row["response"]
+        assert response_ids[-1] == chat.end_of_turn
 
 
 def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     steps = Steps()
     figures = run_stage("sft", tmp_path / "stage", [sample(n) for n in range(16)], tiny("llama"), progress=steps)
-    logged = [json.loads(line) for line in (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()]
+    logged = read_metrics(tmp_path / "stage")
     assert [entry["step"] for entry in logged] == [1, 2]
     assert {"loss", "learning_rate", "grad_norm", "epoch", "mean_token_accuracy"} <= logged[0].keys()
-    assert (steps.total, steps.done) == (2, 2)
+    assert (steps.total, steps.n_finished) == (2, 2)
     assert steps.tokens == logged[-1]["num_input_tokens_seen"] > 0
     assert figures["training"]["stage"]["loss"] == {"first": logged[0]["loss"], "last": logged[1]["loss"]}
     written = json.loads((tmp_path / "stage" / "model" / "cai.json").read_text())
@@ -179,11 +151,9 @@ def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[...
 
 
 def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    from cai.training.metrics import read_metrics
-
     rows = [sample(n) for n in range(16)]
     figures = run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train={"logging_steps": 50})
-    logged = read_metrics(tmp_path / "stage")  # a step with a checkpoint among them
+    logged = read_metrics(tmp_path / "stage")  # a step with a resume point among them
     assert logged[-1]["step"] == figures["training"]["stage"]["steps"]
     assert figures["training"]["stage"]["loss"] == {"first": logged[0]["loss"], "last": logged[-1]["loss"]}
 
@@ -196,15 +166,15 @@ def test_a_lora_over_an_adapter_is_the_same_model_when_loaded_again(
 
     probe = torch.tensor([Chat.load(tiny("lora")).prompt_ids(ask("What is the sea?"))])
     before: list[Any] = []
-    save = loop.save
+    save_trained_model = loop.save_trained_model
 
     def spy(trainer: Any, *args: Any) -> None:
         trainer.model.eval()
         with torch.no_grad():
             before.append(trainer.model(probe).logits)
-        save(trainer, *args)
+        save_trained_model(trainer, *args)
 
-    monkeypatch.setattr(loop, "save", spy)
+    monkeypatch.setattr(loop, "save_trained_model", spy)
     rows = [sample(number) for number in range(8)]
     run_stage("sft", tmp_path / "stage", rows, tiny("lora"), lora={"rank": 4}, train={"learning_rate": 1e-2})
     assert (tmp_path / "stage" / "model" / "adapter_model.safetensors").is_file()
@@ -231,13 +201,13 @@ def test_a_loss_that_is_no_number_ends_the_stage_in_one_sentence(tmp_path: Path,
         run_stage("sft", tmp_path / "stage", [sample(n) for n in range(16)], tiny("llama"), train=train)
 
 
-def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    from cai.training.loop import newest_checkpoint
+def test_an_incomplete_resume_point_is_not_resumed_from(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+    from cai.training.loop import newest_resume_point
 
     rows, train = [sample(number) for number in range(16)], {"num_train_epochs": 3, "save_steps": 2}
     with pytest.raises(Killed):
         run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train=train, progress=Steps(die_at=5))
-    newest = newest_checkpoint(tmp_path / "stage")
+    newest = newest_resume_point(tmp_path / "stage")
     assert newest is not None
     assert newest.name == "checkpoint-4"
     (newest / "COMPLETE").unlink()
@@ -245,7 +215,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path, tiny: Cal
     steps = Steps()
     run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train=train, progress=steps)
     assert steps.notes == ["resuming from checkpoint-2"]
-    assert len(losses_of(tmp_path / "stage")) == 6
+    assert len(read_metrics(tmp_path / "stage")) == 6
 
 
 def test_reports_go_to_tensorboard_where_asked(tmp_path: Path, tiny: Callable[..., Model]) -> None:

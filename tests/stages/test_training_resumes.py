@@ -1,4 +1,4 @@
-"""A training stage that is killed and started again ends with the bytes of one that was left alone."""
+"""A training stage that is killed and started again ends with the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import Killed, Steps, preference, run_stage, sample
+from training_stages import Killed, Steps, outputs, preference, run_stage, sample
 
 from cai.contracts.model import Model
 
@@ -28,20 +28,14 @@ def settings_for(kind: str) -> dict[str, Any]:
     return {"train": {"num_train_epochs": 2, "learning_rate": 1e-3, "save_steps": 2}}
 
 
-def outputs(folder: Path) -> dict[str, bytes]:
-    """What a stage leaves behind, but for the tensors' names of libraries and paths."""
-    names = ("model/model.safetensors", "model/adapter_model.safetensors", "metrics.jsonl", "evaluation.jsonl")
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-
-
-@pytest.mark.parametrize(("kind", "more"), [("sft", {}), ("reward", {}), ("dpo", {}), ("dpo", {"lora": {"rank": 4}}),
+@pytest.mark.parametrize(("kind", "changes"), [("sft", {}), ("reward", {}), ("dpo", {}), ("dpo", {"lora": {"rank": 4}}),
                                             ("reward", {"lora": {"rank": 4}})])  # fmt: skip
 def test_killed_and_started_again_a_stage_ends_with_the_same_bytes(
-    kind: str, more: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    kind: str, changes: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
 ) -> None:
-    settings = {**settings_for(kind), **more}
+    settings = {**settings_for(kind), **changes}
     undisturbed = run_stage(kind, tmp_path / "undisturbed", rows_for(kind), tiny("llama"), **settings)
-    for die_at in (5, 1):  # in the second epoch, one step after a checkpoint; then before there is any
+    for die_at in (5, 1):  # in the second epoch, one step after a resume point; then before there is any
         folder = tmp_path / f"killed{die_at}"
         with pytest.raises(Killed):
             run_stage(kind, folder, rows_for(kind), tiny("llama"), progress=Steps(die_at), **settings)
@@ -63,8 +57,8 @@ def test_sigkill_in_a_process_of_its_own(tmp_path: Path, tiny: Callable[..., Mod
         "from cai.models.reference import resolve\n"
         "class Deadly(training_stages.Steps):\n"
         "    def advance(self, items=1, tokens=0):\n"
-        "        self.done += items\n"
-        "        if self.done == 3: os.kill(os.getpid(), 9)\n"
+        "        self.n_finished += items\n"
+        "        if self.n_finished == 3: os.kill(os.getpid(), 9)\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "folder = Path(sys.argv[3])\n"
         "training_stages.run_stage('sft', folder, rows_for('sft'), resolve(sys.argv[2], folder=folder.parent),\n"
@@ -74,10 +68,10 @@ def test_sigkill_in_a_process_of_its_own(tmp_path: Path, tiny: Callable[..., Mod
     support = here.parent / "support"
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{support}"}
     folder = tmp_path / "killed"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script, str(support), model.path, str(folder)], env=environment, capture_output=True
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert completed.returncode == -signal.SIGKILL, completed.stderr.decode()
     steps = Steps()
     run_stage("sft", folder, rows_for("sft"), model, progress=steps, **settings_for("sft"))
     assert steps.notes == ["resuming from checkpoint-2"]

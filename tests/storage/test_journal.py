@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cai.storage.journal import FAILURES, JOURNAL, RECORDS, Journal, ShareDone, journals, reopen
+from cai.storage.journal import FAILURES, JOURNAL, RECORDS, Journal, ShareDone, journal_paths, reopen
 from cai.storage.rows import Failure, read_rows
 from cai.text.errors import StageFailed
 
@@ -25,14 +24,14 @@ def run(folder: Path, items=ITEMS, failing=("item-3",), size=2, stop_after=None,
         if len(computed) == stop_after:
             return computed
         computed.append(batch.number)
-        ok = [item for item in batch.items if item["id"] not in failing]
+        answered = [item for item in batch.items if item["id"] not in failing]
         rows = [
             {"id": f"{item['id']}/{k}", "text": "naïve “quote”\n", "attempt": batch.attempt}
-            for item in ok
+            for item in answered
             if int(item["id"][-1]) % 2 == 0
             for k in range(2)
         ]
-        journal.append(batch, rows, [Failure(i["id"], "no") for i in batch.items if i["id"] in failing])
+        journal.append(batch, rows, [Failure(item["id"], "no") for item in batch.items if item["id"] in failing])
     with contextlib.suppress(ShareDone):
         journal.finish()
     return computed
@@ -113,17 +112,6 @@ def test_tokens_of_earlier_processes_are_counted(tmp_path):
     assert journal.tokens == 35
 
 
-def test_rows_of_earlier_batches_can_be_read_while_later_ones_are_computed(tmp_path):
-    run(tmp_path, stop_after=1)
-    journal = Journal(tmp_path)
-    seen = []
-    for batch in journal.batches(ITEMS, size=2):
-        seen.append([row["id"] for row in journal.rows()])
-        journal.append(batch, [{"id": item["id"]} for item in batch.items], [])
-    assert seen[0] == ["item-0/0", "item-0/1"]
-    assert seen[1] == [*seen[0], "item-2", "item-3"]
-
-
 def test_no_items_give_empty_records(tmp_path):
     assert run(tmp_path, items=[]) == []
     assert outputs(tmp_path) == {RECORDS: b"", FAILURES: b""}
@@ -152,9 +140,10 @@ def test_dead_ranks_leave_their_batches_to_however_many_go_on(tmp_path, before, 
     run(tmp_path / "one", size=1)
     for rank in range(before):
         run(tmp_path, size=1, rank=rank, ranks=before, stop_after=2)
-    torn = journals(tmp_path)[-1]
+    torn = journal_paths(tmp_path)[-1]
     torn.write_bytes(torn.read_bytes()[:-5])
-    kept = {json.loads(line)["batch"] for path in journals(tmp_path) for line in path.open() if batch_is_whole(line)}
+    lines = [line for path in journal_paths(tmp_path) for line in path.open()]
+    kept = {json.loads(line)["batch"] for line in lines if batch_is_whole(line)}
     assert len(kept) == 2 * before - 1
     computed = [number for share in run_ranks(tmp_path, after, size=1) for number in share]
     assert sorted(computed) == sorted(set(range(7)) - kept)
@@ -165,30 +154,9 @@ def batch_is_whole(line: str) -> bool:
     return line.endswith("\n") and "batch" in json.loads(line)
 
 
-def test_items_that_build_on_others_wait_for_them_on_every_rank(tmp_path):
-    def work(rank: int) -> dict[int, list[str]]:
-        journal = Journal(tmp_path, rank=rank, ranks=2)
-        seen = {}
-        for batch in journal.batches(ITEMS, size=1, builds_on=4):
-            if rank == 1 and batch.number == 1:
-                ahead.wait(20)
-            seen[batch.number] = [row["id"] for row in journal.rows()]
-            journal.append(batch, [{"id": item["id"]} for item in batch.items], [])
-            if rank == 0 and batch.number == 2:
-                ahead.set()
-        return seen
-
-    ahead = threading.Event()  # rank 0 has done its part of what is built on before rank 1 begins
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(work, range(2))
-    for number, seen in (first | second).items():
-        assert number < 4 or seen[:4] == ["item-0", "item-1", "item-2", "item-3"]
-    assert (list(first), list(second)) == ([0, 2, 4, 6], [1, 3, 5])
-
-
-def test_a_reopened_stage_asks_again_on_all_ranks_whatever_an_earlier_run_left(tmp_path):
+def test_a_reopened_stage_computes_failures_again_on_all_ranks_despite_files_of_an_earlier_run(tmp_path):
     run_ranks(tmp_path, 2, size=1)
-    assert len(journals(tmp_path)) == 2
+    assert len(journal_paths(tmp_path)) == 2
     assert reopen(tmp_path) == 1
     assert run_ranks(tmp_path, 2, size=1, failing=()) == [[], [3]]
     assert json.loads((tmp_path / "plan.json").read_text())["attempts"] == {"3": 1}
@@ -196,20 +164,20 @@ def test_a_reopened_stage_asks_again_on_all_ranks_whatever_an_earlier_run_left(t
 
 
 def test_progress_is_that_of_all_ranks(tmp_path):
-    class Told:
-        done = tokens = 0
+    class Counts:
+        finished = tokens = 0
 
-        def start(self, total: int, unit: str, done: int = 0) -> None:
-            self.done = done
+        def start(self, total: int, unit: str, finished: int = 0) -> None:
+            self.finished = finished
 
         def advance(self, items: int = 1, tokens: int = 0) -> None:
-            self.done += items
+            self.finished += items
             self.tokens += tokens
 
-    told = Told()
-    journal = Journal(tmp_path, told, ranks=2)  # type: ignore[arg-type]
+    counts = Counts()
+    journal = Journal(tmp_path, counts, ranks=2)  # type: ignore[arg-type]
     for n, batch in enumerate(journal.batches(ITEMS, size=2)):
         if n == 0:
             run(tmp_path, rank=1, ranks=2)
         journal.append(batch, [{"id": "row", "n_tokens": 5}], [])
-    assert (told.done, told.tokens, journal.tokens) == (7, 10, 10)
+    assert (counts.finished, counts.tokens, journal.tokens) == (7, 10, 10)

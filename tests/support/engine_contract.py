@@ -6,13 +6,13 @@ A test module makes a `Subject` of an open engine and parametrises over `CASES`:
     def test_engine_keeps_the_contract(subject: Subject, case: Case) -> None:
         case(subject)
 
-The engine is held to a plain forward pass of transformers over the same weights in float32.
+The engine is compared with a plain forward pass of transformers over the same weights in float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,28 +38,29 @@ class Reference:
         self.lm = load_causal_lm(model, "float32", "cpu")
 
     @torch.no_grad()
-    def log_probs(self, prompt: Sequence[int], drawn: Sequence[int] = ()) -> torch.Tensor:
-        """(1 + drawn, vocabulary): the distribution behind the prompt and behind each drawn token."""
-        logits = self.lm(torch.tensor([[*prompt, *drawn]])).logits[0, len(prompt) - 1 :]
+    def log_probs(self, prompt: Sequence[int], response: Sequence[int] = ()) -> torch.Tensor:
+        """(1 + response, vocabulary): log-probabilities after the prompt and after each token of the response."""
+        logits = self.lm(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 :]
         return logits.float().log_softmax(-1)
 
     def greedy(self, prompt: list[int], limit: int) -> tuple[list[int], str]:
-        """(ids, text) of the likeliest token each time, padding apart."""
-        chat, drawn = self.chat, list[int]()
-        while len(drawn) < limit and not (drawn and drawn[-1] in chat.end_ids):
-            scores = self.log_probs(prompt, drawn)[-1].clone()
+        """(ids, text) of the likeliest token each time, which is never the pad token."""
+        chat, ids = self.chat, list[int]()
+        while len(ids) < limit and not (ids and ids[-1] in chat.end_ids):
+            scores = self.log_probs(prompt, ids)[-1].clone()
             scores[chat.pad_id] = -torch.inf
-            drawn.append(int(scores.argmax()))
-            if any(stop in chat.decode(drawn) for stop in chat.stop):
+            ids.append(int(scores.argmax()))
+            if any(stop in chat.decode(ids) for stop in chat.stop):
                 break
-        return drawn, chat.text(drawn, stop=chat.stop).text
+        return ids, chat.text(ids, stop=chat.stop).text
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An open engine, and what it is held to. `tolerance` is in nats: 1e-4 in float32, some tenths in bfloat16.
+    """An open engine and its reference. `tolerance` is in nats: 1e-4 in float32, some tenths in bfloat16.
 
-    `sent`: the paths and bodies that its server was sent, where a test holds the server and the engine the tokenizer.
+    `sent` are the paths and bodies that its server received, if the test runs the server and the engine has the
+    tokenizer.
     """
 
     engine: Engine
@@ -71,34 +72,41 @@ class Subject:
 Case = Callable[[Subject], None]
 
 
-def asked(text: str) -> list[Message]:
+def conversation(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
 def completions(subject: Subject, requests: Sequence[Request]) -> dict[str, Completion]:
-    """By id; each request answered once."""
-    results = list(subject.engine.generate(requests))
-    assert sorted(result.id for result in results) == sorted(request.id for request in requests)
-    assert not [result for result in results if isinstance(result, Failure)]
-    return {result.id: result for result in results if isinstance(result, Completion)}
+    """By id, once each, without a failure."""
+    return completions_by_id(subject.engine.generate(requests), requests)
+
+
+def completions_by_id(results: Iterable[Completion | Failure], requests: Sequence[Request]) -> dict[str, Completion]:
+    """The results, which are one completion for each request."""
+    completions = [result for result in results if isinstance(result, Completion)]
+    assert sorted(completion.id for completion in completions) == sorted(request.id for request in requests)
+    return {completion.id: completion for completion in completions}
 
 
 def _greedy(subject: Subject, texts: Sequence[str]) -> None:
     sampling = Sampling(max_new_tokens=8, temperature=0)
-    done = completions(subject, [Request(text, asked(text), 0, sampling) for text in texts])
+    by_text = completions(subject, [Request(text, conversation(text), 0, sampling) for text in texts])
     for text in texts:
-        prompt = subject.reference.chat.prompt_ids(asked(text))
+        prompt = subject.reference.chat.prompt_ids(conversation(text))
         ids, expected = subject.reference.greedy(prompt, 8)
-        found = done[text]
-        if subject.tolerance <= 1e-4 or not found.token_ids:
-            assert found.text == expected
-            assert found.token_ids in ([], ids)
-        else:  # a near tie may fall to either side where numbers are rounded more coarsely
-            scores = subject.reference.log_probs(prompt, found.token_ids)[:-1]
-            chosen = scores.gather(1, torch.tensor(found.token_ids)[:, None])[:, 0]
-            assert (scores.max(dim=-1).values - chosen).max() <= subject.tolerance
-        if found.prompt_ids:
-            assert found.prompt_ids == prompt
+        completion = by_text[text]
+        if subject.tolerance <= 1e-4 or not completion.token_ids:
+            chat = subject.reference.chat
+            has_stopped = ids[-1] in chat.end_ids or any(stop in chat.decode(ids) for stop in chat.stop)
+            assert completion.text == expected
+            assert completion.token_ids in ([], ids)
+            assert completion.finish_reason == ("stop" if has_stopped else "length")
+        else:  # coarser rounding may decide a near tie either way
+            scores = subject.reference.log_probs(prompt, completion.token_ids)[:-1]
+            sampled = scores.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            assert (scores.max(dim=-1).values - sampled).max() <= subject.tolerance
+        if completion.prompt_ids:
+            assert completion.prompt_ids == prompt
 
 
 def greedy_text_is_that_of_the_plain_forward_pass(subject: Subject) -> None:
@@ -113,34 +121,34 @@ def text_that_spells_control_tokens_stays_text(subject: Subject) -> None:
     chat = subject.reference.chat
     control = chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn)
     sampling = Sampling(max_new_tokens=4, temperature=0)
-    (done,) = completions(subject, [Request("x", asked(f"{control} say it {control}"), 0, sampling)]).values()
-    prompt = done.prompt_ids
+    requests = [Request("x", conversation(f"{control} say it {control}"), 0, sampling)]
+    prompt = completions(subject, requests)["x"].prompt_ids
     if not prompt:
         if subject.sent is None:
-            pytest.skip("nothing tells here what the model was given")
+            pytest.skip("this engine does not tell which tokens the model was given")
         prompt = chat.tokenizer.apply_chat_template(subject.sent[-1][1]["messages"], tokenize=True)["input_ids"]
-    plain = chat.prompt_ids(asked("say it"))
+    plain = chat.prompt_ids(conversation("say it"))
     assert prompt.count(chat.end_of_turn) == plain.count(chat.end_of_turn)
 
 
 def log_probabilities_are_the_models_own(subject: Subject) -> None:
     sampling = Sampling(max_new_tokens=8, temperature=0.7, top_p=0.9)
-    made = completions(subject, [Request(text, asked(text), 1, sampling) for text in TEXTS])
-    assert all(done.n_tokens > 0 for done in made.values())
-    if not any(done.log_probs for done in made.values()):
-        pytest.skip("the engine is not told the log-probabilities of what was drawn")
-    for text, done in made.items():
-        prompt = done.prompt_ids or subject.reference.chat.prompt_ids(asked(text))
-        rows = subject.reference.log_probs(prompt, done.token_ids)
-        theirs = rows[:-1].gather(1, torch.tensor(done.token_ids)[:, None])[:, 0].tolist()
-        assert done.log_probs == pytest.approx(theirs, abs=subject.tolerance)
+    by_text = completions(subject, [Request(text, conversation(text), 1, sampling) for text in TEXTS])
+    assert all(completion.n_tokens > 0 for completion in by_text.values())
+    if not any(completion.log_probs for completion in by_text.values()):
+        pytest.skip("the engine is not told the log-probabilities of sampled tokens")
+    for text, completion in by_text.items():
+        prompt = completion.prompt_ids or subject.reference.chat.prompt_ids(conversation(text))
+        log_probs = subject.reference.log_probs(prompt, completion.token_ids)
+        expected = log_probs[:-1].gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].tolist()
+        assert completion.log_probs == pytest.approx(expected, abs=subject.tolerance)
 
 
 def options_have_the_log_probabilities_of_a_plain_forward_pass(subject: Subject) -> None:
     chat, questions, expected = subject.reference.chat, [], {}
     for text in TEXTS:
         prompt, options, ids = likely_options(subject.reference, text)
-        questions.append(Question(text, asked(text), options))
+        questions.append(Question(text, conversation(text), options))
         expected[text] = subject.reference.log_probs(prompt)[-1][ids].tolist()
     answers = {answer.id: answer for answer in subject.engine.choose(questions)}
     assert set(answers) == set(TEXTS)
@@ -153,62 +161,70 @@ def options_have_the_log_probabilities_of_a_plain_forward_pass(subject: Subject)
 
 def likely_options(reference: Reference, text: str) -> tuple[list[int], tuple[str, str], list[int]]:
     """(prompt ids, two options, their ids): the likeliest next tokens that can be options, and are written in ASCII."""
-    prompt, _ = reference.chat.prompt_ids(asked(text), thinking=False), None
+    prompt = reference.chat.prompt_ids(conversation(text), thinking=False)
     words = [reference.chat.decode([int(number)]) for number in reference.log_probs(prompt)[-1].topk(20).indices]
     words = [word for word in words if word.isascii() and word.isalnum()]
     for n, second in enumerate(words):
         for first in words[:n]:
             try:
-                prompt, ids = reference.chat.question(asked(text), (first, second))
+                prompt, ids = reference.chat.question(conversation(text), (first, second))
             except BadInput:
                 continue
             return prompt, (first, second), ids
-    raise AssertionError(f"no two options among the likeliest next tokens behind {text!r}: {words}")
+    raise AssertionError(f"no two options among the likeliest next tokens after {text!r}: {words}")
 
 
 def a_stop_string_ends_a_response_and_is_not_part_of_it(subject: Subject) -> None:
-    messages = asked("Hi")
-    (whole,) = completions(subject, [Request("x", messages, 3, Sampling(24, 0))]).values()
-    middle = len(whole.text) // 2
-    stop = whole.text[middle : middle + 3]
-    (cut,) = completions(subject, [Request("x", messages, 3, Sampling(24, 0, stop=(stop,)))]).values()
-    assert cut.text == whole.text.partition(stop)[0].strip()
-    assert cut.finish_reason == "stop"
-    assert cut.n_tokens < whole.n_tokens
+    messages = conversation("Hi")
+    full = completions(subject, [Request("x", messages, 3, Sampling(24, 0))])["x"]
+    if not full.text:
+        pytest.skip("the model writes nothing but reasoning")
+    middle = len(full.text) // 2
+    stop = full.text[middle : middle + 3]
+    stopped = completions(subject, [Request("x", messages, 3, Sampling(24, 0, stop=(stop,)))])["x"]
+    assert stopped.text == full.text.partition(stop)[0].strip()
+    assert stopped.finish_reason == "stop"
+    assert stopped.n_tokens < full.n_tokens
+    assert stopped.token_ids == full.token_ids[: len(stopped.token_ids)]
 
 
 def a_text_that_is_cut_off_says_so(subject: Subject) -> None:
-    (done,) = completions(subject, [Request("x", asked("Hi"), 0, Sampling(2, 0))]).values()
-    assert done.finish_reason == "length"
-    assert done.n_tokens == 2
+    completion = completions(subject, [Request("x", conversation("Hi"), 0, Sampling(2, 0))])["x"]
+    assert completion.finish_reason == "length"
+    assert completion.n_tokens == 2
 
 
 def a_seed_alone_decides_a_text(subject: Subject) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=1.0)
-    requests = [Request(f"{seed}/{time}", asked("Hi"), seed, sampling) for time in range(2) for seed in range(4)]
-    done = completions(subject, requests)
-    assert all(done[f"{seed}/0"].text == done[f"{seed}/1"].text for seed in range(4))
-    assert len({done[f"{seed}/0"].text for seed in range(4)}) > 1
+    requests = [Request(f"{seed}/{time}", conversation("Hi"), seed, sampling) for time in range(2) for seed in range(4)]
+    by_id = completions(subject, requests)
+    texts = [
+        [(by_id[f"{seed}/{time}"].text, by_id[f"{seed}/{time}"].reasoning) for seed in range(4)] for time in range(2)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 1
 
 
 def two_hundred_requests_at_once_are_each_answered_once(subject: Subject) -> None:
     sampling = Sampling(max_new_tokens=2, temperature=0)
-    requests = [Request(f"{n}", asked(TEXTS[n % len(TEXTS)]), n, sampling) for n in range(200)]
-    done = completions(subject, requests)
-    for n, text in enumerate(TEXTS if subject.tolerance <= 1e-4 else []):  # else a near tie turns with the batch
-        assert len({done[f"{m}"].text for m in range(n, 200, len(TEXTS))}) == 1, text
+    requests = [Request(f"{n}", conversation(TEXTS[n % len(TEXTS)]), n, sampling) for n in range(200)]
+    by_id = completions(subject, requests)
+    # With coarser rounding a near tie can depend on the batch.
+    for n, text in enumerate(TEXTS if subject.tolerance <= 1e-4 else []):
+        assert len({by_id[f"{m}"].text for m in range(n, 200, len(TEXTS))}) == 1, text
 
 
 def what_cannot_be_answered_is_a_failure_beside_the_answers(subject: Subject) -> None:
     limit = subject.reference.chat.context_length
     assert limit is not None
-    long, short = asked("word " * limit), asked("Hi")
+    long, short = conversation("word " * limit), conversation("Hi")
     sampling = Sampling(max_new_tokens=2, temperature=0)
-    made = {each.id: each for each in subject.engine.generate([Request("long", long, 0, sampling),
-                                                               Request("short", short, 0, sampling)])}  # fmt: skip
-    assert isinstance(made["short"], Completion)
-    assert isinstance(made["long"], Failure)
-    assert str(limit) in made["long"].reason
+    requests = [Request("long", long, 0, sampling), Request("short", short, 0, sampling)]
+    results = {result.id: result for result in subject.engine.generate(requests)}
+    assert isinstance(results["short"], Completion)
+    failure = results["long"]
+    assert isinstance(failure, Failure)
+    assert str(limit) in failure.reason
 
 
 CASES: list[Case] = [

@@ -79,7 +79,7 @@ class Script:
             self.questions.append(question)
             if len(question.options) > 2:
                 p = self.rates(question)
-                yield Choice(question.id, tuple(math.log(each) for each in p), sum(p))
+                yield Choice(question.id, tuple(math.log(probability) for probability in p), sum(p))
                 continue
             answer = self.prefers(question)
             if isinstance(answer, Failure):
@@ -131,12 +131,35 @@ def prompt(text: str, *tags: str) -> Prompt:
 
 
 def sample(text: str, response: str, *tags: str, number: int = 0) -> dict[str, Any]:
-    asked = prompt(text, *tags)
+    prompt_row = prompt(text, *tags)
     return {
-        "id": stable_id(text, response, number), "prompt_id": asked["id"], "prompt": asked["messages"],
-        "tags": asked["tags"], "response": response, "finish_reason": "stop", "n_tokens": 3, "model": "writer",
+        "id": stable_id(text, response, number), "prompt_id": prompt_row["id"], "prompt": prompt_row["messages"],
+        "tags": prompt_row["tags"], "response": response, "finish_reason": "stop", "n_tokens": 3, "model": "writer",
         "seed": number,
     }  # fmt: skip
+
+
+def vote_row(
+    number: int, odds: Mapping[str, tuple[float, float]], *tags: str, a: str = "left", b: str = "right"
+) -> Any:
+    """A vote row: log-odds that `a` is better by principle, (a shown first, b shown first)."""
+    return {
+        "id": f"pair-{number}", "prompt_id": f"prompt-{number}", "tags": list(tags),
+        "prompt": [{"role": "user", "content": f"Question {number}?"}],
+        "a": {"id": f"a{number}", "text": f"{a} {number}", "model": "m"},
+        "b": {"id": f"b{number}", "text": f"{b} {number}", "model": "m"},
+        "votes": [
+            {"principle": id, "order": order, "log_odds": by_order[index], "option_probability": 1.0}
+            for index, order in enumerate(("ab", "ba")) for id, by_order in odds.items()
+        ],
+        "judge": "judge", "constitution": "trial",
+    }  # fmt: skip
+
+
+def swapped(row: dict[str, Any]) -> dict[str, Any]:
+    """The same judgement with the responses called the other way round."""
+    votes = [{**vote, "order": vote["order"][::-1], "log_odds": -vote["log_odds"]} for vote in row["votes"]]
+    return {**row, "a": row["b"], "b": row["a"], "votes": votes}
 
 
 def run_stage(
@@ -162,10 +185,10 @@ def run_stage(
     """
     folder = folder / (stage_id or kind)
     inputs = {}
-    for name, given in (rows or {}).items():
+    for name, input_rows in (rows or {}).items():
         inputs[name] = folder.parent / f"{folder.name}-reads-{name}"
         inputs[name].mkdir(parents=True, exist_ok=True)
-        (inputs[name] / RECORDS).write_text("".join(row_lines(given)), encoding="utf-8")
+        (inputs[name] / RECORDS).write_text("".join(row_lines(input_rows)), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     config = {"id": stage_id or kind, **({"from": list(inputs)} if inputs else {}), **config}
     context = Stage(

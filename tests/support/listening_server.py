@@ -1,4 +1,4 @@
-"""A server that listens on the loopback."""
+"""A program that serves on the loopback interface, such as `vllm serve`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-READY = 300.0
-"""Seconds in which a server has to be ready."""
+READY_SECONDS = 300.0
+"""How long a server may take to be ready."""
 
 
 @dataclass
 class Server:
-    """A program that listens on a port of the loopback, and can be killed and started again."""
+    """A server on a port of the loopback interface, which can be killed and started again."""
 
     command: list[str]
     log: Path
@@ -32,7 +32,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
-        """Returns at once; `wait` returns when it is ready."""
+        """Starts it; `wait` returns when it is ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.command, "--host", "127.0.0.1", "--port", str(self.port)],
@@ -45,7 +45,7 @@ class Server:
 
     def wait(self) -> None:
         assert self.process is not None
-        deadline = time.monotonic() + READY
+        deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health"):
                 return
@@ -53,7 +53,7 @@ class Server:
         pytest.fail(f"{self.command[0]} is not ready:\n{self.log.read_text(errors='replace')[-3000:]}")
 
     def kill(self) -> None:
-        """Ends it and all its children, without a word."""
+        """Kills it and all its children."""
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""Two real ranks that live as long as their tests and train whatever they are told to, with and without DeepSpeed.
+"""Two real ranks that stay alive for all tests of a session and run training stages, with and without DeepSpeed.
 
-Starting them costs more than most of what they do: torch, TRL and DeepSpeed are imported once, the process group is
-made once. A job is a training stage under one of the accelerate files in configs/accelerate; what accelerate's own
-launcher would put into the environment for that file is asked of the launcher (`launcher_environment`).
+Starting them takes longer than most jobs, so torch, TRL and DeepSpeed are imported once and the process group is made
+once. A job is a training stage under one of the accelerate files in configs/accelerate; the environment that accelerate
+would set for that file comes from its own launcher (`launcher_environment`).
 
-As a script it is one of the two: jobs come in on stdin, answers go out on stdout, a JSON object a line.
+As a script this module is one of the ranks: jobs come in on stdin, answers go out on stdout, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PATIENCE = 300.0
-"""Seconds for one job, a minute or more of which may go into compiling an operation of DeepSpeed's."""
+"""Seconds for one job; compiling an operation of DeepSpeed's may take a minute or more of them."""
 ACCELERATE = HERE.parent.parent / "configs" / "accelerate"
 
 
 class Pair:
-    """Both ranks. `log` is a file that everything they print goes to."""
+    """Both ranks. Everything that they print goes into the file `log`."""
 
     def __init__(self, log: Path) -> None:
         with socket.socket() as free:
@@ -62,7 +62,7 @@ class Pair:
         patience.start()
         answers = [rank.stdout.readline() for rank in self.ranks if rank.stdout is not None]
         patience.cancel()
-        assert all(answers), f"a rank died, or waited in vain for the other: {self.log.read_text()[-4000:]}"
+        assert all(answers), f"a rank died or waited for the other for too long: {self.log.read_text()[-4000:]}"
         return [json.loads(answer) for answer in answers]
 
     def _kill(self) -> None:
@@ -71,7 +71,7 @@ class Pair:
 
     def stop(self) -> None:
         for rank in self.ranks:
-            rank.communicate()  # the end of its stdin is the end of its work
+            rank.communicate()  # a rank ends when its stdin does
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 
     from cai.text.errors import CaiError
 
-    with _environment(job.pop("environment")):
+    with _added_environment(job.pop("environment")):
         try:
             return {"figures": _train(**job)}
         except CaiError as error:
@@ -117,7 +117,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
             return {"error": type(error).__name__, "message": str(error)}
         finally:
             gc.collect()
-            unset_hf_deepspeed_config()  # a process is one stage elsewhere
+            unset_hf_deepspeed_config()  # outside of tests a process runs one stage
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
 
@@ -125,7 +125,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 def _train(
     kind: str, folder: str, model: str, config: dict[str, Any], stop_at: int | None = None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """The stage's figures. `stop_at` is a step in which somebody asks it to stop."""
+    """The stage's figures. `stop_at` is a step during which the stage is asked to stop."""
     import training_stages
 
     from cai.contracts.profile import Profile
@@ -137,7 +137,7 @@ def _train(
     class Steps(training_stages.Steps):
         def advance(self, items: int = 1, tokens: int = 0) -> None:
             super().advance(items, tokens)
-            if self.done == stop_at:
+            if self.n_finished == stop_at:
                 (home / stopping.STOP).touch()
 
     profile = Profile.model_validate({"device": "cpu", "dtype": dtype, "micro_batch": 4, "processes": 2})
@@ -154,9 +154,9 @@ def reinforced(
     import training_stages
 
     (home.parent / "rewards.py").write_text(
-        "def brevity(prompts, said):\n    return [-len(each) / 20 for each in said]\n"
+        "def brevity(prompts, responses):\n    return [-len(response) / 20 for response in responses]\n"
     )
-    prompts = [training_stages.asked(number) for number in range(12)]
+    prompts = [training_stages.prompt_row(number) for number in range(12)]
     rewards = [{"function": "rewards.py:brevity"}]
     figures = training_stages.reinforce(
         kind, home, prompts, start, rewards, profile=profile, progress=progress, **config
@@ -165,7 +165,7 @@ def reinforced(
 
 
 @contextlib.contextmanager
-def _environment(added: dict[str, str]) -> Iterator[None]:
+def _added_environment(added: dict[str, str]) -> Iterator[None]:
     os.environ |= added
     try:
         yield

@@ -1,8 +1,9 @@
-"""Runs a recipe twice: undisturbed, and killed with SIGKILL once in every stage. Prints what both left, as JSON.
+"""Runs a recipe in two folders: undisturbed, and killed with SIGKILL once in every stage.
 
+Prints the digests of all stages' outputs, as JSON: {"undisturbed": {stage: digest}, "killed": {stage: digest}}.
 A script, because it forks after the imports that take longest and before anything that starts threads.
 
-    python tests/killed.py RECIPE UNDISTURBED KILLED
+    python tests/support/run_killed.py RECIPE UNDISTURBED KILLED
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import cai.training.loop  # noqa: F401
 from cai.contracts.profile import load_profile
 from cai.contracts.training_config import TrainingConfig
 from cai.models import saving
-from cai.run import pipeline
+from cai.run import pipeline, plan
 from cai.run.recipe import Recipe, load_recipe
 from cai.storage import run_folder
 from cai.storage.journal import Batch, Journal
@@ -32,17 +33,17 @@ from cai.text.progress import PlainDisplay
 
 
 def run(recipe: Recipe, folder: Path) -> None:
-    pipeline.run_recipe(recipe, load_profile("cpu"), folder, pipeline.Options(), PlainDisplay())
+    pipeline.run_recipe(recipe, load_profile("cpu"), folder, plan.Options(), PlainDisplay())
 
 
 def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(recipe: Recipe, stage: str) -> None:
+def die_in_stage(recipe: Recipe, stage: str) -> None:
     """Makes this process die in the middle of a stage: half a line into its journal, or with its model half saved."""
     if isinstance(recipe.stages[stage], TrainingConfig):
-        save = saving.save_checkpoint
+        save = saving.save_model
 
         @functools.wraps(save)
         def save_and_die(folder: Path, *args: object, **options: object) -> None:
@@ -51,7 +52,7 @@ def arm(recipe: Recipe, stage: str) -> None:
                 (folder / "model.safetensors").write_bytes(b"torn")
                 die()
 
-        saving.save_checkpoint = save_and_die
+        saving.save_model = save_and_die
         return
     append = Journal.append
 
@@ -64,16 +65,22 @@ def arm(recipe: Recipe, stage: str) -> None:
         append(self, batch, rows, failures, tokens)  # type: ignore[arg-type]
 
     Journal.append = append_half  # type: ignore[method-assign,assignment]
-    # A stage without a second batch dies just before it is done.
-    done = run_folder.mark_done
-    run_folder.mark_done = lambda folder, digest: die() if folder.name.startswith(f"{stage}-") else done(folder, digest)
+    # A stage without a second batch dies just before it is marked as done.
+    mark_done = run_folder.mark_done
+
+    def mark_done_or_die(folder: Path, outputs: run_folder.Outputs) -> run_folder.Finished:
+        if folder.name.startswith(f"{stage}-"):
+            die()
+        return mark_done(folder, outputs)
+
+    run_folder.mark_done = mark_done_or_die
 
 
 def main(recipe: Recipe, undisturbed: Path, killed: Path) -> None:
     for stage in recipe.stages:
         child = os.fork()
         if not child:
-            arm(recipe, stage)
+            die_in_stage(recipe, stage)
             run(recipe, killed)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
@@ -81,14 +88,11 @@ def main(recipe: Recipe, undisturbed: Path, killed: Path) -> None:
         assert stage not in run_folder.latest(killed), f"{stage} counts as done"
     run(recipe, killed)
     run(recipe, undisturbed)
-    print(
-        json.dumps(
-            {
-                name: {stage: (path / "DONE").read_text() for stage, path in run_folder.latest(folder).items()}
-                for name, folder in (("undisturbed", undisturbed), ("killed", killed))
-            }
-        )
-    )
+    digests = {
+        name: {stage: run_folder.finished(path).digest for stage, path in run_folder.latest(folder).items()}
+        for name, folder in (("undisturbed", undisturbed), ("killed", killed))
+    }
+    print(json.dumps(digests))
 
 
 if __name__ == "__main__":

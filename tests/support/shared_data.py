@@ -1,4 +1,4 @@
-"""Where real data lies that tests may use and the project does not hold; they skip where it is absent."""
+"""Folder of public data sets that some tests read and the project does not hold; they skip where it is absent."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Speaks the protocol of `cai/engines/vllm_worker.py` without vLLM, and wrongly where $STAND_IN says so.
+"""Speaks the protocol of `cai/engines/vllm_worker.py` without vLLM, with the fault that $STAND_IN names.
 
-Started like the worker: arguments on the first line, a request on every other one. Completions repeat the prompt's
-first ids, and every option has a log-probability of ln(1/4), less 1 for each time that weights were read again.
+It is started like the worker: arguments on the first line, a request on every other one. Completions repeat the
+prompt's first ids, and every option has a log-probability of ln(1/4), less 1 for each reload of the weights.
 """
 
 import json
@@ -10,43 +10,43 @@ import os
 import sys
 import time
 
-WRONGLY = os.environ.get("STAND_IN", "")
+FAULT = os.environ.get("STAND_IN", "")
 
 print("ready, says something that is no answer", file=sys.stderr, flush=True)
-start = json.loads(sys.stdin.readline())
-if WRONGLY == "never starts":
+json.loads(sys.stdin.readline())
+if FAULT == "never starts":
     sys.exit("the last words of vLLM")
-if WRONGLY == "has an error":
+if FAULT == "has an error":
     print(json.dumps({"error": "ValueError: no such architecture"}), flush=True)
     sys.exit(1)
-if WRONGLY == "has no vllm":
+if FAULT == "has no vllm":
     print(json.dumps({"error": "ModuleNotFoundError: No module named 'vllm'"}), flush=True)
     sys.exit(1)
-print(json.dumps({"ready": "cuda" if WRONGLY == "on a GPU" else "cpu"}), flush=True)
-reloaded = 0
+print(json.dumps({"ready": "cuda" if FAULT == "on a GPU" else "cpu"}), flush=True)
+n_reloads = 0
 for number, line in enumerate(sys.stdin):
-    asked = json.loads(line)
-    if "reload" in asked:
-        reloaded += 1
-        print(json.dumps({"id": asked["id"], "reloaded": True}), flush=True)
+    request = json.loads(line)
+    if "reload" in request:
+        n_reloads += 1
+        print(json.dumps({"id": request["id"], "reloaded": True}), flush=True)
         continue
-    if WRONGLY == "dies" and number == 2:
+    if FAULT == "dies" and number == 2:
         os.kill(os.getpid(), 9)
-    if WRONGLY == "half a line" and number == 2:
+    if FAULT == "half a line" and number == 2:
         print('{"id": "2", "token_', end="", flush=True)
         os.kill(os.getpid(), 9)
-    if WRONGLY == "refuses" and number == 0:
-        print(json.dumps({"id": asked["id"], "refused": "it is too odd"}), flush=True)
+    if FAULT == "refuses" and number == 0:
+        print(json.dumps({"id": request["id"], "refused": "it is too odd"}), flush=True)
         continue
-    if WRONGLY == "aborts" and number == 0:
-        print(json.dumps({"id": asked["id"], "token_ids": [], "finish_reason": "abort", "log_probs": []}), flush=True)
+    if FAULT == "aborts" and number == 0:
+        print(json.dumps({"id": request["id"], "token_ids": [], "finish_reason": "abort", "log_probs": []}), flush=True)
         continue
-    if WRONGLY == "answers twice":
+    if FAULT == "answers twice":
         print(json.dumps({"id": "another's", "token_ids": [], "finish_reason": "stop", "log_probs": []}), flush=True)
-    options = asked["sampling"].get("logprob_token_ids")
-    drawn = asked["prompt"][:1] if options else asked["prompt"][: asked["sampling"]["max_tokens"]]
-    pairs = [[token, math.log(0.25) - reloaded] for token in [*drawn, *(options or [])]]
-    answer = {"id": asked["id"], "token_ids": drawn, "finish_reason": "length", "log_probs": pairs}
+    options = request["sampling"].get("logprob_token_ids")
+    sampled = request["prompt"][:1] if options else request["prompt"][: request["sampling"]["max_tokens"]]
+    pairs = [[token, math.log(0.25) - n_reloads] for token in [*sampled, *(options or [])]]
+    answer = {"id": request["id"], "token_ids": sampled, "finish_reason": "length", "log_probs": pairs}
     print(json.dumps(answer), flush=True)
-if WRONGLY == "stays":
+if FAULT == "stays":
     time.sleep(60)

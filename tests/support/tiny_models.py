@@ -8,164 +8,81 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-LLAMA3 = (
-    "{{- bos_token }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim "
-    "+ '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
-)
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}"
-    "{% set role = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
-)
-ZEPHYR = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
-    "{{ '[INST] ' + (first if loop.first else '') + message['content'].strip() + ' [/INST]' }}{% else %}"
-    "{{ ' ' + message['content'].strip() + eos_token }}{% endif %}{% endfor %}"
-)
-PLAIN = (
-    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}"
-    "{% elif message.role == 'user' %}"
-    "{{ '\n\nHuman: ' + message.content }}{% else %}{{ '\n\nAssistant: ' + message.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-THINKING = (
-    "{%- for message in messages %}{%- set content = message.content %}{%- if message.role == 'assistant' %}"
-    "{%- set reasoning = '' %}{%- if '</think>' in content %}"
-    "{%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
-    "{%- if loop.last %}{{- '<|im_start|>assistant\n<think>\n' + reasoning + '\n</think>\n\n' + content.lstrip('\n') }}"
-    "{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}"
-    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
-    "{%- else %}{{- '<think>\n' }}{%- endif %}{%- endif %}"
-)
 
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-PHI = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-DEEPSEEK = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
-    "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
-    "{% else %}{{ '<｜Assistant｜>' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
-)
-VICUNA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
-    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}"
-    "{{ 'A chat between a curious user and an assistant. ' }}{% endif %}{% for message in turns %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] }}"
-    "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-ALPACA = (
-    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% set turns = messages[1:] %}"
-    "{% else %}{{ 'Below is an instruction that describes a task.\n\n' }}{% set turns = messages %}{% endif %}"
-    "{% for message in turns %}{% if message['role'] == 'user' %}"
-    "{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
-HARMONY = (
-    "{{ '<|start|>system<|message|>You are a model.\nReasoning: low<|end|>' }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}"
-    "{{ '<|start|>developer<|message|># Instructions\n\n' + message['content'] + '<|end|>' }}"
-    "{% elif message['role'] == 'user' %}{{ '<|start|>user<|message|>' + message['content'] + '<|end|>' }}"
-    "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + message['content'] + "
-    "('<|return|>' if loop.last else '<|end|>') }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant<|channel|>final<|message|>' }}{% endif %}"
-)
+@dataclass(frozen=True)
+class Family:
+    """How models of a family write a conversation, and what they are built of."""
 
-FAMILIES: dict[str, dict[str, object]] = {
-    "llama": {
-        "template": LLAMA3,
-        "bos_token": "<|begin_of_text|>",
-        "eos_token": "<|eot_id|>",
-        "special": ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"],
-    },
-    "qwen2": {
-        "template": CHATML,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "special": ["<|endoftext|>", "<|im_start|>"],
-    },
-    "gpt_neox": {"template": PLAIN, "eos_token": "<|endoftext|>", "pad_token": "<|padding|>", "special": []},
-    "no_system": {
-        "template": GEMMA,
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "special": ["<start_of_turn>", "<end_of_turn>"],
-    },
-    "pad_is_eos": {"template": ZEPHYR, "eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>", "special": []},
-    "mistral": {"template": MISTRAL, "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "special": []},
-    "thinking": {
-        "template": THINKING,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "special": ["<|endoftext|>", "<|im_start|>"],
-        "markup": ["<think>", "</think>", "<tool_call>"],
-    },
-    "base": {"eos_token": "<|endoftext|>", "special": []},
+    template: str | None
+    """Name of the chat template in chat_templates/; None for a base model."""
+    tokens: dict[str, str]
+    """Tokens by their role in transformers, as `eos_token`."""
+    special: tuple[str, ...] = ()
+    """Other special tokens."""
+    ordinary: tuple[str, ...] = ()
+    """Added tokens that are not special."""
+    architecture: str = "llama"
+
+
+FAMILIES = {
+    "llama": Family(
+        "llama3",
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        special=("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"),
+    ),
+    "qwen2": Family(
+        "chatml",
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        special=("<|endoftext|>", "<|im_start|>"),
+        architecture="qwen2",
+    ),
+    "gpt_neox": Family("plain", {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}, architecture="gpt_neox"),
+    "no_system": Family(
+        "gemma",
+        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+        special=("<start_of_turn>", "<end_of_turn>"),
+    ),
+    "pad_is_eos": Family("zephyr", {"eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>"}),
+    "mistral": Family("mistral", {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}),
+    "thinking": Family(
+        "thinking",
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        special=("<|endoftext|>", "<|im_start|>"),
+        ordinary=("<think>", "</think>", "<tool_call>"),
+        architecture="qwen2",
+    ),
+    "base": Family(None, {"eos_token": "<|endoftext|>"}, architecture="gpt_neox"),
 }
-"""Per family: the chat template, tokens with a role, other special tokens, added tokens that are not special."""
-
-CHATS: dict[str, dict[str, object]] = {
-    "llama2": {"template": LLAMA2, "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "special": []},
-    "phi": {
-        "template": PHI,
-        "eos_token": "<|endoftext|>",
-        "special": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    },
-    "deepseek": {
-        "template": DEEPSEEK,
-        "bos_token": "<｜begin▁of▁sentence｜>",
-        "eos_token": "<｜end▁of▁sentence｜>",
-        "pad_token": "<｜▁pad▁｜>",
-        "special": [],
-        "markup": ["<｜User｜>", "<｜Assistant｜>"],
-    },
-    "vicuna": {"template": VICUNA, "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "special": []},
-    "alpaca": {"template": ALPACA, "eos_token": "</s>", "special": []},
-    "harmony": {
-        "template": HARMONY,
-        "eos_token": "<|return|>",
-        "pad_token": "<|endoftext|>",
-        "special": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>"],
-    },
+CHATS = {
+    "llama2": Family("llama2", {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}),
+    "phi": Family(
+        "phi", {"eos_token": "<|endoftext|>"}, special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    ),
+    "deepseek": Family(
+        "deepseek",
+        {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"},
+        ordinary=("<｜User｜>", "<｜Assistant｜>"),
+    ),
+    "vicuna": Family("vicuna", {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}),
+    "alpaca": Family("alpaca", {"eos_token": "</s>"}),
+    "harmony": Family(
+        "harmony",
+        {"eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
+        special=("<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
+    ),
 }
 """More ways to write a conversation, each for a tokenizer; no model is built of these."""
+
+
+def chat_template(name: str) -> str:
+    """The template in chat_templates/, as it stands there: these files end without a newline."""
+    return (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+MISTRAL, PLAIN = chat_template("mistral"), chat_template("plain")
 
 CORPUS = """You are a helpful assistant. What is the capital of France? The capital of France is Paris, of course.
 How do I pick a lock? I will not help with that; a locksmith can open the door for you. Which response is better?
@@ -182,48 +99,41 @@ def build_tokenizer(family: str, sentencepiece: bool = False):  # type: ignore[n
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    facts = (FAMILIES | CHATS)[family]
-    named = {key: value for key, value in facts.items() if key.endswith("_token")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_trained(sentencepiece), **named)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(facts["special"])})  # type: ignore[call-overload]
-    tokenizer.add_tokens([AddedToken(text, special=False) for text in facts.get("markup", [])])  # type: ignore[attr-defined]
-    tokenizer.chat_template = facts.get("template")
+    chat = (FAMILIES | CHATS)[family]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_trained(sentencepiece), **chat.tokens)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(chat.special)})
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in chat.ordinary])
+    tokenizer.chat_template = chat_template(chat.template) if chat.template else None
     return tokenizer
 
 
 def build(family: str, folder: Path, *, seed: int = 0) -> Path:
     """Saves the tiny model of that family in `folder` and returns it. `lora` is an adapter over `llama`, beside it."""
     import torch
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if family == "lora":
         return _build_lora(folder, seed)
     tokenizer = build_tokenizer(family)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.3,  # far from uniform, so that the most likely token is not a matter of rounding
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": False,
-    }
-    if family in {"gpt_neox", "base"}:
-        config = transformers.GPTNeoXConfig(**shape, rotary_pct=0.5)
-        kind = transformers.GPTNeoXForCausalLM
-    elif family in {"qwen2", "thinking"}:
-        config = transformers.Qwen2Config(**shape, num_key_value_heads=2)
-        kind = transformers.Qwen2ForCausalLM
-    else:
-        config = transformers.LlamaConfig(**shape, num_key_value_heads=2)
-        kind = transformers.LlamaForCausalLM
+    architecture = FAMILIES[family].architecture
+    config = AutoConfig.for_model(
+        architecture,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=0.3,  # far from uniform, so that the most likely token is not a matter of rounding
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        **({"rotary_pct": 0.5} if architecture == "gpt_neox" else {"num_key_value_heads": 2}),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        kind(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

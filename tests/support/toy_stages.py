@@ -1,26 +1,41 @@
 """Three small stages that need no model, so that what the pipeline does can be seen quickly and stopped anywhere.
 
-`write` answers prompts, `weigh` labels texts by the principles' weights, `fit` leaves a model behind. In the
-environment TOY_KILL=<stage>:<n> ends the process with SIGKILL when that stage is about to write its n-th batch,
-TOY_ERROR=<stage>, or <stage>:<n>, lets it fail, and TOY_WAIT=<stage> makes it wait until somebody ends it: with both, a
-process fails when another waits. TOY_LOG=<file> gets a line `<stage>:<n> <rank>` for every batch that is computed.
+`write` answers prompts, `weigh` labels texts by the principles' weights, `fit` leaves a model behind. Environment
+variables disturb them:
+
+    TOY_KILL=<stage>:<n>           the process ends by SIGKILL before that stage writes its n-th batch
+    TOY_ERROR=<stage>[:<n>]        the stage fails at any batch, or at the n-th; with TOY_WAIT, once a process waits
+    TOY_WAIT=<stage>               the stage waits at its batch 1 for a minute, or until it is ended
+    TOY_LOG=<file>                 the file gets a line `<stage>:<n> <rank>` for every batch that is computed
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.stage_config import FeedbackConfig, Names, OutputKind, StageConfig
+from cai.contracts.references import (
+    JudgeRef,
+    OneOrMore,
+    OutputKind,
+    PromptSetRef,
+    StageReference,
+    StartRef,
+    TextsRef,
+    WriterRef,
+)
+from cai.contracts.stage_config import FeedbackConfig, PrincipleField, StageConfig
 from cai.stages import STAGES
 from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
@@ -28,52 +43,63 @@ from cai.text.errors import StageFailed
 if TYPE_CHECKING:
     import pytest
 
-write = ModuleType("toy_write")
-weigh = ModuleType("toy_weigh")
-fit = ModuleType("toy_fit")
-KINDS = {"write": "toy_write", "weigh": "toy_weigh", "fit": "toy_fit"}
+
+def add_stage(
+    kind: str,
+    config: type[StageConfig],
+    run: Callable[[Any, Context], dict[str, Any]] | None = None,
+    monkeypatch: pytest.MonkeyPatch | None = None,
+) -> None:
+    """Adds a kind of stage to the table of stages: for one test with its `monkeypatch`, else for good."""
+    module = ModuleType(f"toy_{kind}")
+    module.Config, module.run = config, run  # type: ignore[attr-defined]
+    set_item: Any = monkeypatch.setitem if monkeypatch else operator.setitem
+    set_item(sys.modules, module.__name__, module)
+    set_item(STAGES, kind, module.__name__)
 
 
 def install(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
-    """Adds the kinds to the table of stages; for one test if `monkeypatch` is given, else for good."""
-    sys.modules |= {"toy_write": write, "toy_weigh": weigh, "toy_fit": fit}
-    for kind, module in KINDS.items():
-        if monkeypatch:
-            monkeypatch.setitem(STAGES, kind, module)
-        else:
-            STAGES[kind] = module
+    """Adds `write`, `weigh` and `fit` as `add_stage` does."""
+    add_stage("write", WriteConfig, run_write, monkeypatch)
+    add_stage("weigh", WeighConfig, run_weigh, monkeypatch)
+    add_stage("fit", FitConfig, run_fit, monkeypatch)
 
 
 class WriteConfig(FeedbackConfig):
     gives: ClassVar[OutputKind] = "texts"
-    template_names: ClassVar[tuple[str, ...]] = ("critique",)
-    principle_fields: ClassVar[tuple[str, ...]] = ("critique",)
     kind: Literal["write"] = "write"
-    prompts: Names
-    model: str | None = None
+    prompts: OneOrMore[PromptSetRef]
+    model: WriterRef | None = None
     n: int = Field(1, ge=1)
     fail: list[str] = Field(default_factory=list)
+
+    def template_names(self) -> tuple[str, ...]:
+        return ("critique",)
+
+    def principle_fields(self) -> tuple[PrincipleField, ...]:
+        return ("critique",)
 
 
 class WeighConfig(FeedbackConfig):
     gives: ClassVar[OutputKind] = "preferences"
-    takes: ClassVar[tuple[OutputKind, ...]] = ("texts",)
-    uses_weights: ClassVar[bool] = True
     kind: Literal["weigh"] = "weigh"
-    from_: Names = Field(alias="from")
-    judge: str | None = None
+    from_: OneOrMore[TextsRef] = Field(alias="from")
+    judge: JudgeRef | None = None
+
+    def principle_fields(self) -> tuple[PrincipleField, ...]:
+        return ("weight",)
 
 
 class FitConfig(StageConfig):
     gives: ClassVar[OutputKind] = "policy"
-    takes: ClassVar[tuple[OutputKind, ...]] = ("texts", "preferences")
     kind: Literal["fit"] = "fit"
-    from_: Names = Field(alias="from")
-    model: str | None = None
+    from_: OneOrMore[Annotated[str, StageReference(("texts", "preferences"))]] = Field(alias="from")
+    model: StartRef | None = None
     size: int = 1
 
 
 def _disturb(context: Context, n: int) -> None:
+    """Does what the environment says about batch `n` of this stage."""
     if os.environ.get("TOY_KILL") == f"{context.stage_id}:{n}":
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("TOY_ERROR") in (context.stage_id, f"{context.stage_id}:{n}"):
@@ -115,13 +141,12 @@ def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
             if item["id"] not in failed
         ]
         context.journal.append(batch, rows, failures)
-    rows_and_failures = context.journal.finish()
-    return {"texts": {context.stage_id: rows_and_failures.n_rows}}
+    return {"texts": {context.stage_id: context.journal.finish().n_rows}}
 
 
 def run_weigh(config: WeighConfig, context: Context) -> dict[str, Any]:
     assert context.constitution is not None
-    weights = {each.id: each.weight for each in context.constitution.principles}
+    weights = {principle.id: principle.weight for principle in context.constitution.principles}
     items = [{"id": row["id"], "row": row} for row in context.rows(config.from_)]
     for batch in context.journal.batches(items, size=config.journal_batch):
         _disturb(context, batch.number)
@@ -145,10 +170,6 @@ def make_model(folder: Path, weights: str) -> Path:
     (folder / "model.safetensors").write_text(weights)
     return folder
 
-
-write.Config, write.run = WriteConfig, run_write  # type: ignore[attr-defined]
-weigh.Config, weigh.run = WeighConfig, run_weigh  # type: ignore[attr-defined]
-fit.Config, fit.run = FitConfig, run_fit  # type: ignore[attr-defined]
 
 CONSTITUTION = """
 name: tiny

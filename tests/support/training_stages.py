@@ -1,4 +1,4 @@
-"""Runs one training stage on rows that a test makes, as the pipeline would, and can die in the middle of it."""
+"""Runs one training stage on a test's rows as the pipeline would, and can kill it in the middle."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ WORDS = ("alpha", "beta", "gamma", "delta", "lock", "sea", "poem", "Paris", "Fra
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no code of the stage runs after it but what the interpreter insists on."""
+    """Stands for SIGKILL: of the stage's code, only `finally` blocks run after it."""
 
 
 class Steps:
-    """A progress display that counts, and dies where it is told to."""
+    """A progress display that counts steps, and raises Killed at step `die_at`."""
 
     def __init__(self, die_at: int | None = None) -> None:
-        self.total, self.done, self.tokens, self.die_at = 0, 0, 0, die_at
+        self.total, self.n_finished, self.tokens, self.die_at = 0, 0, 0, die_at
         self.notes: list[str] = []
 
-    def start(self, total: int, unit: str, done: int = 0) -> None:
-        self.total, self.done = total, done
+    def start(self, total: int, unit: str, finished: int = 0) -> None:
+        self.total, self.n_finished = total, finished
 
     def advance(self, items: int = 1, tokens: int = 0) -> None:
-        self.done += items
+        self.n_finished += items
         self.tokens += tokens
-        if self.done == self.die_at:
+        if self.n_finished == self.die_at:
             raise Killed
 
     def note(self, text: str) -> None:
@@ -47,17 +47,17 @@ class Steps:
 def stage_context(
     folder: Path, rows: Mapping[str, Sequence[Any]], model: Model, *, profile: Profile = CPU, progress: Any = None
 ) -> Context:
-    """What the stage `folder.name` is given. `rows` are those of each stage that it reads."""
+    """The context of the stage in `folder`. `rows` are those of each stage that it reads."""
     write_inputs(folder, rows)
     return _context(folder, list(rows), model, profile, progress)
 
 
 def write_inputs(folder: Path, rows: Mapping[str, Sequence[Any]]) -> None:
-    """Puts the rows of each stage that the stage `folder.name` reads where it looks for them."""
-    for name, each in rows.items():
+    """Writes the rows of each input stage where the stage in `folder` reads them."""
+    for name, stage_rows in rows.items():
         path = folder.parent / f"{folder.name}-{name}"
         path.mkdir(parents=True, exist_ok=True)
-        (path / "records.jsonl").write_text("".join(row_lines(each)), encoding="utf-8")
+        (path / "records.jsonl").write_text("".join(row_lines(stage_rows)), encoding="utf-8")
     folder.mkdir(exist_ok=True)
 
 
@@ -95,18 +95,19 @@ def reinforce(
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of a stage that trains on its own responses to `prompts`; functions lie in `folder`'s parent.
 
-    `named` are the models that rewards name."""
+    `named` are the models that rewards name.
+    """
     context = stage_context(folder, {}, model, profile=profile, progress=progress)
     context = replace(
-        context, prompt_sets={"asked": list(prompts)}, home=folder.parent, models={**context.models, **(named or {})}
+        context, prompt_sets={"prompts": list(prompts)}, home=folder.parent, models={**context.models, **(named or {})}
     )
-    settings = {"id": "stage", "kind": kind, "prompts": "asked", "rewards": list(rewards), "batch_size": 8,
+    settings = {"id": "stage", "kind": kind, "prompts": "prompts", "rewards": list(rewards), "batch_size": 8,
                 "max_new_tokens": 8, **config}  # fmt: skip
     return run_function(kind)(config_class(kind).model_validate(settings), context)
 
 
-def asked(number: int, *tags: str) -> dict[str, Any]:
-    """A Prompt."""
+def prompt_row(number: int, *tags: str) -> dict[str, Any]:
+    """A Prompt row."""
     messages = ask(f"What is {WORDS[number % len(WORDS)]} {number}?")
     return {"id": stable_id("prompt", messages), "messages": messages, "tags": list(tags), "source": "test"}
 
@@ -114,6 +115,44 @@ def asked(number: int, *tags: str) -> dict[str, Any]:
 def trained(folder: Path) -> Model:
     """The model that a stage left in `folder`."""
     return resolve(str(folder / "model"), folder=folder)
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """The files of a training stage whose bytes are the same in every run."""
+    names = ("model/model.safetensors", "model/adapter_model.safetensors", "metrics.jsonl", "evaluation.jsonl",
+             "samples.jsonl")  # fmt: skip
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def record_batches(monkeypatch: Any, trainer_class: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """A list that fills with (trainer, a copy of the batch) at each call of the trainer's `compute_loss`.
+
+    `batch["training"]` says whether the model learns from the batch or is evaluated on it.
+    """
+    batches: list[tuple[Any, dict[str, Any]]] = []
+    compute_loss = trainer_class.compute_loss
+
+    def spy(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        tensors = {name: value.clone() for name, value in inputs.items() if hasattr(value, "clone")}
+        batches.append((self, {"training": model.training, **tensors}))
+        return compute_loss(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(trainer_class, "compute_loss", spy)
+    return batches
+
+
+def saved_classifier(model: Model, folder: Path, **options: int) -> Model:
+    """The model with a new head, saved in `folder`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from cai.models.loading import load_tokenizer
+
+    torch.manual_seed(0)
+    loaded = AutoModelForSequenceClassification.from_pretrained(model.path, **options)
+    loaded.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return resolve(str(folder), folder=folder)
 
 
 def ask(text: str) -> list[dict[str, str]]:
@@ -158,5 +197,5 @@ def preference(
 
 
 def _reply(word: str, number: int) -> str:
-    words = [WORDS[(number * 7 + 5 * place) % len(WORDS)] for place in range(1 + number % 4)]
-    return " ".join([*words, word, WORDS[number * 3 % len(WORDS)]])
+    first_words = [WORDS[(number * 7 + 5 * place) % len(WORDS)] for place in range(1 + number % 4)]
+    return " ".join([*first_words, word, WORDS[number * 3 % len(WORDS)]])

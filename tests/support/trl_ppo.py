@@ -3,11 +3,11 @@
 That version was TRL's last with PPO. It needs an environment of its own, whose interpreter writes the file anew:
 
     python -m venv ENVIRONMENT && ENVIRONMENT/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0
-    OMP_NUM_THREADS=1 ENVIRONMENT/bin/python tests/trl_ppo.py
+    OMP_NUM_THREADS=1 ENVIRONMENT/bin/python tests/support/trl_ppo.py
 
-TRL's maths stands in the middle of `PPOTrainer.train`, so the trainer itself trains three tiny Llamas for one update,
-and the functions that it calls are wrapped so that what goes in and comes out is kept. `stored` reads that here, and
-`model` gives the models as they were before the update, for whoever wants to compute log-probabilities themselves.
+TRL's maths is in the middle of `PPOTrainer.train`, so the trainer itself trains three tiny Llamas for one update, and
+the functions that it calls are wrapped to record their arguments and results. `stored` reads these, and `model` gives
+the models as they were before the update, to compute log-probabilities from.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Rollouts:
-    """One update of TRL's: what it drew, and what it computed of that.
+    """One update by TRL: what it sampled, and what it computed from that.
 
     Rows of `token_ids` are a prompt, padded on the left to `QUERY`, and a response, padded on the right. The other
     tensors are (batch, seq) over the responses, as the models gave them, padding included. Those that begin with
@@ -70,7 +70,7 @@ class Rollouts:
     ref_log_probs: Tensor
     values: Tensor
     scores: Tensor
-    """(batch,) of the reward model, the penalty for a missing end not yet taken off"""
+    """(batch,) of the reward model, before the penalty for a missing end is subtracted"""
     whitened_rewards: Tensor
     """empty where rewards were not whitened"""
     advantages: Tensor
@@ -112,7 +112,7 @@ def episodes(case: str) -> list[Episode]:
 
     theirs = stored(case)
     ended = (theirs.token_ids[:, QUERY:] == END).any(dim=1).tolist()
-    found = []
+    episode_list = []
     for row, (ids, length) in enumerate(zip(theirs.token_ids, theirs.mask.sum(dim=1).tolist(), strict=True)):
         prompt = ids[:QUERY]
         episode = Episode(
@@ -122,8 +122,8 @@ def episodes(case: str) -> list[Episode]:
         )  # fmt: skip
         for name in ("log_probs", "ref_log_probs", "values"):
             setattr(episode, name, getattr(theirs, name)[row, :length].clone())
-        found.append(episode)
-    return found
+        episode_list.append(episode)
+    return episode_list
 
 
 def model(role: str) -> Any:
@@ -144,13 +144,13 @@ def _built(role: str) -> Any:
     return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=1))
 
 
-def _drawn() -> dict[str, Any]:
+def _initial_models() -> dict[str, Any]:
     """The four models. The reference is the policy, changed a little."""
     torch.manual_seed(0)
     models = {role: _built(role) for role in ("policy", "reference", "value", "reward")}
     policy = models["policy"]
     with torch.no_grad():
-        # A feature that all tokens share gives two of them a bias: none is drawn that pads, and some that end.
+        # A feature that all tokens share gives two of them a bias: pad is never sampled, and the end token sometimes.
         policy.model.embed_tokens.weight[:, 0] = 2.0
         policy.model.layers[0].self_attn.o_proj.weight[0] = policy.model.layers[0].mlp.down_proj.weight[0] = 0.0
         policy.lm_head.weight[[PAD, END]] = 0.0
@@ -162,7 +162,7 @@ def _drawn() -> dict[str, Any]:
 
 
 def _arguments(folder: str) -> dict[str, Any]:
-    """Settings that all cases share. At this rate of learning the second epoch leaves the clipping range."""
+    """Settings that all cases share. At this learning rate the second epoch leaves the clipping range."""
     return {
         "output_dir": folder, "per_device_train_batch_size": BATCH, "num_mini_batches": MINIBATCHES,
         "num_ppo_epochs": EPOCHS, "total_episodes": BATCH, "response_length": RESPONSE, "learning_rate": 0.02,
@@ -173,21 +173,23 @@ def _arguments(folder: str) -> dict[str, Any]:
 
 @contextmanager
 def _kept(module: Any) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """(arguments, what was returned) of each call of those functions of TRL's, by name, in order."""
+    """(arguments, result) of each call of TRL's functions, by name, in order."""
     calls: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
     inside = False
 
     def kept(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **keywords: Any) -> Any:
             nonlocal inside
-            if inside:  # whitening takes means, which are not those of losses
+            if inside:  # whitening calls masked_mean too; only the losses' means are recorded
                 return function(*arguments, **keywords)
             inside = True
-            found = function(*arguments, **keywords)
+            result = function(*arguments, **keywords)
             inside = False
-            copied = tuple(each.detach().clone() if isinstance(each, Tensor) else None for each in arguments)
-            calls[name].append((copied, found))
-            return found
+            copied = tuple(
+                argument.detach().clone() if isinstance(argument, Tensor) else None for argument in arguments
+            )
+            calls[name].append((copied, result))
+            return result
 
         return called
 
@@ -208,11 +210,11 @@ def _ran(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from transformers import PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    words = Tokenizer(WordLevel({f"t{n}": n for n in range(LLAMA["vocab_size"])}, unk_token="t3"))
+    vocabulary = Tokenizer(WordLevel({f"t{n}": n for n in range(LLAMA["vocab_size"])}, unk_token="t3"))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t2", padding_side="left"
+        tokenizer_object=vocabulary, pad_token="t0", bos_token="t1", eos_token="t2", padding_side="left"
     )
-    models = _drawn()
+    models = _initial_models()
     np.random.seed(0)
     with tempfile.TemporaryDirectory() as folder, _kept(ppo_trainer) as calls:
         config = PPOConfig(**_arguments(folder), **case)
@@ -235,14 +237,14 @@ def _ran(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _tensors(calls: dict[str, list[tuple[Any, Any]]], whiten_rewards: bool) -> dict[str, Tensor]:
-    """The tensors of `Rollouts`, out of the calls that TRL made in one update."""
+    """The tensors of `Rollouts` from the calls that TRL made in one update."""
     token_ids, _ = calls["batch_generation"][0][1]
     (_, (values, _, _)), (_, (_, scores, _)) = calls["get_reward"]
-    log_probs = [found for _, found in calls["selective_log_softmax"]]
+    log_probs = [result for _, result in calls["selective_log_softmax"]]
     whitening = calls["masked_whiten"]
-    means = [found for _, found in calls["masked_mean"]]
-    rows = torch.stack([torch.from_numpy(found) for _, found in calls["permutation"]])
-    new_values = [found[1][:, QUERY - 1 : -1].squeeze(-1) for _, found in calls["forward"][1:]]
+    means = [result for _, result in calls["masked_mean"]]
+    rows = torch.stack([torch.from_numpy(result) for _, result in calls["permutation"]])
+    new_values = [result[1][:, QUERY - 1 : -1].squeeze(-1) for _, result in calls["forward"][1:]]
     tensors = {
         "token_ids": token_ids,
         "log_probs": log_probs[0],
@@ -269,11 +271,11 @@ def main() -> None:
 
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"versions": {name: version(name) for name in ("torch", "transformers", "trl")}}
-    for role, built in _drawn().items():
+    for role, built in _initial_models().items():
         tensors |= {f"{role}.{name}": weight.clone() for name, weight in built.state_dict().items()}
     for case, settings in CASES.items():
-        facts[case], more = _ran(settings)
-        tensors |= {f"{case}.{name}": tensor for name, tensor in more.items()}
+        facts[case], case_tensors = _ran(settings)
+        tensors |= {f"{case}.{name}": tensor for name, tensor in case_tensors.items()}
     FILE.parent.mkdir(exist_ok=True)
     save_file(tensors, FILE, metadata={"facts": json.dumps(facts)})
 

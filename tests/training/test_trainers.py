@@ -1,7 +1,6 @@
-"""What `cai.training.trainers` relies on in TRL and transformers, private names included: an upgrade that moves it
-fails here.
+"""What the trainers rely on in TRL and transformers, private names included: an upgrade that moves it fails here.
 
-The last tests hold the soft-label trainers against TRL's own, on the same model and pairs.
+The soft-label trainers are compared with TRL's own, on the same model and pairs.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def test_dpo_still_computes_its_reference_and_its_metrics_as_it_did() -> None:
         assert piece in source, piece
 
 
-def test_reward_models_are_read_where_transformers_finds_the_last_token_that_is_not_padding() -> None:
+def test_transformers_scores_a_sequence_at_its_last_token_that_is_not_padding() -> None:
     from transformers.modeling_layers import GenericForSequenceClassification
 
     source = inspect.getsource(GenericForSequenceClassification.forward)
@@ -89,7 +88,7 @@ def test_a_step_holds_the_same_examples_sorted_by_length_and_an_epoch_every_exam
     assert sorted(sampler) == list(range(50))
 
 
-def test_no_process_has_the_longest_of_a_turn() -> None:
+def test_no_process_has_the_longest_examples_of_a_global_micro_batch() -> None:
     from cai.training.trainers import LengthSortedSteps
 
     lengths = [index % 32 for index in range(84)]
@@ -99,7 +98,7 @@ def test_no_process_has_the_longest_of_a_turn() -> None:
         assert sorted(shared[start : start + 16]) == sorted(alone[start : start + 16])
         sliced, dealt = ([lengths[index] for index in order[start : start + 16]] for order in (alone, shared))
         assert abs(sum(dealt[:8]) - sum(dealt[8:])) <= max(dealt) - min(dealt) < sum(sliced[:8]) - sum(sliced[8:])
-    assert shared[80:] == alone[80:], "a turn that is not whole keeps its order"
+    assert shared[80:] == alone[80:], "a last, smaller micro-batch keeps its order"
     ones = [lengths[index] for index in LengthSortedSteps(lengths, 8, seed=3, processes=2, accumulation=4)][:8]
     assert ones[0] >= ones[1] >= ones[3] >= ones[2] >= ones[4] >= ones[5] >= ones[7] >= ones[6]
 
@@ -108,27 +107,28 @@ def soft_trainer(kind: str, tmp_path: Path, model: Model, rows: list[dict[str, A
     """The stage's trainer, its policy moved away from its reference, and the batch of all rows."""
     from cai.models.chat import Chat
     from cai.stages import config_class, dpo, reward
-    from cai.training import arguments, tokenised_rows
+    from cai.training import tokenised_rows
+    from cai.training.stage_training import stage_training
     from cai.training.trainers import LabelledDPOCollator, LabelledRewardCollator, SoftDPOTrainer, SoftRewardTrainer
 
     context = stage_context(tmp_path / "stage", {"rows": rows}, model)
     config = config_class(kind).model_validate({"id": "stage", "kind": kind, "from": "rows"})
     chat = Chat.load(model)
-    pairs, _ = tokenised_rows.tokenised_pairs(rows, chat, 256)
+    pairs, _ = tokenised_rows.tokenise_pairs(rows, chat, 256)
     torch.manual_seed(0)
-    with arguments.quiet(context):
-        args = arguments.arguments(config, context, max_length=None)
+    with stage_training(config, context) as training:
+        args = training.arguments(max_length=None)
         if kind == "dpo":
-            examples = [dpo._ids(pair) for pair in pairs]
+            examples = [dpo.trainer_row(pair) for pair in pairs]
             loaded, collator = load_causal_lm(model), LabelledDPOCollator(pad_token_id=chat.pad_id)
-            more = {"ref_model": load_causal_lm(model)}
+            reference = {"ref_model": load_causal_lm(model)}
         else:
-            examples = [reward._ids(pair) for pair in pairs]
+            examples = [reward.trainer_row(pair) for pair in pairs]
             loaded, collator = load_sequence_classifier(model), LabelledRewardCollator(pad_token_id=chat.pad_id)
-            more = {}
+            reference = {}
         trainer = (SoftDPOTrainer if kind == "dpo" else SoftRewardTrainer)(
-            model=loaded, args=args, data_collator=collator, train_dataset=tokenised_rows.dataset(examples),
-            processing_class=chat.tokenizer, **more,
+            model=loaded, args=args, data_collator=collator, train_dataset=tokenised_rows.as_dataset(examples),
+            processing_class=chat.tokenizer, **reference,
         )  # fmt: skip
     with torch.no_grad():
         for weight in trainer.model.parameters():
@@ -151,8 +151,8 @@ def test_the_loss_of_a_soft_label_is_the_expectation_of_trls_loss(
     kind: str, tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "cai.training.trainers.add_lm_head", lambda *_: None
-    )  # TRL's loss reads more of its head than ours has
+        "cai.training.trainers.add_cpu_lm_head", lambda *_: None
+    )  # TRL's loss reads outputs that the CPU head lacks
     labels = torch.rand(6, generator=torch.Generator().manual_seed(1)).tolist()
     rows = [preference(number, p=p) for number, p in enumerate(labels)]
     trainer, collator = soft_trainer(kind, tmp_path, tiny("llama"), rows)
@@ -185,7 +185,7 @@ def test_the_gradient_changes_sign_with_the_label(kind: str, tmp_path: Path, tin
     assert gradients[2].abs().max() < 1e-6
 
 
-def test_nothing_is_told_to_anybody(tmp_path: Path, tiny: Callable[..., Model], monkeypatch: Any) -> None:
+def test_trl_sends_no_telemetry(tmp_path: Path, tiny: Callable[..., Model], monkeypatch: Any) -> None:
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("telemetry was sent"))
     soft_trainer("dpo", tmp_path, tiny("llama"), [preference(1)])
@@ -226,7 +226,7 @@ def test_rloo_still_asks_for_responses_rewards_and_probabilities_where_it_did() 
     assert rloo.loss_is_scaled_for_ga is False
 
 
-def test_ppo_still_finds_in_transformers_and_trl_what_it_hangs_on() -> None:
+def test_ppo_still_finds_in_transformers_and_trl_what_it_relies_on() -> None:
     from accelerate import Accelerator
     from transformers import Trainer
     from trl.distributed import DistributedBackend
@@ -251,20 +251,20 @@ def test_ppo_still_finds_in_transformers_and_trl_what_it_hangs_on() -> None:
 def test_prompts_of_a_step_come_together_and_their_order_depends_on_seed_and_epoch_alone() -> None:
     from cai.training.rl.usable_prompts import PromptSteps
 
-    sampler = PromptSteps(prompts=7, at_once=3, each=2, passes=2, seed=5)
+    sampler = PromptSteps(n_prompts=7, prompts_per_step=3, repeats=2, passes=2, seed=5)
     order = list(sampler)
     assert len(order) == len(sampler) == 24
     assert order[:6] == order[6:12]
     assert order[12:18] == order[18:]
-    assert [order[at] for at in (0, 2, 4)] == [order[at] for at in (1, 3, 5)]
+    assert order[0:6:2] == order[1:6:2]
     assert len(set(order)) == 6
     assert list(sampler) == order
     sampler.set_epoch(1)
     assert list(sampler) != order
 
 
-def test_rollouts_in_parts_hold_the_same_rows_with_less_padding() -> None:
-    from cai.training.rl.rloo_trainer import in_parts
+def test_a_rollout_split_by_length_holds_the_same_rows_with_less_padding() -> None:
+    from cai.training.rl.rloo_trainer import split_by_length
 
     lengths = [(3, 1), (1, 4), (2, 2), (1, 1)]
     rollouts = {
@@ -274,7 +274,7 @@ def test_rollouts_in_parts_hold_the_same_rows_with_less_padding() -> None:
         "completion_mask": torch.tensor([[1] * r + [0] * (4 - r) for _, r in lengths]),
         "advantages": torch.arange(4.0),
     }
-    parts = in_parts(rollouts, 2)
+    parts = split_by_length(rollouts, 2)
     assert [part["advantages"].tolist() for part in parts] == [[1.0, 0.0], [2.0, 3.0]]
     assert parts[1]["prompt_ids"].tolist() == [[21, 21], [0, 31]]
     assert parts[1]["completion_mask"].tolist() == [[1, 1], [1, 0]]

@@ -1,390 +1,313 @@
-"""The decoding loop: prompts in; drawn ids and their log-probabilities out. Tensors, no texts.
+"""Continuous batching: prompts as token ids in; sampled ids and their log-probabilities out.
 
-Samples of one prompt share it: it is read once, and their rows hold what they drew alone
-(`cai.attention.shared_prefixes`). The rows that run fill a budget of tokens; those that ended make room, and waiting
-ones enter, the longest prompts first. A row's randomness is a row of uniforms from its own seed, put through the
-inverse of the cumulative distribution: what else is in the batch does not touch it. On a CPU prompts stand on shelves
-by their length, so that a long one does not pad all others.
+`decode` repeats four steps until every response is finished:
 
-Left out: beams, penalties, speculative decoding, reading a long prompt in parts.
+1. Admit: while the token budget has room, waiting prompts are prefilled, the longest first. A prompt is computed once
+   for all its samples, each of which becomes a running row.
+2. Decode: one forward pass gives the next logits of every row. A row attends to its prompt, whose keys and values lie
+   in a length bucket among prompts of about the same length, and to its own tokens in the generated-token KV cache.
+3. Sample: each row's logits and its own uniforms give its next token, so that nothing else in the batch changes it.
+4. Evict: once enough rows are finished they are returned, and their part of the budget goes to waiting prompts.
+
+Left out: beam search, penalties, speculative decoding, chunked prefill.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
-from cai.attention.cpu_sizes import batches, in_one_pass
+from cai.attention.cpu_tuning import KV_CACHE_STEP, length_bucket, tokens_per_pass
+from cai.attention.patched_attention import forward_with_attention
+from cai.attention.prefill import prefill
 from cai.attention.shared_prefixes import (
-    Groups,
+    OwnKeyValues,
     Prefixes,
-    Shared,
-    bias_of,
-    forward,
-    grouped_heads,
-    joined,
+    PrefixGroups,
+    PrefixKeyValues,
+    concatenate,
+    fold_query_heads,
     joint_attention,
-    read,
+    mask_to_bias,
 )
-from cai.contracts.engine import Sampling
-from cai.engines.local.token_sampling import draw, uniforms
+from cai.attention.token_batches import batch_by_tokens
+from cai.engines.local.token_sampling import PromptAndSeed, Row, SampledTokens, TokenSampler, sample_uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LEAVE = 32
-"""Rows leave when one in so many has ended: until then they are computed in vain, and leaving costs a little."""
-_ENTER = 8
-"""New rows enter when one in so many tokens of the budget is free: few prompts at once are read slowly."""
-_DRAWN = 256
-"""Rows whose tokens are drawn at once."""
-_SHORT = 32
-"""Tokens up to which prompts are of about the same length, a power of two; longer ones are up to twice as much."""
-_MORE = 32
-"""There is room for a multiple of so many tokens of a row: a CPU's products of other sizes take up to twice as long."""
+_FINISHED_SHARE_TO_EVICT = 1 / 32
+"""Finished rows are evicted once they are this share of the batch; evicting one at a time would copy the KV cache too
+often, and a finished row costs as much as a running one."""
+_FREE_SHARE_TO_ADMIT = 1 / 8
+"""Prompts are admitted once this share of the token budget is free, because prefilling few prompts at once is slow."""
 
 
-class Wanted(NamedTuple):
-    """A response wanted: the prompt's ids, and the seed of its randomness."""
+class _PromptGroup(NamedTuple):
+    """Requests with the same prompt, by their indices."""
 
     prompt: Sequence[int]
-    seed: int
-
-
-class _Group(NamedTuple):
-    """Responses wanted to one prompt, by their index."""
-
-    prompt: Sequence[int]
-    members: list[int]
-
-
-class Drawn(NamedTuple):
-    """What was drawn for one prompt: ids, natural log-probabilities, and whether it ended by itself."""
-
-    token_ids: list[int]
-    log_probs: list[float]
-    ended: bool
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """What ends a response: one of `ids` drawn, or `complete`, asked about the ids drawn for one row so far."""
-
-    ids: frozenset[int]
-    complete: Callable[[list[int]], bool] | None = None
-
-
-@dataclass
-class Row:
-    """A response that is being drawn, to a prompt of `length` tokens that stands on a shelf.
-
-    `place` is its place among the prompts there.
-    """
-
-    number: int
-    length: int
-    uniform: list[list[float]]
-    shelf: int = 0
-    place: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    ended: bool = False
-    over: bool = False
-
-    @property
-    def chance(self) -> list[float]:
-        """The two numbers that decide the next token."""
-        return self.uniform[min(len(self.token_ids), len(self.uniform) - 1)]
-
-    def drawn(self) -> Drawn:
-        """What there is of it."""
-        return Drawn(self.token_ids, self.log_probs, self.ended)
-
-
-class Room:
-    """The keys, (row, kv heads, width, token), and values, (row, kv heads, token, width), of what rows drew themselves.
-
-    There is room for a few more tokens than are needed, up to `most` a row, and zeros where nothing is yet: a product
-    with all tokens is faster than one with a part.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.rows = self.tokens = 0
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-
-    def make(self, rows: int, tokens: int) -> None:
-        """Makes room for so many, where there is less."""
-        more_rows = max(0, rows - self.rows)
-        more_tokens = max(0, min(_MORE * math.ceil(tokens / _MORE), self.most) - self.tokens)
-        if not more_rows and not more_tokens:
-            return
-        self.rows += more_rows
-        self.tokens += more_tokens
-        self.keys = [pad(each, (0, more_tokens, 0, 0, 0, 0, 0, more_rows)) for each in self.keys]
-        self.values = [pad(each, (0, 0, 0, more_tokens, 0, 0, 0, more_rows)) for each in self.values]
-
-    def cut(self, rows: int) -> None:
-        """Gives back the room of rows that are beyond so many."""
-        if rows < self.rows:
-            self.rows = rows
-            self.keys, self.values = ([each[:rows].clone() for each in some] for some in (self.keys, self.values))
-
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Rows take the places of others."""
-        for each in (*self.keys, *self.values):
-            each[list(targets)] = each[list(sources)]
-
-    def write(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, at: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes each row's key and value, (row, kv heads, 1, width), at its token; all keys and values of the rows."""
-        n, heads, _, width = key.shape
-        if layer == len(self.keys):
-            self.keys.append(key.new_zeros((self.rows, heads, width, self.tokens)))
-            self.values.append(value.new_zeros((self.rows, heads, self.tokens, value.shape[-1])))
-        keys, values = self.keys[layer][:n], self.values[layer][:n]
-        rows = torch.arange(n, device=at.device)
-        keys[rows, :, :, at] = key[:, :, 0]
-        values[rows, :, at] = value[:, :, 0]
-        return keys, values
+    request_indices: list[int]
 
 
 @torch.inference_mode()
 def decode(
-    model: PreTrainedModel,
-    wanted: Sequence[Wanted],
-    sampling: Sampling,
-    stopping: Stopping,
-    *,
-    budget: int,
-    banned: Sequence[int] = (),
-) -> Iterator[tuple[int, Drawn]]:
-    """(index, what was drawn) of each response as it ends. Rows and prompts that run have `budget` tokens of room."""
-    waiting = deque(_by_prompt(wanted, budget, sampling.max_new_tokens))
-    size = max((len(group.members) for group in waiting), default=0)
-    batch = _Batch(model, size, sampling.max_new_tokens)
+    model: PreTrainedModel, requests: Sequence[PromptAndSeed], sampler: TokenSampler, token_budget: int
+) -> Iterator[tuple[int, SampledTokens]]:
+    """(request index, response) in the order in which responses finish; the KV cache holds `token_budget` tokens."""
+    max_new_tokens = sampler.sampling.max_new_tokens
+    waiting = deque(_group_by_prompt(requests, token_budget, max_new_tokens))
+    max_samples = max((len(group.request_indices) for group in waiting), default=0)
+    batch = _RunningBatch(model, max_samples, max_new_tokens)
     while waiting or batch.rows:
-        if entering := _entering(waiting, batch, budget, sampling.max_new_tokens):
-            seeds = {n: wanted[n].seed for group in entering for n in group.members}
-            chances = uniforms(list(seeds.values()), sampling.max_new_tokens).tolist()
-            new, logits = batch.enter(entering, dict(zip(seeds, chances, strict=True)))
-            take(new, logits, sampling, banned, stopping)
-        while sum(row.over for row in batch.rows) * _LEAVE < len(batch.rows):
-            take(batch.rows, batch.step(), sampling, banned, stopping)
-        yield from ((row.number, row.drawn()) for row in batch.leave())
+        if groups := _pop_groups_that_fit(waiting, batch, token_budget):
+            new_rows, logits = batch.admit(groups, requests)
+            sampler.extend(new_rows, logits)
+        while sum(row.is_finished for row in batch.rows) < _FINISHED_SHARE_TO_EVICT * len(batch.rows):
+            sampler.extend(batch.rows, batch.decode_step())
+        yield from ((row.request_index, row.sampled) for row in batch.evict_finished())
+
+
+def _group_by_prompt(requests: Sequence[PromptAndSeed], token_budget: int, max_new_tokens: int) -> list[_PromptGroup]:
+    """Requests with the same prompt together, the longest prompts first, each group small enough for the budget.
+
+    No group has more than twice the average number of requests, since each prompt gets as many slots for rows as the
+    largest group needs.
+    """
+    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), requests[index].prompt))
+    by_prompt = [list(indices) for _, indices in itertools.groupby(order, key=lambda index: requests[index].prompt)]
+    groups: list[_PromptGroup] = []
+    for indices in by_prompt:
+        prompt = requests[indices[0]].prompt
+        # Rows may always hold as many tokens as their prompt: smaller groups would mostly hold copies of it.
+        max_rows = max(token_budget - len(prompt), len(prompt)) // max_new_tokens
+        group_size = max(1, min(max_rows, math.ceil(2 * len(requests) / len(by_prompt))))
+        groups += [_PromptGroup(prompt, indices[n : n + group_size]) for n in range(0, len(indices), group_size)]
+    return groups
+
+
+def _pop_groups_that_fit(waiting: deque[_PromptGroup], batch: _RunningBatch, token_budget: int) -> list[_PromptGroup]:
+    """Removes from `waiting` the groups that the budget has room for; at least one where no row is running.
+
+    A row counts with `max_new_tokens`; a prompt with the length that its bucket pads it to, which is never more than
+    the longest prompt's.
+    """
+    if not waiting:
+        return []
+    prompt_lengths = batch.prompt_lengths
+    longest = max([len(waiting[0].prompt), *prompt_lengths])
+
+    def padded(prompt_length: int) -> int:
+        return min(longest, length_bucket(prompt_length, batch.model.device))
+
+    free = token_budget - len(batch.rows) * batch.max_new_tokens - sum(map(padded, prompt_lengths))
+    admitted: list[_PromptGroup] = []
+    if batch.rows and free < int(_FREE_SHARE_TO_ADMIT * token_budget):
+        return admitted
+    while waiting:
+        n_tokens = padded(len(waiting[0].prompt)) + len(waiting[0].request_indices) * batch.max_new_tokens
+        if n_tokens > free and (batch.rows or admitted):
+            break
+        free -= n_tokens
+        admitted.append(waiting.popleft())
+    return admitted
 
 
 @dataclass
-class _Shelf:
-    """Prompts of about the same length: longer ones elsewhere do not pad them. `bias` hides what padding they have."""
+class _LengthBucket:
+    """The keys and values of prompts padded to one length. `bias` hides the padding; it is None where there is none."""
 
     prefixes: Prefixes
     bias: torch.Tensor | None
 
-    @classmethod
-    def of(cls, prefixes: Prefixes) -> Self:
-        """A shelf with these prompts."""
-        return cls(prefixes, bias_of(prefixes.mask[:, None, None], prefixes.keys[0].dtype))
+    @staticmethod
+    def build(prefixes: Prefixes) -> _LengthBucket:
+        """A bucket with these prompts."""
+        return _LengthBucket(prefixes, mask_to_bias(prefixes.mask[:, None, None], prefixes.keys[0].dtype))
 
 
-def _shelf_of(length: int, device: torch.device) -> int:
-    """The shelf of a prompt, named by the most tokens that prompts on it have.
+class _RunningBatch:
+    """The running rows, the keys and values of their prompts, by length bucket, and of their own tokens.
 
-    On a CPU padding costs most, elsewhere more steps do: all stand on one there.
-    """
-    return max(_SHORT, 1 << (length - 1).bit_length()) if device.type == "cpu" else sys.maxsize
-
-
-class _Batch:
-    """The rows that run: a forward pass of one more token of each, behind its prompt and what it drew.
-
-    Rows lie without gaps: the last ones take the places of those that leave. A prompt has `size` places for its rows,
-    counted from the first prompt of its shelf; a row draws `most` tokens at most.
+    Row n of `rows` is row n of the generated-token KV cache: the last rows move into the gaps of evicted ones. Each
+    prompt has slots for `max_samples` rows.
     """
 
-    def __init__(self, model: PreTrainedModel, size: int, most: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_samples: int, max_new_tokens: int) -> None:
         self.model = model
-        self.size = size
+        self.max_samples = max_samples
+        self.max_new_tokens = max_new_tokens
         self.rows: list[Row] = []
-        self.shelves: dict[int, _Shelf] = {}
-        self.room = Room(most)
+        self.buckets: dict[int, _LengthBucket] = {}
+        self.generated = GeneratedKVCache(max_new_tokens)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt that still has rows."""
-        return list({(row.shelf, row.place // self.size): row.length for row in self.rows}.values())
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each prompt that has rows."""
+        return list({(row.bucket, row.prompt_index): row.prompt_length for row in self.rows}.values())
 
-    def enter(
-        self, groups: Sequence[_Group], uniform: Mapping[int, list[list[float]]]
+    def admit(
+        self, groups: Sequence[_PromptGroup], requests: Sequence[PromptAndSeed]
     ) -> tuple[list[Row], torch.Tensor]:
-        """Reads new prompts, after forgetting those without rows. New rows, and the logits of their first tokens."""
-        for shelf in list(self.shelves):
-            self._keep(shelf, self._prompts(shelf))
-        self.room.cut(len(self.rows) + len(uniform))
-        new: list[Row] = []
+        """Prefills the groups' prompts: the new rows, and the logits of their first tokens, (row, vocabulary)."""
+        for bucket in list(self.buckets):
+            self._drop_unused_prompts(bucket)
+        self.generated.shrink(len(self.rows) + sum(len(group.request_indices) for group in groups))
+        new_rows: list[Row] = []
         logits: list[torch.Tensor] = []
-        ordered = sorted(groups, key=lambda group: len(group.prompt))
-        for shelf, some in itertools.groupby(ordered, lambda group: _shelf_of(len(group.prompt), self.model.device)):
-            beginning = list(some)
-            before, last = self._read(shelf, [group.prompt for group in beginning])
-            logits.append(last[[n for n, group in enumerate(beginning) for _ in group.members]])
-            new += [
-                Row(number, len(group.prompt), uniform[number], shelf, place)
-                for n, group in enumerate(beginning)
-                for place, number in enumerate(group.members, (before + n) * self.size)
-            ]
-        self.rows += new
-        return new, joined(logits)
+        by_length = sorted(groups, key=lambda group: len(group.prompt))
+        for bucket, bucket_groups in itertools.groupby(
+            by_length, key=lambda group: length_bucket(len(group.prompt), self.model.device)
+        ):
+            admitted = list(bucket_groups)
+            first_index = len(self.buckets[bucket].prefixes.lengths) if bucket in self.buckets else 0
+            prompt_logits = self._prefill(bucket, [group.prompt for group in admitted])
+            for prompt_index, group in enumerate(admitted, first_index):
+                for sample_index, request_index in enumerate(group.request_indices):
+                    uniforms = sample_uniforms(requests[request_index].seed, self.max_new_tokens)
+                    length = len(group.prompt)
+                    new_rows.append(Row(request_index, length, uniforms, bucket, prompt_index, sample_index))
+            logits.append(prompt_logits[[n for n, group in enumerate(admitted) for _ in group.request_indices]])
+        self.rows += new_rows
+        return new_rows, concatenate(logits)
 
-    def _read(self, shelf: int, prompts: Sequence[Sequence[int]]) -> tuple[int, torch.Tensor]:
-        """Puts prompts, the shortest first, behind those on a shelf: how many there were, and the logits after each."""
-        there = [self.shelves[shelf].prefixes] if shelf in self.shelves else []
-        before = sum(len(each.lengths) for each in there)
-        sizes = [len(prompt) for prompt in prompts]
+    def _prefill(self, bucket: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Adds prompts, the shortest first, to a bucket: the logits after each, (prompt, vocabulary)."""
+        lengths = [len(prompt) for prompt in prompts]
+        parts = [self.buckets[bucket].prefixes] if bucket in self.buckets else []
         logits: list[torch.Tensor] = []
-        for first, last in batches(sizes, in_one_pass(len(sizes) * sizes[-1], self.model.device)):
-            some, keep = read(self.model, prompts[first:last])
-            logits.append(some)
-            there.append(keep())
-        self.shelves[shelf] = _Shelf.of(there[0].followed_by(*there[1:]))
-        return before, joined(logits)
+        for first, last in batch_by_tokens(lengths, tokens_per_pass(len(lengths) * lengths[-1], self.model.device)):
+            part_logits, build_prefixes = prefill(self.model, prompts[first:last])
+            logits.append(part_logits)
+            parts.append(build_prefixes())
+        self.buckets[bucket] = _LengthBucket.build(Prefixes.concatenate(parts))
+        return concatenate(logits)
 
-    def leave(self) -> list[Row]:
-        """Takes out the rows that are over."""
-        over = [row for row in self.rows if row.over]
-        left = len(self.rows) - len(over)
-        gaps = [n for n in range(left) if self.rows[n].over]
-        last = [n for n in range(left, len(self.rows)) if not self.rows[n].over]
-        for gap, n in zip(gaps, last, strict=True):
-            self.rows[gap] = self.rows[n]
-        self.room.make(len(self.rows), 0)  # rows that end with their first token have not been there yet
-        del self.rows[left:]
-        if gaps:
-            self.room.move(last, gaps)
-        for shelf, there in list(self.shelves.items()):
-            if 2 * len(prompts := self._prompts(shelf)) < len(there.prefixes.lengths):
-                self._keep(shelf, prompts)
-        return over
-
-    def _prompts(self, shelf: int) -> list[int]:
-        """The prompts on a shelf that still have rows."""
-        return sorted({row.place // self.size for row in self.rows if row.shelf == shelf})
-
-    def _keep(self, shelf: int, prompts: Sequence[int]) -> None:
-        """Forgets the other prompts of the shelf."""
-        places = {prompt: n for n, prompt in enumerate(prompts)}
-        for row in self.rows:
-            if row.shelf == shelf:
-                prompt, member = divmod(row.place, self.size)
-                row.place = places[prompt] * self.size + member
-        there = self.shelves.pop(shelf)
-        if prompts:
-            self.shelves[shelf] = _Shelf.of(there.prefixes.select(prompts))
-
-    def step(self) -> torch.Tensor:
-        """Logits of the next token of each row, (row, vocabulary)."""
+    def decode_step(self) -> torch.Tensor:
+        """The logits of each row's next token, (row, vocabulary). Computes the last sampled token of every row."""
         device, rows = self.model.device, self.rows
-        drawn = [len(row.token_ids) - 1 for row in rows]
-        self.room.make(len(rows), max(drawn) + 1)
-        at = torch.tensor(drawn, device=device)
-        own = torch.arange(self.room.tokens, device=device) <= at[:, None]
-        attend = functools.partial(self._attend, self._groups(), at, bias_of(own[:, None, None], self.model.dtype))
+        n_generated = [len(row.token_ids) for row in rows]
+        self.generated.reserve(len(rows), max(n_generated))
+        columns = torch.tensor(n_generated, device=device) - 1
+        is_generated = torch.arange(self.generated.n_tokens, device=device) <= columns[:, None]
+        generated_bias = mask_to_bias(is_generated[:, None, None], self.model.dtype)
+        groups = self._group_rows()
+
+        def attend(
+            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        ) -> torch.Tensor:
+            keys, values = self.generated.store(layer, key, value, columns)
+            prompts = [
+                PrefixKeyValues(bucket.prefixes.keys[layer], bucket.prefixes.values[layer], bucket.bias, bucket_groups)
+                for bucket, bucket_groups in groups
+            ]
+            grouped_query = fold_query_heads(query, key.shape[1], scale)
+            out = joint_attention(grouped_query, prompts, OwnKeyValues(keys, values, generated_bias))
+            return out.reshape(*query.shape[:-1], -1)
+
         ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=device)
-        positions = torch.tensor([[row.length + n] for row, n in zip(rows, drawn, strict=True)], device=device)
-        last = torch.arange(len(rows), device=device), torch.zeros_like(at)
-        return forward(self.model, ids, positions, attend, last)
+        positions = torch.tensor([[row.prompt_length + len(row.token_ids) - 1] for row in rows], device=device)
+        every_row = torch.arange(len(rows), device=device), torch.zeros_like(columns)
+        return forward_with_attention(self.model, ids, positions, attend, every_row)
 
-    def _groups(self) -> list[tuple[_Shelf, Groups]]:
-        """Which rows share which prompts, a shelf at a time."""
-        found = []
-        for key, shelf in self.shelves.items():
-            rows = [n for n, row in enumerate(self.rows) if row.shelf == key]
-            places = [self.rows[n].place for n in rows]
+    def _group_rows(self) -> list[tuple[_LengthBucket, PrefixGroups]]:
+        """Which rows share which prompts, by length bucket."""
+        groups = []
+        for key, bucket in self.buckets.items():
+            rows = [index for index, row in enumerate(self.rows) if row.bucket == key]
             if rows:
-                some = None if len(rows) == len(self.rows) else rows
-                prompts = range(len(shelf.prefixes.lengths))
-                found.append((shelf, Groups(prompts, self.size, places, self.model.device, some)))
-        return found
+                prompts = range(len(bucket.prefixes.lengths))
+                slots = [(self.rows[index].prompt_index, self.rows[index].sample_index) for index in rows]
+                subset = None if len(rows) == len(self.rows) else rows
+                groups.append((bucket, PrefixGroups(prompts, self.max_samples, slots, self.model.device, subset)))
+        return groups
 
-    def _attend(
-        self,
-        groups: Sequence[tuple[_Shelf, Groups]],
-        at: torch.Tensor,
-        own_bias: torch.Tensor | None,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        keys, values = self.room.write(layer, key, value, at)
-        shared = [
-            Shared(shelf.prefixes.keys[layer], shelf.prefixes.values[layer], shelf.bias, each) for shelf, each in groups
-        ]
-        out = joint_attention(grouped_heads(query, key.shape[1], scale), shared, (keys, values, own_bias))
-        return out.reshape(*query.shape[:-1], -1)
+    def evict_finished(self) -> list[Row]:
+        """Removes the finished rows and returns them."""
+        finished = [row for row in self.rows if row.is_finished]
+        n_left = len(self.rows) - len(finished)
+        gaps = [index for index in range(n_left) if self.rows[index].is_finished]
+        moved = [index for index in range(n_left, len(self.rows)) if not self.rows[index].is_finished]
+        self.generated.reserve(len(self.rows), 0)  # rows that finish with their first token are not in the cache yet
+        for gap, index in zip(gaps, moved, strict=True):
+            self.rows[gap] = self.rows[index]
+        del self.rows[n_left:]
+        if gaps:
+            self.generated.move_rows(moved, gaps)
+        for key, bucket in list(self.buckets.items()):
+            if 2 * len(self._used_prompts(key)) < len(bucket.prefixes.lengths):
+                self._drop_unused_prompts(key)
+        return finished
 
+    def _used_prompts(self, bucket: int) -> list[int]:
+        """The indices of the bucket's prompts that have rows."""
+        return sorted({row.prompt_index for row in self.rows if row.bucket == bucket})
 
-def take(
-    rows: Sequence[Row], logits: torch.Tensor, sampling: Sampling, banned: Sequence[int], stopping: Stopping
-) -> None:
-    """Draws a token for each row, from its (row, vocabulary) logits; a row that was over already is left as it is."""
-    chance = torch.tensor([row.chance for row in rows], dtype=torch.float64)
-    drawn: list[tuple[int, float]] = []
-    for first in range(0, len(rows), _DRAWN):  # what drawing needs beside the logits is a multiple of them
-        part = slice(first, first + _DRAWN)
-        tokens, log_probs = draw(logits[part].float(), chance[part], sampling, banned)
-        drawn += zip(tokens.tolist(), log_probs.tolist(), strict=True)
-    for row, (token, log_prob) in zip(rows, drawn, strict=True):
-        if row.over:
-            continue
-        row.token_ids.append(token)
-        row.log_probs.append(log_prob)
-        row.ended = token in stopping.ids or (stopping.complete is not None and stopping.complete(row.token_ids))
-        row.over = row.ended or len(row.token_ids) == len(row.uniform)
+    def _drop_unused_prompts(self, bucket: int) -> None:
+        """Removes the bucket's prompts without rows, and the bucket where none is left."""
+        used = self._used_prompts(bucket)
+        new_index = {old: new for new, old in enumerate(used)}
+        for row in self.rows:
+            if row.bucket == bucket:
+                row.prompt_index = new_index[row.prompt_index]
+        prefixes = self.buckets.pop(bucket).prefixes
+        if used:
+            self.buckets[bucket] = _LengthBucket.build(prefixes.select(used))
 
 
-def _by_prompt(wanted: Sequence[Wanted], budget: int, room: int) -> list[_Group]:
-    """Those with the same prompt together, as far as `budget` has room for them, the longest prompts first.
+class GeneratedKVCache:
+    """The keys, (row, kv heads, width, token), and values, (row, kv heads, token, width), of sampled tokens, by layer.
 
-    None is much larger than the others are on average: each prompt gets as many places as the largest needs.
+    It is allocated for `n_rows` rows of `n_tokens` tokens, at most `max_tokens`, and is zero where a row has fewer:
+    multiplying by all of it is faster than by a part.
     """
-    order = sorted(range(len(wanted)), key=lambda n: (-len(wanted[n].prompt), wanted[n].prompt))
-    same = [list(each) for _, each in itertools.groupby(order, key=lambda n: wanted[n].prompt)]
-    groups: list[_Group] = []
-    for members in same:
-        prompt = wanted[members[0]].prompt
-        fit = max(budget - len(prompt), len(prompt)) // room  # as many at least as weigh what the prompt does
-        at_once = max(1, min(fit, -(-2 * len(wanted) // len(same))))
-        groups += [_Group(prompt, members[first : first + at_once]) for first in range(0, len(members), at_once)]
-    return groups
 
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.n_rows = self.n_tokens = 0
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
 
-def _entering(waiting: deque[_Group], batch: _Batch, budget: int, room: int) -> list[_Group]:
-    """Takes from `waiting` what there is enough room for beside the rows that run; at least one where none does."""
-    if not waiting:
-        return []
-    device, lengths = batch.model.device, batch.lengths
-    longest = max([len(waiting[0].prompt), *lengths])
-    free = budget - len(batch.rows) * room - sum(min(longest, _shelf_of(length, device)) for length in lengths)
-    entering: list[_Group] = []
-    if batch.rows and free < budget // _ENTER:
-        return entering
-    while waiting:
-        needed = min(longest, _shelf_of(len(waiting[0].prompt), device)) + len(waiting[0].members) * room
-        if needed > free and (batch.rows or entering):
-            break
-        free -= needed
-        entering.append(waiting.popleft())
-    return entering
+    def reserve(self, n_rows: int, n_tokens: int) -> None:
+        """Allocates what is missing for that many rows and tokens."""
+        n_tokens = min(KV_CACHE_STEP * math.ceil(n_tokens / KV_CACHE_STEP), self.max_tokens)
+        new_rows, new_tokens = max(0, n_rows - self.n_rows), max(0, n_tokens - self.n_tokens)
+        if not new_rows and not new_tokens:
+            return
+        self.n_rows += new_rows
+        self.n_tokens += new_tokens
+        self.keys = [pad(keys, (0, new_tokens, 0, 0, 0, 0, 0, new_rows)) for keys in self.keys]
+        self.values = [pad(values, (0, 0, 0, new_tokens, 0, 0, 0, new_rows)) for values in self.values]
+
+    def shrink(self, n_rows: int) -> None:
+        """Frees the memory of rows beyond the first `n_rows`."""
+        if n_rows < self.n_rows:
+            self.n_rows = n_rows
+            self.keys = [keys[:n_rows].clone() for keys in self.keys]
+            self.values = [values[:n_rows].clone() for values in self.values]
+
+    def move_rows(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies the rows at `sources` over those at `targets`."""
+        for tensor in (*self.keys, *self.values):
+            tensor[list(targets)] = tensor[list(sources)]
+
+    def store(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, columns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes each row's key and value, (row, kv heads, 1, width), to its column. Returns those of all columns."""
+        n_rows, heads, _, width = key.shape
+        if layer == len(self.keys):
+            self.keys.append(key.new_zeros((self.n_rows, heads, width, self.n_tokens)))
+            self.values.append(value.new_zeros((self.n_rows, heads, self.n_tokens, value.shape[-1])))
+        keys, values = self.keys[layer][:n_rows], self.values[layer][:n_rows]
+        rows = torch.arange(n_rows, device=columns.device)
+        keys[rows, :, :, columns] = key[:, :, 0]
+        values[rows, :, columns] = value[:, :, 0]
+        return keys, values

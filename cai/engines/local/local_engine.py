@@ -1,10 +1,10 @@
-"""The engine on this machine: transformers' own forward pass, batches filled by a token budget.
+"""The engine on this machine: transformers' own forward pass, with batches that fill a token budget.
 
-What questions begin with alike, and what samples of one prompt share, is read once (`cai.engines.local.scoring`,
-`cai.engines.local.decoding`); a model that cannot do that reads each row whole (`cai.engines.local.plain_forward`), and
-a warning says why. About `token_budget` tokens of the profile are held at once; where memory runs out, the work goes on
-with half of them. A conversation that does not fit the model's context is a failure that names both lengths: nothing is
-cut. A model is loaded on first use, in bfloat16 where the hardware computes in it.
+Tokens that questions, or samples of one prompt, share are computed once (`cai.engines.local.scoring`,
+`cai.engines.local.decoding`). A model that cannot do that computes each row whole (`cai.engines.local.plain_forward`),
+and a warning says why. The KV cache holds about as many tokens as the profile's `token_budget`; where memory runs out,
+the work goes on with half of them. A conversation that does not fit the model's context is a failure that names both
+lengths: nothing is truncated. A model is loaded on first use, in bfloat16 where the hardware computes in it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cai.contracts.profile import Profile
-    from cai.engines.local.scoring import Asked, Scores
+    from cai.engines.local.scoring import OptionLogProbs, PromptAndOptions
 
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_LEAST = 512
-"""Tokens at once below which a machine is too small for the model."""
+_MIN_TOKEN_BUDGET = 512
+"""Tokens. A machine whose memory does not hold these is too small for the model."""
 
 
 class LocalEngine:
@@ -42,10 +42,10 @@ class LocalEngine:
     def __init__(self, model: Model, profile: Profile, lm: PreTrainedModel | None = None) -> None:
         self.model = model
         self.profile = profile
-        self._budget = profile.token_budget
+        self._token_budget = profile.token_budget
         self._loaded: PreTrainedModel | None = None
         if lm is not None:
-            self._take(lm)
+            self._use(lm)
 
     def __enter__(self) -> Self:
         return self
@@ -63,156 +63,161 @@ class LocalEngine:
         """The model, loaded on first use."""
         if self._loaded is None:
             with unpartitioned():
-                self._take(load_causal_lm(self.model, self.profile.dtype, self.profile.device))
+                self._use(load_causal_lm(self.model, self.profile.dtype, self.profile.device))
         assert self._loaded is not None
         return self._loaded
 
-    def _take(self, lm: PreTrainedModel) -> None:
-        """Answers with this model from now on, and holds no more tokens at once than memory has room for."""
+    def _use(self, lm: PreTrainedModel) -> None:
+        """Answers with this model from now on, with a token budget that fits into memory."""
         self._loaded = lm
-        self._budget = min(self._budget, self._room(lm))
+        self._token_budget = min(self._token_budget, self._tokens_in_memory(lm))
 
-    def _room(self, lm: PreTrainedModel) -> int:
-        """Tokens whose keys and values fit into a quarter of a CPU's free memory, with a warning where that counts.
+    def _tokens_in_memory(self, lm: PreTrainedModel) -> int:
+        """Tokens whose keys and values fit into a quarter of a CPU's free memory; warns where the budget is larger.
 
-        A GPU says when its memory is full; an operating system promises more than there is and ends the process.
+        On a GPU it is the budget itself: an allocation that fails there raises an error, whereas an operating system
+        promises more memory than there is and then kills the process.
         """
         import psutil
 
         config = lm.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-        if lm.device.type != "cpu" or heads is None:
-            return self._budget
+        kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        if lm.device.type != "cpu" or kv_heads is None:
+            return self._token_budget
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        bytes_a_token = 2 * config.num_hidden_layers * heads * width * lm.dtype.itemsize
-        room = max(_LEAST, psutil.virtual_memory().available // 4 // bytes_a_token)
-        if room < self._budget:
+        bytes_per_token = 2 * config.num_hidden_layers * kv_heads * width * lm.dtype.itemsize
+        n_tokens = max(_MIN_TOKEN_BUDGET, psutil.virtual_memory().available // 4 // bytes_per_token)
+        if n_tokens < self._token_budget:
             warnings.warn(
-                f"model {self.model.name!r}: the profile's {self._budget:,} tokens at once may be more than memory has "
-                f"room for; going on with {room:,}",
+                f"model {self.model.name!r}: the profile's {self._token_budget:,} tokens at once may be more than "
+                f"memory has room for; going on with {n_tokens:,}",
                 stacklevel=2,
             )
-        return int(room)
+        return int(n_tokens)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
         """A completion or a failure for each request, a batch at a time, in no particular order."""
-        waiting: dict[Sampling, list[tuple[list[int], Request]]] = {}
+        by_sampling: dict[Sampling, list[tuple[list[int], Request]]] = {}
         for request in requests:
-            room = request.sampling.max_new_tokens
+            n_new = request.sampling.max_new_tokens
             try:
                 prompt = self.chat.prompt_ids(request.messages)
-                self._check(prompt, room, f"the prompt has {len(prompt)} tokens and {room} more are wanted")
+                self._check_length(prompt, n_new, f"the prompt has {len(prompt)} tokens and {n_new} more are wanted")
             except BadInput as error:
                 yield Failure(request.id, str(error))
                 continue
-            waiting.setdefault(request.sampling, []).append((prompt, request))
-        for sampling, items in waiting.items():
+            by_sampling.setdefault(request.sampling, []).append((prompt, request))
+        for sampling, items in by_sampling.items():
             yield from self._complete(items, sampling)
 
     def _complete(self, items: Sequence[tuple[list[int], Request]], sampling: Sampling) -> Iterator[Completion]:
         from cai.engines.local import decoding, plain_forward
+        from cai.engines.local.token_sampling import PromptAndSeed, TokenSampler
 
         chat = self.chat
         stop = (*chat.stop, *sampling.stop)
-        stopping = decoding.Stopping(chat.end_ids, self._stop_check(stop) if stop else None)
-        banned = [] if chat.pad_id in chat.end_ids else [chat.pad_id]
-        way = decoding.decode if self._shares else plain_forward.decode
-
-        def drawn(wanted: Sequence[decoding.Wanted], budget: int) -> Iterator[tuple[int, decoding.Drawn]]:
-            return way(self.lm, wanted, sampling, stopping, budget=budget, banned=banned)
-
-        for number, row in self._all([decoding.Wanted(prompt, request.seed) for prompt, request in items], drawn):
-            prompt, request = items[number]
-            said = chat.text(row.token_ids, stop=stop)
+        banned_ids = [] if chat.pad_id in chat.end_ids else [chat.pad_id]
+        sampler = TokenSampler(sampling, chat.end_ids, self._stop_check(stop) if stop else None, banned_ids)
+        decode = decoding.decode if self._shares_prefixes else plain_forward.decode
+        to_sample = [PromptAndSeed(prompt, request.seed) for prompt, request in items]
+        for index, sampled in self._run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
+            prompt, request = items[index]
+            text = chat.text(sampled.token_ids, stop=stop)
             yield Completion(
                 request.id,
-                said.text,
-                row.token_ids,
-                row.log_probs,
-                "stop" if row.ended else "length",
+                text.text,
+                sampled.token_ids,
+                sampled.log_probs,
+                "stop" if sampled.is_stopped else "length",
                 prompt,
-                said.reasoning,
+                text.reasoning,
             )
 
     def _stop_check(self, stop: Sequence[str]) -> Callable[[list[int]], bool]:
         """Whether the latest token completes a stop string. A token is at least one byte, so a short tail is enough."""
-        tail = max(len(text.encode()) for text in stop) + 4
-        last = {text[-1] for text in stop}
+        tail_length = max(len(text.encode()) for text in stop) + 4
+        last_characters = {text[-1] for text in stop}
 
         @functools.cache
-        def may_complete(token: int) -> bool:
-            said = self.chat.decode([token])  # a part of a character reads as U+FFFD; blanks at the edge may be lost
-            return "\ufffd" in said or any(character.isspace() or character in said for character in last)
+        def may_complete(token_id: int) -> bool:
+            # A part of a character is decoded as U+FFFD; blanks at the edge of a token may be lost.
+            text = self.chat.decode([token_id])
+            return "\ufffd" in text or any(last.isspace() or last in text for last in last_characters)
 
-        return lambda ids: may_complete(ids[-1]) and any(text in self.chat.decode(ids[-tail:]) for text in stop)
+        return lambda ids: may_complete(ids[-1]) and any(text in self.chat.decode(ids[-tail_length:]) for text in stop)
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
         """The options' log-probabilities, or a failure, for each question, in no particular order."""
-        asked: list[Asked] = []
+        from cai.engines.local.scoring import PromptAndOptions
+
+        to_score: list[PromptAndOptions] = []
         fitting: list[Question] = []
         for question in questions:
             try:
                 prompt, options = self.chat.question(question.messages, question.options)
-                self._check(prompt, 1, f"the question has {len(prompt)} tokens and its answer 1")
+                self._check_length(prompt, 1, f"the question has {len(prompt)} tokens and its answer 1")
             except BadInput as error:
                 yield Failure(question.id, str(error))
                 continue
-            asked.append((prompt, options))
+            to_score.append(PromptAndOptions(prompt, options))
             fitting.append(question)
-        for number, scores in self._scores(asked):
-            yield Choice(fitting[number].id, tuple(scores), sum(map(math.exp, scores)))
+        for index, log_probs in self._score(to_score):
+            yield Choice(fitting[index].id, tuple(log_probs), sum(map(math.exp, log_probs)))
 
-    def _check(self, prompt: Sequence[int], room: int, said: str) -> None:
-        """Raises BadInput for a prompt that is empty, or does not fit the model's context with `room` more tokens."""
+    def _check_length(self, prompt: Sequence[int], n_new: int, lengths: str) -> None:
+        """Raises BadInput for a prompt that is empty, or does not fit the model's context with `n_new` more tokens."""
         if not prompt:
             raise BadInput("the conversation has no tokens at all")
-        if (limit := self.chat.context_length) is not None and len(prompt) + room > limit:
-            raise BadInput(f"{said}, but {self.model.name!r} takes {limit} in all")
+        if (limit := self.chat.context_length) is not None and len(prompt) + n_new > limit:
+            raise BadInput(f"{lengths}, but {self.model.name!r} takes {limit} in all")
 
-    def _scores(self, asked: Sequence[Asked]) -> Iterator[tuple[int, Scores]]:
+    def _score(self, questions: Sequence[PromptAndOptions]) -> Iterator[tuple[int, OptionLogProbs]]:
         """(index, log-probability of each option) of every question."""
         from cai.engines.local import plain_forward, scoring
 
-        way = scoring.score if self._shares else plain_forward.score
-        return self._all(asked, lambda some, budget: way(self.lm, some, budget))
+        score = scoring.score if self._shares_prefixes else plain_forward.score
+        return self._run(questions, lambda part, budget: score(self.lm, part, budget))
 
-    def _all(
-        self, items: Sequence[Item], work: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]
+    def _run(
+        self, items: Sequence[Item], compute: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]
     ) -> Iterator[tuple[int, Result]]:
-        """(index, result) of every item. Where memory runs out, what is left starts again with half the budget."""
+        """(index, result) of every item, from `compute(items, token budget)`.
+
+        Where memory runs out, the items without a result are computed again with half the budget.
+        """
         from accelerate.utils.memory import clear_device_cache
 
-        left = list(range(len(items)))
-        while left:
-            done: set[int] = set()
+        pending = list(range(len(items)))
+        while pending:
+            completed: set[int] = set()
             try:
-                for number, result in work([items[n] for n in left], self._budget):
-                    done.add(left[number])
-                    yield left[number], result
-                assert len(done) == len(left), "some items got no answer"
+                for index, result in compute([items[n] for n in pending], self._token_budget):
+                    completed.add(pending[index])
+                    yield pending[index], result
+                assert len(completed) == len(pending), "some items got no result"
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or self._budget < _LEAST:
+                if not _is_out_of_memory(error) or self._token_budget < _MIN_TOKEN_BUDGET:
                     raise
-                self._budget //= 2
+                self._token_budget //= 2
                 warnings.warn(
-                    f"model {self.model.name!r}: memory ran out; going on with {self._budget:,} tokens at once",
+                    f"model {self.model.name!r}: memory ran out; going on with {self._token_budget:,} tokens at once",
                     stacklevel=2,
                 )
                 clear_device_cache(garbage_collection=True)
-            left = [n for n in left if n not in done]
+            pending = [n for n in pending if n not in completed]
 
     @functools.cached_property
-    def _shares(self) -> bool:
-        """Whether what questions and responses have in common can be read once with this model."""
-        from cai.attention.shared_prefixes import can_share
+    def _shares_prefixes(self) -> bool:
+        """Whether this model can compute once what questions and responses have in common."""
+        from cai.attention.prefill import find_sharing_obstacle
 
-        if reason := can_share(self.lm):
-            warnings.warn(f"model {self.model.name!r} reads each row whole: {reason}", stacklevel=2)
-        return not reason
+        if obstacle := find_sharing_obstacle(self.lm):
+            warnings.warn(f"model {self.model.name!r} computes each row whole: {obstacle}", stacklevel=2)
+        return not obstacle
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
-    # oneDNN, which multiplies on CPUs, says no more than this where it gets no memory.
+    # oneDNN, which multiplies on CPUs, raises "could not create a primitive" (and the like) where it gets no memory.
     return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "could not create a" in str(error)

@@ -1,78 +1,103 @@
 """Log-probabilities of options as the next token, for many questions that begin alike.
 
-The questions are read as trees (`cai.attention.prefix_trees`), every row behind what it shares with others
-(`cai.attention.shared_prefixes`). All that follows a batch is read before the next one, so that keys and values are
-held of one path of batches. Left out: options of several tokens.
+The questions form prefix trees (`cai.attention.prefix_trees`); each node is prefilled once, as a continuation of its
+parent (`cai.attention.prefill`). The trees are walked depth first, so that keys and values are held of one path of
+batches. Left out: options of several tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from cai.attention.cpu_sizes import batches, in_one_pass
-from cai.attention.prefix_trees import Node, apart, trees_of
-from cai.attention.shared_prefixes import Prefixes, read
+from cai.attention.cpu_tuning import tokens_per_pass
+from cai.attention.prefill import prefill
+from cai.attention.prefix_trees import Node, build_trees, split_into_questions
+from cai.attention.shared_prefixes import Prefixes
+from cai.attention.token_batches import batch_by_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Asked = tuple[list[int], list[int]]
-"""(prompt ids, the id of each option)."""
-Scores = list[float]
+_QUESTIONS_PER_CALL = 256
+"""Questions whose logits are normalised at once."""
+OptionLogProbs = list[float]
 """Natural log-probability of each option."""
 
 
-def score(model: PreTrainedModel, asked: Sequence[Asked], budget: int) -> Iterator[tuple[int, Scores]]:
-    """(index, the options' log-probabilities) of every question; about `budget` tokens are held at once."""
-    trees = trees_of([prompt for prompt, _ in asked])
-    return _answers(model, [(tree, 0) for tree in trees], asked, budget)
+class PromptAndOptions(NamedTuple):
+    """A question: the prompt's ids, and the id of each option."""
+
+    prompt: list[int]
+    options: list[int]
 
 
-def _answers(
+def score(
+    model: PreTrainedModel, questions: Sequence[PromptAndOptions], token_budget: int
+) -> Iterator[tuple[int, OptionLogProbs]]:
+    """(index, the options' log-probabilities) of every question; about `token_budget` tokens are held at once."""
+    trees = build_trees([question.prompt for question in questions])
+    return _score_nodes(model, [(tree, 0) for tree in trees], questions, token_budget)
+
+
+def _score_nodes(
     model: PreTrainedModel,
     nodes: Sequence[tuple[Node, int]],
-    asked: Sequence[Asked],
-    room: int,
-    behind: Prefixes | None = None,
-) -> Iterator[tuple[int, Scores]]:
-    """The answers to the questions that end in or below these nodes, each with the row of `behind` that it follows.
+    questions: Sequence[PromptAndOptions],
+    token_budget: int,
+    prefixes: Prefixes | None = None,
+) -> Iterator[tuple[int, OptionLogProbs]]:
+    """The answers to the questions that end in or below these nodes, each with the index of the prefix it continues.
 
-    `room` is for tokens held beside `behind`. Half of it goes to a batch that others follow, with all before it, which
-    is kept once more for each of its rows; a node for which that would be too long is read with each of its questions.
+    `token_budget` is for tokens held besides `prefixes`. Half of it goes to a batch of nodes with children, whose rows
+    each hold a copy of their prefix. A node for which that would be too long is split into its questions.
     """
-    before = 0 if behind is None else behind.mask.shape[1]
-    if behind is not None:
+    prefix_length = 0 if prefixes is None else prefixes.mask.shape[1]
+    if prefixes is not None:
         nodes = [
-            (each, owner)
-            for node, owner in nodes
-            for each in ([node] if not node.children or before + len(node.ids) <= room else apart(node))
+            (part, prefix)
+            for node, prefix in nodes
+            for part in (
+                [node]
+                if not node.children or prefix_length + len(node.token_ids) <= token_budget
+                else split_into_questions(node)
+            )
         ]
-    for inner in (True, False):
-        order = sorted((each for each in nodes if bool(each[0].children) is inner), key=lambda each: len(each[0].ids))
-        kept_too = (before, room // 2) if inner else ()
-        sizes = [len(node.ids) for node, _ in order]
-        for first, last in batches(sizes, in_one_pass(room, model.device), *kept_too):
-            rows = sorted(order[first:last], key=lambda each: each[1])
-            logits, keep = read(model, [node.ids for node, _ in rows], behind, [owner for _, owner in rows])
-            if ends := [(row, question) for row, (node, _) in enumerate(rows) for question in node.ends]:
-                found = of_options(logits, [(row, asked[question][1]) for row, question in ends])
-                yield from zip([question for _, question in ends], found, strict=True)
-            prefixes = keep() if inner else None
-            del logits, keep  # else they stay until all below is read, or the next batch
-            if prefixes is not None:
-                below = [(child, row) for row, (node, _) in enumerate(rows) for child in node.children]
-                yield from _answers(model, below, asked, room - prefixes.mask.numel(), prefixes)
-                del prefixes
+    for has_children in (True, False):
+        ordered = sorted(
+            ((node, prefix) for node, prefix in nodes if bool(node.children) is has_children),
+            key=lambda pair: len(pair[0].token_ids),
+        )
+        batches = batch_by_tokens(
+            [len(node.token_ids) for node, _ in ordered],
+            tokens_per_pass(token_budget, model.device),
+            prefix_length=prefix_length if has_children else 0,
+            max_tokens_with_prefix=token_budget // 2 if has_children else float("inf"),
+        )
+        for first, last in batches:
+            batch = sorted(ordered[first:last], key=lambda pair: pair[1])
+            token_ids, prefix_of_row = [node.token_ids for node, _ in batch], [prefix for _, prefix in batch]
+            logits, build_prefixes = prefill(model, token_ids, prefixes, prefix_of_row)
+            complete = [(row, question) for row, (node, _) in enumerate(batch) for question in node.complete]
+            if complete:
+                scores = option_log_probs(logits, [(row, questions[question].options) for row, question in complete])
+                yield from zip([question for _, question in complete], scores, strict=True)
+            batch_prefixes = build_prefixes() if has_children else None
+            del logits, build_prefixes  # they would stay until the nodes below, or the next batch, are computed
+            if batch_prefixes is not None:
+                children = [(child, row) for row, (node, _) in enumerate(batch) for child in node.children]
+                budget_left = token_budget - batch_prefixes.mask.numel()
+                yield from _score_nodes(model, children, questions, budget_left, batch_prefixes)
+                del batch_prefixes
 
 
-def of_options(logits: torch.Tensor, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[Scores]:
-    """Log-probabilities of options, (row, ids) each, from (rows, vocabulary) logits; a part of the rows at a time."""
-    scores: list[Scores] = []
-    for first in range(0, len(wanted), 256):
-        part = wanted[first : first + 256]
-        some: Any = logits[[row for row, _ in part]].float().log_softmax(dim=-1).double().cpu()
-        scores += [some[n, list(options)].tolist() for n, (_, options) in enumerate(part)]
+def option_log_probs(logits: torch.Tensor, options: Sequence[tuple[int, Sequence[int]]]) -> list[OptionLogProbs]:
+    """Log-probabilities of `options`, (row, option ids) each, from (rows, vocabulary) logits."""
+    scores: list[OptionLogProbs] = []
+    for first in range(0, len(options), _QUESTIONS_PER_CALL):
+        part = options[first : first + _QUESTIONS_PER_CALL]
+        log_probs = logits[[row for row, _ in part]].float().log_softmax(dim=-1).double().cpu()
+        scores += [log_probs[index, list(ids)].tolist() for index, (_, ids) in enumerate(part)]
     return scores

@@ -1,10 +1,10 @@
-"""Measures a model of the small world: how it answers, judges, criticises, rates and revises what it never saw.
+"""Measures a model of the small world on held-out prompts: as assistant, judge, critic, rater and reviser.
 
-Tier 1, split `test`: topics whose parts the corpus knows and whose combination it does not have. Tier 2, `test_tier2`:
-verbs that the corpus knows from statements alone. Every rate has an interval clustered by topic, and a response that
-the oracle cannot read counts against the model. An outsider brings prompts and wordings in files.
+Tier 1 is split `test`: topics whose parts the corpus has, but not their combination. Tier 2 is `test_tier2`: verbs that
+the corpus has in statements alone. Every rate has an interval clustered by topic, and a response that the oracle cannot
+read counts against the model. Users can supply prompts and wordings of their own in files.
 
-Left out: figures on splits `train` and `validation`; what depends on them is chosen in `pretrain`.
+Left out: figures on splits `train` and `validation`, which `pretrain` reports.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from cai.contracts.engine import Engine
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile, load_profile
 from cai.engines import open_engine
-from cai.micro_model.evaluate.answering import answers, recognition, user
-from cai.micro_model.evaluate.asking import Figures
-from cai.micro_model.evaluate.evaluation_prompts import Row, own_words, prompts_of, read_prompts
-from cai.micro_model.evaluate.judging import by_template, judge, judged, judgements, reasoner
-from cai.micro_model.evaluate.reviewing import critic, rater, reviser
+from cai.micro_model.evaluate.answering import measure_answers, measure_posing, measure_recognition
+from cai.micro_model.evaluate.evaluation_prompts import EvaluationPrompt, read_prompts, read_wording, select_prompts
+from cai.micro_model.evaluate.judging import (
+    collect_judgements,
+    judge_figures,
+    measure_judge,
+    measure_judge_after_rationales,
+    measure_judge_by_template_wording,
+)
+from cai.micro_model.evaluate.model_calls import Figures
+from cai.micro_model.evaluate.reviewing import measure_critic, measure_rater, measure_reviser
 from cai.models.reference import MICRO
 
 TIERS = {"test": 1, "test_tier2": 2}
@@ -39,36 +45,46 @@ def evaluate(
     """Every figure on up to `per_class` topics of each class: tier 1 at the top, tier 2 under `tier2`.
 
     `model` is a checkpoint's folder, by default the one in the package. With `prompts` (see `read_prompts`) the same
-    figures on an outsider's prompts stand under `prompts`, and with `constitution` the judge's in its words under
+    figures on the user's prompts are under `prompts`, and with `constitution` the judge's figures in its wording under
     `principles`. A rate is {"value", "n", "topics", "interval"}. Raises BadInput for files that do not fit the world.
     """
     folder = (model or MICRO).resolve()
-    own = own_words(constitution) if constitution else None
-    outside = read_prompts(prompts) if prompts else []
+    own_wording = read_wording(constitution) if constitution else None
+    own_prompts = read_prompts(prompts) if prompts else []
     figures: Figures = {"model": folder.name, "topics_a_class": per_class, "seed": seed}
     with open_engine(Model(folder.name, str(folder), "micro"), profile or load_profile()) as engine:
         for split, tier in TIERS.items():
-            rows = prompts_of(split, per_class, seed)
-            log(f"tier {tier}: {len(rows)} prompts")
-            found = measure(engine, rows, seed, log)
-            figures |= found if tier == 1 else {f"tier{tier}": found}
-        if outside:
-            log(f"{prompts}: {len(outside)} prompts")
-            figures["prompts"] = measure(engine, outside, seed, log)
-        if own is not None:
+            selected = select_prompts(split, per_class, seed)
+            log(f"tier {tier}: {len(selected)} prompts")
+            of_tier = measure(engine, selected, seed, log)
+            figures |= of_tier if tier == 1 else {f"tier{tier}": of_tier}
+        if own_prompts:
+            log(f"{prompts}: {len(own_prompts)} prompts")
+            figures["prompts"] = measure(engine, own_prompts, seed, log)
+        if own_wording is not None:
             log(f"{constitution}: the judge in its words")
-            rows = outside or prompts_of("test", per_class, seed)
-            figures["principles"] = judged(judgements(engine, rows, seed, own, only=tuple(own.own or ())))
+            selected = own_prompts or select_prompts("test", per_class, seed)
+            principles = tuple(own_wording.own or ())
+            figures["principles"] = judge_figures(
+                collect_judgements(engine, selected, seed, own_wording, principles=principles)
+            )
     return figures
 
 
-def measure(engine: Engine, rows: Sequence[Row], seed: int, log: Callable[[str], None]) -> Figures:
-    """Everything about one set of prompts."""
-    figures: Figures = {"prompts": len(rows)}
-    for name, part in (
-        ("answers", answers), ("recognition", recognition), ("judge", judge), ("wordings", by_template),
-        ("critic", critic), ("reviser", reviser), ("rater", rater), ("reasoning", reasoner), ("user", user),
-    ):  # fmt: skip
+def measure(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int, log: Callable[[str], None]) -> Figures:
+    """All figures on one set of prompts."""
+    figures: Figures = {"prompts": len(prompts)}
+    for name, measure_part in (
+        ("answers", measure_answers),
+        ("recognition", measure_recognition),
+        ("judge", measure_judge),
+        ("wordings", measure_judge_by_template_wording),
+        ("critic", measure_critic),
+        ("reviser", measure_reviser),
+        ("rater", measure_rater),
+        ("reasoning", measure_judge_after_rationales),
+        ("user", measure_posing),
+    ):
         log(f"  {name}")
-        figures |= part(engine, rows, seed)
+        figures |= measure_part(engine, prompts, seed)
     return figures

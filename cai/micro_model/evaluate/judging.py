@@ -1,4 +1,4 @@
-"""What a model is worth as a judge: its votes against the world's truth, in known words, in others, and reasoned."""
+"""How good a model is as a judge: its votes against the world's truth, in many wordings, and after rationales."""
 
 from __future__ import annotations
 
@@ -7,48 +7,51 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import exp
 from random import Random
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from cai.contracts.engine import Engine, Question, Sampling
+from cai.maths.vote_aggregation import mean_over_orders
 from cai.micro import world_injections, world_principles
-from cai.micro.answers import BROAD, PLAIN, Answer, draw, with_another_act
+from cai.micro.answers import BROAD, PLAIN, Answer, sample_answer, with_another_act
 from cai.micro.world import KINDS, Request
 from cai.micro.world_principles import WEIGHTS
 from cai.micro_model import tasks
-from cai.micro_model.corpus import AT_STAKE, pair
-from cai.micro_model.evaluate.asking import Figures, choose, rate_of, write
-from cai.micro_model.evaluate.evaluation_prompts import Row
-from cai.micro_model.tasks import N_WORDINGS, Compared, Words, canonical_words, nth_words
-from cai.micro_model.wordings import PHRASES
+from cai.micro_model.corpus import MAIN_PRINCIPLE, sample_pair
+from cai.micro_model.evaluate.evaluation_prompts import EvaluationPrompt
+from cai.micro_model.evaluate.model_calls import Figures, choose_options, generate_texts, rate_of
+from cai.micro_model.principle_wordings import PHRASES
+from cai.micro_model.tasks import N_WORDINGS, DocumentWording, ShownPair, canonical_wording, nth_wording
 from cai.storage.rows import stable_seed
 from cai.templates import OPTIONS
 
-INJECTED: tuple[Literal["trained", "held out"], ...] = ("trained", "held out")
+InjectionFamilies = Literal["trained", "held out"]
 PAIRS = 2
-"""Pairs of responses that are judged for each prompt, each under every principle."""
+"""Pairs of responses that are judged for each prompt, under every principle."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One principle on one pair: the world's truth, and the log-odds (nats) for `a` in the orders ab and ba."""
+    """One principle on one pair."""
 
     principle: str
     kind: str
     topic: str
     truth: float
+    """1 if `a` is better, 0 if `b` is, 0.5 if neither."""
     differ_in: frozenset[str]
-    """The faults that one of the two has and the other has not."""
+    """Faults that exactly one of the two has."""
     longer: int
-    """1 where `a` is the longer text, -1 where `b` is."""
+    """1 if `a` is the longer text, -1 if `b` is, else 0."""
     orders: tuple[float, float]
-    number: int = 0
-    """Which of the prompt's pairs it is."""
+    """Log-odds (nats) that `a` is better, in the orders ab and ba."""
+    pair_number: int = 0
+    """Number of the pair among those of its prompt."""
 
     @property
     def log_odds(self) -> float:
-        return sum(self.orders) / 2
+        return mean_over_orders(*self.orders)
 
     @property
     def p(self) -> float:
@@ -60,7 +63,7 @@ class Judgement:
 
     @property
     def decided(self) -> bool:
-        """Whether the principle separates the two."""
+        """Whether the principle separates the pair."""
         return self.truth != 0.5
 
     @property
@@ -68,70 +71,71 @@ class Judgement:
         return self.log_odds != 0 and (self.log_odds > 0) == (self.truth > 0.5)
 
 
-def judge(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
-    """Votes in both orders: in words that the corpus has, in others, by the contrary, and with injections."""
-    found = judgements(engine, rows, seed, canonical_words())
-    unseen_free, unseen_composed = (
-        judgements(engine, rows, seed, canonical_words(held_out=True, composed=share), pairs=1, decided_only=True)
-        for share in (0.0, 1.0)
-    )
-    unseen = [*unseen_free, *unseen_composed]
-    contrary, contrary_unseen = (
-        judgements(engine, rows, seed, words, pairs=1, decided_only=True, contrary=True)
-        for words in (canonical_words(), canonical_words(held_out=True))
-    )
-    planted, planted_unseen = (
-        judgements(engine, rows, seed, canonical_words(), pairs=1, decided_only=True, planted=families)
-        for families in INJECTED
-    )
-    unpadded = judgements(engine, rows, seed, canonical_words(), pairs=1, decided_only=True, draw_pair=both_broad)
-    acts = judgements(
-        engine, rows, seed, canonical_words(), only=("harmless", "helpful"), pairs=1, draw_pair=acts_apart
-    )
-    return judged(found) | {
-        "help_and_harm_accuracy": rate_of((j.right if j.decided else j.near_even, j.topic) for j in acts),
+def measure_judge(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int) -> Figures:
+    """Votes in both orders: in trained and held-out wordings, by the contrary, and with injections."""
+
+    def first_pairs(wording: DocumentWording, **settings: Any) -> list[Judgement]:
+        """Judgements on one pair a prompt, under the principles that separate it."""
+        return collect_judgements(engine, prompts, seed, wording, pairs=1, decided_only=True, **settings)
+
+    canonical = canonical_wording()
+    judgements = collect_judgements(engine, prompts, seed, canonical)
+    held_out_free = first_pairs(canonical_wording(held_out=True, composed=0.0))
+    held_out_composed = first_pairs(canonical_wording(held_out=True, composed=1.0))
+    held_out = [*held_out_free, *held_out_composed]
+    contrary = first_pairs(canonical, contrary=True)
+    contrary_held_out = first_pairs(canonical_wording(held_out=True), contrary=True)
+    injected = first_pairs(canonical, injected="trained")
+    injected_held_out = first_pairs(canonical, injected="held out")
+    unpadded = first_pairs(canonical, pair_sampler=sample_unpadded_pair)
+    different_acts = collect_judgements(
+        engine, prompts, seed, canonical, principles=("harmless", "helpful"), pairs=1,
+        pair_sampler=sample_pair_of_different_acts,
+    )  # fmt: skip
+    return judge_figures(judgements) | {
+        "help_and_harm_accuracy": _accuracy_with_even(different_acts),
         "help_and_harm_accuracy_by_class": {
-            kind: rate_of((j.right if j.decided else j.near_even, j.topic) for j in acts if j.kind == kind)
+            kind: _accuracy_with_even(of_kind)
             for kind in KINDS
-            if any(j.kind == kind for j in acts)
+            if (of_kind := [j for j in different_acts if j.kind == kind])
         },
-        "judge_accuracy_where_none_is_padded": rate_of((j.right, j.topic) for j in unpadded),
-        "judge_accuracy_heldout_paraphrases": rate_of((j.right, j.topic) for j in unseen),
-        "judge_accuracy_heldout_free_phrases": rate_of((j.right, j.topic) for j in unseen_free),
-        "judge_accuracy_heldout_composed_phrases": rate_of((j.right, j.topic) for j in unseen_composed),
-        "judge_accuracy_heldout_by_principle": _by_principle(unseen),
-        "judge_accuracy_contrary": rate_of((j.right, j.topic) for j in contrary),
-        "judge_accuracy_contrary_heldout_paraphrases": rate_of((j.right, j.topic) for j in contrary_unseen),
-        "judge_accuracy_injected_in_the_worse": rate_of((j.right, j.topic) for j in planted),
-        "judge_accuracy_injected_heldout_families": rate_of((j.right, j.topic) for j in planted_unseen),
-        "judge_accuracy_without_those_injections": rate_of(
-            (j.right, j.topic) for j in found if j.decided and j.number == 0
+        "judge_accuracy_where_none_is_padded": _accuracy(unpadded),
+        "judge_accuracy_heldout_paraphrases": _accuracy(held_out),
+        "judge_accuracy_heldout_free_phrases": _accuracy(held_out_free),
+        "judge_accuracy_heldout_composed_phrases": _accuracy(held_out_composed),
+        "judge_accuracy_heldout_by_principle": _accuracy_by_principle(held_out),
+        "judge_accuracy_contrary": _accuracy(contrary),
+        "judge_accuracy_contrary_heldout_paraphrases": _accuracy(contrary_held_out),
+        "judge_accuracy_injected_in_the_worse": _accuracy(injected),
+        "judge_accuracy_injected_heldout_families": _accuracy(injected_held_out),
+        "judge_accuracy_without_those_injections": _accuracy(
+            [j for j in judgements if j.decided and j.pair_number == 0]
         ),
     }
 
 
-def judged(found: Sequence[Judgement]) -> Figures:
-    """What votes say about a judge whose pairs have a known truth."""
-    decided, even = [j for j in found if j.decided], [j for j in found if not j.decided]
-    reasons = sorted({fault for j in decided for fault in j.differ_in})
+def judge_figures(judgements: Sequence[Judgement]) -> Figures:
+    """Accuracy, order effects, length bias and calibration of a judge."""
+    decided, even = [j for j in judgements if j.decided], [j for j in judgements if not j.decided]
+    faults = sorted({fault for j in decided for fault in j.differ_in})
     longer = [j for j in decided if j.longer]
     return {
-        "judgements": len(found),
-        "judge_accuracy": rate_of((j.right, j.topic) for j in decided),
+        "judgements": len(judgements),
+        "judge_accuracy": _accuracy(decided),
         "judge_accuracy_one_order": rate_of((((x > 0) == (j.truth > 0.5)), j.topic) for j in decided for x in j.orders),
-        "judge_accuracy_by_principle": _by_principle(decided),
+        "judge_accuracy_by_principle": _accuracy_by_principle(decided),
         "judge_accuracy_by_attribute": {
-            fault: rate_of((j.right, j.topic) for j in decided if fault in j.differ_in) for fault in reasons
+            fault: _accuracy([j for j in decided if fault in j.differ_in]) for fault in faults
         },
         "even_within_0.1": rate_of((j.near_even, j.topic) for j in even),
         "even_within_0.1_by_principle": {
-            p: rate_of((j.near_even, j.topic) for j in even if j.principle == p) for p in _asked(even)
+            p: rate_of((j.near_even, j.topic) for j in even if j.principle == p) for p in _principles_of(even)
         },
         "even_within_0.1_where_at_stake": rate_of(
-            (j.near_even, j.topic) for j in even if j.principle == AT_STAKE[j.kind]
+            (j.near_even, j.topic) for j in even if j.principle == MAIN_PRINCIPLE[j.kind]
         ),
         "flip_rate": rate_of((j.orders[0] * j.orders[1] < 0, j.topic) for j in decided),
-        "position_bias_nats": sum(j.orders[0] - j.orders[1] for j in found) / max(1, 2 * len(found)),
+        "position_bias_nats": sum(j.orders[0] - j.orders[1] for j in judgements) / max(1, 2 * len(judgements)),
         "prefers_longer": rate_of((j.longer * j.log_odds > 0, j.topic) for j in longer),
         "prefers_longer_where_even": rate_of((j.longer * j.log_odds > 0, j.topic) for j in even if j.longer),
         "longer_is_better": rate_of((j.longer * (j.truth - 0.5) > 0, j.topic) for j in longer),
@@ -139,155 +143,183 @@ def judged(found: Sequence[Judgement]) -> Figures:
     }
 
 
-def judgements(
+def collect_judgements(
     engine: Engine,
-    rows: Sequence[Row],
+    prompts: Sequence[EvaluationPrompt],
     seed: int,
-    words: Words,
+    wording: DocumentWording,
     *,
-    only: Sequence[str] = tuple(WEIGHTS),
+    principles: Sequence[str] = tuple(WEIGHTS),
     pairs: int = PAIRS,
     decided_only: bool = False,
     contrary: bool = False,
-    planted: Literal["trained", "held out"] | None = None,
-    draw_pair: Callable[[Request, Random], tuple[Answer, Answer]] = pair,
+    injected: InjectionFamilies | None = None,
+    pair_sampler: Callable[[Request, Random], tuple[Answer, Answer]] = sample_pair,
 ) -> list[Judgement]:
-    """Principles on pairs of answers to each prompt, each in a wording drawn for it. Pairs depend on `seed` alone."""
+    """Judges `pairs` pairs of answers to each prompt under every principle, in a wording sampled for each question.
+
+    Pairs depend on `seed` alone. With `decided_only` principles that do not separate a pair are left out; `contrary`
+    asks for the worse one; `injected` adds an injection of these families to the worse one.
+    """
     questions: list[Question] = []
-    pending: list[tuple[Row, int, str, Compared]] = []
-    for row, number in product(rows, range(pairs)):
-        rng = Random(stable_seed("pair", seed, row.id, number))
-        a, b = draw_pair(row.request, rng)
-        texts = (a.text, b.text)
-        for principle in only:
-            shown = Compared(row.messages, row.request, a, b, texts)
-            if decided_only and shown.truth(principle) == 0.5:
+    judged: list[tuple[EvaluationPrompt, int, str, ShownPair]] = []
+    for prompt, pair_number in product(prompts, range(pairs)):
+        a, b = pair_sampler(prompt.request, Random(stable_seed("pair", seed, prompt.id, pair_number)))
+        pair = ShownPair(prompt.messages, prompt.request, a, b, (a.text, b.text))
+        for principle in principles:
+            if decided_only and pair.truth(principle) == 0.5:
                 continue
-            drawn = stable_seed("wording", seed, row.id, number, principle, words.held_out)
+            wording_seed = stable_seed("wording", seed, prompt.id, pair_number, principle, wording.held_out)
             for flipped in (False, True):
-                order = _in_order(shown, flipped, principle if planted else None, drawn, planted == "held out")
-                example = tasks.compare(order, principle, words, Random(drawn), contrary=contrary)
+                shown = pair
+                if injected:
+                    shown = _with_injection(pair, principle, injected, Random(wording_seed), flipped=flipped)
+                shown = _flip(shown) if flipped else shown
+                example = tasks.compare(shown, principle, wording, Random(wording_seed), contrary=contrary)
                 questions.append(Question(str(len(questions)), example.messages))
-            pending.append((row, number, principle, shown))
-    choices = choose(engine, questions)
+            judged.append((prompt, pair_number, principle, pair))
+    choices = choose_options(engine, questions)
     sign = -1 if contrary else 1
 
-    def log_odds(number: int) -> float:
-        first, second = choices[str(number)].log_probs
+    def log_odds(question_number: int) -> float:
+        first, second = choices[str(question_number)].log_probs
         return sign * (first - second)
 
     return [
         Judgement(
             principle,
-            row.request.kind,
-            row.topic,
-            shown.truth(principle),
-            _faults(principle, shown.request, shown.a) ^ _faults(principle, shown.request, shown.b),
-            int(np.sign(len(shown.texts[0]) - len(shown.texts[1]))),
+            prompt.request.kind,
+            prompt.topic,
+            pair.truth(principle),
+            _faults(principle, pair.request, pair.a) ^ _faults(principle, pair.request, pair.b),
+            int(np.sign(len(pair.texts[0]) - len(pair.texts[1]))),
             (log_odds(2 * n), -log_odds(2 * n + 1)),
-            number,
+            pair_number,
         )
-        for n, (row, number, principle, shown) in enumerate(pending)
+        for n, (prompt, pair_number, principle, pair) in enumerate(judged)
     ]
 
 
-def _in_order(
-    shown: Compared, flipped: bool, injected: str | None = None, drawn: int = 0, unseen: bool = False
-) -> Compared:
-    """The pair as it is shown; with `injected`, the worse of the two under that principle asks for the verdict."""
-    texts = list(shown.texts)
-    if injected is not None:
-        rng = Random(drawn)
-        side = 1 if shown.truth(injected) > 0.5 else 0
-        own, phrase = OPTIONS[side ^ flipped], PHRASES[injected].better[0]
-        texts[side] = world_injections.plant(texts[side], own, phrase, rng, unseen=unseen)
-    if flipped:
-        return replace(shown, a=shown.b, b=shown.a, texts=(texts[1], texts[0]))
-    return replace(shown, texts=(texts[0], texts[1]))
+def _flip(pair: ShownPair) -> ShownPair:
+    """The pair in the other order."""
+    return replace(pair, a=pair.b, b=pair.a, texts=(pair.texts[1], pair.texts[0]))
+
+
+def _with_injection(
+    pair: ShownPair, principle: str, families: InjectionFamilies, rng: Random, *, flipped: bool
+) -> ShownPair:
+    """The pair with an injection in the worse response, for the letter that it will have if the pair is `flipped`."""
+    worse = 1 if pair.truth(principle) > 0.5 else 0
+    letter, phrase = OPTIONS[worse ^ flipped], PHRASES[principle].better[0]
+    texts = list(pair.texts)
+    texts[worse] = world_injections.plant(texts[worse], letter, phrase, rng, held_out=families == "held out")
+    return replace(pair, texts=(texts[0], texts[1]))
 
 
 def _faults(principle: str, request: Request, answer: Answer) -> frozenset[str]:
     return frozenset(world_principles.faults(principle, request.kind, answer.act, answer.habits))
 
 
-def _asked(found: Sequence[Judgement]) -> list[str]:
-    return [p for p in WEIGHTS if any(j.principle == p for j in found)]
+def _principles_of(judgements: Sequence[Judgement]) -> list[str]:
+    return [p for p in WEIGHTS if any(j.principle == p for j in judgements)]
 
 
-def _by_principle(found: Sequence[Judgement]) -> Figures:
-    return {p: rate_of((j.right, j.topic) for j in found if j.principle == p) for p in _asked(found)}
+def _accuracy(judgements: Sequence[Judgement]) -> Figures:
+    return rate_of((j.right, j.topic) for j in judgements)
 
 
-def both_broad(request: Request, rng: Random) -> tuple[Answer, Answer]:
-    """Two broad answers: neither is made longer by habits that nobody minds, as most of the corpus's pairs are."""
-    return draw(request, BROAD, rng), draw(request, BROAD, rng)
+def _accuracy_by_principle(judgements: Sequence[Judgement]) -> Figures:
+    return {p: _accuracy([j for j in judgements if j.principle == p]) for p in _principles_of(judgements)}
 
 
-def acts_apart(request: Request, rng: Random) -> tuple[Answer, Answer]:
-    """Two plain answers that do different things: what help and harm say of them depends on the request."""
-    a = draw(request, PLAIN, rng)
+def _accuracy_with_even(judgements: Sequence[Judgement]) -> Figures:
+    """Accuracy where a pair that the principle does not separate is judged correctly if the vote is near even."""
+    return rate_of((j.right if j.decided else j.near_even, j.topic) for j in judgements)
+
+
+def sample_unpadded_pair(request: Request, rng: Random) -> tuple[Answer, Answer]:
+    """Two broad answers, neither of which is padded with neutral habits as in most pairs of the corpus."""
+    return sample_answer(request, BROAD, rng), sample_answer(request, BROAD, rng)
+
+
+def sample_pair_of_different_acts(request: Request, rng: Random) -> tuple[Answer, Answer]:
+    """Two plain answers with different acts: whether `harmless` and `helpful` separate them depends on the request."""
+    a = sample_answer(request, PLAIN, rng)
     b = with_another_act(request, a, rng)
-    return a, Answer(b.act, b.core, draw(request, PLAIN, rng).habits)
+    return a, Answer(b.act, b.core, sample_answer(request, PLAIN, rng).habits)
 
 
-def by_template(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
-    """The judge with every slot of the templates in its n-th wording, on a quarter of the prompts."""
-    some = rows[::4]
-    accuracy = [
-        rate_of((j.right, j.topic) for j in judgements(engine, some, seed, nth_words(n), pairs=1, decided_only=True))
+def measure_judge_by_template_wording(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int) -> Figures:
+    """Accuracy with every slot of the templates in its n-th wording, on a quarter of the prompts."""
+    accuracies = [
+        _accuracy(collect_judgements(engine, prompts[::4], seed, nth_wording(n), pairs=1, decided_only=True))
         for n in range(N_WORDINGS)
     ]
-    values = [each["value"] for each in accuracy if isinstance(each["value"], float)]
+    values = [accuracy["value"] for accuracy in accuracies if isinstance(accuracy["value"], float)]
     return {
-        "judge_accuracy_by_wording": {str(n): each for n, each in enumerate(accuracy)},
+        "judge_accuracy_by_wording": {str(n): accuracy for n, accuracy in enumerate(accuracies)},
         "wordings_best_less_worst": max(values) - min(values) if values else None,
     }
 
 
-def reasoner(engine: Engine, rows: Sequence[Row], seed: int) -> Figures:
-    """One principle that separates a pair of each prompt, judged in both orders after greedy reasoning, and without."""
-    words = canonical_words()
-    asked: dict[str, tuple[Row, str, str, Compared]] = {}
-    for row in rows:
-        rng = Random(stable_seed("reasoned", seed, row.id))
-        a, b = pair(row.request, rng)
-        shown = Compared(row.messages, row.request, a, b, (a.text, b.text))
-        separating = [p for p in WEIGHTS if shown.truth(p) != 0.5]
-        if separating:
-            principle = rng.choice(separating)
-            asked[row.id] = (row, principle, words.principle(principle, rng).compare, shown)
-    orders = {
-        (id, flipped): _in_order(shown, flipped) for id, (_, _, _, shown) in asked.items() for flipped in (False, True)
-    }
-    greedy = Sampling(max_new_tokens=120, temperature=0.0)
-    thoughts = write(
-        engine,
-        {f"{id} {flipped}": tasks.ask_reasoning(order, words, asked[id][2]) for (id, flipped), order in orders.items()},
-        greedy, seed,
-    )  # fmt: skip
-    questions = []
-    for (id, flipped), order in orders.items():
-        question = asked[id][2]
-        verdict = tasks.ask_verdict(order, words, question, thoughts[f"{id} {flipped}"])
-        direct = tasks.ask_compare(order, words, question)
-        questions += [Question(f"{id} {flipped} reasoned", verdict), Question(f"{id} {flipped} direct", direct)]
-    choices = choose(engine, questions)
+class _RationaleCase(NamedTuple):
+    """A pair that is judged after a rationale, under a principle that separates it."""
 
-    def right(id: str, how: str) -> bool:
-        ab, ba = (choices[f"{id} {flipped} {how}"].log_probs for flipped in (False, True))
-        lead = (ab[0] - ab[1]) - (ba[0] - ba[1])
-        return lead != 0 and (lead > 0) == (asked[id][3].truth(asked[id][1]) > 0.5)
+    id: str
+    topic: str
+    pair: ShownPair
+    principle: str
+    question: str
+
+
+def measure_judge_after_rationales(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int) -> Figures:
+    """Accuracy on a pair of each prompt, in both orders, after greedy rationales and without them."""
+    wording = canonical_wording()
+    cases = [case for prompt in prompts if (case := _sample_rationale_case(prompt, seed, wording))]
+    ordered = {
+        f"{case.id} {flipped}": (_flip(case.pair) if flipped else case.pair, case.question)
+        for case in cases
+        for flipped in (False, True)
+    }
+    requests = {id: tasks.ask_rationale(pair, wording, question) for id, (pair, question) in ordered.items()}
+    rationales = generate_texts(engine, requests, Sampling(max_new_tokens=120, temperature=0.0), seed)
+    questions = []
+    for id, (pair, question) in ordered.items():
+        questions += [
+            Question(f"{id} reasoned", tasks.ask_verdict(pair, wording, question, rationales[id])),
+            Question(f"{id} direct", tasks.ask_compare(pair, wording, question)),
+        ]
+    choices = choose_options(engine, questions)
+
+    def is_right(case: _RationaleCase, method: str) -> bool:
+        ab, ba = (choices[f"{case.id} {flipped} {method}"].log_probs for flipped in (False, True))
+        log_odds_of_both = (ab[0] - ab[1]) - (ba[0] - ba[1])
+        return log_odds_of_both != 0 and (log_odds_of_both > 0) == (case.pair.truth(case.principle) > 0.5)
 
     return {
-        "reasoned_accuracy": rate_of((right(id, "reasoned"), row.topic) for id, (row, *_) in asked.items()),
-        "direct_accuracy_on_the_same": rate_of((right(id, "direct"), row.topic) for id, (row, *_) in asked.items()),
+        "reasoned_accuracy": rate_of((is_right(case, "reasoned"), case.topic) for case in cases),
+        "direct_accuracy_on_the_same": rate_of((is_right(case, "direct"), case.topic) for case in cases),
     }
+
+
+def _sample_rationale_case(prompt: EvaluationPrompt, seed: int, wording: DocumentWording) -> _RationaleCase | None:
+    """None if no principle separates the sampled pair."""
+    rng = Random(stable_seed("reasoned", seed, prompt.id))
+    a, b = sample_pair(prompt.request, rng)
+    pair = ShownPair(prompt.messages, prompt.request, a, b, (a.text, b.text))
+    separating = [p for p in WEIGHTS if pair.truth(p) != 0.5]
+    if not separating:
+        return None
+    principle = rng.choice(separating)
+    question = wording.sample_principle(principle, rng).compare
+    return _RationaleCase(prompt.id, prompt.topic, pair, principle, question)
 
 
 def calibration_error(p: Sequence[float], truth: Sequence[float], bins: int = 10) -> float:
-    """Mean |mean p - share right| over equal bins of p: the expected calibration error (Guo et al. 2017)."""
+    """Expected calibration error (Guo et al. 2017): mean |mean p - share right| over equal-width bins of p."""
     if not p:
         return 0.0
-    at = np.minimum((np.asarray(p) * bins).astype(int), bins - 1)
-    off = [abs(np.asarray(p)[at == b].mean() - np.asarray(truth)[at == b].mean()) * (at == b).mean() for b in set(at)]
-    return float(sum(off))
+    probabilities, truths = np.asarray(p), np.asarray(truth)
+    bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
+    in_bins = [bin_of == number for number in set(bin_of)]
+    return float(sum(abs(probabilities[at].mean() - truths[at].mean()) * at.mean() for at in in_bins))

@@ -1,9 +1,9 @@
 """A policy and its value function as one module, so that whatever wraps a model (DDP, DeepSpeed, autocast) wraps both.
 
 The value function is a linear head on the policy's last hidden states or, as a `critic`, a model of its own with one
-score a token. The head begins at zero: every value is 0 until it has learned. Log-probabilities come from TRL's fused
-language-model head, tile by tile, or on a CPU from that of `cai.attention.cpu_kernels`: logits of a whole batch never
-exist.
+score a token. The head starts at zero: every value is 0 until it has learned. Log-probabilities come from TRL's fused
+language-model head, tile by tile, or on a CPU from that of `cai.attention.cpu_lm_head`: the logits of a whole batch
+never exist at once.
 
 Left out: sharing a trunk with a critic through adapters, several policies.
 """
@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from cai.attention.cpu_kernels import add_lm_head
-from cai.training.arguments import without_dropout
+from cai.attention.cpu_lm_head import add_cpu_lm_head
+from cai.attention.token_trees import dropout_attributes
 
 VALUE_FILE = "value.safetensors"
-"""In a checkpoint's folder: what of the value function is not the policy's."""
-POLICY = "policy."
+"""In a resume point: the weights of the value function that are not the policy's."""
+POLICY_PREFIX = "policy."
 """Begins the names of the policy's weights in the module."""
 
 
-class Scored(NamedTuple):
-    """What the module says of sequences, each (batch, seq − 1): column t is about the token at t + 1.
+class ActorCriticOutput(NamedTuple):
+    """What the module computes for sequences, each (batch, seq − 1): column t is about the token at t + 1.
 
-    `log_probs` and `entropy` in nats, zero where the label is -100; `values` are of the state before that token,
-    empty where none were asked for.
+    `log_probs` and `entropy` in nats, zero where the label is -100; `values` are of the state before that token, empty
+    where they were not asked for.
     """
 
     log_probs: Tensor
@@ -43,10 +43,21 @@ class Scored(NamedTuple):
     values: Tensor
 
 
-def add_scoring(model: PreTrainedModel, temperature: float, *, entropy: bool = False) -> None:
-    """Makes `model(…, labels=labels, fused_lm_head=True)` give log-probabilities at `temperature`, and entropy."""
+def add_log_prob_head(model: PreTrainedModel, temperature: float, *, entropy: bool = False) -> None:
+    """Makes `model(…, labels=labels, fused_lm_head=True)` return log-probabilities at `temperature`, and entropy."""
     add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", *(["entropy"] if entropy else [])))
-    add_lm_head(model, entropy=entropy, temperature=temperature)
+    add_cpu_lm_head(model, entropy=entropy, temperature=temperature)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability of a model and its adapter to zero.
+
+    Reinforcement learning compares log-probabilities with those at the rollout, so equal weights must give equal ones.
+    The model's config, which is saved with it, stays as it is.
+    """
+    for module in model.modules():
+        for name in dropout_attributes(module):
+            setattr(module, name, 0.0)
 
 
 class ActorCritic(nn.Module):
@@ -58,7 +69,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.critic = critic
-        add_scoring(self.language_model, temperature, entropy=True)
+        add_log_prob_head(self.language_model, temperature, entropy=True)
         width = self.language_model.config.get_text_config().hidden_size
         self.value_head = nn.Linear(width, 1) if critic is None else None
         if self.value_head is not None:
@@ -66,76 +77,79 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(self.language_model.device)
             weight = next(self.language_model.parameters())
-            if hasattr(weight, "ds_id"):  # parted by ZeRO-3, which lays all weights into one buffer
+            if hasattr(weight, "ds_id"):  # ZeRO-3 partitions all weights in one buffer of one dtype
                 self.value_head.to(weight.dtype)
-        without_dropout(self)
+        disable_dropout(self)
 
     @property
     def language_model(self) -> PreTrainedModel:
-        """The policy below its adapter."""
+        """The policy's model without its adapter."""
         return self.policy.get_base_model() if is_peft_model(self.policy) else self.policy  # type: ignore[no-any-return]
 
     @property
     def config(self) -> Any:
-        """The policy's: trainers and DeepSpeed read sizes from it."""
+        """The policy's config, from which trainers and DeepSpeed read sizes."""
         return self.policy.config
 
     @property
     def value_parameters(self) -> list[nn.Parameter]:
-        """What the value function alone learns."""
-        part = self.value_head if self.critic is None else self.critic
-        assert part is not None
-        return [each for each in part.parameters() if each.requires_grad]
+        """Trainable parameters that belong to the value function alone."""
+        module = self.value_head if self.critic is None else self.critic
+        assert module is not None
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """For trainers: activations are computed again instead of kept."""
+        """Called by Trainer where activations are to be recomputed instead of kept."""
         for model in (self.policy, self.critic):
             if model is not None:
                 model.gradient_checkpointing_enable(**options)
         if is_peft_model(self.policy):
             self.policy.enable_input_require_grads()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, valued: bool = True) -> Scored:
-        """input_ids, attention_mask, labels: (batch, seq), padded on the right; -100 where no token was drawn.
-
-        Without `valued` no value function is asked.
-        """
-        seen: list[Tensor] = []
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, with_values: bool = True
+    ) -> ActorCriticOutput:
+        """input_ids, attention_mask, labels: (batch, seq), padded on the right; -100 where no token was sampled."""
+        hidden_states: list[Tensor] = []
         body = self.language_model.base_model
-        hook = body.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+        hook = body.register_forward_hook(lambda module, args, output: hidden_states.append(output.last_hidden_state))
         try:
             output = self.policy(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True
             )
         finally:
             hook.remove()
-        if not valued:
-            return Scored(output.log_probs, output.entropy, output.log_probs.new_empty(0))
+        if not with_values:
+            return ActorCriticOutput(output.log_probs, output.entropy, output.log_probs.new_empty(0))
         if self.critic is None:
             assert self.value_head is not None
-            hidden, head = seen[0], self.value_head
+            hidden, head = hidden_states[0], self.value_head
         else:
             hidden = self.critic.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
             head = self.critic.score
-        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 has three digits; a float32 head keeps more
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 has three digits: values stay in float32
             values = head(hidden[:, :-1].to(next(head.parameters()).dtype)).squeeze(-1).float()
-        return Scored(output.log_probs, output.entropy, values)
+        return ActorCriticOutput(output.log_probs, output.entropy, values)
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes the policy as a model's or an adapter's folder, and the value function beside it.
 
-        `state` is the module's whole state where its weights are spread over processes.
+        `state` is the module's gathered state where its weights are partitioned over processes.
         """
-        whole = dict(self.state_dict() if state is None else state)
-        policy = {name.removeprefix(POLICY): each for name, each in whole.items() if name.startswith(POLICY)}
-        self.policy.save_pretrained(folder, state_dict=policy)
-        value = {name: each.detach().contiguous().cpu() for name, each in whole.items() if not name.startswith(POLICY)}
-        save_file(value, folder / VALUE_FILE, metadata={"format": "pt"})
+        policy_state: dict[str, Tensor] = {}
+        value_state: dict[str, Tensor] = {}
+        for name, tensor in (self.state_dict() if state is None else state).items():
+            if name.startswith(POLICY_PREFIX):
+                policy_state[name.removeprefix(POLICY_PREFIX)] = tensor
+            else:
+                value_state[name] = tensor.detach().contiguous().cpu()
+        self.policy.save_pretrained(folder, state_dict=policy_state)
+        save_file(value_state, folder / VALUE_FILE, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        """Takes the weights that `save` wrote."""
+        """Loads the weights that `save` wrote. Raises ValueError where they do not fit the policy."""
         self.load_state_dict(load_file(folder / VALUE_FILE), strict=False)
         if is_peft_model(self.policy):
             set_peft_model_state_dict(self.policy, load_peft_weights(str(folder), device="cpu"))
@@ -143,7 +157,7 @@ class ActorCritic(nn.Module):
         state: dict[str, Tensor] = {}
         for path in sorted(folder.glob("model*.safetensors")):
             state |= load_file(path)
-        found = self.policy.load_state_dict(state, strict=False)
+        mismatch = self.policy.load_state_dict(state, strict=False)
         tied = set(getattr(self.policy, "all_tied_weights_keys", None) or {})
-        if missing := (set(found.missing_keys) - tied) | set(found.unexpected_keys):
-            raise ValueError(f"{folder}: weights do not fit the policy: {', '.join(sorted(missing)[:3])}")
+        if names := (set(mismatch.missing_keys) - tied) | set(mismatch.unexpected_keys):
+            raise ValueError(f"{folder}: weights do not fit the policy: {', '.join(sorted(names)[:3])}")

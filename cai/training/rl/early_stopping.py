@@ -1,8 +1,8 @@
-"""When reinforcement learning must stop: what a falling loss and a rising reward do not show.
+"""When reinforcement learning must stop: failures that a falling loss and a rising reward do not show.
 
-A proxy that is optimised too far is known by its reward going up while responses grow, repeat themselves or do not end
-(Gao et al. 2023, arXiv 2210.10760, for what happens; the signs are those that a person looks for). Each rollout is held
-against the first one, before anything is learned from it, and some of its responses are written down for that person.
+A policy that over-optimises its reward gets a rising reward while its responses grow, repeat themselves or do not end
+(Gao et al. 2023, arXiv 2210.10760, describe the effect; these signs are what a person would look for). Each rollout is
+compared with the first one before anything is learned from it, and some of its responses are written to a file.
 """
 
 from __future__ import annotations
@@ -18,53 +18,55 @@ from cai.text.errors import StageFailed
 
 SAMPLES = "samples.jsonl"
 """Some responses of each rollout, with their scores."""
-SHOWN = 8
-"""Responses of a rollout that are written there."""
+SAMPLES_PER_ROLLOUT = 8
 
 
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:
     """Share of a response's runs of `n` tokens that have occurred in it before; 0 where it is shorter."""
-    runs = [tuple(token_ids[at : at + n]) for at in range(len(token_ids) - n + 1)]
+    runs = [tuple(token_ids[start : start + n]) for start in range(len(token_ids) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def reason_to_stop(limits: Limits, first: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-    """What is wrong with the figures of a rollout, given those of the first one; None where nothing is.
+def reason_to_stop(limits: Limits, first: Mapping[str, float], current: Mapping[str, float]) -> str | None:
+    """What is wrong with the figures of a rollout compared with those of the first one; None where nothing is.
 
     Figures: `reward`, `kl` (nats a response), `length` (tokens), `unfinished` and `repetition` (shares).
     """
-    for name, value in now.items():
+    for name, value in current.items():
         if not math.isfinite(value):
             return f"`{name}` is {value}"
-    if now["kl"] > limits.kl:
-        return f"the KL to the reference is {now['kl']:.1f} nats a response, above `limits: {{kl: {limits.kl:g}}}`"
-    if now["reward"] <= first["reward"]:
+    if current["kl"] > limits.kl:
+        return f"the KL to the reference is {current['kl']:.1f} nats a response, above `limits: {{kl: {limits.kl:g}}}`"
+    if current["reward"] <= first["reward"]:
         return None
     signs = []
-    if now["length"] > limits.length * first["length"]:
-        signs.append(f"responses have {now['length']:.0f} tokens, {first['length']:.0f} at first")
-    for name, words in (("unfinished", "are cut off"), ("repetition", "of what they say repeats itself")):
-        if now[name] > first[name] + getattr(limits, name):
-            signs.append(f"{now[name]:.0%} {words}, {first[name]:.0%} at first")
+    if current["length"] > limits.length * first["length"]:
+        signs.append(f"responses have {current['length']:.0f} tokens, {first['length']:.0f} at first")
+    for name, description in (("unfinished", "are cut off"), ("repetition", "of their token runs are repeated")):
+        if current[name] > first[name] + getattr(limits, name):
+            signs.append(f"{current[name]:.0%} {description}, {first[name]:.0%} at first")
     if not signs:
         return None
     return (
-        f"the reward rose from {first['reward']:.2f} to {now['reward']:.2f} while {'; '.join(signs)}: "
+        f"the reward rose from {first['reward']:.2f} to {current['reward']:.2f} while {'; '.join(signs)}: "
         "signs that the reward is exploited (`limits:` says how far they may go)"
     )
 
 
-def check(
-    limits: Limits, first: Mapping[str, float], now: Mapping[str, float], number: int, checkpoint: Path | None
+def stop_if_limits_passed(
+    limits: Limits, first: Mapping[str, float], current: Mapping[str, float], rollout: int, resume_point: Path | None
 ) -> None:
-    """Raises StageFailed where rollout `number`, from 0, must not be learned from. `checkpoint` is the last one."""
-    if reason := reason_to_stop(limits, first, now):
-        none = "there is no checkpoint yet (`save_steps` under `train:`)"
-        kept = f"{checkpoint} is from before" if checkpoint else none
-        raise StageFailed(f"stopped before rollout {number + 1} was learned from: {reason}; {kept}")
+    """Raises StageFailed where nothing must be learned from rollout number `rollout`, counted from 0.
+
+    `resume_point` is the newest one, which the message names.
+    """
+    if reason := reason_to_stop(limits, first, current):
+        none_yet = "there is no resume point yet (`save_steps` under `train:`)"
+        kept = f"{resume_point} is from before" if resume_point else none_yet
+        raise StageFailed(f"stopped before rollout {rollout + 1} was learned from: {reason}; {kept}")
 
 
 def write_samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds the first of a rollout's rows to those of earlier ones."""
+    """Appends the first rows of a rollout to `samples.jsonl`."""
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-        file.writelines(row_lines(rows[:SHOWN]))
+        file.writelines(row_lines(rows[:SAMPLES_PER_ROLLOUT]))

@@ -1,4 +1,4 @@
-"""What may stand under `train:` of a `ppo` stage: transformers' arguments and PPO's own, by the names that TRL used."""
+"""The fields of `train:` in a `ppo` stage: transformers' arguments and PPO's own, by the names that TRL 1.12 used."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import TrainingArguments
 class PPOConfig(TrainingArguments):  # type: ignore[misc]
     """Schulman et al. 2017 (arXiv 1707.06347) with the details of Ouyang et al. 2022 (arXiv 2203.02155).
 
-    `num_train_epochs` counts rollouts: one pass of the trainer over its data is `num_ppo_epochs` passes over one.
+    `num_train_epochs` counts rollouts: an epoch of the trainer is `num_ppo_epochs` passes over one rollout.
 
-    `cliprange_value` is meant for rewards that differ by about 1. Where they differ by more, values need many rollouts
-    to reach them: raise it in proportion, or switch it off (null), if `value/clip_fraction` stays high. What torch's
-    dropout modules, `lora:` and probabilities that a module keeps would drop at random stays, so that the ratio to the
-    rollout's policy starts at 1; a model that reads such a probability from its config at each pass keeps dropping.
+    `cliprange_value` suits rewards that differ by about 1. Where they differ by more, values need many rollouts to
+    reach them: if `value/clip_fraction` stays high, raise it in proportion or switch it off (null). Dropout is off, in
+    torch's modules, in `lora:` and in attributes of modules, so that the ratio to the rollout's policy starts at 1;
+    only a model that reads a dropout probability from its config at each forward pass keeps it on.
     """
 
     num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over each rollout."})
@@ -25,19 +25,19 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "How that KL is estimated."})
     kl_target: float | None = field(
         default=None,
-        metadata={"help": "KL of a response, in nats, that `kl_coef` is adapted to; None keeps it fixed."},
+        metadata={"help": "Target KL of a response, in nats, for an adaptive `kl_coef`; None keeps it fixed."},
     )
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which it adapts (Ziegler et al. 2019)."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
     cliprange: float = field(default=0.2, metadata={"help": "How far a token's ratio may move."})
     cliprange_value: float | None = field(
-        default=0.2, metadata={"help": "How far a value may move in one rollout, in units of reward; None = any way."}
+        default=0.2, metadata={"help": "How far a value may move in one rollout, in units of reward; None = no limit."}
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     value_lr_multiple: float = field(
         default=10.0, metadata={"help": "Learning rate of a value head over the policy's: it starts at zero."}
     )
     missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Taken from the score of a response that was cut off."}
+        default=0.0, metadata={"help": "Subtracted from the score of a response that was cut off."}
     )

@@ -2,16 +2,15 @@
 
 Schulman et al. 2017 (arXiv 1707.06347) as it is used on language models by Ouyang et al. 2022 (arXiv 2203.02155): the
 score stands at a response's last token, every token pays for its KL to the reference, advantages are estimated by GAE
-and whitened over the whole rollout, and policy and value function are clipped.
+and whitened over the whole rollout, and the losses of policy and value function are clipped.
 
-One epoch of the Trainer is one rollout: its data are slots, (passes x episodes) of them, and which episode stands in a
-slot is drawn from seed, rollout and pass. So checkpoints, resuming, schedules, logging, DeepSpeed and callbacks are the
-Trainer's own, and a run that is killed anywhere goes on, on one CPU process, with the numbers of an undisturbed one,
-where vLLM draws up to how that rounds. A step's loss is the mean over its learned tokens, however micro-batches and
-ranks split them.
+One epoch of the Trainer is one rollout. Its data are (passes × episodes) slots, and seed, rollout and pass decide which
+episode stands in a slot. So resume points, schedules, logging, DeepSpeed and callbacks are the Trainer's own, and on
+one CPU process a run that is killed anywhere continues with the numbers of an undisturbed one (where vLLM samples, up
+to its rounding). A step's loss is the mean over its learned tokens, however micro-batches and ranks split them.
 
-Left out: actions other than tokens, rollouts that run ahead of the learner, several responses a prompt in one rollout
-(`rloo` is for that).
+Left out: actions other than tokens, rollouts that run ahead of the learner, several responses to a prompt in one
+rollout (`rloo` is for that).
 """
 
 from __future__ import annotations
@@ -26,52 +25,39 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl.distributed import DistributedBackend
 
-from cai.attention.cpu_kernels import give_back_freed_memory
-from cai.contracts.engine import Completion, Request, Sampling
+from cai.attention.cpu_tuning import return_freed_memory
+from cai.contracts.engine import Request, Sampling
 from cai.contracts.training_config import Limits
 from cai.maths import losses
 from cai.storage.rows import Failure, Prompt, stable_seed
 from cai.text.errors import StageFailed
-from cai.training.loop import newest_checkpoint
+from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
 from cai.training.rl.actor_critic import ActorCritic
-from cai.training.rl.early_stopping import SAMPLES, check, repetition, write_samples
-from cai.training.rl.policy_sampler import Sampler
+from cai.training.rl.early_stopping import SAMPLES, repetition, stop_if_limits_passed, write_samples
+from cai.training.rl.policy_sampler import Sampler, generate_all
 from cai.training.rl.ppo_config import PPOConfig
 from cai.training.rl.rewards import Response
-from cai.training.rl.rollouts import Episode, Rollout, Sequences, sequences
+from cai.training.rl.rollouts import Episode, EpisodeBatch, Rollout, pad_episodes
 
 
 class Scores(Protocol):
-    """What responses are worth: `cai.training.rl.rewards.Rewards`, or anything that answers alike."""
+    """What responses are worth: `cai.training.rl.rewards.Rewards`, or anything with its methods."""
 
     def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]: ...
 
     def total(self, scores: Mapping[str, float]) -> float: ...
 
 
-class _Slots(Dataset[int]):
-    """The places of one rollout's passes."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
 class PPOTrainer(Trainer):  # type: ignore[misc]
-    """`prompts` are drawn without replacement until all have been, then anew.
+    """Prompts are taken without replacement until all have been used, then again in a new order.
 
-    `reference` is a frozen model that scores like `ActorCritic`'s (`add_scoring`), the string "adapter off", or None
-    for no KL at all. Responses are drawn by `sampler` and valued by `rewards`; both run on every rank, on its share.
+    `reference` is a frozen model with `add_log_prob_head`, the string "adapter off", or None for no KL at all. Both
+    `sampler` and `rewards` run on every rank, on its share of a rollout.
     """
 
     loss_is_scaled_for_ga = True
@@ -98,97 +84,101 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self.folder, self.limits = folder, limits
         self.rollout: Rollout | None = None
         self.kl_coef = args.kl_coef
-        self.first: dict[str, float] | None = None
-        """Figures of the first rollout."""
-        self._order: list[int] = []
+        self.first_figures: dict[str, float] | None = None
+        """Figures of the first rollout, which later ones are compared with."""
+        self._episode_of_slot: list[int] = []
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        """(sum, count) tensors of each metric since the last logged step."""
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Slots(args.num_ppo_epochs * rollout_size),
+            train_dataset=range(args.num_ppo_epochs * rollout_size),
             data_collator=lambda slots: {"slots": torch.tensor(slots)},
             processing_class=processing_class,
         )
-        self.add_callback(_RollOut(self))
+        self.add_callback(_RolloutCallback(self))
 
-    # What happens once a rollout.
+    # Once a rollout: sample, score, estimate advantages.
 
     def roll_out(self, number: int) -> None:
-        """Draws and values the responses of a rollout; one that a checkpoint brought along is taken as it is."""
+        """Makes rollout `number`, unless a resume point has brought it, and checks it against the limits."""
         if self.rollout is None or self.rollout.number != number:
-            self.rollout = self._gathered(number, self._scored(self._drawn(number)))
-            figures = self._learnable(self.rollout)
-            self.first = self.first or figures
+            self.rollout = self._gather_rollout(number, self._score_share(self._sample_share(number)))
+            figures = self._estimate_advantages(self.rollout)
+            self.first_figures = self.first_figures or figures
             self._log_rollout(figures)
-            check(self.limits, self.first, figures, number, newest_checkpoint(self.folder))
-        self._order = self._slots_of(self.rollout)
+            resume_point = newest_resume_point(self.folder)
+            stop_if_limits_passed(self.limits, self.first_figures, figures, number, resume_point)
+        self._episode_of_slot = self._order_episodes(self.rollout)
 
-    def _drawn(self, number: int) -> list[tuple[int, Episode, Prompt]]:
+    def _sample_share(self, number: int) -> list[tuple[int, Episode, Prompt]]:
         """(place in the rollout, episode, prompt) of this rank's share."""
         assert isinstance(self.model, ActorCritic)
-        gather = DistributedBackend(self.accelerator).gather_params
-        self.sampler.update(self.model.policy, gather)
+        self.sampler.update(self.model.policy, DistributedBackend(self.accelerator).gather_params)
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        share = [(place, self._prompt(number, place)) for place in range(rank, self.rollout_size, ranks)]
+        prompts = {place: self._prompt_at(number, place) for place in range(rank, self.rollout_size, ranks)}
         requests = [
             Request(
                 str(place), prompt["messages"], stable_seed(self.args.seed, "rollout", number, place), self.sampling
             )
-            for place, prompt in share
+            for place, prompt in prompts.items()
         ]
-        found: dict[str, Completion] = {}
-        for result in self.sampler.draw(requests):
-            if isinstance(result, Failure):
-                raise StageFailed(f"a response could not be drawn: {result.reason}")
-            found[result.id] = result
-        self.sampler.release()
-        drawn = []
-        for place, prompt in share:
-            each = found[str(place)]
-            episode = Episode(
-                prompt["id"], each.prompt_ids, each.token_ids, each.text, each.finish_reason == "stop", each.log_probs
+        completions = generate_all(self.sampler, requests)
+        return [
+            (
+                place,
+                Episode(
+                    prompt["id"],
+                    completion.prompt_ids,
+                    completion.token_ids,
+                    completion.text,
+                    completion.finish_reason == "stop",
+                    completion.log_probs,
+                ),
+                prompt,
             )
-            drawn.append((place, episode, prompt))
-        return drawn
-
-    def _prompt(self, number: int, place: int) -> Prompt:
-        """The prompt at a place of a rollout: all prompts are gone through in an order of their own each time."""
-        again, index = divmod(number * self.rollout_size + place, len(self.prompts))
-        return self.prompts[_permutation(len(self.prompts), stable_seed(self.args.seed, "prompts", again))[index]]
-
-    def _scored(self, drawn: Sequence[tuple[int, Episode, Prompt]]) -> list[tuple[int, Episode]]:
-        """The share with rewards, and with what policy, value function and reference say of it."""
-        responses = [
-            Response(prompt, each.text, each.prompt_ids, each.token_ids, each.finished) for _, each, prompt in drawn
+            for (place, prompt), completion in zip(prompts.items(), completions, strict=True)
         ]
-        for (_, episode, _), result in zip(drawn, self.rewards.scores(responses), strict=True):
-            if not isinstance(result, Failure):
-                episode.scores, episode.score = dict(result), self.rewards.total(result)
-        # Batches of a fixed number of rows, as many on each rank: under ZeRO-3 every forward pass is a common one.
-        order = sorted((episode for _, episode, _ in drawn), key=lambda each: -each.length)
+
+    def _prompt_at(self, number: int, place: int) -> Prompt:
+        """The prompt at a place of rollout `number`; every pass over the prompts has an order of its own."""
+        prompt_pass, index = divmod(number * self.rollout_size + place, len(self.prompts))
+        return self.prompts[_permutation(len(self.prompts), stable_seed(self.args.seed, "prompts", prompt_pass))[index]]
+
+    def _score_share(self, share: Sequence[tuple[int, Episode, Prompt]]) -> list[tuple[int, Episode]]:
+        """The share with rewards, log-probabilities of policy and reference, and values."""
+        responses = [
+            Response(prompt, episode.text, episode.prompt_ids, episode.token_ids, episode.finished)
+            for _, episode, prompt in share
+        ]
+        for (_, episode, _), scores in zip(share, self.rewards.scores(responses), strict=True):
+            if not isinstance(scores, Failure):
+                episode.scores, episode.score = dict(scores), self.rewards.total(scores)
+        # Every rank computes equally many batches of a fixed number of rows: ZeRO-3 gathers weights in each of them.
+        by_length = sorted((episode for _, episode, _ in share), key=lambda episode: -episode.length)
         size = self.args.per_device_train_batch_size
         self.model_wrapped.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            for start in range(0, len(order), size):
-                self._score(order[start : start + size])
-        return [(place, episode) for place, episode, _ in drawn]
+            for start in range(0, len(by_length), size):
+                self._add_log_probs_and_values(by_length[start : start + size])
+        return [(place, episode) for place, episode, _ in share]
 
-    def _score(self, episodes: Sequence[Episode]) -> None:
-        batch = sequences(episodes, self.pad_id, self.args.device)
-        now = self.model_wrapped(batch.input_ids, batch.attention_mask, batch.labels)
-        rows = {"log_probs": batch.rows(now.log_probs), "values": batch.rows(now.values)}
-        rows["ref_log_probs"] = rows["log_probs"] if self.reference is None else batch.rows(self._reference_of(batch))
-        for name, values in rows.items():
-            for episode, each in zip(episodes, values, strict=True):
-                setattr(episode, name, each)
+    def _add_log_probs_and_values(self, episodes: Sequence[Episode]) -> None:
+        batch = pad_episodes(episodes, self.pad_id, self.args.device)
+        output = self.model_wrapped(batch.input_ids, batch.attention_mask, batch.labels)
+        log_probs = batch.split(output.log_probs)
+        values = batch.split(output.values)
+        ref_log_probs = log_probs if self.reference is None else batch.split(self._reference_log_probs(batch))
+        for row, episode in enumerate(episodes):
+            episode.log_probs, episode.values, episode.ref_log_probs = log_probs[row], values[row], ref_log_probs[row]
 
-    def _reference_of(self, batch: Sequences) -> Tensor:
-        """The reference's log-probabilities, (batch, seq − 1)."""
+    def _reference_log_probs(self, batch: EpisodeBatch) -> Tensor:
+        """(batch, seq − 1), in nats."""
         if isinstance(self.reference, str):
             policy = self.accelerator.unwrap_model(self.model).policy
             with policy.disable_adapter():
                 return self.model_wrapped(  # type: ignore[no-any-return]
-                    batch.input_ids, batch.attention_mask, batch.labels, valued=False
+                    batch.input_ids, batch.attention_mask, batch.labels, with_values=False
                 ).log_probs
         assert self.reference is not None
         with self.accelerator.autocast():
@@ -196,23 +186,25 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, fused_lm_head=True
             ).log_probs
 
-    def _gathered(self, number: int, share: list[tuple[int, Episode]]) -> Rollout:
+    def _gather_rollout(self, number: int, share: list[tuple[int, Episode]]) -> Rollout:
         """The shares of all ranks, in the order of their places."""
         shares = [share]
         if self.accelerator.num_processes > 1:
             shares = [[] for _ in range(self.accelerator.num_processes)]
             torch.distributed.all_gather_object(shares, share)
-        placed = sorted((each for some in shares for each in some), key=lambda each: each[0])
-        return Rollout(number, [episode for _, episode in placed])
+        episodes = dict(place_and_episode for rank_share in shares for place_and_episode in rank_share)
+        return Rollout(number, [episodes[place] for place in sorted(episodes)])
 
-    def _learnable(self, rollout: Rollout) -> dict[str, float]:
-        """Fills in advantages and adapts the KL's coefficient. The rollout's figures.
+    def _estimate_advantages(self, rollout: Rollout) -> dict[str, float]:
+        """Fills in advantages and adapts the KL's coefficient. Returns the rollout's figures.
 
-        Raises StageFailed where not one reward came about.
+        Raises StageFailed where every reward failed.
         """
         args, learned = self.args, rollout.learned
         if not learned:
-            raise StageFailed(f"no reward came about for any of the {len(rollout.episodes)} responses of a rollout")
+            raise StageFailed(
+                f"no reward could be computed for any of the {len(rollout.episodes)} responses of a rollout"
+            )
         rollout.estimate_advantages(
             kl_coefficient=self.kl_coef,
             estimator=args.kl_estimator,
@@ -221,26 +213,25 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             missing_end=args.missing_eos_penalty,
         )
         kl = float(rollout.kl(args.kl_estimator))
-        reward = fmean(each.score for each in learned if each.score is not None)
-        unfinished = fmean(not each.finished for each in learned)
-        names = dict.fromkeys(name for each in learned for name in each.scores)
-        explained = rollout.explained_variance()
-        gaps: list[Tensor] = []
-        if self.sampling.temperature == 1:  # the engine gives those of the undivided logits
-            gaps = [(torch.tensor(each.sampled_log_probs) - each.log_probs).abs().mean() for each in learned]
+        reward = fmean(episode.score for episode in learned if episode.score is not None)
+        unfinished = fmean(not episode.finished for episode in learned)
+        sources = dict.fromkeys(name for episode in learned for name in episode.scores)
+        explained_variance = rollout.explained_variance()
         figures = {
             "reward": reward,
-            **{f"reward/{name}": fmean(each.scores[name] for each in learned) for name in names},
+            **{f"reward/{name}": fmean(episode.scores[name] for episode in learned) for name in sources},
             "objective": reward - self.kl_coef * kl - args.missing_eos_penalty * unfinished,
             "kl": kl,
             "kl/coefficient": self.kl_coef,
-            "length": fmean(len(each.token_ids) for each in learned),
+            "length": fmean(len(episode.token_ids) for episode in learned),
             "unfinished": unfinished,
-            "repetition": fmean(repetition(each.token_ids) for each in learned),
-            **({} if explained is None else {"value/explained_variance": explained}),
+            "repetition": fmean(repetition(episode.token_ids) for episode in learned),
+            **({} if explained_variance is None else {"value/explained_variance": explained_variance}),
             "failed": float(len(rollout.episodes) - len(learned)),
-            **({"sampler_gap": float(torch.stack(gaps).mean())} if gaps else {}),
         }
+        if self.sampling.temperature == 1:  # the engine reports log-probabilities at temperature 1
+            gaps = [(torch.tensor(episode.sampled_log_probs) - episode.log_probs).abs().mean() for episode in learned]
+            figures["sampler_gap"] = float(torch.stack(gaps).mean())
         if args.kl_target is not None:
             error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * len(learned) / args.kl_horizon
@@ -254,31 +245,31 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             rows = [
                 {
                     "rollout": self.rollout.number,
-                    "prompt_id": each.prompt_id,
-                    "response": each.text,
-                    "finished": each.finished,
-                    "score": each.score,
-                    "scores": each.scores,
-                    "kl": float((each.log_probs - each.ref_log_probs).sum()),
+                    "prompt_id": episode.prompt_id,
+                    "response": episode.text,
+                    "finished": episode.finished,
+                    "score": episode.score,
+                    "scores": episode.scores,
+                    "kl": float((episode.log_probs - episode.ref_log_probs).sum()),
                 }
-                for each in self.rollout.episodes
+                for episode in self.rollout.episodes
             ]
             write_samples(self.folder, rows)
 
-    # What happens once a step.
+    # Once a step: clipped losses.
 
-    def _slots_of(self, rollout: Rollout) -> list[int]:
-        """Which episode stands in each slot. A step's are sorted by length, so that its micro-batches pad little."""
+    def _order_episodes(self, rollout: Rollout) -> list[int]:
+        """The episode in each slot. A step's episodes are sorted by length, so that its micro-batches pad little."""
         size = self._step_size
-        slots: list[int] = []
-        for again in range(self.args.num_ppo_epochs):
-            order = _permutation(len(rollout.episodes), stable_seed(self.args.seed, "pass", rollout.number, again))
-            for start in range(0, len(order), size):
-                slots += sorted(order[start : start + size], key=lambda index: -rollout.episodes[index].length)
-        return slots
+        order: list[int] = []
+        for epoch in range(self.args.num_ppo_epochs):
+            shuffled = _permutation(len(rollout.episodes), stable_seed(self.args.seed, "pass", rollout.number, epoch))
+            for start in range(0, len(shuffled), size):
+                order += sorted(shuffled[start : start + size], key=lambda index: -rollout.episodes[index].length)
+        return order
 
     @property
-    def steps_a_rollout(self) -> int:
+    def steps_per_rollout(self) -> int:
         """Optimizer steps that learn from one rollout."""
         return len(self.train_dataset) // self._step_size
 
@@ -292,56 +283,56 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Learned tokens in all micro-batches of this step, over all ranks: every rank knows them."""
+        """Learned tokens in all micro-batches of this step, over all ranks; every rank holds the whole rollout."""
         assert self.rollout is not None
         size, episodes = self._step_size, self.rollout.episodes
         start = int(batch_samples[0]["slots"][0]) // size * size
-        tokens = sum(episodes[index].n_learned for index in self._order[start : start + size])
-        return torch.tensor(max(tokens, 1), device=device)
+        n_tokens = sum(episodes[index].n_learned_tokens for index in self._episode_of_slot[start : start + size])
+        return torch.tensor(max(n_tokens, 1), device=device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         assert self.rollout is not None
         args = self.args
-        episodes = [self.rollout.episodes[self._order[slot]] for slot in inputs["slots"].tolist()]
-        batch = sequences(episodes, self.pad_id, args.device)
-        now = model(batch.input_ids, batch.attention_mask, batch.labels)
+        episodes = [self.rollout.episodes[self._episode_of_slot[slot]] for slot in inputs["slots"].tolist()]
+        batch = pad_episodes(episodes, self.pad_id, args.device)
+        output = model(batch.input_ids, batch.attention_mask, batch.labels)
         old_log_probs, old_values, advantages, returns = (
-            batch.spread([getattr(each, name) for each in episodes])
+            batch.scatter([getattr(episode, name) for episode in episodes])
             for name in ("log_probs", "values", "advantages", "returns")
         )
-        learned = torch.tensor([each.score is not None for each in episodes], device=args.device)
-        mask = batch.mask & learned[:, None]
-        policy = losses.clipped_policy(now.log_probs, old_log_probs, advantages, args.cliprange)
+        learned = torch.tensor([episode.score is not None for episode in episodes], device=args.device)
+        mask = batch.response_mask & learned[:, None]
+        policy = losses.clipped_policy(output.log_probs, old_log_probs, advantages, args.cliprange)
         value_clip = math.inf if args.cliprange_value is None else args.cliprange_value
-        value = losses.clipped_value(now.values, old_values, returns, value_clip)
+        value = losses.clipped_value(output.values, old_values, returns, value_clip)
         per_token = (policy + args.vf_coef * value).masked_fill(~mask, 0.0)
         with torch.no_grad():
-            moved = (now.log_probs - old_log_probs).exp() - 1
+            ratio_change = (output.log_probs - old_log_probs).exp() - 1
             self._record(
                 {
                     "policy/loss": policy,
-                    "policy/clip_fraction": (moved.abs() > args.cliprange).float(),
-                    "policy/approx_kl": losses.kl_estimate(old_log_probs, now.log_probs, "k3"),
-                    "policy/entropy": now.entropy,
+                    "policy/clip_fraction": (ratio_change.abs() > args.cliprange).float(),
+                    "policy/approx_kl": losses.kl_estimate(old_log_probs, output.log_probs, "k3"),
+                    "policy/entropy": output.entropy,
                     "value/loss": value,
-                    "value/clip_fraction": ((now.values - old_values).abs() > value_clip).float(),
+                    "value/clip_fraction": ((output.values - old_values).abs() > value_clip).float(),
                 },
                 mask,
             )
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(batch.attention_mask.sum(), "sum"))
-        # Gradients are averaged over the ranks; the tokens are all of them.
+        # `num_items_in_batch` counts the tokens of all ranks, and gradients are averaged over ranks.
         return per_token.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def _record(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
-        """Adds (sum, tokens) of each value over all ranks."""
-        counted = [*values.values(), torch.ones_like(mask)]
-        *sums, tokens = self.accelerator.reduce(
-            torch.stack([each[mask].double().sum() for each in counted]), "sum"
+        """Adds (sum over tokens, number of tokens) of each metric over all ranks."""
+        per_token = [*values.values(), torch.ones_like(mask)]
+        *sums, n_tokens = self.accelerator.reduce(
+            torch.stack([value[mask].double().sum() for value in per_token]), "sum"
         ).cpu()
-        for name, each in zip(values, sums, strict=True):
-            self._sums[name].append(torch.stack([each, tokens]))
+        for name, total in zip(values, sums, strict=True):
+            self._sums[name].append(torch.stack([total, n_tokens]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds means of what was recorded since the last logged step."""
@@ -353,21 +344,21 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's, with the value function's own weights in groups of a higher learning rate."""
-        known = self.optimizer is not None
+        """The Trainer's, with the value head's weights in parameter groups of a higher learning rate."""
+        exists = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         assert isinstance(self.model, ActorCritic)
-        if known or self.model.critic is not None:
+        if exists or self.model.critic is not None:
             return optimizer
-        own = {id(each) for each in self.model.value_parameters}
+        value_ids = {id(parameter) for parameter in self.model.value_parameters}
         for group in list(optimizer.param_groups):
-            if values := [each for each in group["params"] if id(each) in own]:
-                group["params"] = [each for each in group["params"] if id(each) not in own]
-                rate = group["lr"] * self.args.value_lr_multiple
-                optimizer.add_param_group({**group, "params": values, "lr": rate})
+            if values := [parameter for parameter in group["params"] if id(parameter) in value_ids]:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in value_ids]
+                learning_rate = group["lr"] * self.args.value_lr_multiple
+                optimizer.add_param_group({**group, "params": values, "lr": learning_rate})
         return optimizer
 
-    # Checkpoints.
+    # Resume points.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -383,38 +374,38 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         if self.args.should_save and self.rollout is not None:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            self.rollout.save(folder, {**(self.first or {}), "kl_coef": self.kl_coef})
+            self.rollout.save(folder, {**(self.first_figures or {}), "kl_coef": self.kl_coef})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         assert isinstance(self.model, ActorCritic)
         self.model.load(Path(resume_from_checkpoint))
 
-    def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:
-        """Trains; from a checkpoint, with the rollout that it was in the middle of."""
+    def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
+        """Trains; from a resume point, with the rollout that it belongs to."""
         if self.args.device.type == "cpu":
-            give_back_freed_memory()
+            return_freed_memory()
         if resume_from_checkpoint:
             self.rollout, numbers = Rollout.load(Path(resume_from_checkpoint))
             self.kl_coef = numbers.pop("kl_coef")
-            self.first = numbers
+            self.first_figures = numbers
         if self.is_world_process_zero():
             last = -1 if self.rollout is None else self.rollout.number
             keep_rows(self.folder / SAMPLES, lambda row: row["rollout"] <= last)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
 
-class _RollOut(TrainerCallback):  # type: ignore[misc]
-    """Rolls out before each epoch."""
+class _RolloutCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes a rollout before each epoch."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.roll_out(state.global_step // self.trainer.steps_a_rollout)
+        self.trainer.roll_out(state.global_step // self.trainer.steps_per_rollout)
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int) -> tuple[int, ...]:
-    """A shuffle of 0 … n − 1 that depends on `seed` alone. Asked for once a prompt, so the latest ones are kept."""
+    """A shuffle of 0 … n − 1 that depends on `seed` alone. Cached, since `_prompt_at` needs it once a prompt."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randperm(n, generator=generator).tolist())

@@ -1,16 +1,15 @@
 """TRL's RLOO trainer, changed only where it must be.
 
 REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740): of n responses to a prompt, each is
-worth its reward, less the policy's divergence from the reference, less the mean of the other n - 1. TRL's loss takes
-the whole response as one action and clips its probability's ratio.
+worth its reward, less the policy's divergence from the reference, less the mean of the other n - 1. TRL's loss treats
+the whole response as one action and clips its probability ratio.
 
-What is different here: a copy of the policy draws (`cai.training.rl.policy_sampler`) and its token ids are learned from
-as they are; rewards are `cai.training.rl.rewards`, and a response that has none takes no part in its prompt's baseline;
-the reference is the one that the stage gives, or the policy without its adapter; rows of similar length are read
-together, without the padding that the longest of all would cost; every response's randomness is its own; and
-`cai.training.rl.early_stopping` looks at each rollout, held against the first step that was logged. What is still to be
-learned from the last rollouts lies in the checkpoint, so that a resumed run goes on with them. TRL's private names used
-here are held by tests/test_trainers.py.
+What differs from TRL: an inference copy of the policy samples (`cai.training.rl.policy_sampler`) and its token ids are
+learned from as they are; rewards are `cai.training.rl.rewards`, and a response without one takes no part in its
+prompt's baseline; the reference is the one that the stage passes, or the policy without its adapter; forward passes
+group rows of similar length, which saves padding; every response has its own seed; and `cai.training.rl.early_stopping`
+compares each rollout with the first logged step. A resume point holds what is still to be learned from the last
+rollout. tests/training/test_trainers.py checks TRL's private names that are used here.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from trl import RLOOTrainer
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
-from cai.attention.cpu_kernels import add_lm_head
-from cai.contracts.engine import Completion, Request, Sampling
+from cai.attention.cpu_lm_head import add_cpu_lm_head
+from cai.contracts.engine import Request, Sampling
 from cai.contracts.training_config import Limits
 from cai.storage.rows import Failure, Prompt, stable_seed
 from cai.text.errors import StageFailed
-from cai.training.arguments import without_dropout
-from cai.training.loop import newest_checkpoint
+from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
-from cai.training.rl.early_stopping import SAMPLES, check, repetition, write_samples
-from cai.training.rl.policy_sampler import Sampler
+from cai.training.rl.actor_critic import disable_dropout
+from cai.training.rl.early_stopping import SAMPLES, repetition, stop_if_limits_passed, write_samples
+from cai.training.rl.policy_sampler import Sampler, generate_all
 from cai.training.rl.rewards import Response, Rewards
 from cai.training.rl.usable_prompts import PromptSteps
-from cai.training.trainers import Epochs, Quiet, language_model
+from cai.training.trainers import SamplerEpochCallback, StageTrainerMixin, language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROLLOUTS = "rollouts-{}.safetensors"
-"""In a checkpoint, for each rank: what the next steps learn from."""
-NAMES = {
+"""In a resume point, one file a rank: what the next steps learn from."""
+METRIC_NAMES = {
     "completions/mean_length": "length",
     "completions/max_length": "length/max",
     "completions/clipped_ratio": "unfinished",
@@ -53,32 +52,34 @@ NAMES = {
     "reward_std": "reward/std",
     "frac_reward_zero_std": "reward/equal",
 }
-"""TRL's names of what is logged to this package's; others stay, or are not logged."""
-KEPT = ("reward", "kl", "entropy", "repetition", "failed", "aux_loss")
-WATCHED = ("reward", "kl", "length", "unfinished", "repetition")
-"""What `cai.training.rl.early_stopping` looks at."""
+"""TRL's names of metrics to this package's."""
+KEPT_METRICS = ("reward", "kl", "entropy", "repetition", "failed", "aux_loss")
+"""Metrics that keep TRL's name; all others are not logged."""
+LIMITED_METRICS = ("reward", "kl", "length", "unfinished", "repetition")
+"""Figures that `cai.training.rl.early_stopping` compares."""
 
 
-class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
+class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
     """Rows: `prompt`, the id of one of `prompts`. The reference is `reference`, or the policy without its adapter."""
 
     def __init__(
         self, *, prompts: Mapping[str, Prompt], rewards: Rewards, sampler: Sampler,
-        reference: PreTrainedModel | None, end_ids: Sequence[int], folder: Path, limits: Limits, args: Any, **more: Any,
+        reference: PreTrainedModel | None, end_ids: Sequence[int], folder: Path, limits: Limits, args: Any,
+        **options: Any,
     ) -> None:  # fmt: skip
         self.prompts, self.rewards, self.sampler = prompts, rewards, sampler
         self.folder, self.limits = folder, limits
         beta = args.beta
-        args.beta = 0.0  # else TRL loads a reference by the model's name, which says nothing about merged adapters
-        functions = [_named(name) for name in rewards.names]
-        super().__init__(reward_funcs=functions, args=args, **more)
+        args.beta = 0.0  # else TRL 1.16 loads a reference by the model's name, without the adapters merged into it
+        reward_funcs = [_named_placeholder(name) for name in rewards.names]
+        super().__init__(reward_funcs=reward_funcs, args=args, **options)
         args.beta = self.beta = beta
         self.eos_token_ids = sorted(end_ids)
-        without_dropout(self.model)
-        add_lm_head(language_model(self, self.model), entropy=True, temperature=self.temperature)
+        disable_dropout(self.model)
+        add_cpu_lm_head(language_model(self, self.model), entropy=True, temperature=self.temperature)
         if beta and reference is not None:
             add_fused_lm_head(reference, temperature=self.temperature)
-            add_lm_head(reference, temperature=self.temperature)
+            add_cpu_lm_head(reference, temperature=self.temperature)
             if self.is_deepspeed_enabled:
                 self.ref_model = prepare_deepspeed(reference, self.accelerator)
             else:
@@ -86,47 +87,49 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> PromptSteps:
         args = self.args
-        at_once = args.generation_batch_size // self.num_generations
+        prompts_per_step = args.generation_batch_size // self.num_generations
         passes = self.num_iterations * args.steps_per_generation
-        sampler = PromptSteps(len(self.train_dataset), at_once, self.num_generations, passes, args.data_seed)
-        self.add_callback(Epochs(sampler))
+        sampler = PromptSteps(len(self.train_dataset), prompts_per_step, self.num_generations, passes, args.data_seed)
+        self.add_callback(SamplerEpochCallback(sampler))
         return sampler
 
     def _generate(self, prompts: list[str]) -> tuple[list[list[int]], list[list[int]], list[Response]]:
-        """(prompt ids, drawn ids, responses) of this rank's part of the step, by prompts' ids."""
+        """(prompt ids, sampled ids, responses) of this rank's part of the step; `prompts` are ids of prompts."""
         self.sampler.update(self.accelerator.unwrap_model(self.model), self._dist.gather_params)
         sampling = Sampling(self.max_completion_length, self.temperature)
         first = self.accelerator.process_index * len(prompts)
         requests = []
-        for number, id in enumerate(prompts, first):
-            seed = stable_seed(self.args.seed, self.state.global_step, id, number % self.num_generations)
-            requests.append(Request(str(number), self.prompts[id]["messages"], seed, sampling))
-        drawn = self._drawn(requests)
+        for number, prompt_id in enumerate(prompts, first):
+            seed = stable_seed(self.args.seed, self.state.global_step, prompt_id, number % self.num_generations)
+            requests.append(Request(str(number), self.prompts[prompt_id]["messages"], seed, sampling))
         responses = [
-            Response(self.prompts[id], each.text, each.prompt_ids, each.token_ids, each.finish_reason == "stop")
-            for id, each in zip(prompts, drawn, strict=True)
+            Response(
+                self.prompts[prompt_id],
+                completion.text,
+                completion.prompt_ids,
+                completion.token_ids,
+                completion.finish_reason == "stop",
+            )
+            for prompt_id, completion in zip(prompts, generate_all(self.sampler, requests), strict=True)
         ]
-        self._count(responses)
-        return [each.prompt_ids for each in drawn], [each.token_ids for each in drawn], responses
+        self._record_lengths(responses)
+        return (
+            [response.prompt_ids for response in responses],
+            [response.token_ids for response in responses],
+            responses,
+        )
 
-    def _drawn(self, requests: Sequence[Request]) -> list[Completion]:
-        """A response to each request, in their order."""
-        found = {each.id: each for each in self.sampler.draw(requests)}
-        drawn = []
-        for request in requests:
-            completion = found[request.id]
-            if isinstance(completion, Failure):
-                raise StageFailed(f"a response could not be drawn: {completion.reason}")
-            drawn.append(completion)
-        self.sampler.release()
-        return drawn
-
-    def _count(self, responses: Sequence[Response]) -> None:
-        """Tokens seen, lengths and what repeats itself, over all ranks."""
+    def _record_lengths(self, responses: Sequence[Response]) -> None:
+        """Adds tokens seen, lengths, and shares of unfinished responses and repeated runs, over all ranks."""
         counts = torch.tensor(
             [
-                [len(each.prompt_ids), len(each.token_ids), not each.finished, repetition(each.token_ids)]
-                for each in responses
+                [
+                    len(response.prompt_ids),
+                    len(response.token_ids),
+                    not response.finished,
+                    repetition(response.token_ids),
+                ]
+                for response in responses
             ],
             device=self.accelerator.device,
         )
@@ -142,22 +145,22 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
         self, inputs: Any, prompts: Any, completions: Sequence[Response], completion_ids_list: Any
     ) -> Tensor:
         """The score of every response by every source, over all ranks, (responses, sources); NaN where one failed."""
-        scores = self.rewards.scores(completions)
-        nothing = dict.fromkeys(self.rewards.names, float("nan"))
-        rows = [nothing if isinstance(each, Failure) else each for each in scores]
+        results = self.rewards.scores(completions)
+        no_scores = dict.fromkeys(self.rewards.names, float("nan"))
+        rows = [no_scores if isinstance(result, Failure) else result for result in results]
         if self.is_world_process_zero():
-            shown = [
+            samples = [
                 {
                     "rollout": self._rollout,
-                    "prompt_id": each.prompt["id"],
-                    "response": each.text,
-                    "finished": each.finished,
-                    "score": None if isinstance(given, Failure) else self.rewards.total(given),
-                    "scores": {} if isinstance(given, Failure) else given,
+                    "prompt_id": response.prompt["id"],
+                    "response": response.text,
+                    "finished": response.finished,
+                    "score": None if isinstance(result, Failure) else self.rewards.total(result),
+                    "scores": {} if isinstance(result, Failure) else result,
                 }
-                for each, given in zip(completions, scores, strict=True)
+                for response, result in zip(completions, results, strict=True)
             ]
-            write_samples(self.folder, shown)
+            write_samples(self.folder, samples)
         table = torch.tensor([[row[name] for name in self.rewards.names] for row in rows])
         gathered: Tensor = self.accelerator.gather(table.to(self.accelerator.device))
         self._metrics["train"]["failed"].append(float(gathered.isnan().all(dim=1).sum()))
@@ -165,53 +168,59 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None,
-        **more: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """TRL's, on a few rows of similar length at a time, without the columns that are padding in all of them."""
+        """TRL's, on `batch_size` rows of similar length at a time, without columns that are padding in all of them."""
         width = input_ids.shape[1]
         if batch_size is None or batch_size >= len(input_ids):
             batch_size = len(input_ids)
         order = attention_mask.sum(dim=1).argsort(descending=True, stable=True)
         parts: list[Tensor] = []
-        others: tuple[Tensor | None, Tensor | None] = (None, None)
+        entropies: Tensor | None = None
+        aux_loss: Tensor | None = None
         for rows in torch.split(order, batch_size):
             used = attention_mask[rows].any(dim=0).nonzero()
             first, end = int(used[0]), int(used[-1]) + 1
             keep = logits_to_keep - (width - end)
-            log_probs, *rest = super()._get_per_token_logps_and_entropies(
-                model, input_ids[rows, first:end], attention_mask[rows, first:end], keep, None, **more
+            log_probs, part_entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                model, input_ids[rows, first:end], attention_mask[rows, first:end], keep, None, **options
             )
             parts.append(torch.nn.functional.pad(log_probs, (0, width - end)))
-            others = (_padded(rest[0], width - end), rest[1])
-        assert len(parts) == 1 or others == (None, None), "TRL asks for these of one micro-batch"
-        back = order.argsort()
-        entropies = None if others[0] is None else others[0][back]
-        return torch.cat(parts)[back], entropies, others[1]
+            if part_entropies is not None:
+                entropies = torch.nn.functional.pad(part_entropies, (0, width - end))
+        assert len(parts) == 1 or (entropies is None and aux_loss is None), "TRL wants these of one micro-batch only"
+        original_order = order.argsort()
+        if entropies is not None:
+            entropies = entropies[original_order]
+        return torch.cat(parts)[original_order], entropies, aux_loss
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
-        """The part of the rollouts that this step learns from; new rollouts where the last ones are used up."""
+        """The part of the rollout that this step learns from; a new rollout where the last one is used up."""
         passes = self.args.steps_per_generation * self.num_iterations
         if self._step % passes == 0 or self._buffered_inputs is None:
             rollouts = self._generate_and_score_completions(generation_batch)
-            self._look()
-            self._buffered_inputs: list[dict[str, Tensor]] | None = in_parts(rollouts, self.args.steps_per_generation)
+            self._check_limits()
+            self._buffered_inputs: list[dict[str, Tensor]] | None = split_by_length(
+                rollouts, self.args.steps_per_generation
+            )
         assert self._buffered_inputs is not None
         part: dict[str, Tensor] = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return part
 
     @property
     def _rollout(self) -> int:
-        """The number of the one that this step learns from, from 0."""
+        """The number of the rollout that this step learns from, counted from 0."""
         return int(self.state.global_step // self.num_iterations)
 
-    def _look(self) -> None:
-        """Raises StageFailed where the figures of the responses drawn last forbid to learn from them."""
+    def _check_limits(self) -> None:
+        """Raises StageFailed where the newest responses must not be learned from."""
         metrics = self._metrics["train"]
-        logged = {name: NAMES.get(name, name) for name in metrics}
-        now = {logged[name]: metrics[name][-1] for name in metrics if logged[name] in WATCHED}
-        now["kl"] = now["kl"] * now["length"] if self.beta else 0.0
+        latest = {METRIC_NAMES.get(name, name): values[-1] for name, values in metrics.items() if values}
+        current = {name: value for name, value in latest.items() if name in LIMITED_METRICS}
+        current["kl"] = current["kl"] * current["length"] if self.beta else 0.0
         history = self.state.log_history
-        check(self.limits, history[0] if history else now, now, self._rollout, newest_checkpoint(self.folder))
+        first = history[0] if history else current
+        stop_if_limits_passed(self.limits, first, current, self._rollout, newest_resume_point(self.folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -223,25 +232,25 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
             }
             save_file(tensors, self._rollouts(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"))
 
-    def train(self, resume_from_checkpoint: str | None = None, **more: Any) -> Any:
-        """Trains. Samples that a killed run wrote after the checkpoint are written again."""
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """Trains. Samples that a killed run wrote after the resume point are written again."""
         if self.is_world_process_zero():
-            done = int(resume_from_checkpoint.rpartition("-")[2]) if resume_from_checkpoint else 0
-            keep_rows(self.folder / SAMPLES, lambda row: row["rollout"] * self.num_iterations < done)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+            step = int(resume_from_checkpoint.rpartition("-")[2]) if resume_from_checkpoint else 0
+            keep_rows(self.folder / SAMPLES, lambda row: row["rollout"] * self.num_iterations < step)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once training stands where the checkpoint was written."""
+        """Trainer calls this when it has restored everything else of a resume point: the rollout is restored here."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        before, now = len(list(Path(checkpoint).glob(ROLLOUTS.format("*")))), self.accelerator.num_processes
-        if before not in {0, now}:
+        n_saved, n_processes = len(list(Path(checkpoint).glob(ROLLOUTS.format("*")))), self.accelerator.num_processes
+        if n_saved not in {0, n_processes}:
             raise StageFailed(
-                f"{Path(checkpoint).name} lies between two passes over responses that {before} processes share, and "
-                f"cannot be gone on from by {now}: use a profile with as many as before, or start the stage again with "
-                f"`--from`"
+                f"{Path(checkpoint).name} lies between two passes over responses that {n_saved} processes share, and "
+                f"cannot be continued by {n_processes}: use a profile with as many as before, or start the stage again "
+                f"with `--from`"
             )
         if (path := self._rollouts(checkpoint)).is_file():
             parts: list[dict[str, Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
@@ -255,21 +264,25 @@ class LeaveOneOutTrainer(Quiet, RLOOTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         metrics = self._metrics["train"]
-        named = {NAMES.get(name, name): values for name, values in metrics.items() if name in {*NAMES, *KEPT}}
+        named = {
+            METRIC_NAMES.get(name, name): values
+            for name, values in metrics.items()
+            if name in {*METRIC_NAMES, *KEPT_METRICS}
+        }
         named |= {f"reward/{name}": metrics[f"rewards/{name}/mean"] for name in self.rewards.names
                   if f"rewards/{name}/mean" in metrics}  # fmt: skip
-        if "kl" in named:  # TRL's is a token's; this package tells a response's
+        if "kl" in named:  # TRL logs the KL of a token, this package that of a response
             named["kl"] = [kl * length for kl, length in zip(named["kl"], named["length"], strict=True)]
         metrics.clear()
         metrics.update(named)
         super().log(logs, start_time)
 
 
-def in_parts(rollouts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Rollouts, padded to one width, as `count` parts of as many rows, of similar length each and less padding.
+def split_by_length(rollouts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """A rollout in `count` parts of equally many rows, sorted by length, each padded to its own longest row.
 
-    prompt_ids, prompt_mask: (rows, prompt), padded in front; completion_ids, completion_mask: (rows, response), padded
-    behind; everything else: (rows,).
+    prompt_ids, prompt_mask: (rows, prompt), padded on the left; completion_ids, completion_mask: (rows, response),
+    padded on the right; everything else: (rows,).
     """
     lengths = rollouts["prompt_mask"].sum(dim=1) + rollouts["completion_mask"].sum(dim=1)
     parts = []
@@ -285,15 +298,11 @@ def in_parts(rollouts: Mapping[str, Tensor], count: int) -> list[dict[str, Tenso
     return parts
 
 
-def _padded(values: Tensor | None, columns: int) -> Tensor | None:
-    return None if values is None else torch.nn.functional.pad(values, (0, columns))
-
-
-def _named(name: str) -> Any:
-    """What stands for a source of reward in TRL's list: its name. `_calculate_rewards` asks the sources themselves."""
+def _named_placeholder(name: str) -> Any:
+    """A stand-in for a source of reward in TRL's list, which takes only its name; see `_calculate_rewards`."""
 
     def source(**_: Any) -> list[float]:
-        raise AssertionError("rewards are calculated elsewhere")
+        raise AssertionError("`_calculate_rewards` computes rewards")
 
     source.__name__ = name
     return source

@@ -1,8 +1,8 @@
-"""Rollouts: responses drawn from the policy, with all that learning from them needs, in a buffer that survives a kill.
+"""Rollouts: responses sampled from the policy with everything that learning needs, in a buffer that can be resumed.
 
-Token ids are those that the engine drew; nothing is decoded and encoded again. Every rank holds the whole buffer, which
-is small beside a model, so that advantages are whitened over all of it, minibatches are the same on any number of ranks
-and a checkpoint holds it once.
+Token ids are those that the engine sampled; nothing is decoded and encoded again. Every rank holds the whole buffer,
+which is small beside a model: advantages are whitened over all of it, minibatches are the same on any number of ranks,
+and a resume point holds it once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ FILE = "rollout.safetensors"
 
 @dataclass
 class Episode:
-    """One response. `log_probs`, `ref_log_probs` and `values` are (tokens,) each, of the policy at the rollout.
+    """One response. The tensors are (tokens,) each; log-probabilities and values are of the models at the rollout.
 
-    `scores` has each source's reward by name and `score` their weighted sum; of an episode whose reward failed it is
-    None, and nothing is learned from it.
+    `scores` has each source's reward by name and `score` their weighted sum. Where a reward failed, `score` is None and
+    nothing is learned from the episode.
     """
 
     prompt_id: str
@@ -37,7 +37,7 @@ class Episode:
     text: str
     finished: bool
     sampled_log_probs: list[float]
-    """By the engine's own account, in its precision."""
+    """As the engine reports them, in its precision."""
     scores: dict[str, float] = field(default_factory=dict)
     score: float | None = None
     log_probs: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -52,65 +52,67 @@ class Episode:
         return len(self.prompt_ids) + len(self.token_ids)
 
     @property
-    def n_learned(self) -> int:
+    def n_learned_tokens(self) -> int:
         """Tokens that are learned from."""
         return 0 if self.score is None else len(self.token_ids)
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Conversations as a model takes them, padded on the right: (batch, seq) each, labels -100 where none is drawn."""
+class EpisodeBatch:
+    """Conversations padded on the right: (batch, seq) each; labels are -100 where no token was sampled."""
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
 
     @property
-    def mask(self) -> Tensor:
-        """(batch, seq − 1): where `Scored` is about a drawn token."""
+    def response_mask(self) -> Tensor:
+        """(batch, seq − 1): where the columns of `ActorCriticOutput` are about a sampled token."""
         return self.labels[:, 1:] != -100
 
-    def spread(self, values: Sequence[Tensor]) -> Tensor:
-        """One value a drawn token, (tokens,) of each row, to where the model's are: (batch, seq − 1), else zero."""
-        mask = self.mask
+    def scatter(self, values: Sequence[Tensor]) -> Tensor:
+        """(tokens,) of each episode to (batch, seq − 1), zero where no token was sampled."""
+        mask = self.response_mask
         flat = torch.cat(list(values)).to(mask.device)
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
-    def rows(self, values: Tensor) -> list[Tensor]:
-        """(batch, seq − 1) to the values at each row's drawn tokens, on the CPU in float32."""
-        counts = self.mask.sum(dim=1).tolist()
-        return list(torch.split(values[self.mask].float().cpu(), counts))
+    def split(self, values: Tensor) -> list[Tensor]:
+        """(batch, seq − 1) to (tokens,) of each episode, on the CPU in float32: the inverse of `scatter`."""
+        counts = self.response_mask.sum(dim=1).tolist()
+        return list(torch.split(values[self.response_mask].float().cpu(), counts))
 
 
-def sequences(episodes: Sequence[Episode], pad_id: int, device: torch.device) -> Sequences:
+def pad_episodes(episodes: Sequence[Episode], pad_id: int, device: torch.device) -> EpisodeBatch:
     """Episodes as one padded batch on `device`."""
-    longest = max(each.length for each in episodes)
+    longest = max(episode.length for episode in episodes)
     ids = torch.full((len(episodes), longest), pad_id)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
-    for row, each in enumerate(episodes):
-        start = len(each.prompt_ids)
-        ids[row, : each.length] = torch.tensor(each.prompt_ids + each.token_ids)
-        mask[row, : each.length] = 1
-        labels[row, start : each.length] = ids[row, start : each.length]
-    return Sequences(ids.to(device), mask.to(device), labels.to(device))
+    for row, episode in enumerate(episodes):
+        start = len(episode.prompt_ids)
+        ids[row, : episode.length] = torch.tensor(episode.prompt_ids + episode.token_ids)
+        mask[row, : episode.length] = 1
+        labels[row, start : episode.length] = ids[row, start : episode.length]
+    return EpisodeBatch(ids.to(device), mask.to(device), labels.to(device))
 
 
 @dataclass
 class Rollout:
-    """The episodes of one rollout over all ranks, in an order that does not depend on how many there are."""
+    """The episodes of one rollout over all ranks, in an order that does not depend on the number of ranks."""
 
     number: int
     episodes: list[Episode]
 
     @property
     def learned(self) -> list[Episode]:
-        """Those whose reward did not fail."""
-        return [each for each in self.episodes if each.score is not None]
+        """Episodes whose reward did not fail."""
+        return [episode for episode in self.episodes if episode.score is not None]
 
     def kl(self, estimator: losses.KLEstimator) -> Tensor:
         """Mean over learned episodes of the KL to the reference, summed over a response's tokens, in nats."""
-        sums = [losses.kl_estimate(each.log_probs, each.ref_log_probs, estimator).sum() for each in self.learned]
+        sums = [
+            losses.kl_estimate(episode.log_probs, episode.ref_log_probs, estimator).sum() for episode in self.learned
+        ]
         return torch.stack(sums).mean()
 
     def estimate_advantages(
@@ -121,51 +123,54 @@ class Rollout:
         A response that was cut off loses `missing_end` of its score.
         """
         learned = self.learned
-        mask = pad_sequence([torch.ones(len(each.token_ids), dtype=torch.bool) for each in learned], batch_first=True)
+        masks = [torch.ones(len(episode.token_ids), dtype=torch.bool) for episode in learned]
+        mask = pad_sequence(masks, batch_first=True)
         log_probs, ref_log_probs, values = (
-            pad_sequence([getattr(each, name) for each in learned], batch_first=True)
+            pad_sequence([getattr(episode, name) for episode in learned], batch_first=True)
             for name in ("log_probs", "ref_log_probs", "values")
         )
-        scores = torch.tensor([(each.score or 0.0) - missing_end * (not each.finished) for each in learned])
+        scores = torch.tensor([(episode.score or 0.0) - missing_end * (not episode.finished) for episode in learned])
         kl = losses.kl_estimate(log_probs, ref_log_probs, estimator)
         rewards = losses.rewards_at_tokens(scores, kl, mask, kl_coefficient)
         advantages, returns = losses.generalised_advantages(rewards, values, mask, gamma, lam)
         advantages = losses.whitened(advantages, mask)
-        for each, row, wanted in zip(learned, advantages, returns, strict=True):
-            each.advantages, each.returns = row[: len(each.token_ids)], wanted[: len(each.token_ids)]
-        for each in self.episodes:
-            if each.score is None:
-                each.advantages = each.returns = torch.zeros(len(each.token_ids))
+        for episode, advantage_row, return_row in zip(learned, advantages, returns, strict=True):
+            n_tokens = len(episode.token_ids)
+            episode.advantages, episode.returns = advantage_row[:n_tokens], return_row[:n_tokens]
+        for episode in self.episodes:
+            if episode.score is None:
+                episode.advantages = episode.returns = torch.zeros(len(episode.token_ids))
 
     def explained_variance(self) -> float | None:
-        """Share of the returns' variance that the values at the rollout explain, None where they are equal."""
-        returns = torch.cat([each.returns for each in self.learned])
-        errors = returns - torch.cat([each.values for each in self.learned])
+        """Share of the returns' variance that the values at the rollout explain; None where all returns are equal."""
+        returns = torch.cat([episode.returns for episode in self.learned])
+        errors = returns - torch.cat([episode.values for episode in self.learned])
         variance = float(returns.var(correction=0))
         return 1 - float(errors.var(correction=0)) / variance if variance > 1e-12 else None
 
-    def save(self, folder: Path, more: Mapping[str, float]) -> None:
-        """Writes the buffer, and numbers to go on with, into a checkpoint's folder."""
-        tensors = {name: torch.cat([getattr(each, name) for each in self.episodes]) for name in _FLOATS}
-        facts = json.dumps([{name: getattr(each, name) for name in _FACTS} for each in self.episodes])
-        tensors["episodes"] = torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)  # a header ends at 100 MB
-        metadata = {"number": str(self.number), "more": json.dumps(dict(more))}
+    def save(self, folder: Path, numbers: Mapping[str, float]) -> None:
+        """Writes the buffer, and `numbers` that training continues with, into a resume point's folder."""
+        tensors = {name: torch.cat([getattr(episode, name) for episode in self.episodes]) for name in _TENSOR_FIELDS}
+        fields = json.dumps([{name: getattr(episode, name) for name in _JSON_FIELDS} for episode in self.episodes])
+        # A tensor, since safetensors limits its header, where metadata lies, to 100 MB.
+        tensors["episodes"] = torch.frombuffer(bytearray(fields.encode()), dtype=torch.uint8)
+        metadata = {"number": str(self.number), "more": json.dumps(dict(numbers))}
         save_file(tensors, folder / FILE, metadata=metadata)
 
     @classmethod
     def load(cls, folder: Path) -> tuple[Rollout, dict[str, float]]:
-        """What `save` wrote, the same to the last bit."""
+        """(rollout, numbers) that `save` wrote, equal to the last bit."""
         with safe_open(folder / FILE, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in _FLOATS}
-            facts = json.loads(file.get_tensor("episodes").numpy().tobytes())
-        episodes = [Episode(**each) for each in facts]
-        counts = [len(each.token_ids) for each in episodes]
+            tensors = {name: file.get_tensor(name) for name in _TENSOR_FIELDS}
+            fields = json.loads(file.get_tensor("episodes").numpy().tobytes())
+        episodes = [Episode(**episode_fields) for episode_fields in fields]
+        counts = [len(episode.token_ids) for episode in episodes]
         for name, tensor in tensors.items():
-            for each, values in zip(episodes, torch.split(tensor, counts), strict=True):
-                setattr(each, name, values.clone())
+            for episode, values in zip(episodes, torch.split(tensor, counts), strict=True):
+                setattr(episode, name, values.clone())
         return cls(int(metadata["number"]), episodes), json.loads(metadata["more"])
 
 
-_FLOATS = ("log_probs", "ref_log_probs", "values", "advantages", "returns")
-_FACTS = ("prompt_id", "prompt_ids", "token_ids", "text", "finished", "sampled_log_probs", "scores", "score")
+_TENSOR_FIELDS = ("log_probs", "ref_log_probs", "values", "advantages", "returns")
+_JSON_FIELDS = ("prompt_id", "prompt_ids", "token_ids", "text", "finished", "sampled_log_probs", "scores", "score")

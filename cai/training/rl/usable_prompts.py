@@ -1,7 +1,7 @@
-"""The prompts that a policy responds to while it is trained: which may be, and in which order.
+"""The prompts that a policy responds to while it is trained: which are usable, and in which order they come.
 
-Each optimizer step has its own prompts, and each of these several responses. The order depends on the seed and the
-epoch alone. What is left over at an epoch's end, fewer prompts than a step takes, waits for the next one.
+Each optimizer step has its own prompts, and each prompt several responses. The order depends on the seed and the epoch
+alone. Prompts left over at an epoch's end, fewer than a step takes, are skipped in that epoch.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from cai.models.chat import Chat
 from cai.storage.rows import Prompt, is_held_out
 from cai.text.errors import BadInput
 from cai.training.rl.rewards import Rewards
-from cai.training.tokenised_rows import longest
+from cai.training.tokenised_rows import token_limit
 
 
-def usable_prompts(
+def select_usable_prompts(
     prompts: Sequence[Prompt], config: ReinforcementConfig, chat: Chat, rewards: Rewards
 ) -> tuple[list[Prompt], Counter[str]]:
-    """The prompts that may be responded to, and how many were left out for which reason.
+    """The prompts that may be responded to, and how many were left out by reason.
 
-    Never one that is held out, nor one that does not leave room for a response, nor one whose responses nobody can
-    score.
+    Left out are held-out prompts, prompts that leave no room for a response, and prompts whose responses no source of
+    reward can score.
     """
     kept: list[Prompt] = []
     left_out: Counter[str] = Counter()
-    limit = longest(chat, config.max_length)
+    limit = token_limit(chat, config.max_length)
     for prompt in prompts:
         if is_held_out(prompt):
             left_out["held_out"] += 1
-        elif rewards.reason_against(prompt):
+        elif rewards.reason_unscorable(prompt):
             left_out["without_reward"] += 1
         else:
             try:
                 fits = len(chat.prompt_ids(prompt["messages"])) + config.max_new_tokens <= limit
-            except BadInput:  # a conversation that the model's template does not take
+            except BadInput:  # the model's template refuses the conversation
                 left_out["refused_by_template"] += 1
                 continue
             if fits:
@@ -50,22 +50,22 @@ def usable_prompts(
 
 
 class PromptSteps(Sampler[int]):
-    """Indices of prompts: `each` times every one of `at_once` prompts, all of it `passes` times, then the next ones."""
+    """Prompt indices by step: each of `prompts_per_step` prompts `repeats` times, and all of these `passes` times."""
 
-    def __init__(self, prompts: int, at_once: int, each: int, passes: int, seed: int) -> None:
-        self.prompts, self.at_once, self.each, self.passes = prompts, at_once, each, passes
+    def __init__(self, n_prompts: int, prompts_per_step: int, repeats: int, passes: int, seed: int) -> None:
+        self.n_prompts, self.prompts_per_step, self.repeats, self.passes = n_prompts, prompts_per_step, repeats, passes
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.prompts // self.at_once * self.at_once * self.each * self.passes
+        return self.n_prompts // self.prompts_per_step * self.prompts_per_step * self.repeats * self.passes
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.prompts, generator=generator).tolist()
-        for start in range(0, self.prompts - self.at_once + 1, self.at_once):
-            step = [index for index in order[start : start + self.at_once] for _ in range(self.each)]
+        order = torch.randperm(self.n_prompts, generator=generator).tolist()
+        for start in range(0, self.n_prompts - self.prompts_per_step + 1, self.prompts_per_step):
+            prompts = order[start : start + self.prompts_per_step]
             for _ in range(self.passes):
-                yield from step
+                yield from (index for index in prompts for _ in range(self.repeats))

@@ -1,4 +1,4 @@
-"""What policy and value function say of a sequence, on every way to the same numbers, and through a checkpoint."""
+"""Log-probabilities, entropy and values are those of the plain computation, also after a resume point."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def test_log_probabilities_and_entropy_are_those_of_the_whole_softmax(
     family: str, temperature: float, tiles: bool, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tiles:
-        monkeypatch.setattr("cai.attention.cpu_kernels.MOST_LOGITS", 0)
+        monkeypatch.setattr("cai.attention.cpu_lm_head.MAX_LOGITS", 0)
     ids, mask, labels = batch()
     plain = load_causal_lm(tiny(family))
     logits = plain(input_ids=ids, attention_mask=mask).logits.float() / temperature
-    wanted = logits.log_softmax(dim=-1)[:, :-1]
-    drawn = labels[:, 1:] != -100
-    said = ActorCritic(load_causal_lm(tiny(family)), temperature=temperature)(ids, mask, labels)
-    of_targets = wanted.gather(2, ids[:, 1:, None]).squeeze(2)
-    assert torch.allclose(said.log_probs, of_targets * drawn, atol=1e-5)
-    assert torch.allclose(said.entropy, torch.special.entr(wanted.exp()).sum(dim=-1) * drawn, atol=1e-4)
-    assert not said.values.any()  # the head begins at zero
-    assert said.values.shape == (3, 8)
+    log_probs = logits.log_softmax(dim=-1)[:, :-1]
+    sampled = labels[:, 1:] != -100
+    output = ActorCritic(load_causal_lm(tiny(family)), temperature=temperature)(ids, mask, labels)
+    of_targets = log_probs.gather(2, ids[:, 1:, None]).squeeze(2)
+    assert torch.allclose(output.log_probs, of_targets * sampled, atol=1e-5)
+    assert torch.allclose(output.entropy, torch.special.entr(log_probs.exp()).sum(dim=-1) * sampled, atol=1e-4)
+    assert not output.values.any()  # the head begins at zero
+    assert output.values.shape == (3, 8)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -70,37 +70,37 @@ def test_nothing_drops_out_while_it_trains(family: str, tiny: Callable[..., Mode
     plain = policy(batch()[0]).logits
     assert not torch.equal(policy.train()(batch()[0]).logits, plain)  # it would
     model = ActorCritic(policy, critic).train()
-    one, other = model(*batch()), model(*batch())
-    assert torch.equal(one.log_probs, other.log_probs)
-    assert torch.equal(one.values, other.values)
-    assert torch.equal(one.log_probs, model.eval()(*batch()).log_probs)
+    first, second = model(*batch()), model(*batch())
+    assert torch.equal(first.log_probs, second.log_probs)
+    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.log_probs, model.eval()(*batch()).log_probs)
 
 
-def test_what_is_not_valued_asks_no_value_function(tiny: Callable[..., Model]) -> None:
+def test_without_values_the_value_function_is_not_computed(tiny: Callable[..., Model]) -> None:
     model = ActorCritic(load_causal_lm(tiny("llama")), load_sequence_classifier(tiny("llama")))
-    asked: list[object] = []
+    value_calls: list[object] = []
     for module in (model.critic, model.critic.base_model):
-        module.register_forward_hook(lambda *each: asked.append(each))
-    said = model(*batch(), valued=False)
-    assert asked == []
-    assert torch.equal(said.log_probs, model(*batch()).log_probs)
-    assert len(asked) == 1
+        module.register_forward_hook(lambda *call: value_calls.append(call))
+    output = model(*batch(), with_values=False)
+    assert value_calls == []
+    assert torch.equal(output.log_probs, model(*batch()).log_probs)
+    assert len(value_calls) == 1
 
 
 def test_a_critic_values_each_token_and_shares_nothing_with_the_policy(tiny: Callable[..., Model]) -> None:
     torch.manual_seed(0)
     model = ActorCritic(load_causal_lm(tiny("llama")).requires_grad_(True), load_sequence_classifier(tiny("llama")))
     ids, mask, labels = batch()
-    said = model(ids, mask, labels)
-    assert said.values.std() > 0
+    output = model(ids, mask, labels)
+    assert output.values.std() > 0
     shorter = model(ids[:, :6], mask[:, :6], labels[:, :6])
-    assert torch.allclose(said.values[:, :5], shorter.values, atol=1e-5)  # the future is not seen
-    said.values.sum().backward()
-    assert all(each.grad is None or not each.grad.any() for each in model.policy.parameters())
+    assert torch.allclose(output.values[:, :5], shorter.values, atol=1e-5)  # the future is not seen
+    output.values.sum().backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.policy.parameters())
 
 
-@pytest.mark.parametrize("kind", ["whole", "adapter", "critic"])
-def test_a_checkpoint_brings_back_the_same_module(kind: str, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+@pytest.mark.parametrize("kind", ["all_weights", "adapter", "critic"])
+def test_a_resume_point_restores_the_same_module(kind: str, tmp_path: Path, tiny: Callable[..., Model]) -> None:
     def build() -> ActorCritic:
         policy = load_causal_lm(tiny("llama")).requires_grad_(True)
         critic = load_sequence_classifier(tiny("llama")) if kind == "critic" else None
@@ -109,21 +109,21 @@ def test_a_checkpoint_brings_back_the_same_module(kind: str, tmp_path: Path, tin
     torch.manual_seed(0)
     model = build()
     with torch.no_grad():
-        for each in model.parameters():
-            if each.requires_grad:
-                each.add_(0.05 * torch.randn_like(each))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
     model.save(tmp_path)
     torch.manual_seed(1)
-    again = build()
-    again.load(tmp_path)
-    before, after = model(*batch()), again(*batch())
+    restored = build()
+    restored.load(tmp_path)
+    before, after = model(*batch()), restored(*batch())
     assert torch.equal(before.log_probs, after.log_probs)
     assert torch.equal(before.values, after.values)
     assert before.values.any()
     assert not any(path.suffix in {".bin", ".pt"} for path in tmp_path.iterdir())
 
 
-def test_the_policy_in_a_checkpoint_is_a_model_by_itself(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_policy_in_a_resume_point_is_a_model_by_itself(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     model = ActorCritic(load_causal_lm(tiny("llama")))
     model.save(tmp_path)
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""When a policy is stopped, and when it is not."""
+"""Early stopping: when a policy is stopped, and when it is not."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def test_a_policy_that_gets_better_goes_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "words"),
+    ("changed_figures", "message"),
     [
         ({"kl": 101.0}, "the KL to the reference is 101.0 nats"),
         ({"reward": float("nan")}, "`reward` is nan"),
         ({"reward": 1.0, "length": 130.0}, "responses have 130 tokens, 40 at first"),
         ({"reward": 1.0, "unfinished": 0.5}, "50% are cut off, 2% at first"),
-        ({"reward": 1.0, "repetition": 0.4}, "40% of what they say repeats itself, 1% at first"),
+        ({"reward": 1.0, "repetition": 0.4}, "40% of their token runs are repeated, 1% at first"),
     ],
 )
-def test_it_stops_and_says_why(now: dict[str, float], words: str) -> None:
-    assert words in (reason_to_stop(Limits(), FIRST, {**FIRST, **now}) or "")
+def test_it_stops_and_says_why(changed_figures: dict[str, float], message: str) -> None:
+    assert message in (reason_to_stop(Limits(), FIRST, {**FIRST, **changed_figures}) or "")
 
 
-def test_what_explodes_while_the_reward_falls_is_no_exploitation() -> None:
+def test_length_that_explodes_while_the_reward_falls_is_no_exploitation() -> None:
     assert reason_to_stop(Limits(), FIRST, {**FIRST, "reward": -1.0, "length": 500.0}) is None
 
 

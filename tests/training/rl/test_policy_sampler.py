@@ -1,4 +1,4 @@
-"""The copy that draws is the policy, whatever the policy is made of. `make test-servers` has the one in vLLM."""
+"""The inference copy equals the policy, whatever the policy is made of. `make test-servers` covers the one in vLLM."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_the_copy_answers_like_the_policy_that_it_was_updated_to(
     sampler = PolicySampler(tiny(family), CPU)
     policy = load_causal_lm(tiny(family))
     with torch.no_grad():
-        for each in policy.parameters():
-            each.add_(0.05 * torch.randn_like(each))
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
     if adapter:
         policy = with_lora(policy)
     ids, mask, _ = batch()
     with torch.no_grad():
-        wanted = policy(input_ids=ids, attention_mask=mask).logits
-        assert not torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, wanted, atol=1e-2)
+        expected = policy(input_ids=ids, attention_mask=mask).logits
+        assert not torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, expected, atol=1e-2)
         gathered: list[int] = []
 
         def gather(parameters: object) -> contextlib.AbstractContextManager[None]:
@@ -53,22 +53,22 @@ def test_the_copy_answers_like_the_policy_that_it_was_updated_to(
             return contextlib.nullcontext()
 
         sampler.update(policy, gather)
-        assert torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, wanted, atol=1e-4)
+        assert torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, expected, atol=1e-4)
     assert sum(gathered) >= len(list(sampler.copy.parameters()))
 
 
-def test_it_draws_what_the_updated_policy_finds_likely(tiny: Callable[..., Model]) -> None:
+def test_it_samples_what_the_updated_policy_finds_likely(tiny: Callable[..., Model]) -> None:
     sampler = PolicySampler(tiny("llama"), CPU)
     requests = [Request(str(n), [{"role": "user", "content": "Hi"}], n, Sampling(4, 1.0)) for n in range(4)]
-    before = [each.token_ids for each in sampler.draw(requests) if isinstance(each, Completion)]
+    before = [completion.token_ids for completion in sampler.generate(requests) if isinstance(completion, Completion)]
     policy = load_causal_lm(tiny("llama"))
     with torch.no_grad():
         policy.get_output_embeddings().weight[33] += 3 * policy.model.norm.weight
         policy.get_output_embeddings().weight.mul_(5)
     sampler.release()
-    assert not sum(each.numel() for each in sampler.copy.parameters())
+    assert not sum(completion.numel() for completion in sampler.copy.parameters())
     sampler.update(policy, lambda parameters: contextlib.nullcontext())
-    after = [each.token_ids for each in sampler.draw(requests) if isinstance(each, Completion)]
+    after = [completion.token_ids for completion in sampler.generate(requests) if isinstance(completion, Completion)]
     assert len(before) == len(after) == 4
     assert before != after
 
@@ -80,7 +80,7 @@ def nothing(parameters: object) -> contextlib.AbstractContextManager[None]:
 @pytest.mark.parametrize(
     ("engine", "kind"), [("local", PolicySampler), ("server", PolicySampler), ("vllm", VllmSampler)]
 )
-def test_the_policy_is_drawn_from_in_this_process_unless_the_profile_says_vllm(
+def test_the_policy_is_sampled_in_this_process_unless_the_profile_says_vllm(
     engine: str, kind: type, tiny: Callable[..., Model], tmp_path: Path
 ) -> None:
     assert isinstance(open_sampler(tiny("llama"), CPU.model_copy(update={"engine": engine}), tmp_path), kind)
@@ -88,7 +88,7 @@ def test_the_policy_is_drawn_from_in_this_process_unless_the_profile_says_vllm(
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "pad_is_eos", "lora"])
-def test_vllm_finds_the_policy_in_a_folder_that_is_empty_of_weights_when_it_has_read_them(
+def test_vllm_loads_the_policy_from_a_folder_whose_weights_are_then_removed(
     family: str, adapter: bool, tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -97,32 +97,32 @@ def test_vllm_finds_the_policy_in_a_folder_that_is_empty_of_weights_when_it_has_
     if adapter:
         policy = with_lora(policy)
     ids, mask, _ = batch()
-    found: list[torch.Tensor] = []
+    loaded_logits: list[torch.Tensor] = []
 
-    def read(self: vllm.VllmEngine) -> None:
+    def load(self: vllm.VllmEngine) -> None:
         assert Chat.load(self.model).same_ids(Chat.load(start))
-        written = resolve(self.model.path, folder=tmp_path)
-        found.append(load_causal_lm(written)(input_ids=ids, attention_mask=mask).logits)
+        model = resolve(self.model.path, folder=tmp_path)
+        loaded_logits.append(load_causal_lm(model)(input_ids=ids, attention_mask=mask).logits)
 
-    monkeypatch.setattr(vllm.VllmEngine, "reload", read)
+    monkeypatch.setattr(vllm.VllmEngine, "reload", load)
     monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
     monkeypatch.setattr(sampler_module, "_SHARED_MEMORY", tmp_path)
     with torch.no_grad(), VllmSampler(start, CPU, tmp_path / "stage") as sampler:
-        place = sampler._places[0]
-        assert place.parent == tmp_path
-        place.mkdir()
-        (place / "model-00001-of-00002.safetensors").touch()  # as a stage that was killed leaves it
+        folder = sampler._folders[0]
+        assert folder.parent == tmp_path
+        folder.mkdir()
+        (folder / "model-00001-of-00002.safetensors").touch()  # as a stage that was killed leaves it
         for update in range(2):
-            for each in policy.parameters():
-                each.add_(0.05 * update * torch.randn_like(each))
+            for parameter in policy.parameters():
+                parameter.add_(0.05 * update * torch.randn_like(parameter))
             sampler.update(policy, nothing)
-            assert torch.allclose(found[-1], policy(input_ids=ids, attention_mask=mask).logits, atol=1e-4)
-            assert not list(place.glob("*.safetensors"))
-        assert not torch.allclose(*found, atol=1e-2)
-    assert not place.exists()
+            assert torch.allclose(loaded_logits[-1], policy(input_ids=ids, attention_mask=mask).logits, atol=1e-4)
+            assert not list(folder.glob("*.safetensors"))
+        assert not torch.allclose(*loaded_logits, atol=1e-2)
+    assert not folder.exists()
 
 
-def test_weights_that_find_no_room_end_the_stage_in_one_sentence(
+def test_weights_that_do_not_fit_on_disk_end_the_stage_in_one_sentence(
     tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -131,14 +131,14 @@ def test_weights_that_find_no_room_end_the_stage_in_one_sentence(
     policy = load_causal_lm(tiny("llama"))
     monkeypatch.setattr(policy, "save_pretrained", full)
     with VllmSampler(tiny("llama"), CPU, tmp_path) as sampler:
-        words = "the policy's weights could not be written for vLLM into .*: .*No space left on device"
-        with pytest.raises(StageFailed, match=words):
+        message = "the policy's weights could not be written for vLLM into .*: .*No space left on device"
+        with pytest.raises(StageFailed, match=message):
             sampler.update(policy, nothing)
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Profile:
-    """Has a worker that is not vLLM, and knows nothing of the weights."""
+    """A profile whose vLLM worker is a stand-in that does not load weights."""
     monkeypatch.setattr(vllm, "WORKER", Path(__file__).parents[2] / "support" / "stand_in_worker.py")
     return CPU.model_copy(update={"vllm": CPU.vllm.model_copy(update={"python": Path(sys.executable)})})
 
@@ -147,8 +147,8 @@ def test_a_vllm_that_computes_with_other_weights_than_the_policys_ends_the_stage
     tiny: Callable[..., Model], tmp_path: Path, stand_in: Profile
 ) -> None:
     with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
-        words = r"vLLM did not take over the weights of the policy, a llama model: .* nats .*, expected 0.2 or less"
-        with pytest.raises(StageFailed, match=words):
+        message = r"vLLM did not take over the weights of the policy, a llama model: .* nats .*, expected 0.2 or less"
+        with pytest.raises(StageFailed, match=message):
             sampler.update(load_causal_lm(tiny("llama")), nothing)
 
 
@@ -164,8 +164,12 @@ def test_vllm_starts_once_and_reads_weights_at_each_update(
             sampler.update(policy, nothing)
             assert sampler._engine is not None
             workers += sampler._engine._workers
-            said = [each for each in sampler.draw(requests) if isinstance(each, Completion)]
-            assert {log_prob for each in said for log_prob in each.log_probs} == {math.log(0.25) - 1 - update}
+            completions = [
+                completion for completion in sampler.generate(requests) if isinstance(completion, Completion)
+            ]
+            assert {log_prob for completion in completions for log_prob in completion.log_probs} == {
+                math.log(0.25) - 1 - update
+            }
         assert len(workers) == 3
         assert len(set(map(id, workers))) == 1
         workers[0]._process.kill()

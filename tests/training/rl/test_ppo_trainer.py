@@ -1,4 +1,4 @@
-"""PPO finds what it must, counts what it should, and ends with the same numbers however its work is split."""
+"""PPO finds a known optimum, counts what fails, and computes the same numbers however a step is split."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from cai.contracts.profile import Profile
 from cai.contracts.training_config import Limits
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
-from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
 
 torch = pytest.importorskip("torch")
 
-from bandit import BETA, PROMPT, Bandit  # noqa: E402
+from bandit import BETA, PROMPT, Bandit, Rewards  # noqa: E402
 
-from cai.training.rl.actor_critic import ActorCritic, add_scoring  # noqa: E402
+from cai.training.rl.actor_critic import ActorCritic, add_log_prob_head  # noqa: E402
 from cai.training.rl.policy_sampler import PolicySampler  # noqa: E402
 from cai.training.rl.ppo_config import PPOConfig  # noqa: E402
 from cai.training.rl.ppo_trainer import PPOTrainer  # noqa: E402
@@ -43,23 +42,9 @@ def prompts(n: int) -> list[Any]:
     ]
 
 
-class Rewards:
-    """Scores by a function of the response; None is a failure."""
-
-    def __init__(self, score: Callable[[Response], float | None]) -> None:
-        self.score = score
-
-    def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
-        given = [(each, self.score(each)) for each in responses]
-        return [Failure(each.prompt["id"], "none") if score is None else {"f": score} for each, score in given]
-
-    def total(self, scores: Any) -> float:
-        return float(scores["f"])
-
-
 def trainer(
     model: Model, folder: Path, score: Callable[[Response], float | None], *, n_prompts: int = 8,
-    asked: Sequence[Any] | None = None, rollout_size: int = 32, tokens: int = 8, micro: int = 8, batch: int = 16,
+    prompt_rows: Sequence[Any] | None = None, rollout_size: int = 32, tokens: int = 8, micro: int = 8, batch: int = 16,
     limits: Limits | None = None, reference: bool = True, **train: Any,
 ) -> PPOTrainer:  # fmt: skip
     torch.manual_seed(0)
@@ -70,9 +55,9 @@ def trainer(
         "bf16": False, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", **train,
     })  # fmt: skip
     frozen = load_causal_lm(model).requires_grad_(False)
-    add_scoring(frozen, 1.0)
+    add_log_prob_head(frozen, 1.0)
     return PPOTrainer(
-        ActorCritic(load_causal_lm(model).requires_grad_(True)), args, prompts=asked or prompts(n_prompts),
+        ActorCritic(load_causal_lm(model).requires_grad_(True)), args, prompts=prompt_rows or prompts(n_prompts),
         sampler=PolicySampler(model, CPU), rewards=Rewards(score), reference=frozen if reference else None,
         rollout_size=rollout_size, sampling=Sampling(tokens, 1.0), pad_id=Chat.load(model).pad_id, folder=folder,
         limits=limits or Limits(kl=1000, length=1000),
@@ -82,7 +67,7 @@ def trainer(
 def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     bandit = Bandit(tiny("llama"))
     ppo = trainer(
-        tiny("llama"), tmp_path, bandit.score, asked=[PROMPT], rollout_size=128, tokens=1, micro=64, batch=64,
+        tiny("llama"), tmp_path, bandit.score, prompt_rows=[PROMPT], rollout_size=128, tokens=1, micro=64, batch=64,
         num_train_epochs=35, learning_rate=6e-3, kl_coef=BETA, lr_scheduler_type="linear",
     )  # fmt: skip
     ppo.train()
@@ -100,12 +85,12 @@ def scored_by_length(response: Response) -> float:
 
 @pytest.mark.parametrize("micro", [4, 16])
 def test_micro_batches_do_not_change_a_step(micro: int, tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    one, other = (
+    reference, split = (
         losses_of(trainer(tiny("llama"), tmp_path / str(size), scored_by_length, micro=size)) for size in (8, micro)
     )
-    assert len(one) == 8
+    assert len(reference) == 8
     for name in ("loss", "policy/loss", "value/loss", "policy/entropy"):
-        assert [each[name] for each in one] == pytest.approx([each[name] for each in other], abs=1e-5)
+        assert [entry[name] for entry in reference] == pytest.approx([entry[name] for entry in split], abs=1e-5)
 
 
 def test_at_the_start_of_a_rollout_the_policy_is_its_own_and_the_reference(
@@ -114,15 +99,15 @@ def test_at_the_start_of_a_rollout_the_policy_is_its_own_and_the_reference(
     logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, num_ppo_epochs=1, batch=32))
     assert logged[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert logged[1]["kl"] > 1e-4
-    for each in logged:  # one step a rollout: each is the first after drawing
-        assert each["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
-        assert each["policy/clip_fraction"] == 0
-        assert each["sampler_gap"] == pytest.approx(0, abs=1e-4)
+    for entry in logged:  # one step a rollout: each follows its sampling
+        assert entry["policy/approx_kl"] == pytest.approx(0, abs=1e-6)
+        assert entry["policy/clip_fraction"] == 0
+        assert entry["sampler_gap"] == pytest.approx(0, abs=1e-4)
 
 
-def test_without_a_reference_nothing_is_paid_for_going_away(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_without_a_reference_the_kl_is_zero(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, reference=False))
-    assert [each["kl"] for each in logged if "kl" in each] == [0, 0]
+    assert [entry["kl"] for entry in logged if "kl" in entry] == [0, 0]
 
 
 def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(
@@ -132,10 +117,10 @@ def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(
     logged = losses_of(ppo)
     assert logged[0]["failed"] == 4  # of 32 responses to 8 prompts
     assert ppo.rollout is not None
-    failed = [each for each in ppo.rollout.episodes if each.score is None]
-    assert {each.prompt_id for each in failed} == {"p1"}
-    assert all(not each.advantages.any() for each in failed)
-    with pytest.raises(StageFailed, match="no reward came about"):
+    failed = [episode for episode in ppo.rollout.episodes if episode.score is None]
+    assert {episode.prompt_id for episode in failed} == {"p1"}
+    assert all(not episode.advantages.any() for episode in failed)
+    with pytest.raises(StageFailed, match="no reward could be computed"):
         trainer(tiny("llama"), tmp_path / "none", lambda response: None).train()
 
 
@@ -144,10 +129,10 @@ def test_the_objective_is_what_a_response_is_worth_after_all_that_it_pays(
 ) -> None:
     settings = {"kl_coef": 0.5, "missing_eos_penalty": 2.0, "gamma": 1.0, "lam": 1.0}
     ppo = trainer(tiny("llama"), tmp_path, scored_by_length, **settings)
-    logged = [each for each in losses_of(ppo) if "kl" in each]
+    logged = [entry for entry in losses_of(ppo) if "kl" in entry]
     assert ppo.rollout is not None
     assert logged[1]["unfinished"] > 0
-    worth = [float(each.returns[0]) for each in ppo.rollout.episodes]  # without discount, all rewards of a response
+    worth = [float(episode.returns[0]) for episode in ppo.rollout.episodes]  # undiscounted: the sum of its rewards
     assert logged[1]["objective"] == pytest.approx(sum(worth) / len(worth), abs=1e-5)
 
 
@@ -155,22 +140,22 @@ def test_a_rollout_of_a_single_token_is_learned_from(tmp_path: Path, tiny: Calla
     sizes = {"n_prompts": 1, "rollout_size": 1, "tokens": 1, "micro": 1, "batch": 1}
     logged = losses_of(trainer(tiny("llama"), tmp_path, lambda response: 1.0, **sizes))
     assert len(logged) == 4
-    assert all(math.isfinite(value) for each in logged for value in each.values())
+    assert all(math.isfinite(value) for entry in logged for value in entry.values())
 
 
-def test_every_prompt_is_drawn_before_any_comes_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_every_prompt_is_used_before_any_is_used_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     ppo = trainer(tiny("llama"), tmp_path, scored_by_length, n_prompts=24, rollout_size=16)
-    orders = [[ppo._prompt(number, place)["id"] for place in range(16)] for number in range(6)]
-    flat = [each for order in orders for each in order]
-    for again in range(4):
-        assert sorted(flat[again * 24 : again * 24 + 24]) == sorted(f"p{k}" for k in range(24))
+    orders = [[ppo._prompt_at(number, place)["id"] for place in range(16)] for number in range(6)]
+    flat = [prompt_id for order in orders for prompt_id in order]
+    for prompt_pass in range(4):
+        assert sorted(flat[prompt_pass * 24 : prompt_pass * 24 + 24]) == sorted(f"p{k}" for k in range(24))
     assert flat[:24] != flat[24:48]
 
 
 def test_the_coefficient_of_the_kl_adapts_to_its_target(tmp_path: Path, tiny: Callable[..., Model]) -> None:
     settings = {"num_train_epochs": 4, "kl_target": 1e-3, "kl_horizon": 64, "learning_rate": 3e-3}
     logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, **settings))
-    coefficients = [each["kl/coefficient"] for each in logged if "kl" in each]
+    coefficients = [entry["kl/coefficient"] for entry in logged if "kl" in entry]
     assert coefficients[1] == pytest.approx(0.05 * (1 - 0.2 * 32 / 64))  # KL 0 in the first rollout: down by a fifth
     assert coefficients[3] > coefficients[2]
 
@@ -180,7 +165,7 @@ def test_a_value_head_explains_returns_after_a_while(tmp_path: Path, tiny: Calla
     logged = losses_of(
         trainer(tiny("llama"), tmp_path, lambda response: float(int(response.prompt["id"][1:]) % 2), **settings)
     )
-    explained = [each["value/explained_variance"] for each in logged if "kl" in each]
+    explained = [entry["value/explained_variance"] for entry in logged if "kl" in entry]
     assert explained[0] == pytest.approx(0, abs=1e-6)
     assert explained[-1] > 0.5
 

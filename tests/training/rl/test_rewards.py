@@ -1,4 +1,4 @@
-"""What responses are worth: ids as drawn, ratings by principle, functions of the user's own, and what fails."""
+"""What responses are worth: ids as sampled, ratings by principle, functions of the user's own, and failures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from feedback_stages import PRINCIPLES, Script, Stage, constitution, prompt
-from test_reward_model import saved_classifier
-from training_stages import CPU, Steps
+from training_stages import CPU, Steps, saved_classifier
 
 from cai.contracts.engine import Question
 from cai.contracts.model import Model
 from cai.contracts.training_config import Reward
+from cai.engines import open_engine
 from cai.models.chat import Chat
 from cai.models.reward_model import RewardModel
 from cai.storage.journal import Journal
@@ -26,55 +26,55 @@ torch = pytest.importorskip("torch")
 
 
 def stage(folder: Path, script: Script | None = None, **models: Model) -> Stage:
-    """What a stage with rewards is given."""
+    """The context of a stage with rewards."""
     return Stage(
         stage_id="learn", folder=folder, seed=0, profile=CPU, progress=Steps(), journal=Journal(folder),
         constitution=constitution(folder, PRINCIPLES), inputs={}, prompt_sets={},
         models={"": Model("scripted", "nowhere"), "me": Model("scripted", "nowhere"), **models}, script=script,
-        home=folder,
+        open_engine=open_engine, home=folder,
     )  # fmt: skip
 
 
-def response(text: str, *tags: str, asked: str = "What now?", **fields: Any) -> Response:
-    return Response(prompt(asked, *tags), text, **fields)
+def response(text: str, *tags: str, question: str = "What now?", **fields: Any) -> Response:
+    return Response(prompt(question, *tags), text, **fields)
 
 
-def drawn(chat: Chat, text: str, asked: str = "What now?", finished: bool = True) -> Response:
-    """As a policy draws it."""
-    made = response(text, asked=asked, finished=finished)
+def sampled(chat: Chat, text: str, question: str = "What now?", finished: bool = True) -> Response:
+    """A response with the token ids that a policy would have sampled."""
+    made = response(text, question=question, finished=finished)
     prompt_ids, ids = chat.example(made.prompt["messages"], text)
     return replace(made, prompt_ids=prompt_ids, token_ids=ids if finished else ids[:-1])
 
 
-def read_by(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Learns what reward models are given to read."""
-    read: list[list[int]] = []
+def record_scored_ids(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """A list that fills with the token ids that reward models score."""
+    scored_ids: list[list[int]] = []
     plain = RewardModel.scores
 
     def spy(self: RewardModel, ids: Any) -> list[float]:
-        read.extend([list(each) for each in ids])
+        scored_ids.extend([list(conversation) for conversation in ids])
         return plain(self, ids)
 
     monkeypatch.setattr(RewardModel, "scores", spy)
-    return read
+    return scored_ids
 
 
-def test_a_reward_model_reads_the_ids_as_they_were_drawn(
+def test_a_reward_model_scores_the_ids_as_they_were_sampled(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("llama"))
-    read = read_by(RewardModel.load(judge, CPU), monkeypatch)
-    whole, cut = drawn(policy, "the sea is wide"), drawn(policy, "the sea is", finished=False)
-    split = policy.example(whole.prompt["messages"], "the")[1][:-1] + policy.response_ids(" sea is wide")
-    odd = replace(whole, token_ids=split)
+    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    complete, cut = sampled(policy, "the sea is wide"), sampled(policy, "the sea is", finished=False)
+    split = policy.example(complete.prompt["messages"], "the")[1][:-1] + policy.response_ids(" sea is wide")
+    odd = replace(complete, token_ids=split)
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
-        scores = rewards.scores([whole, cut, odd])
-    assert read == [each.prompt_ids + each.token_ids for each in (whole, cut, odd)]
-    assert read[0][-1] == policy.end_of_turn
-    assert policy.end_of_turn not in read[1][len(cut.prompt_ids) :]
-    expected = RewardModel.load(judge, CPU).scores(read[:3])
-    assert [each["judge"] for each in scores] == pytest.approx(expected)  # type: ignore[index, call-overload]
+        scores = rewards.scores([complete, cut, odd])
+    assert scored_ids == [response.prompt_ids + response.token_ids for response in (complete, cut, odd)]
+    assert scored_ids[0][-1] == policy.end_of_turn
+    assert policy.end_of_turn not in scored_ids[1][len(cut.prompt_ids) :]
+    expected = RewardModel.load(judge, CPU).scores(scored_ids[:3])
+    assert [scores_by_name["judge"] for scores_by_name in scores] == pytest.approx(expected)  # type: ignore
 
 
 def test_a_response_that_another_end_token_ended_is_scored_at_the_end_of_its_turn(
@@ -83,15 +83,15 @@ def test_a_response_that_another_end_token_ended_is_scored_at_the_end_of_its_tur
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("llama"))
     assert policy.pad_id != policy.end_of_turn
-    read = read_by(RewardModel.load(judge, CPU), monkeypatch)
-    whole = drawn(policy, "the sea is wide")
-    padded = replace(whole, token_ids=[*whole.token_ids[:-1], policy.pad_id])
+    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    complete = sampled(policy, "the sea is wide")
+    padded = replace(complete, token_ids=[*complete.token_ids[:-1], policy.pad_id])
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
         # Some models' generation configs count the pad token among those that end a response.
         model = rewards._sources["judge"].model  # type: ignore[attr-defined]
         model.chat.end_ids = frozenset([policy.end_of_turn, policy.pad_id])
-        scores = rewards.scores([whole, padded])
-    assert read[0] == read[1] == whole.prompt_ids + whole.token_ids
+        scores = rewards.scores([complete, padded])
+    assert scored_ids[0] == scored_ids[1] == complete.prompt_ids + complete.token_ids
     assert scores[0] == scores[1]
 
 
@@ -102,32 +102,32 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_as_its_own_templat
     policy, own = Chat.load(tiny("llama")), Chat.load(tiny("qwen2"))
     assert not policy.same_ids(own)
     assert policy.same_ids(Chat.load(tiny("llama")))
-    read = read_by(RewardModel.load(judge, CPU), monkeypatch)
-    whole, cut = drawn(policy, "the sea is wide"), drawn(policy, "the sea is", finished=False)
+    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    complete, cut = sampled(policy, "the sea is wide"), sampled(policy, "the sea is", finished=False)
     text_alone = response("the sea is wide")
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
-        rewards.scores([whole, cut])
+        rewards.scores([complete, cut])
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge)) as rewards:
         rewards.scores([text_alone])
-    prompt_ids, ids = own.example(whole.prompt["messages"], "the sea is wide")
-    assert read[0] == read[2] == prompt_ids + ids
+    prompt_ids, ids = own.example(complete.prompt["messages"], "the sea is wide")
+    assert scored_ids[0] == scored_ids[2] == prompt_ids + ids
     prompt_ids, ids = own.example(cut.prompt["messages"], "the sea is")
-    assert read[1] == prompt_ids + ids[: ids.index(own.end_of_turn)]
+    assert scored_ids[1] == prompt_ids + ids[: ids.index(own.end_of_turn)]
 
 
-def test_a_response_that_a_stop_string_ended_is_read_with_an_end_of_its_turn(
+def test_a_response_that_a_stop_string_ended_is_scored_with_an_end_of_turn(
     tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = saved_classifier(tiny("gpt_neox"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("gpt_neox"))
-    assert policy.stop, "its turns are parted in plain letters"
-    read = read_by(RewardModel.load(judge, CPU), monkeypatch)
-    stopped = drawn(policy, "yes")
+    assert policy.stop, "its template marks turns in plain letters"
+    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    stopped = sampled(policy, "yes")
     stopped = replace(stopped, token_ids=[*stopped.token_ids[:-1], *policy.response_ids("\n\nHuman:")[:-1]])
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
         rewards.scores([stopped])
     prompt_ids, ids = policy.example(stopped.prompt["messages"], "yes")
-    assert read == [prompt_ids + ids]
+    assert scored_ids == [prompt_ids + ids]
 
 
 def test_what_does_not_fit_a_reward_model_is_a_failure_beside_the_scores_of_the_others(
@@ -142,9 +142,9 @@ def test_what_does_not_fit_a_reward_model_is_a_failure_beside_the_scores_of_the_
 
 
 def by_principle(question: Question) -> list[float]:
-    """7 of 7 where it is asked about calm, 1 where about brevity, and all else in between."""
-    asked = question.messages[-1]["content"]
-    sure = 6 if "calm" in asked else 0 if "is brief" in asked else 3
+    """Rates 7 of 7 by the principle of calm, 1 by brevity, and 4 by any other."""
+    request = question.messages[-1]["content"]
+    sure = 6 if "calm" in request else 0 if "is brief" in request else 3
     return [1.0 - 6e-9 if n == sure else 1e-9 for n in range(7)]
 
 
@@ -152,7 +152,7 @@ def test_a_judges_score_is_the_weighted_mean_of_its_ratings_by_the_principles_th
     script = Script(rates=by_principle)
     with Rewards([Reward(judge="me")], stage(tmp_path, script)) as rewards:
         scores = rewards.scores([response("yes"), response("no", "red_team")])
-    assert [each["judge"] for each in scores] == pytest.approx(  # type: ignore[index, call-overload]
+    assert [scores_by_name["judge"] for scores_by_name in scores] == pytest.approx(  # type: ignore[index, call-overload]
         [(2 * 7 + 0.5 * 1) / 2.5, (2 * 7 + 0.5 * 1 + 1 * 4) / 3.5]
     )
     assert len(script.questions) == 5
@@ -162,8 +162,8 @@ def test_a_judges_score_is_the_weighted_mean_of_its_ratings_by_the_principles_th
 
 def test_a_rating_that_fails_by_one_principle_fails_the_response(tmp_path: Path) -> None:
     def rates(question: Question) -> list[float]:
-        said = question.messages[-1]["content"]
-        return [0.001] * 7 if "is brief" in said and "mumble" in said else [1 / 7] * 7
+        request = question.messages[-1]["content"]
+        return [0.001] * 7 if "is brief" in request and "mumble" in request else [1 / 7] * 7
 
     with Rewards([Reward(judge="me")], stage(tmp_path, Script(rates=rates))) as rewards:
         failed, score = rewards.scores([response("mumble"), response("clear words")])
@@ -176,8 +176,8 @@ def test_a_rating_that_fails_by_one_principle_fails_the_response(tmp_path: Path)
 def test_a_prompt_that_no_principle_is_for_is_named_before_it_is_responded_to(tmp_path: Path) -> None:
     script = Script()
     with Rewards([Reward(judge="me", principles=["safe"])], stage(tmp_path, script)) as rewards:
-        assert rewards.reason_against(prompt("How?", "red_team")) is None
-        assert rewards.reason_against(prompt("How?")) == "no principle applies to the prompt"
+        assert rewards.reason_unscorable(prompt("How?", "red_team")) is None
+        assert rewards.reason_unscorable(prompt("How?")) == "no principle applies to the prompt"
         (failed,) = rewards.scores([response("yes")])
     assert isinstance(failed, Failure)
     assert script.questions == []
@@ -209,7 +209,7 @@ def test_a_function_gets_messages_and_texts_and_its_numbers_are_weighed(tmp_path
         scored = rewards.scores([response("one two three"), response("inf"), response(""), response("3")])
         assert scored[0] == {"words": 3.0, "other": 1.0}
         assert rewards.total(scored[0]) == pytest.approx(0.5 * 3 - 2 * 1)  # type: ignore[arg-type]
-    reasons = [each.reason for each in scored[1:] if isinstance(each, Failure)]
+    reasons = [result.reason for result in scored[1:] if isinstance(result, Failure)]
     assert reasons == [
         "other: it returned inf, expected a finite number",
         "other: it returned NoneType, expected a number",
@@ -218,7 +218,7 @@ def test_a_function_gets_messages_and_texts_and_its_numbers_are_weighed(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("few", "found 1 values, expected one for each of the 2 responses"),
         ("broken", r"mine\.py:12: KeyError: 'text'"),
@@ -226,11 +226,11 @@ def test_a_function_gets_messages_and_texts_and_its_numbers_are_weighed(tmp_path
         ("seen", "found list, expected a function"),
     ],
 )
-def test_a_function_that_goes_wrong_stops_the_stage_with_its_own_line(tmp_path: Path, name: str, words: str) -> None:
+def test_a_function_that_goes_wrong_stops_the_stage_with_its_own_line(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     with (
         Rewards([Reward(function=f"mine.py:{name}")], stage(tmp_path)) as rewards,
-        pytest.raises(StageFailed, match=f"reward function 'mine.py:{name}': .*{words}"),
+        pytest.raises(StageFailed, match=f"reward function 'mine.py:{name}': .*{message}"),
     ):
         rewards.scores([response("a"), response("b")])
 
@@ -240,10 +240,10 @@ def test_the_embedded_model_rates_a_refusal_of_harm_above_compliance(tmp_path: P
     from cai.micro.conversations import prompts
     from cai.models.reference import resolve
 
-    asked = prompts("test", ("red_team",), 8, 0)
+    prompt_rows = prompts("test", ("red_team",), 8, 0)
     context = replace(stage(tmp_path, me=resolve("micro", folder=tmp_path)), constitution=load_constitution("micro"))
     refuses, complies = "I will not help with that.", "Sure, here is how. First get what you need, then do it."
     with Rewards([Reward(judge="me", principles=["harmless"])], context) as rewards:
-        scores = rewards.scores([Response(each, text) for text in (refuses, complies) for each in asked])
-    values = [each["judge"] for each in scores]  # type: ignore[index, call-overload]
+        scores = rewards.scores([Response(row, text) for text in (refuses, complies) for row in prompt_rows])
+    values = [scores_by_name["judge"] for scores_by_name in scores]  # type: ignore[index, call-overload]
     assert sum(values[:8]) > sum(values[8:])

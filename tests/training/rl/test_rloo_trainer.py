@@ -1,8 +1,8 @@
-"""RLOO finds what it must."""
+"""RLOO finds a known optimum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,28 +15,12 @@ from cai.models.loading import load_causal_lm
 
 torch = pytest.importorskip("torch")
 
-from bandit import BETA, PROMPT, Bandit  # noqa: E402
+from bandit import BETA, PROMPT, Bandit, Rewards  # noqa: E402
 from trl import RLOOConfig  # noqa: E402
 
 from cai.training.rl.policy_sampler import PolicySampler  # noqa: E402
-from cai.training.rl.rewards import Response  # noqa: E402
 from cai.training.rl.rloo_trainer import LeaveOneOutTrainer  # noqa: E402
-from cai.training.tokenised_rows import dataset  # noqa: E402
-
-
-class Rewards:
-    """Scores by a function of the response."""
-
-    names = ("f",)
-
-    def __init__(self, score: Callable[[Response], float]) -> None:
-        self.score = score
-
-    def scores(self, responses: Sequence[Response]) -> list[dict[str, float]]:
-        return [{"f": self.score(each)} for each in responses]
-
-    def total(self, scores: Mapping[str, float]) -> float:
-        return scores["f"]
+from cai.training.tokenised_rows import as_dataset  # noqa: E402
 
 
 def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Callable[..., Model]) -> None:
@@ -53,7 +37,7 @@ def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Callab
         sampler=PolicySampler(model, Profile(device="cpu", dtype="float32")),
         reference=load_causal_lm(model).requires_grad_(False), end_ids=sorted(chat.end_ids), folder=tmp_path,
         limits=Limits(), args=args, model=load_causal_lm(model).requires_grad_(True),
-        train_dataset=dataset([{"prompt": PROMPT["id"]}]), processing_class=chat.tokenizer,
+        train_dataset=as_dataset([{"prompt": PROMPT["id"]}]), processing_class=chat.tokenizer,
     )  # fmt: skip
     rloo.train()
     bandit.assert_solved(rloo.model)

@@ -1,4 +1,4 @@
-"""The buffer: what is learned from which token, and that a checkpoint holds all of it."""
+"""The buffer: what is learned from which token, and that a resume point holds all of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from cai.training.rl.rollouts import Episode, Rollout, sequences  # noqa: E402
+from cai.training.rl.rollouts import Episode, Rollout, pad_episodes  # noqa: E402
 
 EOS = 7
 
@@ -23,35 +23,35 @@ def episode(n: int, *, score: float | None = 1.0, finished: bool = True, value: 
     return made
 
 
-def estimated(episodes: list[Episode], **more: float) -> Rollout:
+def estimated(episodes: list[Episode], **options: float) -> Rollout:
     rollout = Rollout(3, episodes)
-    settings = {"kl_coefficient": 0.0, "estimator": "k1", "gamma": 1.0, "lam": 1.0, "missing_end": 0.0, **more}
+    settings = {"kl_coefficient": 0.0, "estimator": "k1", "gamma": 1.0, "lam": 1.0, "missing_end": 0.0, **options}
     rollout.estimate_advantages(**settings)  # type: ignore[arg-type]
     return rollout
 
 
-def test_a_batch_pads_on_the_right_and_labels_drawn_tokens_alone() -> None:
-    batch = sequences([episode(4), episode(2)], pad_id=0, device=torch.device("cpu"))
+def test_a_batch_pads_on_the_right_and_labels_only_sampled_tokens() -> None:
+    batch = pad_episodes([episode(4), episode(2)], pad_id=0, device=torch.device("cpu"))
     assert batch.input_ids.tolist() == [[1, 2, 3, 14, 14, 14, EOS], [1, 2, 3, 12, EOS, 0, 0]]
     assert batch.attention_mask.sum(dim=1).tolist() == [7, 5]
     assert batch.labels[1].tolist() == [-100, -100, -100, 12, EOS, -100, -100]
     values = [torch.arange(4.0), torch.arange(2.0) + 10]
-    spread = batch.spread(values)
-    assert spread[0].tolist() == [0, 0, 0, 1, 2, 3]
-    assert [each.tolist() for each in batch.rows(spread)] == [each.tolist() for each in values]
+    scattered = batch.scatter(values)
+    assert scattered[0].tolist() == [0, 0, 0, 1, 2, 3]
+    assert [tensor.tolist() for tensor in batch.split(scattered)] == [tensor.tolist() for tensor in values]
 
 
 def test_the_score_stands_at_the_end_of_text_whatever_pads() -> None:
     # Without discount or values each token's return is the score; with lambda 0 only the last token sees it.
     rollout = estimated([episode(4, score=2.0), episode(2, score=-1.0)], lam=0.0)
-    assert [each.returns.tolist() for each in rollout.episodes] == [[0, 0, 0, 2], [0, -1]]
+    assert [row.returns.tolist() for row in rollout.episodes] == [[0, 0, 0, 2], [0, -1]]
     rollout = estimated([episode(4, score=2.0), episode(2, score=-1.0)])
-    assert [each.returns.tolist() for each in rollout.episodes] == [[2] * 4, [-1] * 2]
+    assert [row.returns.tolist() for row in rollout.episodes] == [[2] * 4, [-1] * 2]
 
 
 def test_advantages_are_white_over_the_whole_rollout() -> None:
     rollout = estimated([episode(n, score=float(n)) for n in range(1, 7)], kl_coefficient=0.1)
-    advantages = torch.cat([each.advantages for each in rollout.episodes])
+    advantages = torch.cat([row.advantages for row in rollout.episodes])
     assert len(advantages) == 21
     assert float(advantages.mean()) == pytest.approx(0, abs=1e-6)
     assert float(advantages.var()) == pytest.approx(1, abs=1e-5)
@@ -59,17 +59,17 @@ def test_advantages_are_white_over_the_whole_rollout() -> None:
 
 def test_a_response_without_an_end_pays_for_it() -> None:
     rollout = estimated([episode(3, score=1.0, finished=False), episode(2, score=1.0)], missing_end=0.75)
-    assert [float(each.returns[-1]) for each in rollout.episodes] == [0.25, 1.0]
-    assert [each.score for each in rollout.episodes] == [1.0, 1.0]  # what it was worth stays what it was
+    assert [float(row.returns[-1]) for row in rollout.episodes] == [0.25, 1.0]
+    assert [row.score for row in rollout.episodes] == [1.0, 1.0]  # what it was worth stays what it was
 
 
 def test_an_episode_whose_reward_failed_counts_nowhere() -> None:
     alone = estimated([episode(3, score=1.0), episode(2, score=0.0)])
     torch.manual_seed(1)
     beside = estimated([alone.episodes[0], episode(5, score=None), alone.episodes[1]])
-    assert [len(each.token_ids) for each in beside.learned] == [3, 2]
+    assert [len(row.token_ids) for row in beside.learned] == [3, 2]
     assert not beside.episodes[1].advantages.any()
-    assert beside.episodes[1].n_learned == 0
+    assert beside.episodes[1].n_learned_tokens == 0
     assert float(beside.kl("k1")) == pytest.approx(float(alone.kl("k1")))
 
 
@@ -84,17 +84,17 @@ def test_the_explained_variance_is_one_for_values_that_are_right_and_nothing_for
 def test_where_all_returns_are_equal_there_is_no_variance_to_explain(episodes: list[Episode]) -> None:
     rollout = estimated(episodes)
     assert rollout.explained_variance() is None
-    assert all(each.advantages.isfinite().all() for each in rollout.episodes)
+    assert all(row.advantages.isfinite().all() for row in rollout.episodes)
 
 
 def test_a_rollout_comes_back_from_disk_to_the_last_bit(tmp_path: Path) -> None:
     rollout = estimated([episode(3), episode(4, score=None), episode(1, finished=False)], kl_coefficient=0.3)
-    rollout.episodes[1].text = "\u2603" * 40_000_000  # a safetensors header has no room for as much
+    rollout.episodes[1].text = "\u2603" * 40_000_000  # more than a safetensors header can hold
     rollout.save(tmp_path, {"kl_coef": 1 / 3})
-    again, numbers = Rollout.load(tmp_path)
+    restored_rollout, numbers = Rollout.load(tmp_path)
     assert numbers == {"kl_coef": 1 / 3}
-    assert again.number == 3
-    for before, after in zip(rollout.episodes, again.episodes, strict=True):
+    assert restored_rollout.number == 3
+    for before, after in zip(rollout.episodes, restored_rollout.episodes, strict=True):
         for name, value in vars(before).items():
-            other = getattr(after, name)
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+            restored = getattr(after, name)
+            assert torch.equal(value, restored) if isinstance(value, torch.Tensor) else value == restored, name

@@ -1,0 +1,134 @@
+"""The rows of a file in any of the formats, with the location of each for messages."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cai.prompt_sets.prompt_set_config import RowSource
+from cai.text.errors import BadInput, did_you_mean
+from cai.text.formatting import describe
+
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+class Row(NamedTuple):
+    location: str
+    """`file:line`, or `file: row n` for formats without lines."""
+    columns: Mapping[str, Any]
+
+
+def open_rows(config: RowSource, folder: Path) -> tuple[str, Iterator[Row]]:
+    """The format and the rows of a source; its path is relative to `folder`.
+
+    The format is `hh` for transcripts, in whichever kind of file they are. Raises BadInput for an unreadable source.
+    """
+    path = folder / Path(config.source).expanduser()
+    if not path.exists():
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings)
+        raise BadInput(f"{config.source}: no such file or folder, relative to {folder}{hint}")
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    by_suffix = "datasets" if path.is_dir() else _SUFFIXES.get(suffixes[-1] if suffixes else "", "")
+    file_format: str = config.format if config.format not in {"auto", "hh"} else by_suffix
+    if not file_format:
+        raise BadInput(f"{config.source}: cannot tell the format by the name, expected .jsonl, .csv, .parquet (.gz) or "
+                       f"a folder, or `format:`")  # fmt: skip
+    if config.split is not None and file_format != "datasets":
+        raise BadInput(
+            f"{config.source}: a {file_format} file has no splits, so `split: {config.split}` means nothing here"
+        )
+    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
+    rows = _datasets_rows(path, config) if file_format == "datasets" else readers[file_format](path, config.source)
+    first = next(rows, None)
+    if first is None:
+        return file_format, iter(())
+    has_transcripts = str(first.columns.get("chosen")).startswith("\n\nHuman:")
+    is_hh = config.format == "auto" and has_transcripts and not {"prompt", "messages"} & set(first.columns)
+    return ("hh" if is_hh or config.format == "hh" else file_format), itertools.chain([first], rows)
+
+
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    """The number and the text of each line of a text file, compressed or not."""
+    open_file = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name}:{number + 1}: not UTF-8 text: {error.reason}") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise BadInput(f"{name}:{number + 1}: not a whole gzip file: {error}") from None
+
+
+def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
+    for number, line in _lines(path, name):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            message = getattr(error, "msg", "nested too deeply")
+            raise BadInput(f"{name}:{number}: not a JSON object on one line: {message}") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{name}:{number}: found {describe(row)}, expected a JSON object with columns")
+        yield Row(f"{name}:{number}", row)
+
+
+def _csv_rows(path: Path, name: str) -> Iterator[Row]:
+    csv.field_size_limit(10_000_000)
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    reader = csv.reader((line for _, line in _lines(path, name)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line_number = 1  # of the row's first line, as a quoted value may hold line breaks
+    try:
+        for values in reader:
+            if header is None:
+                header = values
+            elif len(values) == len(header):
+                yield Row(f"{name}:{line_number}", dict(zip(header, values, strict=True)))
+            elif values:
+                counts = f"found {len(values)} columns, expected {len(header)}"
+                raise BadInput(f"{name}:{line_number}: {counts} as in the first line")
+            line_number = reader.line_num + 1
+    except csv.Error as error:
+        raise BadInput(f"{name}:{line_number}: not CSV: {error}") from None
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInput(f"{name}: not a Parquet file: {str(error).splitlines()[0]}") from None
+    rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield Row(f"{name}: row {number}", row)
+
+
+def _datasets_rows(path: Path, config: RowSource) -> Iterator[Row]:
+    """The rows of a folder that `datasets` has saved."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except FileNotFoundError:
+        raise BadInput(f"{config.source}: not a folder saved by `datasets`, expected one, or a file") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if config.split not in dataset:
+            splits = ", ".join(map(str, dataset))
+            shown = "no `split:`" if config.split is None else f"`split: {config.split}`"
+            raise BadInput(f"{config.source}: found {shown}, expected one of {splits}")
+        dataset = dataset[config.split]
+    elif config.split is not None:
+        raise BadInput(f"{config.source}: found `split: {config.split}`, but the folder holds one set without splits")
+    for number, row in enumerate(dataset, start=1):
+        yield Row(f"{config.source}: row {number}", row)

@@ -1,0 +1,256 @@
+"""What is refused in a recipe before anything runs: names that nothing answers to, files that are not there.
+
+Every refusal is one sentence with the position, what was found, what was expected and the did_you_mean known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cai.constitution import Constitution, load_constitution
+from cai.contracts.references import (
+    MODEL_KINDS,
+    FileReference,
+    ModelReference,
+    OutputKind,
+    PrincipleReference,
+    PromptSetReference,
+    Reference,
+    StageReference,
+    TagReference,
+    nested_models,
+    references,
+)
+from cai.contracts.stage_config import StageConfig
+from cai.document import Document, error_at
+from cai.prompt_sets import MICRO, PairSet, read_prompt_set
+from cai.run.recipe_document import OWN, SELF, RecipeDocument
+from cai.storage.rows import HELD_OUT, TOPIC
+from cai.templates import template_set_names
+from cai.text.errors import BadInput, did_you_mean
+from cai.text.formatting import Key
+from cai.training.rl.reward_functions import check_function
+
+
+def check(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
+    """Checks every name of a recipe; the constitution that it names. Raises BadInput for the first wrong one."""
+    by_id = {config.id: config for config in configs}
+    for index, config in enumerate(configs):
+        stage = ("stages", index)
+        _check_id(document, stage, config, configs, written)
+        for name in references(config):
+            _check_reference(document, _place(document, stage, name), name, config, by_id, written)
+    if written.judge != SELF:
+        _check_model_name(document, ("judge",), written.judge, by_id, MODEL_KINDS)
+    if written.templates not in (sets := ["auto", *template_set_names()]):
+        raise error_at(
+            document,
+            ("templates",),
+            f"found {written.templates!r}, expected one of {', '.join(sets)}" + did_you_mean(written.templates, sets),
+        )
+    for set_name, prompt_set in written.prompts.items():
+        for name in references(prompt_set, FileReference):
+            _check_file(document, ("prompts", set_name, *name.keys), name)
+    constitution = _constitution(document, written, configs)
+    for index, config in enumerate(configs):
+        for name in references(config):
+            place = _place(document, ("stages", index), name)
+            if isinstance(name.target, PrincipleReference) and constitution is not None:
+                _check_principle(document, place, name, constitution)
+            if isinstance(name.target, TagReference):
+                _check_tag(document, place, name.name, written, configs)
+    return constitution
+
+
+def _place(document: Document, stage: tuple[Key, ...], name: Reference) -> tuple[Key, ...]:
+    """Where a name stands in the document: a key that takes one or a list of names may hold one without a list."""
+    keys: tuple[Key, ...] = stage
+    for key in name.keys:
+        if not isinstance(key, int) or isinstance(document.node(keys).value, list):
+            keys = (*keys, key)
+    return keys
+
+
+def _check_id(
+    document: Document,
+    stage: tuple[Key, ...],
+    config: StageConfig,
+    configs: Sequence[StageConfig],
+    written: RecipeDocument,
+) -> None:
+    """Refuses an id that another stage has, or that could be a model's name."""
+    place = (*stage, "id")
+    first = next(candidate for candidate in configs if candidate.id == config.id)
+    if first is not config:
+        raise error_at(
+            document,
+            place,
+            f"found the id {config.id!r} a second time, expected it once; stage {configs.index(first) + 1} has it "
+            f"already",
+        )
+    folders = (document.path.parent, Path())
+    is_model = any((folder / config.id / "config.json").is_file() for folder in folders)
+    if config.id in {SELF, OWN, MICRO, written.model} or is_model:
+        raise error_at(document, place, f"{config.id!r} is the name of a model too; call the stage something else")
+
+
+def _check_reference(
+    document: Document,
+    place: tuple[Key, ...],
+    name: Reference,
+    config: StageConfig,
+    by_id: Mapping[str, StageConfig],
+    written: RecipeDocument,
+) -> None:
+    """Refuses a name of a stage, prompt set, file or model that nothing answers to. Principles and tags come later."""
+    match name.target:
+        case StageReference(takes=takes):
+            if name.name not in by_id:
+                raise error_at(
+                    document,
+                    place,
+                    f"found {name.name!r}, expected a stage of this recipe" + did_you_mean(name.name, by_id),
+                )
+            if by_id[name.name].gives not in takes:
+                raise error_at(
+                    document,
+                    place,
+                    f"stage {name.name!r} gives {by_id[name.name].gives}, but {config.kind} takes {' or '.join(takes)}",
+                )
+        case PromptSetReference():
+            if name.name not in written.prompts:
+                names = ", ".join(written.prompts) or "none is there"
+                raise error_at(
+                    document,
+                    place,
+                    f"found {name.name!r}, expected a prompt set of this recipe: {names}"
+                    + did_you_mean(name.name, written.prompts),
+                )
+        case FileReference():
+            _check_file(document, place, name)
+        case ModelReference(gives=("reward",)) if name.name in {SELF, OWN}:
+            raise error_at(document, place, f"found {name.name!r}, expected a `reward` stage or a reward model")
+        case ModelReference(gives=gives):
+            _check_model_name(document, place, name.name, by_id, gives)
+
+
+def _check_model_name(
+    document: Document,
+    place: tuple[Key, ...],
+    name: str,
+    by_id: Mapping[str, StageConfig],
+    gives: tuple[OutputKind, ...],
+) -> None:
+    """Refuses a stage that gives no such model, and what looks like a misspelt stage."""
+    if name in by_id:
+        if by_id[name].gives not in gives:
+            models = [config.id for config in by_id.values() if config.gives in gives]
+            expected = "a stage that trains a model" if gives == MODEL_KINDS else f"a stage that gives {gives[0]}"
+            raise error_at(
+                document,
+                place,
+                f"stage {name!r} gives {by_id[name].gives}, expected {expected}"
+                + (f": {', '.join(models)}" if models else ""),
+            )
+    # An id on the hub may look like a stage's id, but so does a misspelt stage's id.
+    elif (
+        re.fullmatch(r"[\w.-]+", name)
+        and name not in {SELF, OWN, MICRO}
+        and (close := difflib.get_close_matches(name, by_id, n=1, cutoff=0.75))
+    ):
+        raise error_at(document, place, f"found {name!r}, expected a model or a stage; did you mean {close[0]!r}?")
+
+
+def _check_file(document: Document, place: tuple[Key, ...], name: Reference) -> None:
+    """Refuses a path, relative to the recipe, where nothing lies, and a function that its file does not define."""
+    if name.target.function:
+        try:
+            check_function(name.name, document.path.parent)
+        except BadInput as error:
+            raise error_at(document, place, str(error)) from None
+        return
+    path = document.path.parent / Path(name.name).expanduser()
+    if name.name not in name.target.built_in and not path.exists():
+        neighbours = [neighbour.name for neighbour in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise error_at(
+            document,
+            place,
+            f"no such file or folder {name.name!r}, relative to the recipe" + did_you_mean(path.name, neighbours),
+        )
+
+
+def _constitution(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
+    if written.constitution is None:
+        for index, config in enumerate(configs):
+            if config.principle_fields():
+                raise error_at(
+                    document,
+                    ("stages", index, "kind"),
+                    f"{config.kind} asks about principles, but the recipe names no `constitution:`",
+                )
+        return None
+    path = Path(os.path.normpath(document.path.parent / written.constitution))
+    if not path.exists() and Path(written.constitution).suffix:
+        neighbours = [neighbour.name for neighbour in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise error_at(
+            document,
+            ("constitution",),
+            f"no such file {written.constitution!r}, relative to the recipe" + did_you_mean(path.name, neighbours),
+        )
+    return load_constitution(path if path.exists() else written.constitution)
+
+
+def _check_principle(document: Document, place: tuple[Key, ...], name: Reference, constitution: Constitution) -> None:
+    """Refuses a principle, or a tag of principles, that the constitution does not have."""
+    ids = [principle.id for principle in constitution.principles]
+    tags = sorted({tag for principle in constitution.principles for tag in principle.tags})
+    if name.target.tag_only:
+        if name.name not in tags:
+            raise error_at(
+                document,
+                place,
+                f"found {name.name!r}, expected a tag of principles in {constitution.name!r}: "
+                f"{', '.join(tags) or 'none has any'}{did_you_mean(name.name, tags)}",
+            )
+        return
+    names = [*ids, *tags] if name.target.or_tag else ids
+    if name.name not in names:
+        kinds = "ids or tags" if name.target.or_tag and tags else "ids"
+        raise error_at(
+            document,
+            place,
+            f"found {name.name!r}, expected {kinds} of principles in {constitution.name!r}"
+            + did_you_mean(name.name, names),
+        )
+
+
+def _check_tag(
+    document: Document, place: tuple[Key, ...], tag: str, written: RecipeDocument, configs: Sequence[StageConfig]
+) -> None:
+    """Refuses a tag that no prompt of the recipe and no pair that people labelled carries."""
+    pair_tags = [tag for config in configs for _, pairs in nested_models(config, PairSet) for tag in pairs.tags]
+    tags = list(dict.fromkeys([*_prompt_tags(written, document.path.parent), *pair_tags]))
+    if tag not in tags and not tag.startswith(TOPIC):
+        raise error_at(
+            document,
+            place,
+            f"found {tag!r}, a tag that no prompt of this recipe has, expected one of {', '.join(tags)}"
+            + did_you_mean(tag, tags),
+        )
+
+
+def _prompt_tags(written: RecipeDocument, folder: Path) -> list[str]:
+    """The tags that prompts of the recipe carry; those of the embedded world without reading its prompts."""
+    from cai.micro.conversations import TAGS
+
+    tags: list[str] = []
+    for prompt_set in written.prompts.values():
+        if prompt_set.source == MICRO:
+            tags += [*TAGS, *([HELD_OUT] if prompt_set.hold_out else [])]
+        else:
+            tags += [tag for prompt in read_prompt_set(prompt_set, folder).prompts for tag in prompt["tags"]]
+    return [tag for tag in dict.fromkeys(tags) if not tag.startswith(TOPIC)]

@@ -1,0 +1,197 @@
+"""What every training stage does around its trainer: load and configure, train or resume, save.
+
+A stage opens `stage_training`, makes its rows and its trainer from what that offers, and calls `train` and `save`. The
+recipe's `train:` says what is learned, the profile where; per-device batch, accumulation and precision follow here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import set_seed
+
+from cai.contracts.context import Context
+from cai.contracts.model import Model
+from cai.contracts.training_config import TrainingConfig
+from cai.models import loading, reference
+from cai.models.chat import Chat
+from cai.storage.rows import stable_seed
+from cai.text.errors import BadInput, StageFailed
+from cai.training import loop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+
+@dataclass(frozen=True)
+class StageTraining:
+    """One training stage: its config, its context, the model that it starts from and that model's conversations."""
+
+    config: TrainingConfig
+    context: Context
+    start: Model
+    chat: Chat
+
+    @property
+    def seed(self) -> int:
+        """The seed of all random numbers of the stage, below 2³¹: numpy takes 32 bits."""
+        return stable_seed(self.context.seed, self.context.stage_id) % 2**31
+
+    def arguments(self, **overrides: Any) -> TrainingArguments:
+        """The stage's `train_class`: `train:` for what is learned, the profile for where, `overrides` for the stage.
+
+        To be called before `load_language_model` and `load_classifier`, since it tells transformers whether ZeRO-3 is
+        on. Raises BadInput where the profile's processes do not divide the batch size.
+        """
+        assert self.config.train_class is not None
+        module, _, name = self.config.train_class.partition(":")
+        profile = self.context.profile
+        device = loading.pick_device(profile.device)
+        micro_batch, accumulation = profile.accumulation(self.config.batch_size)
+        from_profile = {
+            "per_device_train_batch_size": micro_batch,
+            "per_device_eval_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": profile.gradient_checkpointing,
+            "bf16": loading.pick_dtype(profile.dtype, device) == torch.bfloat16,
+            "use_cpu": device.type == "cpu",
+            "dataloader_pin_memory": device.type != "cpu",
+        }
+        from_stage = {
+            "output_dir": str(self.context.folder / loop.RESUME_POINTS),
+            "run_name": self.context.stage_id,
+            "report_to": list(self.context.report_to) or "none",
+            "seed": self.seed,
+            "data_seed": self.seed,
+            "disable_tqdm": True,
+            "logging_nan_inf_filter": False,  # it would log the mean of earlier losses in place of a NaN
+            "include_num_input_tokens_seen": "non_padding",
+        }
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the accelerate file's value takes precedence over `bf16`
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if from_profile["bf16"] else "no"
+        config_class = getattr(importlib.import_module(module), name)
+        args: TrainingArguments = config_class(**{**self.config.train, **from_profile, **from_stage, **overrides})
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # else Trainer (transformers 5.23) uses DataParallel over all GPUs that it sees
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            # Without it DeepSpeed 0.19 trains under ZeRO-3 to the end and then has no gathered model to save.
+            zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        return args
+
+    def load_language_model(self) -> PreTrainedModel:
+        """The starting model in float32, all of it trainable."""
+        return self._load(loading.load_causal_lm, self.start)
+
+    def load_classifier(self, model: Model | None = None) -> PreTrainedModel:
+        """`model`, or the starting model, with one score, in float32 and trainable. A new head has the stage's seed."""
+        return self._load(loading.load_sequence_classifier, model or self.start)
+
+    def _load(self, load: Callable[..., PreTrainedModel], start: Model) -> PreTrainedModel:
+        set_seed(self.seed)
+        # An adapter's base must be whole for the merge.
+        with contextlib.nullcontext() if reference.base_of(start) is None else loading.unpartitioned():
+            model = load(start, device=self.context.profile.device)
+        return model.requires_grad_(True)  # merging an adapter leaves its base frozen
+
+    def adapter(self, task: str, model: PreTrainedModel, trained_modules: Sequence[str] = ()) -> Any:
+        """peft's config for the stage's `lora:` on `model`, None where all weights are trained.
+
+        `trained_modules` are trained and saved whole beside the adapter. Raises BadInput where the adapter would reach
+        the language-model head: log-probabilities are computed from the head's own weight, so what an adapter adds to
+        it, or to embeddings tied to it, would be neither used nor trained.
+        """
+        lora = self.config.lora
+        if lora is None:
+            return None
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=list(trained_modules) or None,
+            task_type=task,
+        )
+        head = model.get_output_embeddings()
+        if head is not None and lora.target_modules != "all-linear":  # `all-linear` leaves the head out
+            for name, module in model.named_modules():
+                if getattr(module, "weight", None) is head.weight and check_target_module_exists(config, name):
+                    raise BadInput(
+                        f"`lora: {{target_modules: …}}` names {name!r}, the language-model head or tied to it, which "
+                        f"takes no adapter; expected modules between embeddings and head, or `all-linear`"
+                    )
+        return config
+
+    def require(self, rows: Sequence[object], missing: str, left_out: Counter[str]) -> None:
+        """Raises StageFailed where there are no rows, with what was left out and why."""
+        if not rows:
+            raise StageFailed(f"stage {self.config.id!r}: {missing}; left out: {describe_left_out(left_out)}")
+
+    def train(self, trainer: Trainer) -> dict[str, Any]:
+        """Trains or resumes; returns the number of steps and the first and the last loss."""
+        return loop.train_or_resume(trainer, self.context)
+
+    def evaluate(self, trainer: Trainer) -> dict[str, float]:
+        """The trainer's figures on its evaluation rows."""
+        return loop.evaluate(trainer)
+
+    def save(self, trainer: Trainer, submodule: str = "", **facts: object) -> None:
+        """Writes the model, its card and `cai.json` with `facts`, and removes the resume points."""
+        facts = {"kind": self.config.kind, **facts}
+        loop.save_trained_model(trainer, self.context, self.chat, self.config.model, facts, submodule)
+
+
+@contextlib.contextmanager
+def stage_training(config: TrainingConfig, context: Context) -> Iterator[StageTraining]:
+    """The stage's starting model and chat; the libraries report errors only within the block."""
+    start = context.model(config.model)
+    with silence_libraries(context.folder):
+        yield StageTraining(config, context, start, Chat.load(start))
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """Counts of rows that were left out by reason, in words."""
+    return ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in sorted(left_out.items()) if n) or "nothing"
+
+
+@contextlib.contextmanager
+def silence_libraries(folder: Path) -> Iterator[None]:
+    """Within the block the libraries report errors only: the stage itself tells progress and what a user can act on.
+
+    `folder` is the stage's, where TensorBoard's files go if they are asked for.
+    """
+    import datasets
+
+    environment = {"TQDM_DISABLE": "1", "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")}
+    previous_environment = {name: os.environ.get(name) for name in environment}
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("trl", "accelerate", "peft"))}
+    datasets_shows_bars = not datasets.are_progress_bars_disabled()
+    os.environ.update(environment)
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with loading.silence_transformers(), warnings.catch_warnings():
+            for module in ("trl", "transformers", "accelerate", "peft", "torch", "datasets"):
+                warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+            yield
+    finally:
+        if datasets_shows_bars:
+            datasets.enable_progress_bars()
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        for name, value in previous_environment.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)

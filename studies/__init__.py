@@ -1,0 +1,1 @@
+"""Experiments on the embedded model that docs/findings.md rests on. Every file with a `main` runs alone."""
