@@ -107,17 +107,17 @@ def workers(model: Model, device: str, processes: int) -> Iterator[Workers]:
     context = multiprocessing.get_context("spawn")
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     pipes = [context.Pipe() for _ in range(processes)]
-    processes_ = [
+    worker_processes = [
         context.Process(target=_run_worker, args=(theirs, model, device, threads), daemon=True) for _, theirs in pipes
     ]
-    for process in processes_:
+    for process in worker_processes:
         process.start()
     for _, theirs in pipes:
         theirs.close()  # so that the death of the process is an end of file here
     try:
         yield Workers([ours for ours, _ in pipes])
     finally:
-        for process in processes_:
+        for process in worker_processes:
             process.terminate()
             process.join()
 

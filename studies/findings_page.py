@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cai.report.figure_style import COLOURS, MUTED, saved_figure, style_axes
-from cai.report.reliability import draw_reliability
+from cai.report.pictures import COLOURS, MUTED, draw_reliability, saved_figure, style_axes
 from cai.storage.files import replacing
 from cai.text.progress import duration
 

@@ -40,7 +40,7 @@ from cai.contracts.context import Context
 from cai.contracts.profile import Profile, load_profile
 from cai.feedback.explain import DECIDED
 from cai.feedback.judge_calibration import measure_calibration
-from cai.feedback.label_rule import LabelRule
+from cai.feedback.labelled_votes import LabelRule
 from cai.feedback.stored_votes import read_votes
 from cai.maths import statistics
 from cai.maths.behaviours import n_words

@@ -129,7 +129,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Figures:
 
 def draw(figures: Figures, path: Path) -> None:
     """Draws reward over KL: a panel for best-of-n and one for PPO."""
-    from cai.report.figure_style import COLOURS, GRID, MUTED, saved_figure
+    from cai.report.pictures import COLOURS, GRID, MUTED, saved_figure
 
     ways: Sequence[tuple[str, str]] = (("best_of_n", "Best of n"), ("ppo", "PPO, nothing paid for KL"))
     with saved_figure(path, 8.4, 3.4) as figure:

@@ -59,8 +59,8 @@ def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_j
     cai votes diff quickstart my-run
     cai votes diff my-run/by-micro my-run/by-another
     """
+    from cai.feedback.explain import compare_votes, difference_lines
     from cai.feedback.labelled_votes import load_labelled_votes
-    from cai.feedback.vote_differences import compare_votes, difference_lines
 
     differences = compare_votes(
         load_labelled_votes(first, runs_folder), load_labelled_votes(second, runs_folder), n_examples
@@ -96,7 +96,7 @@ def votes_calibrate(run: str, picture: Path | None, truth: TruthKind | None, run
         raise BadInput(f"--picture: found {picture.name!r}, expected a file .svg or .png")
     calibration = calibrate_labels(load_labelled_votes(run, runs_folder), truth)
     if picture is not None:
-        from cai.report.reliability import draw_reliability
+        from cai.report.pictures import draw_reliability
 
         draw_reliability(calibration, picture)
     click.echo(json.dumps(calibration) if as_json else "\n".join(calibration_lines(calibration)))

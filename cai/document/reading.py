@@ -10,18 +10,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 from cai.document.building import Node, Plain, Position, build_nodes, value_of
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import Key, describe, dotted, printable
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    Model = TypeVar("Model", bound=BaseModel)
-else:
-    Model = TypeVar("Model")
 
 MAX_BYTES = 5_000_000
 _UNREADABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufeff\uff00-\ufffd\U00010000-\U0010ffff]")
@@ -106,23 +98,6 @@ def parse_document(text: str, path: Path) -> Document:
     if not isinstance(root.value, dict):
         raise _error(path, root.position, f"found {describe(root.value)}, expected a mapping of keys to values")
     return Document(path, root)
-
-
-def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -> Model:
-    """The part of the document at the keys `at` as a `model`. Raises BadInput with the first problem in it."""
-    from pydantic import ValidationError
-
-    value: Plain = document.value
-    for depth, key in enumerate(at):
-        if key not in document.node(at[:depth]).children:
-            raise error_at(document, at[:depth], f"found no {key!r}")
-        value = document.node(at[: depth + 1]).value
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        from cai.document.validation import explain
-
-        raise explain(document, model, at, error) from None
 
 
 def error_at(document: Document, keys: tuple[Key, ...], message: str, *, key: bool = False) -> BadInput:

@@ -13,7 +13,8 @@ from types import UnionType
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from cai.document import Document, error_at
+from cai.document.building import Plain
+from cai.document.reading import Document, error_at
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import Key, describe, shorten
 
@@ -49,6 +50,21 @@ _HINTS = {
     ("string_type", float): "; put it in quotes if it is text",
     ("string_type", dict): "; text that contains ': ' is put in quotes or stands below '>-'",
 }
+
+Model = typing.TypeVar("Model", bound=BaseModel)
+
+
+def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -> Model:
+    """The part of the document at the keys `at` as a `model`. Raises BadInput with the first problem in it."""
+    value: Plain = document.value
+    for depth, key in enumerate(at):
+        if key not in document.node(at[:depth]).children:
+            raise error_at(document, at[:depth], f"found no {key!r}")
+        value = document.node(at[: depth + 1]).value
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise explain(document, model, at, error) from None
 
 
 def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], error: ValidationError) -> BadInput:

@@ -35,7 +35,7 @@ from cai.feedback.votes import (
     to_questions,
     to_votes,
 )
-from cai.maths.statistics import rate
+from cai.maths.statistics import RateFigure, rate
 from cai.storage.rows import Failure, stable_seed
 from cai.templates import OPTIONS, TemplateSet
 from cai.text.errors import BadInput, StageFailed
@@ -90,9 +90,9 @@ class AttackRates(TypedDict):
 
     flip_rate: float | None
     n: int
-    flips: dict[str, Any]
-    accuracy: dict[str, Any]
-    accuracy_without_injection: dict[str, Any]
+    flips: RateFigure
+    accuracy: RateFigure
+    accuracy_without_injection: RateFigure
 
 
 def constitution_cases(constitution: Constitution, limit: int, seed: int) -> list[Case]:
@@ -204,7 +204,7 @@ def _measure(attacked_cases: Sequence[AttackedCase]) -> AttackRates:
     with_verdict = [attacked for attacked in attacked_cases if attacked.after is not None]
     topics = [attacked.topic for attacked in with_verdict]
 
-    def rate_of(condition: Callable[[AttackedCase], bool]) -> dict[str, Any]:
+    def rate_of(condition: Callable[[AttackedCase], bool]) -> RateFigure:
         values = [float(condition(attacked)) for attacked in with_verdict]
         return rate(values, topics, missing=len(attacked_cases) - len(with_verdict)).as_json()
 

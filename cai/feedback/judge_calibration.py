@@ -16,11 +16,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from cai.feedback.failed_pairs import MeasuredOn, n_failed_pairs
 from cai.feedback.labelled_votes import LabelledVotes
-from cai.feedback.truth import TruthKind, choose_truth
+from cai.feedback.truth import MeasuredOn, TruthKind, choose_truth, n_failed_pairs
 from cai.maths import calibration
-from cai.maths.statistics import rate
+from cai.maths.statistics import RateFigure, rate
 from cai.maths.vote_aggregation import Bools, Floats, sigmoid
 from cai.storage.rows import is_held_out, stable_seed
 from cai.text.errors import BadInput
@@ -37,7 +36,7 @@ ErrorFigures = dict[str, Any]
 class CalibrationFigures(TypedDict):
     """Figures before and after temperature. Those after it have no value where all pairs are of one cluster."""
 
-    accuracy: dict[str, Any]
+    accuracy: RateFigure
     ece: ErrorFigures
     brier: ErrorFigures
     ece_after_temperature: ErrorFigures

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from cai.feedback.failed_pairs import MeasuredOn, n_failed_pairs
-from cai.feedback.truth import is_of_embedded_world
+from cai.feedback.truth import MeasuredOn, is_of_embedded_world, n_failed_pairs
 from cai.maths.behaviours import DETECTORS, n_words
-from cai.maths.statistics import rate
+from cai.maths.statistics import RateFigure, rate
 from cai.maths.vote_aggregation import Floats
 from cai.storage.rows import Preference, is_held_out, topic_of
 
@@ -111,7 +110,7 @@ class LabelStatistics:
             figures["acts"] = {kind: dict(counts.most_common()) for kind, counts in sorted(self.acts.items())}
         return figures
 
-    def _longer_wins(self) -> dict[str, Any] | None:
+    def _longer_wins(self) -> RateFigure | None:
         """Rate of pairs of different length, in words, whose longer response is chosen; None without such pairs."""
         word_counts = np.array(self.word_counts)
         rows = np.flatnonzero(word_counts[:, 0] != word_counts[:, 1]).tolist()

@@ -10,7 +10,7 @@ no order: the same vote is recorded for both.
 `pairwise` also works with servers that give no log-probabilities: `verdicts: text` samples short answers and counts
 those that name an option, with half a count added to each, so that a few samples never amount to certainty.
 
-Left out: who is asked about what (stages choose), and how votes become labels (`cai.feedback.label_rule`).
+Left out: who is asked about what (stages choose), and how votes become labels (`cai.feedback.labelled_votes`).
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def human_p_a_better(rows: Sequence[Mapping[str, Any]], human_preferences: Seque
     return p_a_better
 
 
-def agreement_with_people(log_odds: Floats, p_a_better: Floats, clusters: Sequence[str]) -> dict[str, Any]:
+def agreement_with_people(log_odds: Floats, p_a_better: Floats, clusters: Sequence[str]) -> Mapping[str, Any]:
     """How often the judge's label agrees with people's, where both have a side; an even label agrees by half.
 
     `value` is None, and `why` says so, where no pair has labels of both.
@@ -116,7 +116,7 @@ def agreement_with_people(log_odds: Floats, p_a_better: Floats, clusters: Sequen
     rows = np.flatnonzero(~np.isnan(log_odds) & ~np.isnan(p_a_better) & (p_a_better != 0.5))
     _, correct = confidence_and_correctness(log_odds[rows], p_a_better[rows])
     figures = rate(correct.tolist(), [clusters[row] for row in rows.tolist()]).as_json()
-    return figures if rows.size else figures | {"why": "no pair has labels of both"}
+    return figures if rows.size else {**figures, "why": "no pair has labels of both"}
 
 
 def _pair_key(prompt_id: str, *texts: str) -> str:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NotRequired
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
-from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from cai.constitution import Constitution, Example, Principle
 from cai.contracts.engine import Engine

@@ -2,21 +2,27 @@
 
 `human`: people labelled this very pair. `oracle`: the prompt is of the embedded world, whose oracle scores responses.
 Truth is the probability that *a* is better. It is 0.5, a tie, where people contradict each other or the oracle scores
-both responses alike; ties are not used to measure a judge.
+both responses alike; ties are not used to measure a judge. Pairs that a judge failed on although their truth could
+have been known are counted here too: they widen the bounds of accuracies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
 from cai.maths.vote_aggregation import Bools, Floats
-from cai.storage.rows import TOPIC
+from cai.storage import run_folder
+from cai.storage.files import read_json
+from cai.storage.rows import TOPIC, is_held_out
 from cai.text.errors import BadInput
 
 TruthKind = Literal["human", "oracle"]
+MeasuredOn = Literal["held_out", "all"]
+"""Prompts that figures are measured on."""
 
 
 class Truth(NamedTuple):
@@ -83,3 +89,38 @@ def _oracle_p_a_better(row: Mapping[str, Any]) -> float:
 
     a, b = (gold_score(row["prompt"], row[side]["text"]) for side in "ab")
     return float("nan") if a is None or b is None else 0.5 * (1 + np.sign(a - b))
+
+
+class PairCounts(TypedDict):
+    """Pairs of all prompts, and of held-out ones."""
+
+    all: int
+    held_out: int
+
+
+FailedWithTruth = dict[TruthKind, PairCounts]
+
+
+def count_failed_with_truth(failed_pairs: Sequence[Mapping[str, Any]]) -> FailedWithTruth:
+    """Counts of the failed pairs by the kind of truth that could have been known; a judge stage's figures hold them."""
+    pairs_by_kind: dict[TruthKind, list[Mapping[str, Any]]] = {
+        "human": [pair for pair in failed_pairs if "human" in pair],
+        "oracle": [pair for pair in failed_pairs if is_of_embedded_world(pair["tags"])],
+    }
+    return {
+        kind: {"all": len(pairs), "held_out": sum(is_held_out(pair) for pair in pairs)}
+        for kind, pairs in pairs_by_kind.items()
+    }
+
+
+def n_failed_pairs(judge_folders: Iterable[Path], kind: TruthKind, measured_on: MeasuredOn) -> int:
+    """Pairs of finished judge stages without a vote whose truth of that kind could have been known."""
+    return sum(
+        failed[kind][measured_on] for folder in judge_folders for failed in _read_failed_with_truth(folder)
+    )  # fmt: skip
+
+
+def _read_failed_with_truth(folder: Path) -> list[FailedWithTruth]:
+    """What `count_failed_with_truth` gave for the stage in `folder`; empty without a stage's file."""
+    stage = read_json(folder / run_folder.STAGE) or {}
+    return [figures["failed_with_truth"] for figures in stage.get("figures", {}).get("votes", {}).values()]

@@ -2,7 +2,7 @@
 
 The judge's log-odds that *a* is better is the difference of the next-token log-probabilities of the two options (Lee et
 al. 2023, arXiv 2309.00267). Left out: which pairs and principles are asked about (stages choose) and how votes become
-labels (`cai.feedback.label_rule`).
+labels (`cai.feedback.labelled_votes`).
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +36,18 @@ from cai.maths.vote_aggregation import mean_over_orders
 
 Floats = NDArray[np.float64]
 Verdict = Literal["a better", "b better", "not distinguishable"]
+
+
+class RateFigure(TypedDict):
+    """A `Rate` as JSON. Shares lie in [0, 1], amounts (words, hedges) do not."""
+
+    value: float | None
+    n: int
+    topics: int
+    interval: list[float]
+    missing: NotRequired[int]
+    """Absent, like `bounds`, where nothing is missing."""
+    bounds: NotRequired[list[float]]
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,12 @@ class Rate:
         """The `worst_case` of this rate: its value if every missing row were 0, and if every one were 1."""
         return worst_case((self.value or 0.0) * self.n, self.n, self.missing)
 
-    def as_json(self) -> dict[str, Any]:
-        """`{"value", "n", "topics", "interval": [low, high]}`; with rows missing also `missing` and `bounds`."""
-        figures = {"value": self.value, "n": self.n, "topics": self.topics, "interval": list(self.interval)}
-        return figures | ({"missing": self.missing, "bounds": list(self.bounds)} if self.missing else {})
+    def as_json(self) -> RateFigure:
+        """The rate as JSON, the interval as [low, high]."""
+        figure: RateFigure = {
+            "value": self.value, "n": self.n, "topics": self.topics, "interval": list(self.interval)
+        }  # fmt: skip
+        return {**figure, "missing": self.missing, "bounds": list(self.bounds)} if self.missing else figure
 
 
 @dataclass(frozen=True)
@@ -71,10 +85,6 @@ class Difference:
     p_value: float
     verdict: Verdict
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields by name, the interval as a list."""
-        return asdict(self) | {"interval": list(self.interval)}
-
 
 @dataclass(frozen=True)
 class WinRate:
@@ -86,11 +96,6 @@ class WinRate:
     losses: int
     p_value: float
     verdict: Verdict
-
-    def as_json(self) -> dict[str, Any]:
-        """The rate's fields beside the counts."""
-        counts = {"wins": self.wins, "ties": self.ties, "losses": self.losses}
-        return self.rate.as_json() | counts | {"p_value": self.p_value, "verdict": self.verdict}
 
 
 def worst_case(total: float, n: int, missing: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from cai.report.figure_style import COLOURS, GRID, MUTED, saved_figure
+from cai.report.pictures import COLOURS, GRID, MUTED, saved_figure
 from cai.text.formatting import printable
 
 PANELS = {

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, cast
 
 from cai.constitution import Principle
 from cai.maths import statistics
 from cai.maths.behaviours import DETECTORS
+from cai.maths.statistics import RateFigure
 from cai.maths.vote_aggregation import mean_over_orders
 from cai.report.figure_types import (
     DifferenceFigure,
@@ -31,9 +32,7 @@ from cai.report.figure_types import (
     PairRate,
     PrincipleWinRate,
     PromptSetFigures,
-    RateFigure,
     TagFigures,
-    rate_figure,
 )
 from cai.storage.rows import TOPIC, Prompt, topic_of
 
@@ -210,11 +209,12 @@ def checkpoint_rates(
     rates = {}
     for metric, values in values_by_metric.items():
         n_failed = rows.n_failed_samples(checkpoint, METRICS[metric].applies)
-        rates[metric] = rate_figure(statistics.rate(list(values.values()), rows.topics_of(values), missing=n_failed))
+        rate = statistics.rate(list(values.values()), rows.topics_of(values), missing=n_failed)
+        rates[metric] = rate.as_json()
     samples = rows.samples_of(checkpoint)
     if samples:
         responses = [row["response"] for row in samples.values()]
-        rates["distinct"] = rate_figure(statistics.distinct_share(responses, rows.topics_of(samples)))
+        rates["distinct"] = statistics.distinct_share(responses, rows.topics_of(samples)).as_json()
     return {metric: rates[metric] for metric in METRICS if metric in rates}
 
 
@@ -231,7 +231,7 @@ def behaviour_figures(rows: ComparisonRows, checkpoint: str) -> dict[str, RateFi
             figures[detector] = behaviour_rate(rows, checkpoint, detector)
         elif len(set(topics)) > 1:
             amounts = [float(measure(row["response"])) for row in samples.values()]
-            figures[detector] = rate_figure(statistics.mean(amounts, topics))
+            figures[detector] = statistics.mean(amounts, topics).as_json()
     return figures
 
 
@@ -240,7 +240,7 @@ def behaviour_rate(rows: ComparisonRows, checkpoint: str, detector: str) -> Rate
     samples = rows.samples_of(checkpoint)
     shares = [float(DETECTORS[detector](row["response"])) for row in samples.values()]
     n_failed = rows.n_failed_samples(checkpoint)
-    return rate_figure(statistics.rate(shares, rows.topics_of(samples), missing=n_failed))
+    return statistics.rate(shares, rows.topics_of(samples), missing=n_failed).as_json()
 
 
 def baseline_differences(
@@ -272,7 +272,8 @@ def baseline_differences(
     for (checkpoint, metric), difference, p_holm in zip(keys, differences, adjusted, strict=True):
         direction = _DIRECTIONS[statistics.verdict(difference.value, p_holm)]
         figures[checkpoint][metric] = cast(
-            DifferenceFigure, difference.as_json() | {"verdict": direction, "p_holm": p_holm}
+            DifferenceFigure,
+            asdict(difference) | {"interval": list(difference.interval), "verdict": direction, "p_holm": p_holm},
         )
     return figures
 
@@ -296,7 +297,7 @@ def head_to_head_figures(rows: ComparisonRows, checkpoints: Sequence[str], rule:
         {
             "a": a,
             "b": b,
-            **rate_figure(result.rate),
+            **result.rate.as_json(),
             "wins": result.wins,
             "ties": result.ties,
             "losses": result.losses,
@@ -316,7 +317,7 @@ def _order_flips(rows: ComparisonRows, votes: Mapping[VerdictKey, Mapping[str, A
         for ab, ba in log_odds_by_principle(row).values():
             flips.append(float(ab * ba < 0))
             topics.append(rows.topic(prompt_id))
-    return rate_figure(statistics.rate(flips, topics))
+    return statistics.rate(flips, topics).as_json()
 
 
 def pair_outcome(vote: Mapping[str, Any], rule: VerdictRule) -> float:
@@ -364,7 +365,7 @@ def principle_win_rates(rows: ComparisonRows, checkpoints: Sequence[str], rule: 
         for principle in sorted(n_planned):
             n_failed = n_planned[principle] - len(outcomes[principle])
             win_rate = statistics.rate(outcomes[principle], topics[principle], missing=n_failed)
-            figures.append({"a": a, "b": b, "principle": principle, **rate_figure(win_rate)})
+            figures.append({"a": a, "b": b, "principle": principle, **win_rate.as_json()})
     return figures
 
 

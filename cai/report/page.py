@@ -16,17 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cai
+from cai.maths.statistics import RateFigure
 from cai.report.examples import Example
-from cai.report.figure_style import COLOURS
-from cai.report.figure_types import (
-    Comparison,
-    DifferenceFigure,
-    HeadToHead,
-    PrincipleWinRate,
-    PromptSetFigures,
-    RateFigure,
-)
+from cai.report.figure_types import Comparison, DifferenceFigure, HeadToHead, PrincipleWinRate, PromptSetFigures
 from cai.report.figures import AMOUNTS, METRICS
+from cai.report.pictures import COLOURS
 from cai.storage.rows import HELD_OUT, TOPIC
 from cai.text.formatting import printable
 

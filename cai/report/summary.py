@@ -1,78 +1,32 @@
 """summary.json: the figures of all stages of a run that are done, merged by key.
 
-This module defines the file: its type, how it is put together, and its JSON Schema (`summary.schema.json` beside it,
-which a test holds against real summaries). The figures themselves are defined in `cai.report.figure_types`.
-
-    python -m cai.report.summary > cai/report/summary.schema.json
+`summary.schema.json` beside this module defines the file: every stage's figures with their meanings and units. Tests
+hold it against what every kind of stage reports.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, cast
+from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, TypeAdapter, with_config
-from pydantic.json_schema import GenerateJsonSchema
-from typing_extensions import TypedDict
-
-from cai.report.figure_types import (
-    BestOfNFigures,
-    CheckpointFigures,
-    GateFigures,
-    HeadToHead,
-    LabelFigures,
-    PromptSetFigures,
-    RateFigure,
-    RevisionFigures,
-    RewardFigures,
-    SampleFigures,
-    TrainingFigures,
-    VoteFigures,
-)
+from cai.maths.statistics import RateFigure
+from cai.report.figure_types import HeadToHead, PromptSetFigures
 from cai.storage.run_folder import Finished
 
-
-@with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
-class Summary(TypedDict):
-    """What a run has measured. Further prompt sets of a comparison add `checkpoints_<set>` and `head_to_head_<set>`."""
-
-    recipe: str
-    run: str
-    """The run's folder."""
-    stages: dict[str, str]
-    """Stage to its folder in the run's."""
-    seconds: dict[str, float | None]
-    """Stage to how long it ran."""
-    failures: dict[str, int]
-    """Stage to the number of its items without a result."""
-    samples: NotRequired[dict[str, SampleFigures]]
-    revisions: NotRequired[dict[str, RevisionFigures]]
-    votes: NotRequired[dict[str, VoteFigures]]
-    training: NotRequired[dict[str, TrainingFigures]]
-    best_of_n: NotRequired[dict[str, BestOfNFigures]]
-    gate: NotRequired[dict[str, GateFigures]]
-    """Stage to its figures, for each of the kinds above."""
-    labels: NotRequired[LabelFigures]
-    """Of the last prefer stage."""
-    reward: NotRequired[RewardFigures]
-    """Of the last reward stage."""
-    checkpoints: NotRequired[dict[str, CheckpointFigures]]
-    """Checkpoint to its figures on a prompt set of the comparison: on the first one where the key does not name it."""
-    head_to_head: NotRequired[list[HeadToHead]]
+Summary = dict[str, Any]
 
 
 def summary_of(recipe_name: str, run: Path, finished_stages: Mapping[str, Finished]) -> Summary:
     """The summary of the stages, by id, that are done. Where two have figures of one name, the later stage's stand."""
-    summary: dict[str, Any] = {"recipe": recipe_name, "run": str(run), "stages": {}, "seconds": {}, "failures": {}}
+    summary: Summary = {"recipe": recipe_name, "run": str(run), "stages": {}, "seconds": {}, "failures": {}}
     for stage_id, stage in finished_stages.items():
         facts = stage.facts
         _merge(summary, facts.get("figures", {}))
         summary["stages"][stage_id] = stage.folder.name
         summary["seconds"][stage_id] = facts.get("seconds")
         summary["failures"][stage_id] = facts.get("failures", 0)
-    return cast(Summary, summary)
+    return summary
 
 
 def _merge(summary: dict[str, Any], figures: Mapping[str, Any]) -> None:
@@ -121,22 +75,3 @@ def compared_sets(summary: Mapping[str, Any]) -> list[ComparedSet]:
             }
             compared.append(ComparedSet(suffix.removeprefix("_"), rates, summary.get(f"head_to_head{suffix}", [])))
     return compared
-
-
-class _SchemaGenerator(GenerateJsonSchema):
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False  # a title would only repeat the field's name
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of summary.json."""
-    schema = TypeAdapter(Summary).json_schema(schema_generator=_SchemaGenerator)
-    # Keys that contain the name of a prompt set or of a reward have no place in a typed dictionary.
-    properties = schema["properties"]
-    schema["patternProperties"] = {f"^{name}_.": properties[name] for name in ("checkpoints", "head_to_head")}
-    schema["$defs"]["TrainingFigures"]["patternProperties"] = {"^(reward|value)/": {"$ref": "#/$defs/FirstAndLast"}}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-if __name__ == "__main__":
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

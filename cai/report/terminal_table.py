@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from cai.report.figure_types import HeadToHead, RateFigure
+    from cai.maths.statistics import RateFigure
+    from cai.report.figure_types import HeadToHead
 
 ARROWS = {"high": " ↑", "low": " ↓", "neither": ""}
 

@@ -29,14 +29,13 @@ from cai.contracts.references import (
 )
 from cai.contracts.stage_config import PrincipleField, StageConfig
 from cai.feedback.explain import Explanation, explain
-from cai.feedback.label_rule import LabelRule
-from cai.feedback.labelled_votes import LabelledVotes
+from cai.feedback.labelled_votes import LabelledVotes, LabelRule
 from cai.feedback.votes import ORDERS
 from cai.report.examples import choose_examples
 from cai.report.figure_types import Comparison
 from cai.report.figures import ComparisonRows, SampleKey, VerdictKey, VerdictRule, prompt_set_figures
 from cai.report.page import render_page
-from cai.report.picture import draw_rates
+from cai.report.pictures import draw_rates
 from cai.report.summary import comparison_summary
 from cai.storage.rows import Prompt, Sample, stable_id
 from cai.text.errors import StageFailed
@@ -84,7 +83,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     votes = _votes(context, config, principles)
     verdicts = {key: row for key in planned.verdicts if (row := _verdict(key, samples, votes, prompts)) is not None}
     reasons = [
-        f"{name}: {failure['reason']}" for name, stage in config.responses.items() for failure in context.failures(stage)
+        f"{name}: {failure['reason']}"
+        for name, stage in config.responses.items()
+        for failure in context.failures(stage)
     ]
     reasons += [failure["reason"] for stage in config.votes for failure in context.failures(stage)]
     if silent := [name for name in config.responses if not any(key[0] == name for key in samples)]:
@@ -136,7 +137,9 @@ def _samples(config: Config, context: Context, prompts: Mapping[str, Prompt]) ->
     return samples
 
 
-def _votes(context: Context, config: Config, principles: Mapping[str, Principle]) -> dict[frozenset[str], dict[str, Any]]:
+def _votes(
+    context: Context, config: Config, principles: Mapping[str, Principle]
+) -> dict[frozenset[str], dict[str, Any]]:
     """The votes of the principles that count, by the ids of the two responses; without those that none are left of."""
     votes: dict[frozenset[str], dict[str, Any]] = {}
     for row in context.rows(config.votes):

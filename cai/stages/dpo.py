@@ -62,7 +62,7 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on pairs that are not held out. Raises StageFailed where none is left."""
-    from cai.report.training_curves import draw_training_curves
+    from cai.report.pictures import draw_training_curves
     from cai.training import metrics
     from cai.training.stage_training import stage_training
     from cai.training.tokenised_rows import as_dataset, tokenise_pairs

@@ -35,8 +35,8 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
 from cai.contracts.references import JudgeRef, OneOrMore, OutputKind, PrincipleRef, PromptSetRef, TextsRef
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
-from cai.feedback.failed_pairs import count_failed_with_truth
 from cai.feedback.methods import PRINCIPLE_FIELDS, TEMPLATE_NAMES, Judge, Method, Verdicts
+from cai.feedback.truth import count_failed_with_truth
 from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair, is_empty
 from cai.maths.statistics import worst_case
 from cai.maths.vote_aggregation import mean_over_orders

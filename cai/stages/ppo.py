@@ -71,7 +71,7 @@ class Config(ReinforcementConfig):
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on prompts that are not held out. Raises StageFailed where none fits or a limit is passed."""
     from cai.models.chat import Chat
-    from cai.report.training_curves import draw_training_curves
+    from cai.report.pictures import draw_training_curves
     from cai.training import metrics
     from cai.training.rl.actor_critic import ActorCritic
     from cai.training.rl.policy_sampler import open_sampler

@@ -34,7 +34,7 @@ from cai.contracts.stage_config import PrincipleField, StageConfig
 from cai.feedback import mixing
 from cai.feedback.judge_calibration import FittedTemperature, fit_and_measure_temperature
 from cai.feedback.label_figures import LabelStatistics
-from cai.feedback.label_rule import LabelRule
+from cai.feedback.labelled_votes import LabelRule
 from cai.feedback.stored_votes import StoredVotes, read_votes
 from cai.feedback.truth import available_truths
 from cai.maths.vote_aggregation import Bools, Floats, Ints, mean_over_orders, sigmoid
@@ -127,7 +127,7 @@ class Selection(NamedTuple):
     human: list[Preference]
     counts: dict[str, int]
     """Pairs in all, and those without a label by reason."""
-    agreement: dict[str, Any] | None
+    agreement: Mapping[str, Any] | None
     """How often the judge agrees with people, where people labelled any pair."""
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from cai.contracts.context import Context
 from cai.contracts.references import OneOrMore, OutputKind, PreferencesRef
 from cai.contracts.training_config import TrainingConfig
-from cai.storage.rows import Preference, is_held_out, row_lines, held_out_rank, topic_of
+from cai.storage.rows import Preference, held_out_rank, is_held_out, row_lines, topic_of
 from cai.text.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def measure(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _accuracy(graded: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:
+def _accuracy(graded: Sequence[tuple[Mapping[str, Any], float]]) -> Mapping[str, Any]:
     """Rate at which the margin has the sign of the truth, clustered by topic."""
     from cai.maths.statistics import rate
 

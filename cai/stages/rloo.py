@@ -67,7 +67,7 @@ class Config(ReinforcementConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains the policy on prompts that are not held out. Raises StageFailed where there are too few for one step."""
-    from cai.report.training_curves import draw_training_curves
+    from cai.report.pictures import draw_training_curves
     from cai.training import metrics
     from cai.training.rl.policy_sampler import open_sampler
     from cai.training.rl.rewards import Rewards

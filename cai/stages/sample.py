@@ -17,7 +17,6 @@ from cai.contracts.engine import Completion, Request
 from cai.contracts.references import OneOrMore, OutputKind, PromptSetRef, WriterRef
 from cai.contracts.stage_config import WritingConfig
 from cai.engines.retry import generate_all
-from cai.report.figure_types import SampleFigures
 from cai.storage.journal import RECORDS
 from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id, stable_seed
 from cai.text.errors import StageFailed
@@ -73,7 +72,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     responses: list[Sample] = read_rows(context.folder / RECORDS)
     if not responses:
         raise StageFailed(f"none of {len(items)} responses came about; {all_failures[0].reason}")
-    figures: SampleFigures = {
+    figures = {
         "prompts": len(prompts),
         "responses": len(responses),
         "failed": len(all_failures),

@@ -15,14 +15,13 @@ from cai.feedback.judge_calibration import (
     fit_and_measure_temperature,
     measure_calibration,
 )
-from cai.feedback.label_rule import LabelRule
-from cai.feedback.labelled_votes import LabelledVotes
+from cai.feedback.labelled_votes import LabelledVotes, LabelRule
 from cai.maths.calibration import brier_score, calibration_error, error_if_calibrated, fit_temperature, reliability_bins
 from cai.micro.answers import BROAD, sample_answer
 from cai.micro.conversations import as_prompt
 from cai.micro.oracle import gold_score
 from cai.micro.world import requests
-from cai.report.reliability import draw_reliability
+from cai.report.pictures import draw_reliability
 from cai.text.errors import BadInput
 
 RNG = np.random.default_rng(0)

@@ -12,10 +12,8 @@ from click.testing import CliRunner
 from feedback_stages import swapped, vote_row
 
 from cai.cli import main
-from cai.feedback.explain import DECIDED, explain, explanation_lines
-from cai.feedback.label_rule import LabelRule
-from cai.feedback.labelled_votes import load_labelled_votes
-from cai.feedback.vote_differences import compare_votes, difference_lines
+from cai.feedback.explain import DECIDED, compare_votes, difference_lines, explain, explanation_lines
+from cai.feedback.labelled_votes import LabelRule, load_labelled_votes
 from cai.storage import run_folder
 from cai.storage.journal import RECORDS
 from cai.storage.rows import row_lines

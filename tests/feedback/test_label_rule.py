@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from feedback_stages import PRINCIPLES, run_stage, vote_row
 
-from cai.feedback.label_rule import LABEL_RULE, LabelRule
-from cai.feedback.labelled_votes import LabelledVotes
+from cai.feedback.labelled_votes import LABEL_RULE, LabelledVotes, LabelRule
 from cai.feedback.stored_votes import read_votes
 from cai.storage.journal import RECORDS
 from cai.text.errors import BadInput

@@ -1,10 +1,11 @@
-"""summary.json: its schema accepts what every kind of stage reports, and refuses everything else."""
+"""summary.json: its schema, the one definition of it, accepts what every kind of stage reports and nothing else."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NotRequired, get_origin, get_type_hints
 
 import feedback_stages
 import jsonschema
@@ -12,17 +13,21 @@ import pytest
 import training_stages
 from feedback_stages import Script, prompt, sample
 
+from cai.feedback.principle_tests import ExampleFigures, RateBounds
+from cai.maths.statistics import RateFigure
 from cai.report import summary
+from cai.report.figure_types import HeadToHead
 from cai.report.figures import ComparisonRows, VerdictRule, prompt_set_figures
-from cai.report.summary import compared_sets, comparison_summary, json_schema, summary_of
+from cai.report.summary import compared_sets, comparison_summary, summary_of
 
+SCHEMA = json.loads(Path(summary.__file__).with_name("summary.schema.json").read_text(encoding="utf-8"))
 EMPTY = {"recipe": "trial", "run": "runs/trial", "stages": {}, "seconds": {}, "failures": {}}
 RESPONSES = [sample("Is it noon?", text, number=number) for number, text in enumerate(("one", "two", "three"))]
 REWARD = "def length(prompts, responses):\n    return [float(len(text)) for text in responses]\n"
 
 
 def validate(figures: dict) -> None:
-    jsonschema.validate(EMPTY | json.loads(json.dumps(figures)), json_schema())
+    jsonschema.validate(EMPTY | json.loads(json.dumps(figures)), SCHEMA)
 
 
 def comparison_figures(tag: str = "") -> dict:
@@ -43,9 +48,12 @@ def comparison_figures(tag: str = "") -> dict:
     return prompt_set_figures(rows, ["base", "policy"], VerdictRule({}, 0.1))
 
 
-def test_the_schema_on_disk_is_the_one_that_the_types_give():
-    path = Path(summary.__file__).with_name("summary.schema.json")
-    assert json.loads(path.read_text()) == json_schema(), f"python -m cai.report.summary > {path.name}"
+@pytest.mark.parametrize("figure_type", [RateFigure, HeadToHead, ExampleFigures, RateBounds])
+def test_the_types_that_code_is_checked_by_have_the_keys_of_the_schema(figure_type):
+    definition = SCHEMA["$defs"][figure_type.__name__]
+    hints = get_type_hints(figure_type, include_extras=True)
+    assert hints.keys() == definition["properties"].keys()
+    assert {key for key, hint in hints.items() if get_origin(hint) is not NotRequired} == {*definition["required"]}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,7 @@ def test_the_schema_on_disk_is_the_one_that_the_types_give():
         ("revise", RESPONSES, {}),
         ("judge", RESPONSES, {}),
         ("judge", RESPONSES, {"method": "rating"}),
+        ("judge", RESPONSES, {"pairs": "against"}),  # one stage alone: nothing is judged
         ("gate", None, {"document": feedback_stages.EXAMPLES, "bars": {"below": "warn"}}),
         ("best-of-n", RESPONSES, {"rewards": [{"function": "mine.py:length"}]}),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cai.report.training_curves import draw_training_curves
+from cai.report.pictures import draw_training_curves
 
 PANELS = {"reward": {"reward/a": "first", "reward/b": "second"}, "KL, nats": {"kl": "KL"}}
 

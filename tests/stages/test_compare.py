@@ -23,7 +23,7 @@ from cai.contracts.model import Model
 from cai.engines import open_engine
 from cai.micro import answers, conversations, world
 from cai.report.figures import ComparisonRows, VerdictRule, prompt_set_figures
-from cai.report.picture import draw_rates
+from cai.report.pictures import draw_rates
 from cai.report.terminal_table import comparison_tables
 from cai.run.recipe_names import inputs_of
 from cai.stages import config_class, run_function

@@ -73,7 +73,7 @@ def test_the_defaults_of_trl_that_the_stages_override_are_still_wrong_for_a_cpu(
 
 
 def test_a_step_holds_the_same_examples_sorted_by_length_and_an_epoch_every_example_once() -> None:
-    from cai.training.trainers import LengthSortedSteps
+    from cai.training.step_samplers import LengthSortedSteps
 
     lengths = [(7 * index) % 31 for index in range(50)]
     sampler = LengthSortedSteps(lengths, 8, seed=3)
@@ -89,7 +89,7 @@ def test_a_step_holds_the_same_examples_sorted_by_length_and_an_epoch_every_exam
 
 
 def test_no_process_has_the_longest_examples_of_a_global_micro_batch() -> None:
-    from cai.training.trainers import LengthSortedSteps
+    from cai.training.step_samplers import LengthSortedSteps
 
     lengths = [index % 32 for index in range(84)]
     alone = list(LengthSortedSteps(lengths, 32, seed=3))
@@ -249,7 +249,7 @@ def test_ppo_still_finds_in_transformers_and_trl_what_it_relies_on() -> None:
 
 
 def test_prompts_of_a_step_come_together_and_their_order_depends_on_seed_and_epoch_alone() -> None:
-    from cai.training.rl.usable_prompts import PromptSteps
+    from cai.training.step_samplers import PromptSteps
 
     sampler = PromptSteps(n_prompts=7, prompts_per_step=3, repeats=2, passes=2, seed=5)
     order = list(sampler)

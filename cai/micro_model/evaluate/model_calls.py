@@ -40,4 +40,5 @@ def _by_id(results: Iterable[Result | Failure], kind: type[Result]) -> dict[str,
 def rate_of(rows: Iterable[tuple[bool, str]]) -> Figures:
     """Share of (is right, topic) rows that are right, with its interval clustered by topic."""
     values_and_topics = list(rows)
-    return rate([float(value) for value, _ in values_and_topics], [topic for _, topic in values_and_topics]).as_json()
+    rights, topics = [float(is_right) for is_right, _ in values_and_topics], [topic for _, topic in values_and_topics]
+    return dict(rate(rights, topics).as_json())

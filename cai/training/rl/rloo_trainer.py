@@ -36,8 +36,8 @@ from cai.training.rl.actor_critic import disable_dropout
 from cai.training.rl.early_stopping import SAMPLES, repetition, stop_if_limits_passed, write_samples
 from cai.training.rl.policy_sampler import Sampler, generate_all
 from cai.training.rl.rewards import Response, Rewards
-from cai.training.rl.usable_prompts import PromptSteps
-from cai.training.trainers import SamplerEpochCallback, StageTrainerMixin, language_model
+from cai.training.step_samplers import PromptSteps, SamplerEpochCallback
+from cai.training.trainers import StageTrainerMixin, language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,16 +1,9 @@
-"""The prompts that a policy responds to while it is trained: which are usable, and in which order they come.
-
-Each optimizer step has its own prompts, and each prompt several responses. The order depends on the seed and the epoch
-alone. Prompts left over at an epoch's end, fewer than a step takes, are skipped in that epoch.
-"""
+"""Which prompts a policy can respond to while it is trained."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch.utils.data import Sampler
+from collections.abc import Sequence
 
 from cai.contracts.training_config import ReinforcementConfig
 from cai.models.chat import Chat
@@ -47,25 +40,3 @@ def select_usable_prompts(
             else:
                 left_out["too_long"] += 1
     return kept, left_out
-
-
-class PromptSteps(Sampler[int]):
-    """Prompt indices by step: each of `prompts_per_step` prompts `repeats` times, and all of these `passes` times."""
-
-    def __init__(self, n_prompts: int, prompts_per_step: int, repeats: int, passes: int, seed: int) -> None:
-        self.n_prompts, self.prompts_per_step, self.repeats, self.passes = n_prompts, prompts_per_step, repeats, passes
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.n_prompts // self.prompts_per_step * self.prompts_per_step * self.repeats * self.passes
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.n_prompts, generator=generator).tolist()
-        for start in range(0, self.n_prompts - self.prompts_per_step + 1, self.prompts_per_step):
-            prompts = order[start : start + self.prompts_per_step]
-            for _ in range(self.passes):
-                yield from (index for index in prompts for _ in range(self.repeats))
