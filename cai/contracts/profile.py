@@ -173,7 +173,7 @@ class Profile(BaseModel):
             if self.engine == "vllm" and (n_gpus := getattr(self.vllm, key)) > 1:
                 raise BadInput(
                     f"profile {self.name!r}: found `vllm: {{{key}: {n_gpus}}}`, but stage {stage!r} samples its "
-                    f"responses with one vLLM beside each training process, on its GPU: expected 1, or another profile for it"
+                    f"responses with one vLLM beside each training process, on its GPU: expected 1, or another profile"
                 )
 
     def accumulation(self, batch_size: int) -> tuple[int, int]:

@@ -1,18 +1,17 @@
-"""A stage in a process of its own, or in several.
+"""Runs a stage in child processes: one, or several ranks.
 
-The parent stays without torch, so that every byte of a device's memory is free again when a stage ends. It hands over a
-small file, shows the progress that comes back through another, passes signals on (`cai.storage.stopping`), and repeats
-the error of the process that failed first; the others are stopped then, also where they wait for it.
+The parent never imports torch, so that all memory of a device is free again when a stage ends. It writes a spec for the
+children (`cai.run.stage_process`), shows the progress that they write to a file, forwards SIGTERM
+(`cai.storage.stopping`), and reports the error of the rank that failed first; it stops the other ranks then.
 
 Training stages run in as many processes as the profile says, which accelerate starts and connects. On several machines
-the profile's `launcher` starts accelerate on each, and what parent and children tell each other goes through the
-stage's folder, which all machines must see under the same path. Feedback stages run in as many as one machine has,
-started here: they need nothing of each other but the stage's folder (`cai.storage.journal`), and accelerate's launcher
-would add seconds to each stage. All others run in one.
+the profile's `launcher` starts accelerate on each of them; parent and children exchange files in the stage's folder,
+which all machines must see under the same path. Feedback stages run in as many processes as one machine has. These need
+no process group, only the stage's folder (`cai.storage.journal`), so they are started here: accelerate's launcher would
+add seconds to each stage. All other stages run in one process.
 
-Where a profile for a CPU says `fork`, every stage's processes are forked from one that has imported the libraries and
-done nothing else, so that no stage after the first waits for imports. Those that train find each other by a file in the
-stage's folder and talk over loopback, without accelerate's launcher.
+With `fork` in a CPU profile, every child is forked from one process that has imported the libraries, so that only the
+first stage waits for imports. Ranks that train meet through a file in the stage's folder and communicate over loopback.
 """
 
 from __future__ import annotations
@@ -49,30 +48,30 @@ GRACE = 30.0
 """Seconds that children have after SIGTERM."""
 
 LIBRARIES = (
-    "cai.run.setsid",  # before all others: it keeps signals off
+    "cai.run.setsid",  # first, so that signals to the terminal's group do not reach the fork server
     "cai.training.loop", "cai.training.trainers", "cai.engines.local.decoding", "cai.engines.local.scoring",
     "cai.run.stage_process", "deepspeed",
 )  # fmt: skip
-"""What forked processes have imported before they begin, if it is installed: whatever is slow to import."""
+"""Slow imports that a forked process inherits; those that are not installed are skipped."""
 
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-"""What says which of several processes one is: a stage's own are told here, whoever started `cai run`."""
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Variables that tell a process its rank. Those of `cai run` itself are not passed on to a stage's processes."""
 
 _ROOT_CAUSE = re.compile(
     r"Root Cause \(first observed failure\):.*?rank +: (?P<rank>\d+).*?exitcode +: (?P<code>-?\d+)", re.S
 )
-"""Where accelerate's launcher says which of its processes ended first, and how."""
+"""Where the log of accelerate's launcher names the rank that ended first, and its exit code."""
 
 
 def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -> dict[str, Any]:
-    """Runs the stage and returns what rank 0 returned.
+    """Runs the stage in child processes; the figures that rank 0 returned.
 
-    Raises the failing process's error, and Terminated where the stage stopped at a checkpoint as it was asked to.
+    Raises the error of the rank that failed first, and Terminated where the stage stopped at a resume point on request.
     """
     folder = Path(spec.folder) / PROCESS
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+    for file in folder.iterdir():
+        file.unlink()
     if profile.nodes > 1:
         spec = replace(spec, port=_free_port())
     ranks = _ranks(profile, config)
@@ -85,7 +84,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
     with (folder / "log.txt").open("wb") as log:
         try:
             for command, environment in _commands(profile, config, str(folder / "spec.json"), ranks):
-                env = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK} | environment
+                env = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES} | environment
                 if profile.fork:
                     child: Child = Fork(command[-1], env, folder / "log.txt")
                 else:
@@ -106,19 +105,19 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
 
 
 class Child(Protocol):
-    """What is asked of a process that was started, in the words of `subprocess`."""
+    """A child process, with the methods of `subprocess.Popen` that are used here."""
 
     pid: int
 
     def poll(self) -> int | None:
-        """Its exit code, the negative number of the signal that ended it, or None while it runs."""
+        """The exit code, or minus the signal's number; None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Returns its exit code when it has ended. Raises TimeoutExpired after so many seconds."""
+        """Waits for the exit code. Raises TimeoutExpired after `timeout` seconds."""
 
 
 class Fork:
-    """A child that begins with `LIBRARIES` imported. Their process is started for the first one and ends with us."""
+    """A child forked from the fork server, which has imported `LIBRARIES` and ends with this process."""
 
     def __init__(self, spec: str, environment: dict[str, str], log: Path) -> None:
         begin_importing()
@@ -138,15 +137,15 @@ class Fork:
 
 
 def begin_importing() -> None:
-    """Starts the process that children are forked from, if it is not there yet; does not wait for its imports."""
+    """Starts the fork server unless it runs; does not wait for its imports."""
     forkserver.set_forkserver_preload([*LIBRARIES])
     forkserver.ensure_running()
 
 
 def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
-    """A forked child: from here on as if `python -m cai.run.stage_process SPEC` had been started."""
+    """The body of a forked child: does what `python -m cai.run.stage_process SPEC` does."""
     os.setsid()
-    gc.freeze()  # else each collection goes through all that was imported, and copies its pages
+    gc.freeze()  # or each collection would visit, and so copy, the pages of all imported modules
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -156,27 +155,27 @@ def _forked(spec: str, environment: dict[str, str], log: Path) -> None:
 
 
 def _ranks(profile: Profile, config: StageConfig) -> int:
-    """In how many processes a stage runs here that accelerate does not start."""
-    if isinstance(config, FeedbackConfig):  # a server, or vLLM over all GPUs, is asked by one process
+    """How many processes to start for a stage that accelerate does not start."""
+    if isinstance(config, FeedbackConfig):  # one process sends all requests to a server or to vLLM, which uses all GPUs
         return profile.processes_here if profile.engine == "local" else 1
     return profile.processes if isinstance(config, TrainingConfig) and profile.fork else 1
 
 
 def _commands(profile: Profile, config: StageConfig, spec: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
-    """What to start, each with what is added to its environment."""
+    """The commands to start, each with variables that are added to its environment."""
     if isinstance(config, TrainingConfig) and profile.nodes > 1:
         return [([*profile.launcher, sys.executable, "-m", MODULE, NODE, spec], {})]
     if isinstance(config, TrainingConfig) and profile.accelerate is not None:
         return [(accelerate_command(profile, spec), {})]
     command = [sys.executable, "-m", MODULE, spec]
     if ranks == 1:
-        return [(command, {})]  # accelerate takes whoever has a LOCAL_RANK for one of several processes
-    together = {"WORLD_SIZE": str(ranks)}
+        return [(command, {})]  # with a LOCAL_RANK, accelerate would expect several processes
+    shared = {"WORLD_SIZE": str(ranks)}
     if isinstance(config, TrainingConfig):
-        together |= {"LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+        shared |= {"LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
         if sys.platform == "linux":
-            together["GLOO_SOCKET_IFNAME"] = "lo"
-    return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), **together}) for rank in range(ranks)]
+            shared["GLOO_SOCKET_IFNAME"] = "lo"
+    return [(command, {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared}) for rank in range(ranks)]
 
 
 def _free_port() -> int:
@@ -186,7 +185,7 @@ def _free_port() -> int:
 
 
 def _follow(children: list[Child], folder: Path, line: StageLine) -> list[int | None]:
-    """Shows progress until all children have ended, or one has failed: their exit codes, None for one that goes on."""
+    """Shows progress until all children have ended or one has failed. Returns exit codes, None for one that runs."""
     path = folder / "progress.jsonl"
     offset = 0
     last_sign_of_life = -math.inf
@@ -204,7 +203,9 @@ def _follow(children: list[Child], folder: Path, line: StageLine) -> list[int | 
                     offset += len(event)
                     relay(json.loads(event), line)
         if any(codes) or None not in codes or _failed_long_ago(folder):
-            time.sleep(0.1 if None in codes else 0)  # one that was killed may be known later than one that missed it
+            time.sleep(
+                0.1 if None in codes else 0
+            )  # a killed rank may be reaped after one that failed because of it
             return [child.poll() for child in children]
         time.sleep(0.1)
 
@@ -216,7 +217,7 @@ def _failed_long_ago(folder: Path) -> bool:
 
 
 def _stop(children: list[Child]) -> None:
-    """Ends those that still run, all at once."""
+    """Terminates the children that still run, at the same time; kills them after `GRACE` seconds."""
     running = [child for child in children if child.poll() is None]
     for child in running:
         _signal(child, signal.SIGTERM)
@@ -230,18 +231,18 @@ def _stop(children: list[Child]) -> None:
 
 
 def _signal(child: Child, number: int) -> None:
-    """Sends a signal to a child and to all that it has started."""
+    """Sends a signal to a child's process group."""
     try:
         os.killpg(child.pid, number)
     except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError):  # a fork that has only begun leads no group yet
+        with contextlib.suppress(ProcessLookupError):  # a new fork may not lead its group yet
             os.kill(child.pid, number)
 
 
 def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
-    """The error of the process that failed first; others often fail only because it did.
+    """The error of the rank that failed first; other ranks often fail only because it did.
 
-    One that was killed, for want of memory as a rule, leaves no error: those of others came of it.
+    A rank that was killed, mostly for lack of memory, writes no error, and the errors of other ranks follow from it.
     """
     errors = [read_json(path) for path in folder.glob("error-*.json")]
     killed = [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL]

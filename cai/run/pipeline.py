@@ -1,8 +1,8 @@
 """Runs a recipe: each stage in order, reused where nothing that it depends on has changed.
 
-Stages run in this process on a CPU with one process, and in processes of their own otherwise (`cai.run.launch`). What
-is done about a stage is decided in `cai.run.plan`, what a stage is given is put together in `cai.run.stage_run`, and
-what lies on disk is described in `cai.storage.run_folder`.
+A stage runs in this process where the profile has a single CPU process, and in child processes otherwise
+(`cai.run.launch`). Whether it is reused, run, continued or reopened is decided in `cai.run.plan`; what its function is
+given is put together in `cai.run.stage_run`; `cai.storage.run_folder` describes what lies on disk.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from cai.text.progress import Display
 
 
 def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, display: Display) -> Summary:
-    """Runs what has to run. Returns the run's summary, which is on disk after every stage.
+    """Runs the stages that are not reused. Returns the run's summary, which is written after every stage that ran.
 
-    Raises BadInput before anything runs, StageFailed where a stage could not finish, KeyboardInterrupt when stopped.
+    Raises BadInput, before anything runs, for a recipe that does not fit the profile or the prompts; StageFailed where
+    a stage could not finish; KeyboardInterrupt when stopped.
     """
     configs = selected_stages(recipe, options, profile)
     prepare(profile)
-    if profile.fork and not (run / run_folder.SUMMARY).exists():  # where one is, nothing may have to run
-        begin_importing()
+    if profile.fork and not (run / run_folder.SUMMARY).exists():
+        begin_importing()  # a run with a summary may reuse every stage, and then needs no imports
     with run_folder.locked(run), stopping.on_sigterm(), display:
         planner = Planner(recipe, run, profile.offline, options)
         notes = check_prompts(recipe, planner.fingerprints.prompts)
@@ -64,7 +65,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
 
 
 def _record_run(recipe: Recipe, profile: Profile, run: Path, display: Display) -> None:
-    """Writes run.json; says where another recipe of the same name ran in the folder before."""
+    """Writes run.json. Tells the user if another recipe of the same name has run in the folder."""
     before = (read_json(run / run_folder.RUN) or {}).get("recipe")
     if before not in {None, str(recipe.path.resolve())}:
         display.note(f"{run}: {before} ran here before under the same name, {recipe.name}; the two share the folder")
@@ -81,7 +82,7 @@ def _record_run(recipe: Recipe, profile: Profile, run: Path, display: Display) -
 
 
 def _run(stage: StageRun, display: Display) -> run_folder.Finished:
-    """One stage from its start, or from where it was stopped, to its DONE."""
+    """Runs one stage, from its start or from what an interrupted run left, and marks it as done."""
     folder, step = stage.folder, stage.step
     if step.removes:
         display.note(f"{step.id} runs again: {step.reason}")
@@ -94,7 +95,7 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
     write_json(folder / run_folder.STAGE, facts)
     line = display.begin_stage(step.id)
     journal = Journal(folder, line)
-    began = time.monotonic()
+    start_time = time.monotonic()
     try:
         with stopping.at_resume_point(folder) if stage.trains else contextlib.nullcontext():
             if stage.profile.inline:
@@ -109,8 +110,8 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
         {
             **facts,
             "ended": now(),
-            "seconds": round(time.monotonic() - began, 2),
-            "tokens": max(line.tokens, journal.tokens),
+            "seconds": round(time.monotonic() - start_time, 2),
+            "tokens": max(line.tokens, journal.tokens),  # training reports to the line, feedback journals its tokens
             "failures": failures,
             "figures": figures,
         },
@@ -122,7 +123,7 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
 
 
 def _spec(stage: StageRun) -> Spec:
-    """What a stage's own processes need to find it again."""
+    """What child processes need to construct the same stage."""
     recipe = stage.planner.recipe
     return Spec(
         recipe=str(recipe.path),
@@ -137,7 +138,8 @@ def _spec(stage: StageRun) -> Spec:
 
 
 def _current(planner: Planner, done: Mapping[str, run_folder.Finished]) -> dict[str, run_folder.Finished]:
-    """The stages that are done, and later ones of an earlier run that still hold: a part run hides none of them."""
+    """The finished stages for the summary: those of this run, and later stages that an earlier run finished and whose
+    fingerprints are unchanged, so that `--until` does not drop them from the summary."""
     current: dict[str, run_folder.Finished] = {}
     for config in planner.recipe.stages.values():
         if finished := done.get(config.id) or planner.step(config, current).done:
@@ -146,13 +148,13 @@ def _current(planner: Planner, done: Mapping[str, run_folder.Finished]) -> dict[
 
 
 def _named(error: CaiError, stage: str) -> CaiError:
-    """The error with the stage's name in front, where it does not begin with one."""
+    """The error with the stage's name in front, unless its message begins with a stage's name."""
     message = str(error)
     return type(error)(message if message.startswith("stage ") else f"stage {stage!r}: {message}")
 
 
 def _say_reused(display: Display, reused: list[Step]) -> None:
-    """Says which stages are reused, and which of them other library versions made."""
+    """Tells the user which stages are reused, and with which other library versions they were made. Empties `reused`."""
     if not reused:
         return
     display.note(f"reused: {', '.join(step.id for step in reused)}")

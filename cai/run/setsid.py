@@ -1,7 +1,7 @@
-"""Importing this makes a process lead a session of its own: signals for a terminal or a job pass it by.
+"""Importing this makes a process lead a session of its own, unreached by signals to a terminal's or job's group.
 
-The first thing that the process imports from which stages are forked (`cai.run.launch`): ended by such a signal, it
-would take with it what is known of its children, which are to write a checkpoint first.
+The fork server (`cai.run.launch`) imports it first: if such a signal ended the fork server, the parent would lose the
+exit codes of its children, which write a resume point first.
 """
 
 import os

@@ -1,7 +1,7 @@
 """One process of a stage that `cai.run.launch` started: `python -m cai.run.stage_process SPEC`.
 
-It reads the spec that the parent wrote, runs its share of the stage, tells progress and errors through files in the
-stage's folder, and ends when the parent does.
+It reads the spec that the parent wrote, runs its share of the stage, reports progress and errors through files in the
+stage's folder, and ends when the parent ends.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from cai.text.errors import CaiError, StageFailed, Terminated
 from cai.text.progress import FileLine, StageLine
 
 NODE = "--node"
-"""First argument of a process that starts those of one of several machines."""
+"""First argument of the process that starts a machine's ranks, where a profile has several machines."""
 RENDEZVOUS = "rendezvous"
-"""In the process folder: the file by which forked processes that train together find each other."""
+"""File in the process folder through which forked ranks that train find each other."""
 ALIVE = "alive"
-"""File that the parent writes every few seconds, for children on machines from which its process cannot be seen."""
+"""File that the parent rewrites every few seconds, for children on other machines, which cannot see its process."""
 SILENCE = 120.0
-"""Seconds without a new word in it after which such a child ends."""
+"""Seconds without a change of that file after which such a child ends."""
 MODULE = "cai.run.stage_process"
 """This module, as `python -m` takes it."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """All that a child needs to find the same stage again."""
+    """What a child needs to find the same stage again."""
 
     recipe: str
     overrides: list[str]
@@ -56,7 +56,7 @@ class Spec:
     parent: int
     host: str = field(default_factory=socket.gethostname)
     port: int = 0
-    """Where the first process listens for those on other machines."""
+    """Port on which the first machine waits for the others."""
 
 
 def accelerate_command(profile: Profile, spec: str, *address: str) -> list[str]:
@@ -74,7 +74,7 @@ def main(path: str) -> int:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         figures = _run(spec, folder, rank, ranks)
-    except (ShareDone, Terminated):  # 0: of any other code a launcher would end the processes that still write
+    except (ShareDone, Terminated):  # with any other code a launcher would end the ranks that still write
         return 0
     except Exception as error:
         traceback.print_exc()
@@ -92,14 +92,13 @@ def main(path: str) -> int:
 
 
 def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
-
     profile = Profile.model_validate(spec.profile)
     recipe = load_recipe(spec.recipe, spec.overrides)
     trains = isinstance(recipe.stages[spec.stage], TrainingConfig)
     if trains and ranks != profile.processes:
         raise StageFailed(
-            f"stage {spec.stage!r} found itself in {ranks} of the {profile.processes} processes that profile "
-            f"{profile.name!r} wants: {profile.accelerate} made accelerate start no more"
+            f"stage {spec.stage!r} runs in {ranks} of the {profile.processes} processes that profile "
+            f"{profile.name!r} expects: accelerate started no more with {profile.accelerate}"
         )
     if trains and profile.fork and ranks > 1:
         _join_process_group(folder / RENDEZVOUS, rank, ranks)
@@ -134,7 +133,7 @@ def _join_process_group(place: Path, rank: int, ranks: int) -> None:
 
 
 def _end_with(parent: int | Path) -> None:
-    """Ends this process when `cai run` is gone, a process here or one that writes a file: nobody takes its result."""
+    """Ends this process when `cai run` has ended: `parent` is its process id, or the file that it rewrites."""
     last_change, last_word = time.monotonic(), ""
     while True:
         if isinstance(parent, int):
@@ -145,7 +144,7 @@ def _end_with(parent: int | Path) -> None:
             except PermissionError:
                 return
         else:
-            with contextlib.suppress(OSError):  # a shared file system may be away for a while
+            with contextlib.suppress(OSError):  # a shared file system may be unavailable for a while
                 if (word := parent.read_text()) != last_word:
                     last_change, last_word = time.monotonic(), word
             if time.monotonic() - last_change > SILENCE:
@@ -154,7 +153,7 @@ def _end_with(parent: int | Path) -> None:
 
 
 def start_node(path: str) -> None:
-    """Becomes accelerate's launcher of the processes on this one of several machines."""
+    """Becomes accelerate's launcher for this machine's ranks."""
     spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
     profile = Profile.model_validate(spec.profile)
     node = os.environ.get("CAI_NODE") or os.environ.get("SLURM_NODEID")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from random_models import random_model
+from tiny_models import Tiny
+from trl.trainer.utils import add_fused_lm_head
 
-from cai.contracts.model import Model
+from cai.attention import cpu_lm_head
+from cai.attention.cpu_lm_head import add_cpu_lm_head
 from cai.models.loading import load_causal_lm
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("trl")
 
 
 def batch() -> dict[str, Any]:
@@ -40,10 +40,6 @@ def batch() -> dict[str, Any]:
 def test_the_head_gives_trls_figures_and_gradients_also_where_a_model_scales_or_caps_its_logits(
     family: str, config: dict[str, Any], temperature: float
 ) -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
-    from cai.attention.cpu_lm_head import add_cpu_lm_head
-
     model = random_model(family, **config).eval()
     add_fused_lm_head(model, temperature, outputs=("log_probs", "entropy", "is_top1"))
     weights = torch.randn(3, 11, generator=torch.Generator().manual_seed(2))
@@ -61,13 +57,7 @@ def test_the_head_gives_trls_figures_and_gradients_also_where_a_model_scales_or_
     torch.testing.assert_close(our_gradients, their_gradients, atol=1e-5, rtol=1e-4)
 
 
-def test_only_labelled_tokens_reach_the_head_and_plain_calls_are_what_they_were(
-    tiny: Callable[..., Model], pads_sizes: bool
-) -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
-    from cai.attention.cpu_lm_head import add_cpu_lm_head
-
+def test_only_labelled_tokens_reach_the_head_and_plain_calls_are_what_they_were(tiny: Tiny, pads_sizes: bool) -> None:
     model = load_causal_lm(tiny("llama"))
     inputs = {name: value for name, value in batch().items() if name not in {"labels", "fused_lm_head"}}
     plain = model(**inputs).logits
@@ -81,8 +71,6 @@ def test_only_labelled_tokens_reach_the_head_and_plain_calls_are_what_they_were(
 
 
 def test_a_large_vocabulary_keeps_trls_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cai.attention import cpu_lm_head
-
     model = random_model("llama")
     forward = model.forward
     monkeypatch.setattr(cpu_lm_head, "MAX_VOCABULARY", 63)

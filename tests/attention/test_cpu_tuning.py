@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from random_models import random_model
 
-torch = pytest.importorskip("torch")
+from cai.attention import cpu_tuning
+from cai.attention.cpu_tuning import float32_attention
 
 
 def test_attention_is_computed_in_float32_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cai.attention.cpu_tuning import float32_attention
-
     attention = torch.nn.functional.scaled_dot_product_attention
     calls = []
 
@@ -40,8 +40,6 @@ def test_attention_is_computed_in_float32_inside_the_block_only(monkeypatch: pyt
 def test_causal_attention_is_attention_whichever_way_is_taken(
     max_scores: int, dtype: str, kv_heads: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.attention import cpu_tuning
-
     fused, calls = cpu_tuning.scaled_dot_product_attention, []
     spy = lambda *args, **options: (calls.append(args), fused(*args, **options))[1]  # noqa: E731
     monkeypatch.setattr(cpu_tuning, "scaled_dot_product_attention", spy)

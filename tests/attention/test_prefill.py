@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 import transformers
 from engine_contract import conversation
 from local_engines import assert_same_choices, judge_questions, local_engine, with_and_without_shared_prefixes
+from tiny_models import Tiny
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cai.attention import prefill as prefill_module
 from cai.attention.prefill import find_sharing_obstacle, prefill
@@ -21,7 +22,6 @@ from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm
 from cai.text.errors import BadInput
 
-Tiny = Callable[..., Model]
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
 
@@ -75,8 +75,6 @@ def test_a_window_that_no_layer_type_tells_is_kept(tmp_path: Path, architecture:
 
 
 def test_a_window_that_is_off_or_never_full_keeps_nothing_from_sharing() -> None:
-    from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
     shape = {**SHAPE, "max_position_embeddings": 64, "num_key_value_heads": 2}
     for window in (None, 64):
         assert find_sharing_obstacle(MistralForCausalLM(MistralConfig(**shape, sliding_window=window))) is None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from random_models import random_model
+from tiny_models import Tiny
 from training_stages import CPU, preference, run_stage, sample
 
-from cai.contracts.model import Model
+from cai.attention import token_trees
+from cai.attention.token_trees import compute_shared_tokens_once
 from cai.training import loop
 from cai.training.metrics import read_metrics
-
-torch = pytest.importorskip("torch")
 
 ROWS = [[5, 9, 9, 4, 7, 8], [5, 9, 9, 4, 11], [6, 9, 9], [5, 9, 9, 4, 7, 8, 3, 3], [5]]
 """Of their 23 tokens 12 are distinct: the second differs from the first after four, the fourth continues it."""
@@ -62,8 +62,6 @@ def logits_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[
 def test_values_and_gradients_are_those_of_the_padded_batch(
     family: str, kind: str, config: dict[str, Any], pads_sizes: bool
 ) -> None:
-    from cai.attention.token_trees import compute_shared_tokens_once
-
     model = random_model(family, kind, **config)
     expected, expected_gradients = logits_and_gradients(model, batch())
     n_tokens = record_n_tokens(model)
@@ -88,8 +86,6 @@ def test_values_and_gradients_are_those_of_the_padded_batch(
     ],
 )
 def test_models_with_dropout_or_another_attention_compute_rows(family: str, config: dict[str, Any]) -> None:
-    from cai.attention.token_trees import compute_shared_tokens_once
-
     model = random_model(family, **config).train()
     with compute_shared_tokens_once([model]):
         n_tokens = record_n_tokens(model)
@@ -106,8 +102,6 @@ def test_models_with_dropout_or_another_attention_compute_rows(family: str, conf
     ],
 )
 def test_rows_that_are_not_padded_on_the_right_are_computed_as_they_are(arguments: dict[str, Any]) -> None:
-    from cai.attention.token_trees import compute_shared_tokens_once
-
     model = random_model("llama").eval()
     inputs = {"input_ids": torch.tensor([[7, 8, 9, 10, 11]]), **arguments}
     expected = model(**inputs).logits
@@ -116,8 +110,6 @@ def test_rows_that_are_not_padded_on_the_right_are_computed_as_they_are(argument
 
 
 def test_models_inside_others_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cai.attention import token_trees
-
     model = random_model("llama")
     tried = []
     monkeypatch.setattr(token_trees, "_supports_token_trees", lambda body: tried.append(body) or True)
@@ -128,8 +120,6 @@ def test_models_inside_others_are_found_once(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("size", [(64, 2), (256, 6)])
 def test_rounding_in_bfloat16_is_no_reason_to_compute_rows(size: tuple[int, int]) -> None:
-    from cai.attention.token_trees import compute_shared_tokens_once
-
     shape = dict(zip(("hidden_size", "num_hidden_layers"), size, strict=True))
     model = random_model("llama", **shape).to(torch.bfloat16).eval()
     with compute_shared_tokens_once([model]), torch.no_grad():
@@ -140,8 +130,6 @@ def test_rounding_in_bfloat16_is_no_reason_to_compute_rows(size: tuple[int, int]
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "neftune"])
 def test_what_a_trainer_switches_on_later_computes_rows(switch: str) -> None:
-    from cai.attention.token_trees import compute_shared_tokens_once
-
     model = random_model("llama").train()
     n_tokens = record_n_tokens(model)
     with compute_shared_tokens_once([model]):
@@ -160,10 +148,8 @@ def test_what_a_trainer_switches_on_later_computes_rows(switch: str) -> None:
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_stages_learn_the_same_from_trees_as_from_rows(
-    kind: str, checkpointing: bool, tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    kind: str, checkpointing: bool, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.attention import token_trees
-
     held_out = [preference(number, p=0.8, tags=["held_out"]) for number in range(30, 36)]
     rows = [sample(n) for n in range(12)] if kind == "sft" else [preference(n) for n in range(12)] + held_out
     profile = CPU.model_copy(update={"gradient_checkpointing": checkpointing})

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import Tiny
 
-from cai.contracts.model import Model
 from cai.contracts.profile import load_profile
 from cai.document.shipped import shipped_folder
 from cai.run import launch
@@ -54,7 +54,7 @@ if "DISTURBED_RANK" in os.environ and ("RANK" in os.environ or forks):
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny: Callable[..., Model]) -> Path:
+def recipe(tmp_path: Path, tiny: Tiny) -> Path:
     talks = [f"\n\nHuman: What is {number}?\n\nAssistant: It is {number * 7} " for number in range(24)]
     pairs = [{side: f"{talk}{side}." for side in ("chosen", "rejected")} for talk in talks]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

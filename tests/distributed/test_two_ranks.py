@@ -6,14 +6,16 @@ One pair of ranks (`rank_pair.py`) serves the whole file: `make test` keeps the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import training_stages
 from rank_pair import Pair, reinforced
 from safetensors.torch import load_file
+from tiny_models import Tiny
 from training_stages import CPU, Steps, preference, run_stage, sample, write_inputs
 
 from cai.contracts.model import Model
@@ -25,7 +27,6 @@ from cai.training.loop import newest_resume_point
 from cai.training.metrics import read_metrics
 from cai.training.tokenised_rows import tokenise_pairs
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
 
 LAUNCHED = ("cpu-2-ranks", "cpu-2-ranks-zero2", "cpu-2-ranks-zero3")
@@ -74,7 +75,7 @@ def assert_close_weights(weights: dict[str, Any], expected: dict[str, Any], prof
 @pytest.mark.parametrize("changes", [{}, ADAPTER], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_two_ranks_learn_what_one_with_twice_the_accumulation_does_under_every_stage_of_zero(
-    kind: str, changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    kind: str, changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     start = tiny("llama")
     figures = run_stage(kind, tmp_path / "one", rows_for(kind), start, **settings(**changes))
@@ -98,7 +99,7 @@ def test_two_ranks_learn_what_one_with_twice_the_accumulation_does_under_every_s
 
 @pytest.mark.parametrize("changes", [{}, ADAPTER, {"critic": "", "lora": None}], ids=["full", "lora", "critic"])
 def test_ppo_on_two_ranks_samples_and_learns_what_it_does_on_one(
-    changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     config = {"rollouts": 3, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}, **changes}
     start = tiny("llama")
@@ -120,7 +121,7 @@ def test_ppo_on_two_ranks_samples_and_learns_what_it_does_on_one(
         assert_close_weights(tensors(folder), weights, profile)
 
 
-def test_ppo_runs_in_bfloat16_under_zero_3(pair: Pair, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_ppo_runs_in_bfloat16_under_zero_3(pair: Pair, tmp_path: Path, tiny: Tiny) -> None:
     config = {"rollouts": 1, "rollout_size": 16, "train": {"learning_rate": 1e-3, "save_strategy": "no"}}
     folder = tmp_path / "stage"
     folder.mkdir()
@@ -131,9 +132,7 @@ def test_ppo_runs_in_bfloat16_under_zero_3(pair: Pair, tmp_path: Path, tiny: Cal
     assert len(read_metrics(folder)) == 4
 
 
-def test_rloo_on_two_ranks_samples_and_learns_what_it_does_on_one(
-    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_rloo_on_two_ranks_samples_and_learns_what_it_does_on_one(pair: Pair, tmp_path: Path, tiny: Tiny) -> None:
     config = {"n": 2, "train": {"learning_rate": 1e-3, "save_strategy": "no", "num_train_epochs": 2}}
     start = tiny("llama")
     (tmp_path / "one").mkdir()
@@ -159,7 +158,7 @@ def test_rloo_on_two_ranks_samples_and_learns_what_it_does_on_one(
 
 
 def test_rloo_stopped_between_passes_over_responses_is_refused_on_another_number_of_ranks(
-    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     config = {"n": 2, "train": {"learning_rate": 1e-3, "save_strategy": "no", "num_iterations": 2}}
     folder = tmp_path / "stopped"
@@ -176,7 +175,7 @@ def test_rloo_stopped_between_passes_over_responses_is_refused_on_another_number
 
 @pytest.mark.parametrize("changes", [{}, ADAPTER], ids=["full", "lora"])
 def test_ppo_stopped_in_the_middle_of_a_rollout_continues_under_zero_3(
-    changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     train = {"learning_rate": 1e-3, "save_strategy": "no", "kl_target": 0.01}
     config = {"rollouts": 2, "rollout_size": 16, "train": train, **changes}
@@ -214,7 +213,7 @@ def close(mine: Any, theirs: Any) -> bool:
     [("cpu-2-ranks-zero2", "sft", {}), ("cpu-2-ranks-zero3", "dpo", ADAPTER)],
 )
 def test_stopped_after_a_step_the_same_number_of_ranks_continues_with_the_same_losses(
-    profile: str, kind: str, changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    profile: str, kind: str, changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     config = settings(**changes)
     train(pair, profile, kind, tmp_path / "undisturbed", tiny("llama"), config=config)
@@ -235,7 +234,7 @@ def test_stopped_after_a_step_the_same_number_of_ranks_continues_with_the_same_l
 
 
 def test_another_number_of_ranks_continues_or_is_refused_in_one_sentence(
-    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     start = tiny("llama")
     run_stage("sft", tmp_path / "undisturbed", rows_for("sft"), start, **settings())
@@ -257,7 +256,7 @@ def test_another_number_of_ranks_continues_or_is_refused_in_one_sentence(
 
 
 def test_zero_3_saves_a_gathered_model_that_computes_what_the_ranks_computed(
-    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     start = tiny("qwen2")  # its embeddings need not grow
     for answer in train(pair, "cpu-2-ranks-zero3", "sft", tmp_path / "policy", start):
@@ -281,7 +280,7 @@ def test_zero_3_saves_a_gathered_model_that_computes_what_the_ranks_computed(
             assert json.loads(line)[f"{side}_score"] == pytest.approx(score, abs=1e-4)
 
 
-def test_under_zero_3_a_stage_starts_from_an_adapter(pair: Pair, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_under_zero_3_a_stage_starts_from_an_adapter(pair: Pair, tmp_path: Path, tiny: Tiny) -> None:
     kind = "reward"  # which also loads the body of a language model under the adapter
     config = {"train": {"max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no"}}
     run_stage(kind, tmp_path / "one", rows_for(kind), tiny("lora"), **config)
@@ -292,7 +291,7 @@ def test_under_zero_3_a_stage_starts_from_an_adapter(pair: Pair, tmp_path: Path,
 
 
 def test_the_profile_says_the_precision_whatever_the_accelerate_file_says(
-    pair: Pair, tmp_path: Path, tiny: Callable[..., Model]
+    pair: Pair, tmp_path: Path, tiny: Tiny
 ) -> None:
     run_stage("dpo", tmp_path / "one", rows_for("dpo"), tiny("llama"), **settings())
     # The file says `mixed_precision: 'no'`.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
 from engine_contract import CASES, Case, Reference, Subject
 from small_server import Behaviour, ServedModel, serving
+from tiny_models import Tiny
 
-from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.engines import open_engine
 from cai.models.reference import resolve
@@ -28,7 +28,7 @@ FAMILIES = [name for name, family in tiny_models.FAMILIES.items() if family.temp
 
 
 @pytest.fixture(scope="module", params=[*(f"local {name}" for name in FAMILIES), *SERVERS, "known by name alone"])
-def subject(request: pytest.FixtureRequest, tiny: Callable[..., Model]) -> Iterator[Subject]:
+def subject(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[Subject]:
     settings = {"device": "cpu", "dtype": "float32", "token_budget": 1024}
     if request.param.startswith("local"):
         family = request.param.split()[1]

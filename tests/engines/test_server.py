@@ -17,6 +17,7 @@ import small_server
 import tiny_models
 from engine_contract import Reference, completions_by_id, conversation, likely_options
 from small_server import Behaviour, ServedModel, Server, serving, when
+from tiny_models import Tiny
 
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
@@ -34,7 +35,7 @@ REQUESTS = [Request(f"{n}", conversation("Hi" * n), n, GREEDY) for n in range(1,
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Callable[..., Model]) -> Model:
+def model(tiny: Tiny) -> Model:
     return tiny("llama")
 
 

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 from engine_contract import completions_by_id, conversation
+from peft import LoraConfig, get_peft_model
+from tiny_models import Tiny
 
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
-from cai.contracts.model import Model
 from cai.contracts.profile import Profile, load_profile
 from cai.engines import open_engine, vllm
 from cai.engines.vllm import VllmEngine
+from cai.models.loading import load_causal_lm, load_tokenizer
 from cai.models.reference import resolve
+from cai.models.saving import save_model
 from cai.storage.rows import Failure
 from cai.text.errors import BadInput, StageFailed
 
-Tiny = Callable[..., Model]
 STAND_IN = Path(__file__).parents[1] / "support" / "stand_in_worker.py"
 
 
@@ -214,11 +216,6 @@ def test_a_process_of_several_that_train_has_its_worker_on_its_own_gpu_and_out_o
 def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
     opened: Callable[..., VllmEngine], tiny: Tiny, tmp_path: Path
 ) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    from cai.models.loading import load_causal_lm, load_tokenizer
-    from cai.models.saving import save_model
-
     adapter = tiny("lora")
     with opened(family="lora") as engine:
         first_line = engine._first_line()

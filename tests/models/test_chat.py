@@ -10,6 +10,9 @@ import tiny_models
 from feedback_stages import CPU
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from tokenizers import models as kinds
+from transformers import PreTrainedTokenizerFast
 
 from cai.constitution import Principle
 from cai.contracts.engine import Request, Sampling
@@ -304,10 +307,6 @@ def test_options_are_the_tokens_that_an_answer_begins_with(family: str) -> None:
 
 
 def test_a_vocabulary_that_spells_its_special_tokens_out_is_not_fooled() -> None:
-    from tokenizers import Tokenizer
-    from tokenizers import models as kinds
-    from transformers import PreTrainedTokenizerFast
-
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), *((letter, -5.0) for letter in "</s>abc")]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(kinds.Unigram(pieces, unk_id=0)),
@@ -357,8 +356,6 @@ def test_the_fewshot_set_makes_a_base_model_talk_and_keeps_texts_from_opening_tu
 
 
 def test_a_template_from_elsewhere_begins_with_bos_where_all_texts_of_the_model_do(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from tokenizers import processors
-
     tokenizer = tiny_models.build_tokenizer("mistral")
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

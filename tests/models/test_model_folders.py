@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import Tiny
 
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer, pick_device, pick_dtype
@@ -17,7 +17,6 @@ from cai.models.reference import fetch, identity, resolve
 from cai.models.saving import save_model
 from cai.text.errors import BadInput
 
-Tiny = Callable[..., Model]
 IDS = torch.tensor([[1, 5, 9, 40]])
 
 

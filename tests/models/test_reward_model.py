@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_models import Tiny
 from training_stages import CPU, preference, saved_classifier
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from cai.contracts.model import Model
 from cai.models.chat import Chat
 from cai.models.loading import load_sequence_classifier, unpartitioned
 from cai.models.reward_model import RewardModel
 from cai.text.errors import BadInput
 from cai.training.tokenised_rows import tokenise_pairs
-
-torch = pytest.importorskip("torch")
 
 FAMILIES = ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "mistral", "thinking"]
 
@@ -27,7 +26,7 @@ def conversations(chat: Chat) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_score_is_that_of_the_end_of_the_turn_whatever_pads_it(family: str, tiny: Callable[..., Model]) -> None:
+def test_the_score_is_that_of_the_end_of_the_turn_whatever_pads_it(family: str, tiny: Tiny) -> None:
     torch.manual_seed(0)
     chat = Chat.load(tiny(family))
     judge = RewardModel(load_sequence_classifier(tiny(family)), chat, CPU)
@@ -41,7 +40,7 @@ def test_the_score_is_that_of_the_end_of_the_turn_whatever_pads_it(family: str, 
         assert score == pytest.approx(expected, abs=1e-4)
 
 
-def test_batches_within_a_token_budget_change_no_score(tiny: Callable[..., Model]) -> None:
+def test_batches_within_a_token_budget_change_no_score(tiny: Tiny) -> None:
     torch.manual_seed(0)
     chat = Chat.load(tiny("llama"))
     model, ids = load_sequence_classifier(tiny("llama")), conversations(chat)
@@ -57,10 +56,8 @@ def test_batches_within_a_token_budget_change_no_score(tiny: Callable[..., Model
 
 
 def test_it_is_loaded_unpartitioned_and_frozen_while_deepspeed_partitions_new_models(
-    tmp_path: Path, tiny: Callable[..., Model]
+    tmp_path: Path, tiny: Tiny
 ) -> None:
-    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_deepspeed_zero3_enabled
-
     model = saved_classifier(tiny("llama"), tmp_path / "model", num_labels=1)
     plain = RewardModel.load(model, CPU)
     config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
@@ -75,7 +72,7 @@ def test_it_is_loaded_unpartitioned_and_frozen_while_deepspeed_partitions_new_mo
     assert partitioned_load.scores(ids) == plain.scores(ids)
 
 
-def test_what_gives_no_single_score_is_refused(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_what_gives_no_single_score_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     for model, message in (
         (tiny("llama"), "is a language model"),
         (tiny("lora"), "is a language model"),

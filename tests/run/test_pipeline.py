@@ -517,7 +517,7 @@ def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(re
     text = recipe.read_text()
     recipe.write_text(text[: text.index("  - {id: tuned")] + "  - {id: tuned, kind: sft, from: texts}\n")
     with pytest.raises(
-        StageFailed, match=r"^stage 'tuned' found itself in 1 of the 2 processes that profile 'two' wants"
+        StageFailed, match=r"^stage 'tuned' runs in 1 of the 2 processes that profile 'two' expects"
     ):
         run(recipe, profile=Profile(name="two", device="cpu", processes=2))
 

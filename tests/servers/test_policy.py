@@ -26,6 +26,7 @@ from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
 from cai.text.errors import StageFailed
 from cai.training.rl.policy_sampler import PolicySampler, Sampler, VllmSampler
+from cai.training.rl.ppo_trainer import PPOTrainer
 from cai.training.rl.rollouts import Rollout
 
 LONG = "The box is red and the ball is blue. " * 40
@@ -90,8 +91,6 @@ def test_after_an_update_vllm_says_what_the_policy_says_and_nothing_from_before(
 @pytest.fixture
 def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
     """All that a ppo stage learns from."""
-    from cai.training.rl.ppo_trainer import PPOTrainer
-
     rollouts: list[Rollout] = []
     estimate = PPOTrainer._estimate_advantages
     monkeypatch.setattr(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
+import torch
+from tiny_models import Tiny
 from training_stages import Steps, preference, record_batches, run_stage, trained
 
-from cai.contracts.model import Model
+from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
+from cai.stages.dpo import drift_warnings
 from cai.text.errors import StageFailed
 from cai.training.metrics import read_metrics
-
-torch = pytest.importorskip("torch")
+from cai.training.trainers import SoftDPOTrainer
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
@@ -36,7 +37,7 @@ def mixed(count: int) -> list[dict[str, Any]]:
     ],
 )
 def test_the_reference_is_the_starting_policy(
-    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Tiny
 ) -> None:
     settings = {**settings, "train": {"num_train_epochs": 2, "learning_rate": 1e-3, **settings.get("train", {})}}
     template = {"chat_template": tiny_models.PLAIN} if family == "base" else {}
@@ -53,10 +54,8 @@ def test_the_reference_is_the_starting_policy(
 
 
 def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.training.trainers import SoftDPOTrainer
-
     settings = {"lora": {"rank": 4}, "train": {"num_train_epochs": 2, "learning_rate": 1e-2}}
     run_stage("dpo", tmp_path / "first", mixed(8), tiny("lora"), **settings)
     reference_calls: list[Any] = []
@@ -78,7 +77,7 @@ def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
     load_causal_lm(trained(tmp_path / "second"))
 
 
-def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, tiny: Tiny) -> None:
     measured = []
     for precompute in (False, True):
         folder = tmp_path / str(precompute)
@@ -89,10 +88,8 @@ def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, 
 
 
 def test_with_precomputed_log_probabilities_there_is_no_frozen_copy(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.training.trainers import SoftDPOTrainer
-
     batches = record_batches(monkeypatch, SoftDPOTrainer)
     for precompute in (True, False):
         train = {"precompute_ref_log_probs": precompute}
@@ -100,7 +97,7 @@ def test_with_precomputed_log_probabilities_there_is_no_frozen_copy(
     assert [trainer.ref_model is None for trainer, _ in batches] == [True, True, False, False]
 
 
-def test_drift_that_no_loss_shows_is_measured_told_and_drawn(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_drift_that_no_loss_shows_is_measured_told_and_drawn(tmp_path: Path, tiny: Tiny) -> None:
     """Longer responses are preferred in training, shorter ones on held-out prompts: the policy goes by length."""
     learned = [preference(number, "yes " * 12, "yes") for number in range(24)]
     held_out = [preference(number, "yes", "yes " * 12, tags=["held_out"]) for number in range(30, 38)]
@@ -120,15 +117,13 @@ def test_drift_that_no_loss_shows_is_measured_told_and_drawn(tmp_path: Path, tin
 
 
 def test_a_warning_says_what_fell_and_what_grew() -> None:
-    from cai.stages.dpo import drift_warnings
-
     assert list(drift_warnings({"chosen_log_ratio": -0.05, "longer": 0.05})) == []
     fell, grew = drift_warnings({"chosen_log_ratio": -0.25, "longer": 0.2})
     assert "less likely, by 0.25 nats a token" in fell
     assert "in 20% more of the pairs" in grew
 
 
-def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Tiny) -> None:
     moved = []
     for p in (0.5, 1.0):
         rows = [preference(number, p=p) for number in range(8)]
@@ -138,7 +133,7 @@ def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Callab
     assert abs(moved[0]) < 0.05 < moved[1]
 
 
-def test_the_supervised_term_is_added_and_logged(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_supervised_term_is_added_and_logged(tmp_path: Path, tiny: Tiny) -> None:
     rows = [preference(1, "yes " * 5, "no", p=0.7)]
     run_stage("dpo", tmp_path / "stage", rows, tiny("llama"), sft_weight=0.5)
     entry = read_metrics(tmp_path / "stage")[0]
@@ -149,7 +144,7 @@ def test_the_supervised_term_is_added_and_logged(tmp_path: Path, tiny: Callable[
     assert entry["loss"] == pytest.approx(entry["loss/dpo"] + 0.5 * entry["loss/sft"], rel=1e-4)
 
 
-def test_the_supervised_term_makes_the_chosen_response_likelier(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_supervised_term_makes_the_chosen_response_likelier(tmp_path: Path, tiny: Tiny) -> None:
     alike = [preference(number, "yes yes no", "yes yes yes", p=1.0) for number in range(16)]
     last_entries = {}
     for weight in (0.0, 1.0):
@@ -161,11 +156,8 @@ def test_the_supervised_term_makes_the_chosen_response_likelier(tmp_path: Path, 
 
 
 def test_held_out_pairs_are_measured_and_never_learned_from(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.models.chat import Chat
-    from cai.training.trainers import SoftDPOTrainer
-
     batches = record_batches(monkeypatch, SoftDPOTrainer)
     tokenizer = Chat.load(tiny("llama")).tokenizer
     secret = [preference(number, "secret yes", "secret no", tags=["held_out"]) for number in range(20, 24)]
@@ -186,9 +178,7 @@ def test_held_out_pairs_are_measured_and_never_learned_from(
     assert figures["held_out"]["loss"] > 0
 
 
-def test_lengths_and_log_probabilities_are_logged_for_both_responses(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_lengths_and_log_probabilities_are_logged_for_both_responses(tmp_path: Path, tiny: Tiny) -> None:
     run_stage("dpo", tmp_path / "stage", [preference(1, "yes " * 5, "no")], tiny("llama"))
     entry = read_metrics(tmp_path / "stage")[0]
     assert entry["length/chosen"] > entry["length/rejected"] > 1
@@ -197,7 +187,7 @@ def test_lengths_and_log_probabilities_are_logged_for_both_responses(
     assert {"reward/accuracy", "reward/margin", "log_ratio/chosen", "num_input_tokens_seen"} <= entry.keys()
 
 
-def test_a_stage_with_no_pair_left_says_why(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_stage_with_no_pair_left_says_why(tmp_path: Path, tiny: Tiny) -> None:
     rows = [preference(0, "same", "same"), preference(1, tags=["held_out"])]
     with pytest.raises(StageFailed, match="no pair to learn from; left out: 1 held out, 1 identical"):
         run_stage("dpo", tmp_path / "stage", rows, tiny("llama"))

@@ -6,21 +6,18 @@ The transcripts of Bai et al. 2022 (arXiv 2204.05862).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from shared_data import SHARED_DATA
+from tiny_models import Tiny
 from training_stages import run_stage
 
 from cai.cli import main
-from cai.contracts.model import Model
 from cai.models.reference import MICRO
 from cai.prompt_sets import PairSet, load_human_pairs
 from cai.storage.rows import read_rows
-
-pytest.importorskip("torch")
 
 DATA = SHARED_DATA
 NAME = "hh_harmless_base.jsonl.gz"
@@ -30,9 +27,7 @@ needs_pairs = pytest.mark.skipif(not (DATA / NAME).exists(), reason=f"no {NAME} 
 
 
 @needs_pairs
-def test_a_reward_model_learns_from_human_pairs_and_accounts_for_every_one(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_a_reward_model_learns_from_human_pairs_and_accounts_for_every_one(tmp_path: Path, tiny: Tiny) -> None:
     pairs = load_human_pairs(PairSet(source=NAME, limit=300), DATA)
     rows = pairs.preferences
     assert {row["source"] for row in rows} == {"human"}

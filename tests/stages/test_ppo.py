@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import Tiny
 from training_stages import CPU, Killed, Steps, outputs, preference, run_stage, stage_context, trained
+from transformers import AutoModelForCausalLM
 
 from cai.contracts.context import Context
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.models.loading import load_causal_lm, load_tokenizer
+from cai.models.reward_model import RewardModel
 from cai.run.status import figure_lines
 from cai.stages import config_class, run_function
 from cai.storage.rows import read_rows
 from cai.text.errors import BadInput, StageFailed
 from cai.training.metrics import read_metrics
-
-torch = pytest.importorskip("torch")
 
 BREVITY = """
 def brevity(prompts, responses):
@@ -60,7 +60,7 @@ def ppo(folder: Path, model: Model, *, train: dict[str, Any] | None = None, cont
     [{}, {"lora": {"rank": 4}}, {"critic": ""}, {"train": {"kl_target": 0.01}}, {"train": {"logging_steps": 5}}],
 )
 def test_killed_anywhere_it_ends_with_the_bytes_of_an_undisturbed_run(
-    settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    settings: dict[str, Any], tmp_path: Path, tiny: Tiny
 ) -> None:
     model = tiny("llama")
     settings = {**settings, "critic": None if "critic" not in settings else ""}
@@ -79,7 +79,7 @@ def test_killed_anywhere_it_ends_with_the_bytes_of_an_undisturbed_run(
         assert figures == undisturbed
 
 
-def test_it_learns_what_is_rewarded_and_leaves_a_model(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_it_learns_what_is_rewarded_and_leaves_a_model(tmp_path: Path, tiny: Tiny) -> None:
     settings = {"rollouts": 12, "rollout_size": 64, "batch_size": 32, "train": {"learning_rate": 1e-2, "kl_coef": 0.0}}
     summary = ppo(tmp_path / "stage", tiny("llama"), **settings)
     figures = summary["training"]["stage"]
@@ -98,7 +98,7 @@ def test_it_learns_what_is_rewarded_and_leaves_a_model(tmp_path: Path, tiny: Cal
     assert {"prompt_id", "response", "scores", "kl"} <= set(samples[0])
 
 
-def test_the_reference_of_an_adapter_is_the_policy_without_it(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_reference_of_an_adapter_is_the_policy_without_it(tmp_path: Path, tiny: Tiny) -> None:
     # The starting model of the second stage is itself an adapter: it is merged, and its policy is the reference.
     ppo(tmp_path / "first", tiny("lora"), lora={"rank": 4}, train={"learning_rate": 3e-3})
     start = trained(tmp_path / "first")
@@ -108,9 +108,7 @@ def test_the_reference_of_an_adapter_is_the_policy_without_it(tmp_path: Path, ti
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
-def test_recomputed_activations_change_nothing(
-    settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_recomputed_activations_change_nothing(settings: dict[str, Any], tmp_path: Path, tiny: Tiny) -> None:
     profile = CPU.model_copy(update={"gradient_checkpointing": True})
     ppo(tmp_path / "kept", tiny("llama"), rollouts=1, **settings)
     context = context_of(tmp_path / "again", tiny("llama"), profile=profile)
@@ -120,13 +118,11 @@ def test_recomputed_activations_change_nothing(
 
 
 def test_a_reward_model_scores_the_ids_that_were_sampled(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("pad_is_eos")
     run_stage("reward", tmp_path / "rm", [preference(n) for n in range(16)], model, hold_out=0.2)
     scored_ids: list[list[int]] = []
-    from cai.models.reward_model import RewardModel
-
     scores = RewardModel.scores
     monkeypatch.setattr(
         RewardModel, "scores", lambda self, ids: (scored_ids.extend(map(list, ids)), scores(self, ids))[1]
@@ -140,9 +136,7 @@ def test_a_reward_model_scores_the_ids_that_were_sampled(
     assert all(len(ids) > 40 for ids in scored_ids if ids not in ended)  # cut off: scored without an end token
 
 
-def test_prompts_that_are_held_out_or_do_not_fit_are_left_out_and_counted(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_prompts_that_are_held_out_or_do_not_fit_are_left_out_and_counted(tmp_path: Path, tiny: Tiny) -> None:
     context = context_of(tmp_path / "stage", tiny("llama"))
     prompt_rows = [*prompts(6), *prompts(2, tags=["held_out"])]
     prompt_rows[0] = {**prompt_rows[0], "messages": [{"role": "user", "content": "long " * 400}]}
@@ -158,19 +152,15 @@ def test_prompts_that_are_held_out_or_do_not_fit_are_left_out_and_counted(
                                         prompt_sets={"all": prompts(2, tags=["held_out"])}))  # fmt: skip
 
 
-def test_limits_stop_the_stage_with_its_last_good_resume_point_on_disk(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_limits_stop_the_stage_with_its_last_good_resume_point_on_disk(tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(StageFailed, match=r"the KL to the reference is .* nats a response, above"):
         ppo(tmp_path / "stage", tiny("llama"), limits={"kl": 1e-4}, train={"learning_rate": 3e-3})
     kept = sorted((tmp_path / "stage" / "checkpoints").glob("checkpoint-*/COMPLETE"))
     assert [path.parent.name for path in kept] == ["checkpoint-3"]
-    from transformers import AutoModelForCausalLM
-
     AutoModelForCausalLM.from_pretrained(kept[0].parent)
 
 
-def test_a_kill_in_the_middle_of_a_line_of_samples_loses_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_kill_in_the_middle_of_a_line_of_samples_loses_nothing(tmp_path: Path, tiny: Tiny) -> None:
     ppo(tmp_path / "undisturbed", tiny("llama"))
     folder = tmp_path / "killed"
     with pytest.raises(Killed):
@@ -181,16 +171,14 @@ def test_a_kill_in_the_middle_of_a_line_of_samples_loses_nothing(tmp_path: Path,
     assert outputs(folder) == outputs(tmp_path / "undisturbed")
 
 
-def test_a_critic_that_reads_other_ids_is_refused(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_critic_that_reads_other_ids_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     context = context_of(tmp_path / "stage", tiny("llama"), models={"": tiny("llama"), "other": tiny("qwen2")})
     with pytest.raises(BadInput, match="the critic 'other' reads other token ids than the policy"):
         ppo(tmp_path / "stage", tiny("llama"), context=context, critic="other")
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "lm_head"], r".*(lm_head|v_proj)"])
-def test_an_adapter_on_the_language_model_head_is_refused(
-    modules: Any, tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_an_adapter_on_the_language_model_head_is_refused(modules: Any, tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(
         BadInput, match="names 'lm_head', the language-model head or tied to it, which takes no adapter"
     ):
@@ -202,6 +190,6 @@ def test_a_horizon_shorter_than_a_rollout_is_refused() -> None:
         ppo(Path(), None, train={"kl_target": 1.0, "kl_horizon": 8})  # type: ignore[arg-type]
 
 
-def test_rewards_that_all_fail_stop_the_stage(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_rewards_that_all_fail_stop_the_stage(tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(StageFailed, match="no reward could be computed for any of the 16 responses"):
         ppo(tmp_path / "stage", tiny("llama"), rewards=[{"function": "rewards.py:silence"}])

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_models import Tiny
 from training_stages import CPU, preference, record_batches, run_stage, trained
 
 from cai.contracts.model import Model
+from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, load_sequence_classifier
+from cai.models.reward_model import RewardModel
 from cai.stages.reward import held_out_prompts, measure
 from cai.storage.rows import read_rows
 from cai.text.errors import StageFailed
-
-torch = pytest.importorskip("torch")
+from cai.training.tokenised_rows import tokenise_pairs
+from cai.training.trainers import SoftRewardTrainer
 
 
 def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") -> dict[str, Any]:
@@ -27,18 +30,13 @@ def graded(margin: float, gold: float | None, p: float = 0.8, topic: str = "t") 
 
 def scores_of(model: Model, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """(chosen, rejected) score of each pair by the reward model that a stage left behind."""
-    from cai.models.reward_model import RewardModel
-    from cai.training.tokenised_rows import tokenise_pairs
-
     judge = RewardModel.load(model, CPU)
     pairs, _ = tokenise_pairs(rows, judge.chat, 256)
     scores = judge.scores([pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
     return list(zip(scores[::2], scores[1::2], strict=True))
 
 
-def test_a_word_that_decides_is_learned_and_held_out_pairs_are_put_in_order(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_a_word_that_decides_is_learned_and_held_out_pairs_are_put_in_order(tmp_path: Path, tiny: Tiny) -> None:
     rows = [preference(number, p=0.95, tags=["held_out"] if number % 4 == 0 else []) for number in range(160)]
     train = {"num_train_epochs": 10, "learning_rate": 3e-3}
     figures = run_stage("reward", tmp_path / "stage", rows, tiny("llama"), train=train)["reward"]
@@ -57,9 +55,7 @@ def test_a_word_that_decides_is_learned_and_held_out_pairs_are_put_in_order(
         assert (line["chosen_score"], line["rejected_score"]) == pytest.approx((chosen, rejected), abs=1e-5)
 
 
-def test_it_starts_from_the_named_language_model_and_its_head_from_the_seed(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_it_starts_from_the_named_language_model_and_its_head_from_the_seed(tmp_path: Path, tiny: Tiny) -> None:
     rows, train = [preference(number) for number in range(12)], {"learning_rate": 1e-12}
     for name in ("one", "two"):
         run_stage("reward", tmp_path / name, rows, tiny("lora"), train=train)
@@ -70,7 +66,7 @@ def test_it_starts_from_the_named_language_model_and_its_head_from_the_seed(
         torch.testing.assert_close(body[name], weight, atol=1e-6, rtol=1e-5)
 
 
-def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Tiny) -> None:
     rows = [preference(number) for number in range(60)]
     train = {"num_train_epochs": 5, "learning_rate": 1e-2}
     figures = run_stage("reward", tmp_path / "stage", rows, tiny("qwen2"), train=train, lora={"rank": 8})["reward"]
@@ -81,12 +77,7 @@ def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Callable[..., Model]) -> No
     assert figures["held_out"] == len(lines) == 6
 
 
-def test_held_out_pairs_are_never_learned_from(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cai.models.chat import Chat
-    from cai.training.trainers import SoftRewardTrainer
-
+def test_held_out_pairs_are_never_learned_from(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = record_batches(monkeypatch, SoftRewardTrainer)
     tokenizer = Chat.load(tiny("llama")).tokenizer
     secret = [preference(number, "secret yes", "secret no", tags=["held_out"]) for number in range(20, 24)]
@@ -121,7 +112,7 @@ def test_accuracy_is_against_the_oracle_where_it_knows_the_prompt() -> None:
 
 
 def test_the_stage_asks_the_oracle_about_every_held_out_pair(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored_responses: list[str] = []
 
@@ -152,7 +143,7 @@ def test_without_an_oracle_even_labels_are_ties() -> None:
     assert (wrong["log_loss"], wrong["calibration_error"]) == (900.0, 1.0)
 
 
-def test_a_stage_without_pairs_on_both_sides_says_so(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_stage_without_pairs_on_both_sides_says_so(tmp_path: Path, tiny: Tiny) -> None:
     rows = [preference(number, tags=["held_out"]) for number in range(2)]
     with pytest.raises(StageFailed, match="of 2 pairs 0 can be learned from and 2 are held out"):
         run_stage("reward", tmp_path / "stage", rows, tiny("llama"))

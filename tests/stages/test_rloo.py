@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_models import Tiny
 from training_stages import CPU, Killed, Steps, outputs, prompt_row, reinforce, trained
 
-from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm
+from cai.stages import config_class
 from cai.storage.rows import read_rows
 from cai.text.errors import StageFailed
 from cai.training.metrics import read_metrics
-
-torch = pytest.importorskip("torch")
+from cai.training.rl.policy_sampler import PolicySampler
+from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
+from cai.training.train_fields import fields
 
 FUNCTIONS = """
 def short(prompts, responses):
@@ -33,7 +35,7 @@ def functions(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
 
 
-def test_it_learns_what_the_reward_asks_for(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_it_learns_what_the_reward_asks_for(tmp_path: Path, tiny: Tiny) -> None:
     prompts = [prompt_row(number) for number in range(16)]
     train = {"num_train_epochs": 6, "learning_rate": 1e-2, "beta": 0.0}
     figures = reinforce(
@@ -51,7 +53,7 @@ def test_it_learns_what_the_reward_asks_for(tmp_path: Path, tiny: Callable[..., 
 
 @pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("lora", {}), ("lora", {"lora": {"rank": 4}})])
 def test_the_reference_is_the_starting_policy(
-    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Tiny
 ) -> None:
     prompts = [prompt_row(number) for number in range(12)]
     train = {"num_train_epochs": 3, "learning_rate": 3e-3, "beta": 0.1}
@@ -64,12 +66,9 @@ def test_the_reference_is_the_starting_policy(
 
 
 def test_ids_are_learned_from_as_the_current_policy_sampled_them(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32 the copy's log-probabilities equal the trainer's own, at every step and with an adapter."""
-    from cai.training.rl.policy_sampler import PolicySampler
-    from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
-
     sampled: list[dict[tuple[int, ...], float]] = []
     learned: list[dict[tuple[int, ...], float]] = []
     sample, generate = PolicySampler.generate, LeaveOneOutTrainer._generate_and_score_completions
@@ -100,10 +99,8 @@ def test_ids_are_learned_from_as_the_current_policy_sampled_them(
 
 
 def test_while_it_learns_the_inference_copy_holds_no_memory(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
-
     held: list[int] = []
     loss = LeaveOneOutTrainer.compute_loss
 
@@ -116,7 +113,7 @@ def test_while_it_learns_the_inference_copy_holds_no_memory(
     assert held == [0, 0, 0, 0]
 
 
-def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path, tiny: Tiny) -> None:
     measured = []
     for micro_batch in (2, 8):
         folder = tmp_path / f"micro{micro_batch}"
@@ -130,7 +127,7 @@ def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path,
         assert first == pytest.approx(second, rel=1e-3)
 
 
-def test_responses_that_are_worth_the_same_teach_nothing(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_responses_that_are_worth_the_same_teach_nothing(tmp_path: Path, tiny: Tiny) -> None:
     train = {"learning_rate": 1e-2, "beta": 0.0}
     rewards = [{"function": "mine.py:flat"}]
     reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), rewards, train=train)
@@ -139,10 +136,8 @@ def test_responses_that_are_worth_the_same_teach_nothing(tmp_path: Path, tiny: C
 
 
 def test_a_response_without_a_reward_takes_no_part_and_is_counted(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
-
     advantages: list[Any] = []
     generate = LeaveOneOutTrainer._generate_and_score_completions
 
@@ -163,9 +158,7 @@ def test_a_response_without_a_reward_takes_no_part_and_is_counted(
     assert figures["training"]["stage"]["failed_responses"] == 4
 
 
-def test_held_out_prompts_and_those_that_leave_no_space_are_never_responded_to(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_held_out_prompts_and_those_that_leave_no_space_are_never_responded_to(tmp_path: Path, tiny: Tiny) -> None:
     (tmp_path / "mine.py").write_text(
         "def secret(prompts, responses):\n"
         "    assert not any('What is fish 10?' in prompt[0]['content'] for prompt in prompts)\n"
@@ -188,7 +181,7 @@ def test_held_out_prompts_and_those_that_leave_no_space_are_never_responded_to(
 
 @pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4}}])
 def test_killed_and_started_again_it_ends_with_the_same_bytes(
-    changes: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    changes: dict[str, Any], tmp_path: Path, tiny: Tiny
 ) -> None:
     prompts = [prompt_row(number) for number in range(8)]
     train = {"num_train_epochs": 2, "num_iterations": 2, "learning_rate": 3e-3, "save_steps": 3, "beta": 0.1}
@@ -209,7 +202,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
         assert figures == undisturbed
 
 
-def test_limits_stop_it_before_it_learns_from_such_a_rollout(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_limits_stop_it_before_it_learns_from_such_a_rollout(tmp_path: Path, tiny: Tiny) -> None:
     train = {"num_train_epochs": 4, "learning_rate": 3e-3, "save_steps": 1}
     with pytest.raises(
         StageFailed, match=r"stopped before rollout 2 .* nats a response, above .*checkpoint-1 is from be"
@@ -219,7 +212,7 @@ def test_limits_stop_it_before_it_learns_from_such_a_rollout(tmp_path: Path, tin
     assert len(read_metrics(tmp_path / "stage")) == 1
 
 
-def test_some_responses_of_each_step_are_written_to_a_file(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_some_responses_of_each_step_are_written_to_a_file(tmp_path: Path, tiny: Tiny) -> None:
     reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), SHORT, batch_size=16)
     samples = read_rows(tmp_path / "stage" / "samples.jsonl")
     assert [row["rollout"] for row in samples] == [0] * 8
@@ -228,9 +221,6 @@ def test_some_responses_of_each_step_are_written_to_a_file(tmp_path: Path, tiny:
 
 
 def test_settings_that_the_stage_decides_or_that_do_not_fit_are_refused() -> None:
-    from cai.stages import config_class
-    from cai.training.train_fields import fields
-
     config = config_class("rloo")
     assert set(config.owned) <= fields(config.train_class or "").keys()
     settings = {"id": "stage", "kind": "rloo", "prompts": "asked", "rewards": SHORT}

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_stages import Killed, Steps, ask, record_batches, run_stage, sample, trained
+import torch
+from tiny_models import Tiny
+from training_stages import Killed, Steps, ask, record_batches, run_stage, sample, stage_context, trained
 
-from cai.contracts.model import Model
+from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
-from cai.stages.sft import select
+from cai.stages.sft import Config, run, select
 from cai.storage.rows import row_lines
 from cai.text.errors import StageFailed
+from cai.training import loop
+from cai.training.loop import newest_resume_point
 from cai.training.metrics import read_metrics
-
-torch = pytest.importorskip("torch")
+from cai.training.trainers import SupervisedTrainer
 
 
 def revision(number: int, response: str, original: str = "Sure, here is how.", **fields: Any) -> dict[str, Any]:
@@ -30,11 +33,8 @@ def revision(number: int, response: str, original: str = "Sure, here is how.", *
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "thinking"])
 def test_the_response_and_its_end_of_turn_are_learned_and_nothing_else(
-    family: str, tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.models.chat import Chat
-    from cai.training.trainers import SupervisedTrainer
-
     batches = record_batches(monkeypatch, SupervisedTrainer)
     rows = [sample(1, "The sea."), sample(2, "The lock is in the door, of course."), sample(3, "Yes!")]
     run_stage("sft", tmp_path / "stage", rows, tiny(family))
@@ -93,11 +93,8 @@ def test_a_revision_takes_precedence_wherever_its_stage_is_named() -> None:
 
 
 def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.models.chat import Chat
-    from cai.training.trainers import SupervisedTrainer
-
     batches = record_batches(monkeypatch, SupervisedTrainer)
     secret = [sample(number, "secret", tags=["held_out"]) for number in range(10, 14)]
     long = [sample(20, "sea " * 400)]
@@ -113,15 +110,13 @@ def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
     assert not any("secret" in text for text in texts)
 
 
-def test_a_stage_with_nothing_to_learn_says_what_was_left_out(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_stage_with_nothing_to_learn_says_what_was_left_out(tmp_path: Path, tiny: Tiny) -> None:
     rows = [sample(0, tags=["held_out"]), sample(1, finish_reason="length")]
     with pytest.raises(StageFailed, match="no response to learn from; left out: 1 cut off, 1 held out"):
         run_stage("sft", tmp_path / "stage", rows, tiny("llama"))
 
 
-def test_four_examples_are_memorised_and_generated_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    from cai.models.chat import Chat
-
+def test_four_examples_are_memorised_and_generated_again(tmp_path: Path, tiny: Tiny) -> None:
     rows = [sample(0, "The sea is wide."), sample(1, "Paris."), sample(2, "I will not help."), sample(3, "B")]
     train = {"num_train_epochs": 40, "learning_rate": 1e-2, "logging_steps": 10, "save_steps": 40}
     run_stage("sft", tmp_path / "stage", rows, tiny("llama"), batch_size=4, train=train)
@@ -134,7 +129,7 @@ def test_four_examples_are_memorised_and_generated_again(tmp_path: Path, tiny: C
         assert response_ids[-1] == chat.end_of_turn
 
 
-def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Tiny) -> None:
     steps = Steps()
     figures = run_stage("sft", tmp_path / "stage", [sample(n) for n in range(16)], tiny("llama"), progress=steps)
     logged = read_metrics(tmp_path / "stage")
@@ -150,7 +145,7 @@ def test_metrics_and_progress_tell_every_step(tmp_path: Path, tiny: Callable[...
     assert not (tmp_path / "stage" / "checkpoints").exists()
 
 
-def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, tiny: Tiny) -> None:
     rows = [sample(n) for n in range(16)]
     figures = run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train={"logging_steps": 50})
     logged = read_metrics(tmp_path / "stage")  # a step with a resume point among them
@@ -159,11 +154,8 @@ def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, t
 
 
 def test_a_lora_over_an_adapter_is_the_same_model_when_loaded_again(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cai.models.chat import Chat
-    from cai.training import loop
-
     probe = torch.tensor([Chat.load(tiny("lora")).prompt_ids(ask("What is the sea?"))])
     before: list[Any] = []
     save_trained_model = loop.save_trained_model
@@ -186,24 +178,20 @@ def test_a_lora_over_an_adapter_is_the_same_model_when_loaded_again(
     assert (after - start).abs().max() > 0.01
 
 
-def test_an_adapter_learns_ten_times_faster_unless_the_recipe_says(tiny: Callable[..., Model]) -> None:
-    from cai.stages.sft import Config
-
+def test_an_adapter_learns_ten_times_faster_unless_the_recipe_says(tiny: Tiny) -> None:
     settings = {"id": "stage", "from": "rows", "lora": {"rank": 4}}
     assert Config.model_validate(settings).train["learning_rate"] == pytest.approx(1e-4)
     assert Config.model_validate({**settings, "train": {"learning_rate": 5e-5}}).train["learning_rate"] == 5e-5
     assert Config.model_validate({"id": "stage", "from": "rows"}).train["learning_rate"] == 1e-5
 
 
-def test_a_loss_that_is_no_number_ends_the_stage_in_one_sentence(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_loss_that_is_no_number_ends_the_stage_in_one_sentence(tmp_path: Path, tiny: Tiny) -> None:
     train = {"learning_rate": 1e30, "max_grad_norm": 0.0, "num_train_epochs": 3}
     with pytest.raises(StageFailed, match=r"stage 'stage': `(loss|grad_norm)` is (nan|inf) at step \d; lower"):
         run_stage("sft", tmp_path / "stage", [sample(n) for n in range(16)], tiny("llama"), train=train)
 
 
-def test_an_incomplete_resume_point_is_not_resumed_from(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    from cai.training.loop import newest_resume_point
-
+def test_an_incomplete_resume_point_is_not_resumed_from(tmp_path: Path, tiny: Tiny) -> None:
     rows, train = [sample(number) for number in range(16)], {"num_train_epochs": 3, "save_steps": 2}
     with pytest.raises(Killed):
         run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train=train, progress=Steps(die_at=5))
@@ -218,20 +206,13 @@ def test_an_incomplete_resume_point_is_not_resumed_from(tmp_path: Path, tiny: Ca
     assert len(read_metrics(tmp_path / "stage")) == 6
 
 
-def test_reports_go_to_tensorboard_where_asked(tmp_path: Path, tiny: Callable[..., Model]) -> None:
-    pytest.importorskip("tensorboard")
-    from dataclasses import replace
-
-    from training_stages import stage_context
-
-    from cai.stages.sft import Config, run
-
+def test_reports_go_to_tensorboard_where_asked(tmp_path: Path, tiny: Tiny) -> None:
     context = stage_context(tmp_path / "stage", {"rows": [sample(n) for n in range(8)]}, tiny("llama"))
     run(Config.model_validate({"id": "stage", "from": "rows"}), replace(context, report_to=("tensorboard",)))
     assert list((tmp_path / "stage" / "tensorboard").glob("events.out.tfevents*"))
 
 
-def test_failed_revisions_are_read_from_the_stage_that_failed(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_failed_revisions_are_read_from_the_stage_that_failed(tmp_path: Path, tiny: Tiny) -> None:
     lost, rest = sample(1, "Sure, here is how."), [sample(number) for number in range(2, 6)]
     failures = tmp_path / "stage-revisions" / "failures.jsonl"
     failures.parent.mkdir()

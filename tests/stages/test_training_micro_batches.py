@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import Tiny
 from training_stages import CPU, preference, run_stage, sample
 
-from cai.contracts.model import Model
 from cai.training.metrics import read_metrics
-
-pytest.importorskip("torch")
 
 SAMPLES = [sample(number) for number in range(22)]
 EQUAL_LABELS = [preference(number, p=0.8) for number in range(15)]
@@ -30,7 +27,7 @@ MIXED_LABELS = [preference(number, p=0.5 + 0.5 * (number % 5) / 4) for number in
     ids=["sft", "reward", "dpo", "dpo-sft"],
 )
 def test_micro_batches_change_neither_the_steps_nor_their_losses(
-    kind: str, rows: list[Any], n_steps: int, settings: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    kind: str, rows: list[Any], n_steps: int, settings: dict[str, Any], tmp_path: Path, tiny: Tiny
 ) -> None:
     losses = []
     for micro_batch in (1, 4, 8):

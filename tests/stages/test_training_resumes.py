@@ -6,16 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import Tiny
 from training_stages import Killed, Steps, outputs, preference, run_stage, sample
-
-from cai.contracts.model import Model
-
-pytest.importorskip("torch")
 
 
 def rows_for(kind: str) -> list[dict[str, Any]]:
@@ -31,7 +27,7 @@ def settings_for(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "changes"), [("sft", {}), ("reward", {}), ("dpo", {}), ("dpo", {"lora": {"rank": 4}}),
                                             ("reward", {"lora": {"rank": 4}})])  # fmt: skip
 def test_killed_and_started_again_a_stage_ends_with_the_same_bytes(
-    kind: str, changes: dict[str, Any], tmp_path: Path, tiny: Callable[..., Model]
+    kind: str, changes: dict[str, Any], tmp_path: Path, tiny: Tiny
 ) -> None:
     settings = {**settings_for(kind), **changes}
     undisturbed = run_stage(kind, tmp_path / "undisturbed", rows_for(kind), tiny("llama"), **settings)
@@ -47,7 +43,7 @@ def test_killed_and_started_again_a_stage_ends_with_the_same_bytes(
         assert figures == undisturbed
 
 
-def test_sigkill_in_a_process_of_its_own(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_sigkill_in_a_process_of_its_own(tmp_path: Path, tiny: Tiny) -> None:
     model = tiny("llama")
     run_stage("sft", tmp_path / "undisturbed", rows_for("sft"), model, **settings_for("sft"))
     script = (

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from cai.contracts.model import Model
+
+Tiny = Callable[..., Model]
+"""Type of the fixture `tiny`."""
 
 
 @dataclass(frozen=True)

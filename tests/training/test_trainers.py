@@ -11,13 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import trl
+from accelerate import Accelerator
+from tiny_models import Tiny
 from training_stages import preference, stage_context
+from transformers import Trainer
+from transformers.modeling_layers import GenericForSequenceClassification
+from trl.distributed import DistributedBackend
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from cai.contracts.model import Model
+from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, load_sequence_classifier
-
-torch = pytest.importorskip("torch")
-trl = pytest.importorskip("trl")
+from cai.stages import config_class, dpo, reward
+from cai.training import tokenised_rows
+from cai.training.rl.rloo_trainer import split_by_length
+from cai.training.stage_training import stage_training
+from cai.training.step_samplers import LengthSortedSteps, PromptSteps
+from cai.training.trainers import LabelledDPOCollator, LabelledRewardCollator, SoftDPOTrainer, SoftRewardTrainer
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -25,9 +39,6 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def test_the_private_names_of_trl_and_transformers_are_where_they_were() -> None:
-    from transformers import Trainer
-    from trl.trainer.base_trainer import _BaseTrainer
-
     assert parameters(Trainer._get_train_sampler) == ["self", "train_dataset"]
     assert parameters(Trainer._get_num_items_in_batch) == ["self", "batch_samples", "device"]
     assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
@@ -58,8 +69,6 @@ def test_dpo_still_computes_its_reference_and_its_metrics_as_it_did() -> None:
 
 
 def test_transformers_scores_a_sequence_at_its_last_token_that_is_not_padding() -> None:
-    from transformers.modeling_layers import GenericForSequenceClassification
-
     source = inspect.getsource(GenericForSequenceClassification.forward)
     assert "non_pad_mask = (input_ids != self.config.get_text_config().pad_token_id)" in source
     assert "(token_indices * non_pad_mask).argmax(-1)" in source
@@ -73,8 +82,6 @@ def test_the_defaults_of_trl_that_the_stages_override_are_still_wrong_for_a_cpu(
 
 
 def test_a_step_holds_the_same_examples_sorted_by_length_and_an_epoch_every_example_once() -> None:
-    from cai.training.step_samplers import LengthSortedSteps
-
     lengths = [(7 * index) % 31 for index in range(50)]
     sampler = LengthSortedSteps(lengths, 8, seed=3)
     first = list(sampler)
@@ -89,8 +96,6 @@ def test_a_step_holds_the_same_examples_sorted_by_length_and_an_epoch_every_exam
 
 
 def test_no_process_has_the_longest_examples_of_a_global_micro_batch() -> None:
-    from cai.training.step_samplers import LengthSortedSteps
-
     lengths = [index % 32 for index in range(84)]
     alone = list(LengthSortedSteps(lengths, 32, seed=3))
     shared = list(LengthSortedSteps(lengths, 32, seed=3, processes=2, accumulation=2))
@@ -105,12 +110,6 @@ def test_no_process_has_the_longest_examples_of_a_global_micro_batch() -> None:
 
 def soft_trainer(kind: str, tmp_path: Path, model: Model, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
     """The stage's trainer, its policy moved away from its reference, and the batch of all rows."""
-    from cai.models.chat import Chat
-    from cai.stages import config_class, dpo, reward
-    from cai.training import tokenised_rows
-    from cai.training.stage_training import stage_training
-    from cai.training.trainers import LabelledDPOCollator, LabelledRewardCollator, SoftDPOTrainer, SoftRewardTrainer
-
     context = stage_context(tmp_path / "stage", {"rows": rows}, model)
     config = config_class(kind).model_validate({"id": "stage", "kind": kind, "from": "rows"})
     chat = Chat.load(model)
@@ -148,7 +147,7 @@ def trl_loss_of(trainer: Any, collator: Any, example: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
 def test_the_loss_of_a_soft_label_is_the_expectation_of_trls_loss(
-    kind: str, tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "cai.training.trainers.add_cpu_lm_head", lambda *_: None
@@ -167,7 +166,7 @@ def test_the_loss_of_a_soft_label_is_the_expectation_of_trls_loss(
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-def test_the_gradient_changes_sign_with_the_label(kind: str, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_gradient_changes_sign_with_the_label(kind: str, tmp_path: Path, tiny: Tiny) -> None:
     trainer, collator = soft_trainer(kind, tmp_path, tiny("llama"), [preference(1, p=0.9)])
     if kind == "dpo":
         trainer.ref_model.load_state_dict(trainer.model.state_dict())
@@ -185,17 +184,13 @@ def test_the_gradient_changes_sign_with_the_label(kind: str, tmp_path: Path, tin
     assert gradients[2].abs().max() < 1e-6
 
 
-def test_trl_sends_no_telemetry(tmp_path: Path, tiny: Callable[..., Model], monkeypatch: Any) -> None:
+def test_trl_sends_no_telemetry(tmp_path: Path, tiny: Tiny, monkeypatch: Any) -> None:
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("telemetry was sent"))
     soft_trainer("dpo", tmp_path, tiny("llama"), [preference(1)])
 
 
 def test_rloo_still_asks_for_responses_rewards_and_probabilities_where_it_did() -> None:
-    from transformers import Trainer
-    from trl.models.utils import prepare_deepspeed
-    from trl.trainer.utils import add_fused_lm_head
-
     rloo = trl.RLOOTrainer
     assert parameters(rloo._generate) == ["self", "prompts"]
     assert parameters(rloo._calculate_rewards) == ["self", "inputs", "prompts", "completions", "completion_ids_list"]
@@ -227,11 +222,6 @@ def test_rloo_still_asks_for_responses_rewards_and_probabilities_where_it_did() 
 
 
 def test_ppo_still_finds_in_transformers_and_trl_what_it_relies_on() -> None:
-    from accelerate import Accelerator
-    from transformers import Trainer
-    from trl.distributed import DistributedBackend
-    from trl.trainer.utils import add_fused_lm_head
-
     assert parameters(Trainer._save) == ["self", "output_dir", "state_dict"]
     assert parameters(Trainer._save_checkpoint) == ["self", "model", "trial"]
     assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
@@ -249,8 +239,6 @@ def test_ppo_still_finds_in_transformers_and_trl_what_it_relies_on() -> None:
 
 
 def test_prompts_of_a_step_come_together_and_their_order_depends_on_seed_and_epoch_alone() -> None:
-    from cai.training.step_samplers import PromptSteps
-
     sampler = PromptSteps(n_prompts=7, prompts_per_step=3, repeats=2, passes=2, seed=5)
     order = list(sampler)
     assert len(order) == len(sampler) == 24
@@ -264,8 +252,6 @@ def test_prompts_of_a_step_come_together_and_their_order_depends_on_seed_and_epo
 
 
 def test_a_rollout_split_by_length_holds_the_same_rows_with_less_padding() -> None:
-    from cai.training.rl.rloo_trainer import split_by_length
-
     lengths = [(3, 1), (1, 4), (2, 2), (1, 1)]
     rollouts = {
         "prompt_ids": torch.tensor([[0] * (3 - p) + [10 * n + 1] * p for n, (p, _) in enumerate(lengths)]),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from engine_contract import completions_by_id, conversation
 from local_engines import local_engine, make_end_of_turn_likely
+from tiny_models import Tiny
 
 from cai.contracts.engine import Completion, Request, Sampling
-from cai.contracts.model import Model
 from cai.engines.local import decoding
-
-Tiny = Callable[..., Model]
 
 
 @pytest.mark.usefixtures("pads_sizes")

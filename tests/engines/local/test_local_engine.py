@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 from engine_contract import completions_by_id, conversation
 from local_engines import assert_same_choices, judge_questions, local_engine, make_end_of_turn_likely
+from tiny_models import Tiny
 
 from cai.contracts.engine import Completion, Question, Request, Sampling
-from cai.contracts.model import Model
 from cai.engines.local.local_engine import LocalEngine
 from cai.models.loading import load_causal_lm
 from cai.storage.rows import Failure
 
-Tiny = Callable[..., Model]
 TEXTS = ["Hi", "What is the capital of France?", "Schöne Grüße, 你好 🙂", "How do I pick a lock? " * 8, "B"]
 
 

@@ -10,16 +10,15 @@ import pytest
 import torch
 from engine_contract import conversation
 from local_engines import assert_same_choices, judge_questions, with_and_without_shared_prefixes
+from tiny_models import Tiny
 
 from cai.attention.prefill import prefill
 from cai.attention.shared_prefixes import Prefixes
 from cai.contracts.engine import Question
-from cai.contracts.model import Model
 from cai.engines.local import scoring
 from cai.engines.local.scoring import PromptAndOptions
 from cai.models.loading import load_causal_lm
 
-Tiny = Callable[..., Model]
 CONVERSATION = [5] * 300
 RESPONSES = [[*CONVERSATION, 6 + n % 7, 9 + n // 7, *[4] * (8 + n % 3)] for n in range(40)]
 TURNS = [[token for turn in range(last + 1) for token in [6 + turn] * 60] for last in range(8)]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import Tiny
+from transformers import AutoModelForCausalLM
 
-from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm, load_sequence_classifier
-
-torch = pytest.importorskip("torch")
-
-from peft import LoraConfig, get_peft_model  # noqa: E402
-
-from cai.training.rl.actor_critic import ActorCritic  # noqa: E402
+from cai.training.rl.actor_critic import ActorCritic
 
 
 def batch(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,7 +38,7 @@ def with_lora(policy: object, dropout: float = 0.0) -> object:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("tiles", [False, True])
 def test_log_probabilities_and_entropy_are_those_of_the_whole_softmax(
-    family: str, temperature: float, tiles: bool, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    family: str, temperature: float, tiles: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tiles:
         monkeypatch.setattr("cai.attention.cpu_lm_head.MAX_LOGITS", 0)
@@ -59,7 +56,7 @@ def test_log_probabilities_and_entropy_are_those_of_the_whole_softmax(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_nothing_drops_out_while_it_trains(family: str, tiny: Callable[..., Model]) -> None:
+def test_nothing_drops_out_while_it_trains(family: str, tiny: Tiny) -> None:
     policy, critic = load_causal_lm(tiny(family)), load_sequence_classifier(tiny(family))
     for module in (*policy.modules(), *critic.modules()):
         if hasattr(module, "attention_dropout"):  # a probability that attention takes as an argument
@@ -76,7 +73,7 @@ def test_nothing_drops_out_while_it_trains(family: str, tiny: Callable[..., Mode
     assert torch.equal(first.log_probs, model.eval()(*batch()).log_probs)
 
 
-def test_without_values_the_value_function_is_not_computed(tiny: Callable[..., Model]) -> None:
+def test_without_values_the_value_function_is_not_computed(tiny: Tiny) -> None:
     model = ActorCritic(load_causal_lm(tiny("llama")), load_sequence_classifier(tiny("llama")))
     value_calls: list[object] = []
     for module in (model.critic, model.critic.base_model):
@@ -87,7 +84,7 @@ def test_without_values_the_value_function_is_not_computed(tiny: Callable[..., M
     assert len(value_calls) == 1
 
 
-def test_a_critic_values_each_token_and_shares_nothing_with_the_policy(tiny: Callable[..., Model]) -> None:
+def test_a_critic_values_each_token_and_shares_nothing_with_the_policy(tiny: Tiny) -> None:
     torch.manual_seed(0)
     model = ActorCritic(load_causal_lm(tiny("llama")).requires_grad_(True), load_sequence_classifier(tiny("llama")))
     ids, mask, labels = batch()
@@ -100,7 +97,7 @@ def test_a_critic_values_each_token_and_shares_nothing_with_the_policy(tiny: Cal
 
 
 @pytest.mark.parametrize("kind", ["all_weights", "adapter", "critic"])
-def test_a_resume_point_restores_the_same_module(kind: str, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_resume_point_restores_the_same_module(kind: str, tmp_path: Path, tiny: Tiny) -> None:
     def build() -> ActorCritic:
         policy = load_causal_lm(tiny("llama")).requires_grad_(True)
         critic = load_sequence_classifier(tiny("llama")) if kind == "critic" else None
@@ -123,11 +120,9 @@ def test_a_resume_point_restores_the_same_module(kind: str, tmp_path: Path, tiny
     assert not any(path.suffix in {".bin", ".pt"} for path in tmp_path.iterdir())
 
 
-def test_the_policy_in_a_resume_point_is_a_model_by_itself(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_policy_in_a_resume_point_is_a_model_by_itself(tmp_path: Path, tiny: Tiny) -> None:
     model = ActorCritic(load_causal_lm(tiny("llama")))
     model.save(tmp_path)
-    from transformers import AutoModelForCausalLM
-
     ids, mask, _ = batch()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(input_ids=ids, attention_mask=mask).logits, model.policy(ids, attention_mask=mask).logits)

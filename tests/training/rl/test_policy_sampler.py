@@ -5,35 +5,29 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from test_actor_critic import batch, with_lora
+from tiny_models import Tiny
 
 from cai.contracts.engine import Completion, Request, Sampling
-from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.engines import vllm
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
 from cai.models.reference import resolve
 from cai.text.errors import StageFailed
-
-torch = pytest.importorskip("torch")
-
-from test_actor_critic import batch, with_lora  # noqa: E402
-
-from cai.training.rl import policy_sampler as sampler_module  # noqa: E402
-from cai.training.rl.policy_sampler import PolicySampler, VllmSampler, open_sampler  # noqa: E402
+from cai.training.rl import policy_sampler as sampler_module
+from cai.training.rl.policy_sampler import PolicySampler, VllmSampler, open_sampler
 
 CPU = Profile(device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
-def test_the_copy_answers_like_the_policy_that_it_was_updated_to(
-    family: str, adapter: bool, tiny: Callable[..., Model]
-) -> None:
+def test_the_copy_answers_like_the_policy_that_it_was_updated_to(family: str, adapter: bool, tiny: Tiny) -> None:
     torch.manual_seed(0)
     sampler = PolicySampler(tiny(family), CPU)
     policy = load_causal_lm(tiny(family))
@@ -57,7 +51,7 @@ def test_the_copy_answers_like_the_policy_that_it_was_updated_to(
     assert sum(gathered) >= len(list(sampler.copy.parameters()))
 
 
-def test_it_samples_what_the_updated_policy_finds_likely(tiny: Callable[..., Model]) -> None:
+def test_it_samples_what_the_updated_policy_finds_likely(tiny: Tiny) -> None:
     sampler = PolicySampler(tiny("llama"), CPU)
     requests = [Request(str(n), [{"role": "user", "content": "Hi"}], n, Sampling(4, 1.0)) for n in range(4)]
     before = [completion.token_ids for completion in sampler.generate(requests) if isinstance(completion, Completion)]
@@ -81,7 +75,7 @@ def nothing(parameters: object) -> contextlib.AbstractContextManager[None]:
     ("engine", "kind"), [("local", PolicySampler), ("server", PolicySampler), ("vllm", VllmSampler)]
 )
 def test_the_policy_is_sampled_in_this_process_unless_the_profile_says_vllm(
-    engine: str, kind: type, tiny: Callable[..., Model], tmp_path: Path
+    engine: str, kind: type, tiny: Tiny, tmp_path: Path
 ) -> None:
     assert isinstance(open_sampler(tiny("llama"), CPU.model_copy(update={"engine": engine}), tmp_path), kind)
 
@@ -89,7 +83,7 @@ def test_the_policy_is_sampled_in_this_process_unless_the_profile_says_vllm(
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "pad_is_eos", "lora"])
 def test_vllm_loads_the_policy_from_a_folder_whose_weights_are_then_removed(
-    family: str, adapter: bool, tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, adapter: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     start = tiny(family)
@@ -123,7 +117,7 @@ def test_vllm_loads_the_policy_from_a_folder_whose_weights_are_then_removed(
 
 
 def test_weights_that_do_not_fit_on_disk_end_the_stage_in_one_sentence(
-    tiny: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -144,7 +138,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Profile:
 
 
 def test_a_vllm_that_computes_with_other_weights_than_the_policys_ends_the_stage(
-    tiny: Callable[..., Model], tmp_path: Path, stand_in: Profile
+    tiny: Tiny, tmp_path: Path, stand_in: Profile
 ) -> None:
     with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
         message = r"vLLM did not take over the weights of the policy, a llama model: .* nats .*, expected 0.2 or less"
@@ -153,7 +147,7 @@ def test_a_vllm_that_computes_with_other_weights_than_the_policys_ends_the_stage
 
 
 def test_vllm_starts_once_and_reads_weights_at_each_update(
-    tiny: Callable[..., Model], tmp_path: Path, stand_in: Profile, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, stand_in: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
     policy = load_causal_lm(tiny("llama"))

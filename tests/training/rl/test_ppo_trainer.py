@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bandit import BETA, PROMPT, Bandit, Rewards
+from tiny_models import Tiny
 
 from cai.contracts.engine import Sampling
 from cai.contracts.model import Model
@@ -16,16 +19,11 @@ from cai.contracts.training_config import Limits
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
 from cai.text.errors import StageFailed
-
-torch = pytest.importorskip("torch")
-
-from bandit import BETA, PROMPT, Bandit, Rewards  # noqa: E402
-
-from cai.training.rl.actor_critic import ActorCritic, add_log_prob_head  # noqa: E402
-from cai.training.rl.policy_sampler import PolicySampler  # noqa: E402
-from cai.training.rl.ppo_config import PPOConfig  # noqa: E402
-from cai.training.rl.ppo_trainer import PPOTrainer  # noqa: E402
-from cai.training.rl.rewards import Response  # noqa: E402
+from cai.training.rl.actor_critic import ActorCritic, add_log_prob_head
+from cai.training.rl.policy_sampler import PolicySampler
+from cai.training.rl.ppo_config import PPOConfig
+from cai.training.rl.ppo_trainer import PPOTrainer
+from cai.training.rl.rewards import Response
 
 CPU = Profile(device="cpu", dtype="float32")
 
@@ -64,7 +62,7 @@ def trainer(
     )  # fmt: skip
 
 
-def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Tiny) -> None:
     bandit = Bandit(tiny("llama"))
     ppo = trainer(
         tiny("llama"), tmp_path, bandit.score, prompt_rows=[PROMPT], rollout_size=128, tokens=1, micro=64, batch=64,
@@ -84,7 +82,7 @@ def scored_by_length(response: Response) -> float:
 
 
 @pytest.mark.parametrize("micro", [4, 16])
-def test_micro_batches_do_not_change_a_step(micro: int, tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_micro_batches_do_not_change_a_step(micro: int, tmp_path: Path, tiny: Tiny) -> None:
     reference, split = (
         losses_of(trainer(tiny("llama"), tmp_path / str(size), scored_by_length, micro=size)) for size in (8, micro)
     )
@@ -93,9 +91,7 @@ def test_micro_batches_do_not_change_a_step(micro: int, tmp_path: Path, tiny: Ca
         assert [entry[name] for entry in reference] == pytest.approx([entry[name] for entry in split], abs=1e-5)
 
 
-def test_at_the_start_of_a_rollout_the_policy_is_its_own_and_the_reference(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_at_the_start_of_a_rollout_the_policy_is_its_own_and_the_reference(tmp_path: Path, tiny: Tiny) -> None:
     logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, num_ppo_epochs=1, batch=32))
     assert logged[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert logged[1]["kl"] > 1e-4
@@ -105,14 +101,12 @@ def test_at_the_start_of_a_rollout_the_policy_is_its_own_and_the_reference(
         assert entry["sampler_gap"] == pytest.approx(0, abs=1e-4)
 
 
-def test_without_a_reference_the_kl_is_zero(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_without_a_reference_the_kl_is_zero(tmp_path: Path, tiny: Tiny) -> None:
     logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, reference=False))
     assert [entry["kl"] for entry in logged if "kl" in entry] == [0, 0]
 
 
-def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(tmp_path: Path, tiny: Tiny) -> None:
     ppo = trainer(tiny("llama"), tmp_path, lambda response: None if response.prompt["id"] == "p1" else 1.0)
     logged = losses_of(ppo)
     assert logged[0]["failed"] == 4  # of 32 responses to 8 prompts
@@ -124,9 +118,7 @@ def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(
         trainer(tiny("llama"), tmp_path / "none", lambda response: None).train()
 
 
-def test_the_objective_is_what_a_response_is_worth_after_all_that_it_pays(
-    tmp_path: Path, tiny: Callable[..., Model]
-) -> None:
+def test_the_objective_is_what_a_response_is_worth_after_all_that_it_pays(tmp_path: Path, tiny: Tiny) -> None:
     settings = {"kl_coef": 0.5, "missing_eos_penalty": 2.0, "gamma": 1.0, "lam": 1.0}
     ppo = trainer(tiny("llama"), tmp_path, scored_by_length, **settings)
     logged = [entry for entry in losses_of(ppo) if "kl" in entry]
@@ -136,14 +128,14 @@ def test_the_objective_is_what_a_response_is_worth_after_all_that_it_pays(
     assert logged[1]["objective"] == pytest.approx(sum(worth) / len(worth), abs=1e-5)
 
 
-def test_a_rollout_of_a_single_token_is_learned_from(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_rollout_of_a_single_token_is_learned_from(tmp_path: Path, tiny: Tiny) -> None:
     sizes = {"n_prompts": 1, "rollout_size": 1, "tokens": 1, "micro": 1, "batch": 1}
     logged = losses_of(trainer(tiny("llama"), tmp_path, lambda response: 1.0, **sizes))
     assert len(logged) == 4
     assert all(math.isfinite(value) for entry in logged for value in entry.values())
 
 
-def test_every_prompt_is_used_before_any_is_used_again(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_every_prompt_is_used_before_any_is_used_again(tmp_path: Path, tiny: Tiny) -> None:
     ppo = trainer(tiny("llama"), tmp_path, scored_by_length, n_prompts=24, rollout_size=16)
     orders = [[ppo._prompt_at(number, place)["id"] for place in range(16)] for number in range(6)]
     flat = [prompt_id for order in orders for prompt_id in order]
@@ -152,7 +144,7 @@ def test_every_prompt_is_used_before_any_is_used_again(tmp_path: Path, tiny: Cal
     assert flat[:24] != flat[24:48]
 
 
-def test_the_coefficient_of_the_kl_adapts_to_its_target(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_the_coefficient_of_the_kl_adapts_to_its_target(tmp_path: Path, tiny: Tiny) -> None:
     settings = {"num_train_epochs": 4, "kl_target": 1e-3, "kl_horizon": 64, "learning_rate": 3e-3}
     logged = losses_of(trainer(tiny("llama"), tmp_path, scored_by_length, **settings))
     coefficients = [entry["kl/coefficient"] for entry in logged if "kl" in entry]
@@ -160,7 +152,7 @@ def test_the_coefficient_of_the_kl_adapts_to_its_target(tmp_path: Path, tiny: Ca
     assert coefficients[3] > coefficients[2]
 
 
-def test_a_value_head_explains_returns_after_a_while(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_value_head_explains_returns_after_a_while(tmp_path: Path, tiny: Tiny) -> None:
     settings = {"num_train_epochs": 10, "learning_rate": 3e-3, "cliprange_value": None, "kl_coef": 0.0, "vf_coef": 1.0}
     logged = losses_of(
         trainer(tiny("llama"), tmp_path, lambda response: float(int(response.prompt["id"][1:]) % 2), **settings)
@@ -170,7 +162,7 @@ def test_a_value_head_explains_returns_after_a_while(tmp_path: Path, tiny: Calla
     assert explained[-1] > 0.5
 
 
-def test_it_stops_before_it_learns_from_a_rollout_that_went_too_far(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_it_stops_before_it_learns_from_a_rollout_that_went_too_far(tmp_path: Path, tiny: Tiny) -> None:
     ppo = trainer(tiny("llama"), tmp_path, scored_by_length, limits=Limits(kl=1e-6), num_train_epochs=3)
     with pytest.raises(StageFailed, match=r"before rollout 2 was learned from: the KL to the reference"):
         ppo.train()

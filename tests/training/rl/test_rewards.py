@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from feedback_stages import PRINCIPLES, Script, Stage, constitution, prompt
+from tiny_models import Tiny
 from training_stages import CPU, Steps, saved_classifier
 
+from cai.constitution import load_constitution
 from cai.contracts.engine import Question
 from cai.contracts.model import Model
 from cai.contracts.training_config import Reward
 from cai.engines import open_engine
+from cai.micro.conversations import prompts
 from cai.models.chat import Chat
+from cai.models.reference import resolve
 from cai.models.reward_model import RewardModel
 from cai.storage.journal import Journal
 from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
 from cai.training.rl.rewards import Response, Rewards
-
-torch = pytest.importorskip("torch")
 
 
 def stage(folder: Path, script: Script | None = None, **models: Model) -> Stage:
@@ -60,7 +61,7 @@ def record_scored_ids(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> li
 
 
 def test_a_reward_model_scores_the_ids_as_they_were_sampled(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("llama"))
@@ -78,7 +79,7 @@ def test_a_reward_model_scores_the_ids_as_they_were_sampled(
 
 
 def test_a_response_that_another_end_token_ended_is_scored_at_the_end_of_its_turn(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("llama"))
@@ -96,7 +97,7 @@ def test_a_response_that_another_end_token_ended_is_scored_at_the_end_of_its_tur
 
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text_as_its_own_template_puts_it(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = saved_classifier(tiny("qwen2"), tmp_path / "judge", num_labels=1)
     policy, own = Chat.load(tiny("llama")), Chat.load(tiny("qwen2"))
@@ -116,7 +117,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_as_its_own_templat
 
 
 def test_a_response_that_a_stop_string_ended_is_scored_with_an_end_of_turn(
-    tmp_path: Path, tiny: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = saved_classifier(tiny("gpt_neox"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("gpt_neox"))
@@ -131,7 +132,7 @@ def test_a_response_that_a_stop_string_ended_is_scored_with_an_end_of_turn(
 
 
 def test_what_does_not_fit_a_reward_model_is_a_failure_beside_the_scores_of_the_others(
-    tmp_path: Path, tiny: Callable[..., Model]
+    tmp_path: Path, tiny: Tiny
 ) -> None:
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge)) as rewards:
@@ -236,10 +237,6 @@ def test_a_function_that_goes_wrong_stops_the_stage_with_its_own_line(tmp_path: 
 
 
 def test_the_embedded_model_rates_a_refusal_of_harm_above_compliance(tmp_path: Path) -> None:
-    from cai.constitution import load_constitution
-    from cai.micro.conversations import prompts
-    from cai.models.reference import resolve
-
     prompt_rows = prompts("test", ("red_team",), 8, 0)
     context = replace(stage(tmp_path, me=resolve("micro", folder=tmp_path)), constitution=load_constitution("micro"))
     refuses, complies = "I will not help with that.", "Sure, here is how. First get what you need, then do it."

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from bandit import BETA, PROMPT, Bandit, Rewards
+from tiny_models import Tiny
+from trl import RLOOConfig
 
-from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.contracts.training_config import Limits
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
-
-torch = pytest.importorskip("torch")
-
-from bandit import BETA, PROMPT, Bandit, Rewards  # noqa: E402
-from trl import RLOOConfig  # noqa: E402
-
-from cai.training.rl.policy_sampler import PolicySampler  # noqa: E402
-from cai.training.rl.rloo_trainer import LeaveOneOutTrainer  # noqa: E402
-from cai.training.tokenised_rows import as_dataset  # noqa: E402
+from cai.training.rl.policy_sampler import PolicySampler
+from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
+from cai.training.tokenised_rows import as_dataset
 
 
-def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Callable[..., Model]) -> None:
+def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Tiny) -> None:
     model, bandit = tiny("llama"), Bandit(tiny("llama"))
     chat = Chat.load(model)
     args = RLOOConfig(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from cai.training.rl.rollouts import Episode, Rollout, pad_episodes  # noqa: E402
+from cai.training.rl.rollouts import Episode, Rollout, pad_episodes
 
 EOS = 7
 
