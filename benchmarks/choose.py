@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from benchmarks.plain import Lm, log_odds
 from benchmarks.support import language_models, measurement
 from cai.contracts.model import Model
 from cai.engines.local.local_engine import LocalEngine
-from cai.engines.local.scoring import PromptAndOptions
+from cai.engines.local.scoring import PromptAndOptions, score
 
 BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (64, 128, 256, 512)}
 """Questions in one batch of plain; all sizes are tried."""
@@ -87,7 +87,8 @@ def make_questions(shape: Shape, vocabulary: int) -> tuple[list[list[int]], list
 
 def score_ours(engine: LocalEngine, questions: Sequence[list[int]], options: list[int]) -> list[float]:
     """Log-odds of each question's two options, by the engine."""
-    scores = dict(engine._score([PromptAndOptions(question, options) for question in questions]))
+    pairs = [PromptAndOptions(question, options) for question in questions]
+    scores = dict(engine._run(pairs, lambda part, budget: score(engine.lm, part, budget)))
     return [scores[n][0] - scores[n][1] for n in range(len(questions))]
 
 
@@ -104,13 +105,10 @@ def measure_growth(
     engine: LocalEngine, vocabulary: int, options: list[int], clock: measurement.Clock
 ) -> dict[str, float]:
     """Seconds for 100 and for 1,000 pairs of small questions, and their ratio."""
-    few, many = (
-        make_questions(Shape(pairs, principles=4, prefix=60, branch=10), vocabulary)[0] for pairs in (100, 1000)
-    )
-    runs = clock.best(
-        {"few": lambda: score_ours(engine, few, options), "many": lambda: score_ours(engine, many, options)}, 3
-    )
-    seconds = {name: run.seconds for name, run in runs.items()}
+    shapes = (Shape(pairs, principles=4, prefix=60, branch=10) for pairs in (100, 1000))
+    few, many = (make_questions(shape, vocabulary)[0] for shape in shapes)
+    ways = {"few": lambda: score_ours(engine, few, options), "many": lambda: score_ours(engine, many, options)}
+    seconds = {name: run.seconds for name, run in clock.best(ways, 3).items()}
     return {
         "seconds_100_pairs": round(seconds["few"], 3), "seconds_1000_pairs": round(seconds["many"], 3),
         "ratio": round(seconds["many"] / seconds["few"], 2),
@@ -144,28 +142,21 @@ def measure(
     plain_batch = clock.fastest(BATCHES[device], lambda batch: log_odds(lm, some_questions, options, batch))
     forward_batch = clock.fastest(FORWARD_BATCHES[device], lambda batch: forward(lm, some_rows, shape, batch))
     score_ours(engine, some_questions, options)
-    runs = clock.best(
-        {
-            "ours": lambda: score_ours(engine, questions, options),
-            "plain": lambda: log_odds(lm, questions, options, plain_batch),
-            "forward": lambda: forward(lm, rows, shape, forward_batch),
-        },
-        repeats,
-    )
-    seconds = {name: run.seconds for name, run in runs.items()}
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: score_ours(engine, questions, options),
+        "plain": lambda: log_odds(lm, questions, options, plain_batch),
+        "forward": lambda: forward(lm, rows, shape, forward_batch),
+    }
+    seconds = {name: run.seconds for name, run in clock.best(ways, repeats).items()}
     ratio, share = seconds["plain"] / seconds["ours"], seconds["forward"] / seconds["ours"]
-    sizes = asdict(shape) | {
-        "questions": shape.questions, "tokens": shape.tokens, "unique_tokens": shape.unique,
-    }  # fmt: skip
+    sizes = asdict(shape) | {"questions": shape.questions, "tokens": shape.tokens, "unique_tokens": shape.unique}
     return measurement.result(
         "choose", seconds["ours"], seconds["plain"], "seconds", sizes, ("torch", "transformers"),
         bound=round(shape.bound, 2),
         share_of_bound=round(ratio / shape.bound, 3),
         forward=round(seconds["forward"], 3),
         share_of_forward=round(share, 3),
-        unique_tokens_per_second={
-            "ours": round(shape.unique / seconds["ours"]), "forward": round(shape.unique / seconds["forward"]),
-        },
+        unique_tokens_per_second={side: round(shape.unique / seconds[side]) for side in ("ours", "forward")},
         log_odds_difference_float32=largest_difference(model, device, Shape(min(shape.pairs, 16))),
         linear=None if quick else measure_growth(engine, len(lm.tokenizer), options, clock),
         clock=clock.name, repeats=repeats, batch={"plain": plain_batch, "forward": forward_batch},

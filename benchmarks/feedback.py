@@ -59,17 +59,15 @@ class Plain:
     def lm(self, name: str) -> plain.Lm:
         """The embedded model if the name is `base`, else the model that the stage of this name trained."""
         if name not in self._lms:
-            self._lms[name] = plain.load(
-                MICRO if name == "base" else run_folder.latest(self.run)[name] / run_folder.MODEL
-            )
+            folder = MICRO if name == "base" else run_folder.latest(self.run)[name] / run_folder.MODEL
+            self._lms[name] = plain.load(folder)
         return self._lms[name]
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """The records of a stage of our run, or of its parts."""
-        folders = [
-            folder for id, folder in run_folder.latest(self.run).items() if id == stage or id.startswith(f"{stage}.")
-        ]
-        return [row for folder in folders if (folder / RECORDS).exists() for row in read_rows(folder / RECORDS)]
+        latest = run_folder.latest(self.run)
+        files = [folder / RECORDS for id, folder in latest.items() if id == stage or id.startswith(f"{stage}.")]
+        return [row for file in files if file.exists() for row in read_rows(file)]
 
     def tune(self, clock: measurement.Clock) -> None:
         """Finds the fastest batch sizes on some of the responses and votes."""
@@ -78,21 +76,15 @@ class Plain:
         sizes = [size for size in WRITE if size <= len(requests)] or [len(requests)]
         self.write = clock.fastest(sizes, lambda size: plain.sample(self.lm("base"), requests, settings, batch=size))
         pairs = self.pairs("votes")[:16]
-        self.judge = clock.fastest(
-            JUDGE, lambda size: plain.judge(self.lm("base"), pairs, self.recipe.principles, batch=size)
-        )
+        principles = self.recipe.principles
+        self.judge = clock.fastest(JUDGE, lambda size: plain.judge(self.lm("base"), pairs, principles, batch=size))
         self._lms.clear()
 
     def sample(self, stage: str, model: str) -> list[plain.Response]:
         """Responses of a model to a stage's prompts."""
         settings = self.recipe.stages[stage]
-        return plain.sample(
-            self.lm(model),
-            plain.prompts_of(self.recipe, stage),
-            plain.settings_of(settings),
-            n=settings.get("n", 1),
-            batch=self.write,
-        )
+        prompts, sampling = plain.prompts_of(self.recipe, stage), plain.settings_of(settings)
+        return plain.sample(self.lm(model), prompts, sampling, n=settings.get("n", 1), batch=self.write)
 
     def pairs(self, stage: str) -> list[plain.Pair]:
         """The pairs of different texts that ours judged."""
@@ -112,10 +104,8 @@ class Plain:
             for row in self.rows("responses")
             if set(stage["only"]) & set(row["tags"])
         ]
-        return plain.revise(
-            self.lm("base"), revised, self.recipe.principles, plain.settings_of(stage), rounds=stage["rounds"],
-            batch=self.write,
-        )  # fmt: skip
+        settings, rounds = plain.settings_of(stage), stage["rounds"]
+        return plain.revise(self.lm("base"), revised, self.recipe.principles, settings, rounds=rounds, batch=self.write)
 
     def candidates(self) -> object:
         return self.sample("candidates", "sl-cai")

@@ -65,12 +65,9 @@ class Sizes(NamedTuple):
 
 
 def generate_ours(
-    engine: LocalEngine,
-    conversations: Sequence[Sequence[Message]],
-    n: int,
-    sampling: Sampling,
+    engine: LocalEngine, conversations: Sequence[Sequence[Message]], n: int, sampling: Sampling,
     numbers: Sequence[int] | None = None,
-) -> list[Completion]:
+) -> list[Completion]:  # fmt: skip
     """`n` completions of each conversation, in order. Seeds depend on `numbers`, by default 0, 1, ..."""
     requests = [
         Request(f"{number}/{sample}", messages, stable_seed(number, sample), sampling)
@@ -95,9 +92,8 @@ class Workers:
         """`n` completions of each conversation, ordered by process."""
         for rank, connection in enumerate(self.connections):
             numbers = range(rank, len(conversations), len(self.connections))
-            connection.send(
-                ((dtype, budget), [conversations[number] for number in numbers], n, sampling, list(numbers))
-            )
+            share = [conversations[number] for number in numbers]
+            connection.send(((dtype, budget), share, n, sampling, list(numbers)))
         return [completion for connection in self.connections for completion in connection.recv()]
 
 
@@ -107,9 +103,8 @@ def workers(model: Model, device: str, processes: int) -> Iterator[Workers]:
     context = multiprocessing.get_context("spawn")
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     pipes = [context.Pipe() for _ in range(processes)]
-    worker_processes = [
-        context.Process(target=_run_worker, args=(theirs, model, device, threads), daemon=True) for _, theirs in pipes
-    ]
+    settings = (model, device, threads)
+    worker_processes = [context.Process(target=_run_worker, args=(pipe[1], *settings), daemon=True) for pipe in pipes]
     for process in worker_processes:
         process.start()
     for _, theirs in pipes:
@@ -173,14 +168,9 @@ def merge_cells(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray,
 
 
 def measure(
-    model: Model,
-    device: str,
-    sizes: Sizes,
-    repeats: int,
-    clock: measurement.Clock,
-    python: str | None,
+    model: Model, device: str, sizes: Sizes, repeats: int, clock: measurement.Clock, python: str | None,
     worker_processes: Workers | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The object of the last line. `python` is the interpreter of vLLM's environment, if that is measured."""
     conversations = [prompt["messages"] for prompt in prompts("train", limit=sizes.prompts)]
     n, sampling = sizes.samples, Sampling(sizes.max_new_tokens)
@@ -202,9 +192,8 @@ def measure(
     budget = clock.fastest(BUDGETS[device], functools.partial(run_ours, dtype))
     plain_dtype = clock.fastest(DTYPES, functools.partial(run_plain, batch=BATCH))
     batch = clock.fastest(batches, functools.partial(run_plain, plain_dtype))
-    runs = clock.best(
-        {"ours": lambda: run_ours(dtype, budget), "plain": lambda: run_plain(plain_dtype, batch)}, repeats
-    )
+    sides = {"ours": lambda: run_ours(dtype, budget), "plain": lambda: run_plain(plain_dtype, batch)}
+    runs = clock.best(sides, repeats)
     n_tokens = {
         "ours": sum(len(completion.token_ids) for completion in runs["ours"].returned),
         "plain": sum(len(text.ids) for text in runs["plain"].returned),
@@ -213,9 +202,8 @@ def measure(
     peer: dict[str, Any] = {"measured": False}
     if python:
         peer = {"measured": True, **measurement.run_for_json([sys.executable, PEER, "--python", python, "--json"])}
-        peer["ratios"] = {
-            way: round(speed["ours"] / of_way["tokens_per_second"], 2) for way, of_way in peer["ways"].items()
-        }
+        speed_by_way = {way: of_way["tokens_per_second"] for way, of_way in peer["ways"].items()}
+        peer["ratios"] = {way: round(speed["ours"] / of_peer, 2) for way, of_peer in speed_by_way.items()}
     equal = count_equal_greedy(engine("float32", None), conversations, sizes.max_new_tokens)
     return measurement.result(
         "generate", speed["ours"], speed["plain"], "tokens/s", sizes._asdict(), ("torch", "transformers"),
@@ -241,9 +229,8 @@ def main() -> None:
     if arguments.peer and not (PEER.is_file() and Path(arguments.peer).is_file()):
         parser.error(f"--peer: found not both of the interpreter {arguments.peer} and the script {PEER}")
     if arguments.processes > 1 and (arguments.cpu_seconds or arguments.device != "cpu"):
-        parser.error(
-            f"--processes: found {arguments.processes} with another device or clock than the CPU's and the wall's"
-        )
+        combination = f"found {arguments.processes} with another device or clock than the CPU's and the wall's"
+        parser.error(f"--processes: {combination}")
     sizes = Sizes(8, 2, 16) if arguments.quick else Sizes(128, 4, 64)
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     with tempfile.TemporaryDirectory() as folder:

@@ -48,8 +48,6 @@ Settings = Mapping[str, Any]
 
 
 class Lm(NamedTuple):
-    """A language model and its tokenizer."""
-
     model: Any
     tokenizer: Any
 
@@ -65,8 +63,6 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Response:
-    """A response to a conversation."""
-
     prompt: Sequence[Message]
     tags: Sequence[str]
     text: str
@@ -97,15 +93,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Lm:
 
 @torch.inference_mode()
 def generate(
-    lm: Lm,
-    rows: Sequence[Sequence[int]],
-    batch: int,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    lm: Lm, rows: Sequence[Sequence[int]], batch: int, *, max_new_tokens: int, temperature: float, top_p: float,
     n: int = 1,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """`n` continuations of each row, in order; ids up to and including the end of the turn.
 
     Temperature 0 is greedy; `n` must then be 1.
@@ -215,14 +205,9 @@ def sample(
 
 
 def revise(
-    lm: Lm,
-    responses: Sequence[Response],
-    principles: Sequence[Mapping[str, Any]],
-    settings: Settings,
-    *,
-    rounds: int,
+    lm: Lm, responses: Sequence[Response], principles: Sequence[Mapping[str, Any]], settings: Settings, *, rounds: int,
     batch: int = WRITE,
-) -> list[Response]:
+) -> list[Response]:  # fmt: skip
     """Each response criticised and revised once a round, by a different principle in each round if there are enough."""
     rng = random.Random(0)
     sampled = [
@@ -231,24 +216,16 @@ def revise(
     ]
     for number in range(rounds):
         by = [of_response[number % len(of_response)] for of_response in sampled]
-        critiques = generate_texts(
-            lm,
-            [
-                ask_critique(response.prompt, response.text, principle["critique"])
-                for response, principle in zip(responses, by, strict=True)
-            ],
-            settings,
-            batch=batch,
-        )
-        revisions = generate_texts(
-            lm,
-            [
-                ask_revision(response.prompt, response.text, critique.text, principle["revise"])
-                for response, critique, principle in zip(responses, critiques, by, strict=True)
-            ],
-            settings,
-            batch=batch,
-        )
+        requests = [
+            ask_critique(response.prompt, response.text, principle["critique"])
+            for response, principle in zip(responses, by, strict=True)
+        ]
+        critiques = generate_texts(lm, requests, settings, batch=batch)
+        requests = [
+            ask_revision(response.prompt, response.text, critique.text, principle["revise"])
+            for response, critique, principle in zip(responses, critiques, by, strict=True)
+        ]
+        revisions = generate_texts(lm, requests, settings, batch=batch)
         responses = [
             replace(response, text=revision.text, is_finished=revision.is_finished) if revision.text else response
             for response, revision in zip(responses, revisions, strict=True)
@@ -321,6 +298,13 @@ def training_arguments(stage: Settings, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def train(trainer: Any, folder: Path) -> Path:
+    """Trains and saves the model to the folder, which it returns."""
+    trainer.train()
+    trainer.save_model(str(folder))
+    return folder
+
+
 def train_sft(start: Path, responses: Sequence[Response], stage: Settings, folder: Path) -> Path:
     """Fine-tunes on finished responses; returns the folder of the model."""
     from trl import SFTConfig, SFTTrainer
@@ -336,18 +320,13 @@ def train_sft(start: Path, responses: Sequence[Response], stage: Settings, folde
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(start),
     )
-    trainer.train()
-    trainer.save_model(str(folder))
-    return folder
+    return train(trainer, folder)
 
 
 def train_reward(
-    start: Path,
-    learned: Sequence[Mapping[str, Any]],
-    held_out: Sequence[Mapping[str, Any]],
-    stage: Settings,
+    start: Path, learned: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]], stage: Settings,
     folder: Path,
-) -> float:
+) -> float:  # fmt: skip
     """Trains a reward model; returns its accuracy on held-out pairs."""
     from trl import RewardConfig, RewardTrainer
 
@@ -358,9 +337,8 @@ def train_reward(
         eval_dataset=datasets.Dataset.from_list(list(held_out)),
         processing_class=AutoTokenizer.from_pretrained(start),
     )
-    trainer.train()
+    train(trainer, folder)
     accuracy: float = trainer.evaluate()["eval_accuracy"]
-    trainer.save_model(str(folder))
     return accuracy
 
 
@@ -374,18 +352,13 @@ def train_dpo(start: Path, learned: Sequence[Mapping[str, Any]], stage: Settings
         train_dataset=datasets.Dataset.from_list(list(learned)),
         processing_class=AutoTokenizer.from_pretrained(start),
     )
-    trainer.train()
-    trainer.save_model(str(folder))
-    return folder
+    return train(trainer, folder)
 
 
 def compare(
-    answers: Mapping[str, Sequence[Response]],
-    judge_lm: Lm,
-    principles: Sequence[Mapping[str, Any]],
-    *,
+    answers: Mapping[str, Sequence[Response]], judge_lm: Lm, principles: Sequence[Mapping[str, Any]], *,
     batch: int = JUDGE,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Win rate of each checkpoint against each earlier one; equal texts are half a win."""
     win_rates = {}
     for earlier, later in itertools.combinations(answers, 2):

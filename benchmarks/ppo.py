@@ -84,15 +84,10 @@ def write_spec(sizes: Sizes, folder: Path, arguments: argparse.Namespace) -> Pat
     chat = Chat.load(resolve(str(folder / "policy"), folder=folder))
     encoded = [(prompt["messages"], chat.prompt_ids(prompt["messages"])) for prompt in prompts("train")]
     spec = {
-        "policy": str(folder / "policy"),
-        "reward": str(folder / "reward"),
+        "policy": str(folder / "policy"), "reward": str(folder / "reward"), "parameters": parameters,
         "prompts": [{"messages": messages, "ids": ids} for messages, ids in encoded if len(ids) <= MAX_PROMPT],
-        "parameters": parameters,
-        "cpu_seconds": arguments.cpu_seconds,
-        "plain": plain_settings(arguments),
-        **METHOD,
-        **sizes._asdict(),
-    }
+        "cpu_seconds": arguments.cpu_seconds, "plain": plain_settings(arguments), **METHOD, **sizes._asdict(),
+    }  # fmt: skip
     path = folder / "spec.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
     return path
@@ -181,9 +176,8 @@ def main() -> None:
     sizes = (QUICK if arguments.quick else Sizes())._replace(**chosen)
     arguments.sides = arguments.sides or (list(SCRIPTS) if arguments.peer_python else ["ours"])
     if "plain" in arguments.sides and not (arguments.peer_python and Path(arguments.peer_python).is_file()):
-        parser.error(
-            f"--peer-python: found {arguments.peer_python}, expected the interpreter of an environment with TRL"
-        )
+        expected = "expected the interpreter of an environment with TRL"
+        parser.error(f"--peer-python: found {arguments.peer_python}, {expected}")
     sides = measure(sizes, arguments)
     for side, of_side in sides.items():
         print(f"{side:6} {report(of_side)}")

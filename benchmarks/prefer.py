@@ -42,20 +42,13 @@ def rows(n: int) -> Iterator[dict[str, Any]]:
     rng = random.Random(0)
     for number in range(n):
         turns = rng.choice((1, 1, 3, 5))
-        prompt = [
-            {"role": "assistant" if turn % 2 else "user", "content": text(rng, rng.randrange(8, 40))}
-            for turn in range(turns)
-        ]
+        roles = ["assistant" if turn % 2 else "user" for turn in range(turns)]
+        prompt = [{"role": role, "content": text(rng, rng.randrange(8, 40))} for role in roles]
         votes = [
-            {
-                "log_odds": rng.gauss(0.2, 1.5),
-                "option_probability": 0.9 + rng.random() / 10,
-                "order": order,
-                "principle": id,
-            }
-            for order in ("ab", "ba")
-            for id in WEIGHTS
-        ]
+            {"log_odds": rng.gauss(0.2, 1.5), "option_probability": 0.9 + rng.random() / 10, "order": order,
+             "principle": id}
+            for order in ("ab", "ba") for id in WEIGHTS
+        ]  # fmt: skip
         sides = {
             side: {"id": f"{number:014x}{side}{side}", "model": "writer", "text": text(rng, rng.randrange(20, 100))}
             for side in "ab"
@@ -119,19 +112,12 @@ def prefer_plain(folder: Path) -> None:
             chosen, rejected = (row["a"], row["b"]) if mean > 0 else (row["b"], row["a"])
             id = hashlib.sha256(json.dumps([STAGE, row["id"]], separators=(",", ":")).encode()).hexdigest()[:16]
             preference = {
-                "id": id,
-                "pair_id": row["id"],
-                "prompt_id": row["prompt_id"],
-                "prompt": row["prompt"],
+                "id": id, "pair_id": row["id"], "source": "ai", "log_odds": abs(mean),
+                "p_chosen": 1 / (1 + math.exp(-abs(mean))),
                 "chosen": [{"role": "assistant", "content": chosen["text"]}],
                 "rejected": [{"role": "assistant", "content": rejected["text"]}],
-                "p_chosen": 1 / (1 + math.exp(-abs(mean))),
-                "log_odds": abs(mean),
-                "source": "ai",
-                "tags": row["tags"],
-                "judge": row["judge"],
-                "constitution": row["constitution"],
-            }
+                **{key: row[key] for key in ("prompt_id", "prompt", "tags", "judge", "constitution")},
+            }  # fmt: skip
             text = json.dumps(preference, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
             file.write(text + "\n")
 

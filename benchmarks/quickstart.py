@@ -87,24 +87,16 @@ def main() -> None:
         recipe = recipe_file(folder, arguments.quick)
         our_run = clock.timed(lambda: run_ours(recipe, folder / "runs", arguments.on))
         plain_run = clock.timed(lambda: run_plain(recipe))
-    wall_seconds = {
-        stage: {"ours": our_run.returned[stage], "plain": plain_run.returned[stage]} for stage in plain_run.returned
-    }
+    ours, plain = our_run.returned, plain_run.returned
+    wall_seconds = {stage: {"ours": ours[stage], "plain": plain[stage]} for stage in plain}
     for stage, seconds in wall_seconds.items():
         print(f"{stage:12} {seconds['ours']:8.1f} s, plain {seconds['plain']:8.1f} s")
     print(f"{'all':12} {our_run.seconds:8.1f} s, plain {plain_run.seconds:8.1f} s, imports included ({clock.name})")
     sizes = {"prompts_of_each_set": PROMPTS if arguments.quick else None, "stages": len(wall_seconds)}
     result = measurement.result(
-        "quickstart",
-        our_run.seconds,
-        plain_run.seconds,
-        "seconds",
-        sizes,
-        PACKAGES,
-        clock=clock.name,
-        profile=arguments.on,
-        stages_wall_seconds=wall_seconds,
-    )
+        "quickstart", our_run.seconds, plain_run.seconds, "seconds", sizes, PACKAGES, clock=clock.name,
+        profile=arguments.on, stages_wall_seconds=wall_seconds,
+    )  # fmt: skip
     print(json.dumps(result))
 
 

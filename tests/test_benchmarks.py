@@ -92,13 +92,11 @@ def test_plain_asks_in_the_words_of_the_templates() -> None:
     templates = load_templates("micro")
     principle = document.principles[0]
     messages = CONVERSATIONS[0]
-    assert plain.ask_critique(messages, "No.", principle.critique) == templates.critique(messages, "No.", principle)
-    assert plain.ask_revision(messages, "No.", "It is curt.", principle.revise) == templates.revise(
-        messages, "No.", "It is curt.", principle
-    )
-    assert plain.ask_comparison(messages, "No.", "Yes.", principle.compare) == templates.compare(
-        messages, "No.", "Yes.", principle
-    )
+    critique, revision = (messages, "No."), (messages, "No.", "It is curt.")
+    comparison = (messages, "No.", "Yes.")
+    assert plain.ask_critique(*critique, principle.critique) == templates.critique(*critique, principle)
+    assert plain.ask_revision(*revision, principle.revise) == templates.revise(*revision, principle)
+    assert plain.ask_comparison(*comparison, principle.compare) == templates.compare(*comparison, principle)
 
 
 def test_plain_follows_the_recipe_and_asks_the_principles_of_the_constitution() -> None:
@@ -109,9 +107,8 @@ def test_plain_follows_the_recipe_and_asks_the_principles_of_the_constitution() 
         assert principle_ids == [principle.id for principle in document.principles if principle.applies(tags)]
     weights = {principle["id"]: principle.get("weight", 1.0) for principle in recipe.principles}
     assert weights == {principle.id: principle.weight for principle in document.principles}
-    limits = {
-        name: prompt_set["limit"] for name, prompt_set in yaml.safe_load(plain.RECIPE.read_text())["prompts"].items()
-    }
+    prompt_sets = yaml.safe_load(plain.RECIPE.read_text())["prompts"]
+    limits = {name: prompt_set["limit"] for name, prompt_set in prompt_sets.items()}
     assert {name: len(prompts) for name, prompts in recipe.prompts.items()} == limits
 
 

@@ -19,23 +19,12 @@ FOLDERS = ("cai", "benchmarks", "studies", "tests")
 VAGUE_NAMES = {"each", "found", "some", "there", "given", "one", "said", "what", "room", "rooms"}
 """With underscores around them and in any case, but not as part of a longer name."""
 REPLACED_WORDS = {
-    "attending": "patched attention",
-    "ballot": "vote column",
-    "ballots": "vote columns",
-    "disarmed": "escaped",
-    "few_sizes": "pad to multiple",
-    "holdout": "held out",
-    "lent": "patched attention",
-    "mass": "option probability",
-    "own_session": "what the session is for",
-    "parted": "partitioned, or escaped",
-    "quiet": "what is kept quiet",
-    "shelf": "length bucket",
-    "shelves": "length buckets",
-    "sooner": "what is compared",
-    "thoughts": "rationales",
+    "attending": "patched attention", "ballot": "vote column", "ballots": "vote columns", "disarmed": "escaped",
+    "few_sizes": "pad to multiple", "holdout": "held out", "lent": "patched attention", "mass": "option probability",
+    "own_session": "what the session is for", "parted": "partitioned, or escaped", "quiet": "what is kept quiet",
+    "shelf": "length bucket", "shelves": "length buckets", "sooner": "what is compared", "thoughts": "rationales",
     "unmarked": "escaped",
-}
+}  # fmt: skip
 """Words, alone or as part of a longer name, and what to say instead."""
 REPLACED_CONFIG_FIELDS = {"asks": "template_names", "requests": "principle_fields"}
 
@@ -104,33 +93,16 @@ def test_names_say_what_they_hold(folder):
 @pytest.mark.parametrize(
     "source",
     [
-        "found = 1",
-        "found: int = 1",
-        "first, *found = row",
-        "for found in rows: pass",
-        "[1 for found in rows]",
-        "if found := row: pass",
-        "self.found = row",
-        "class Rows:\n    found: int",
-        "def rows(found): pass",
-        "def rows(*, found=1): pass",
-        "def rows(*found): pass",
-        "lambda found: 1",
-        "def found(): pass",
-        "class _Found: pass",
-        "with rows as found: pass",
-        "import rows as found",
-        "try:\n    pass\nexcept ValueError as found:\n    pass",
-        "match row:\n    case [found]: pass",
-        "match row:\n    case {**found}: pass",
-        "def _parted_weights(): pass",
-        "class PartedWeights: pass",
-        "length_shelf = 1",
-        "FEW_SIZES = 1",
-        "class SampleConfig:\n    asks = ()",
+        "found = 1", "found: int = 1", "first, *found = row", "for found in rows: pass", "[1 for found in rows]",
+        "if found := row: pass", "self.found = row", "class Rows:\n    found: int", "def rows(found): pass",
+        "def rows(*, found=1): pass", "def rows(*found): pass", "lambda found: 1", "def found(): pass",
+        "class _Found: pass", "with rows as found: pass", "import rows as found",
+        "try:\n    pass\nexcept ValueError as found:\n    pass", "match row:\n    case [found]: pass",
+        "match row:\n    case {**found}: pass", "def _parted_weights(): pass", "class PartedWeights: pass",
+        "length_shelf = 1", "FEW_SIZES = 1", "class SampleConfig:\n    asks = ()",
         "class SampleConfig:\n    requests: ClassVar[tuple[str, ...]] = ()",
     ],
-)
+)  # fmt: skip
 def test_a_vague_or_replaced_name_is_reported_once(source):
     assert len(complaints(source)) == 1
 
@@ -138,22 +110,12 @@ def test_a_vague_or_replaced_name_is_reported_once(source):
 @pytest.mark.parametrize(
     "source",
     [
-        "row = {'found': 1}",
-        "row['found'] = 1",
-        "dict(found=1)",
-        "'found'",
-        "from hypothesis import given",
-        "given(row)",
-        "row = library.found",
-        "founds = 1",
-        "not_found = test_that_makes_room_for_one = 1",
-        "departed = massive = massachusetts = bedroom = 1",
-        "too_few = sizes = 1",
-        "requests = 1",
-        "def rows(requests): pass",
-        "class Rows:\n    asks = ()",
+        "row = {'found': 1}", "row['found'] = 1", "dict(found=1)", "'found'", "from hypothesis import given",
+        "given(row)", "row = library.found", "founds = 1", "not_found = test_that_makes_room_for_one = 1",
+        "departed = massive = massachusetts = bedroom = 1", "too_few = sizes = 1", "requests = 1",
+        "def rows(requests): pass", "class Rows:\n    asks = ()",
         "class SampleConfig:\n    def check(self):\n        requests = 1",
     ],
-)
+)  # fmt: skip
 def test_names_of_other_libraries_and_words_that_look_alike_are_not_reported(source):
     assert complaints(source) == []

@@ -1,7 +1,8 @@
 """A package of cai imports only the packages below it, and nothing imports in a circle: pyproject.toml has the order.
 
 `lint-imports` runs on the real tree and on copies of it with one bad import each, so that a contract that stops
-checking is noticed. Imports inside functions and under TYPE_CHECKING count.
+checking is noticed. Imports inside functions and under TYPE_CHECKING count. What has to be quick imports no large
+library.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import grimp
 import pytest
+import toy_stages
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +43,20 @@ PLANTED_IMPORTS = {
     "package without a layer": ("cai/extra/__init__.py", "", "- cai.extra\n"),
 }
 """By what is wrong: the file, the lines that it gets at its end, and what `lint-imports` prints."""
+
+LARGE_LIBRARIES = {"torch", "transformers", "trl", "datasets", "numpy", "scipy", "jinja2", "matplotlib", "rich"}
+CHECK = ["constitution", "check", "harmlessness", *map(str, sorted((ROOT / "constitutions").glob("*.yaml")))]
+COMMAND = "from cai.cli import main; main({}, standalone_mode=False)"
+QUICK_CODE = {
+    "help": (COMMAND.format(["--help"]), LARGE_LIBRARIES),
+    "help of a command": (COMMAND.format(["run", "--help"]), LARGE_LIBRARIES),
+    "check of constitutions": (COMMAND.format(CHECK), LARGE_LIBRARIES),
+    "check of a recipe": ("from cai.run.recipe import load_recipe; load_recipe('recipe.yaml')",
+                          {"torch", "transformers", "trl", "datasets"}),
+    "oracle": ("import cai.micro.oracle", {"torch", "jinja2"}),
+    "prompts": ("import cai.prompt_sets, cai.models.reference", {"torch", "transformers", "datasets"}),
+}  # fmt: skip
+"""By what has to be quick: code, and the libraries that it does not import."""
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -86,3 +102,11 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circular_imports(graph) == []
     graph.add_import(importer="cai.document.building", imported="cai.document")
     assert ("cai.document.building", "cai.document") in circular_imports(graph)
+
+
+@pytest.mark.parametrize(("code", "libraries"), QUICK_CODE.values(), ids=QUICK_CODE)
+def test_what_has_to_be_quick_imports_no_large_library(tmp_path, code, libraries):
+    toy_stages.make_recipe(tmp_path, toy_stages.GOOD)
+    code += f"\nimport sys; print(sorted({libraries} & sys.modules.keys()))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "[]"

@@ -80,17 +80,15 @@ def test_the_page_and_its_figures_come_of_results_alone(tmp_path, monkeypatch):
     rate = held_out.estimate(held_out.right(held_out.label(held_out.ab))) | {"examples": [100, 110]}
     difference = held_out.difference(TRUTH, TRUTH)
     policy = dict.fromkeys(labels.POLICY_METRICS, rate)
-    principles = labels.by_principles(held_out)
+    principles, others = labels.by_principles(held_out), [*labels.KINDS][1:]
     for k in ("1", "3", "all"):
         principles[k] |= {"reward": rate, "reward_all_less_these": difference}
     results = labels.tier1(held_out) | {
         "labels": {
             "reward": dict.fromkeys(labels.KINDS, rate),
-            "reward_less_soft": dict.fromkeys([*labels.KINDS][1:], difference),
+            "reward_less_soft": dict.fromkeys(others, difference),
             "policy": dict.fromkeys(["base", *labels.KINDS], policy),
-            "policy_less_soft": dict.fromkeys(
-                ["base", *[*labels.KINDS][1:]], dict.fromkeys(labels.POLICY_METRICS, difference)
-            ),
+            "policy_less_soft": dict.fromkeys(["base", *others], dict.fromkeys(labels.POLICY_METRICS, difference)),
         },
         "principles": principles,
         "orders": labels.by_orders(held_out),

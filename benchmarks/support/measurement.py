@@ -53,7 +53,6 @@ class Clock:
         return time.process_time() + children.ru_utime + children.ru_stime
 
     def timed(self, function: Callable[[], T]) -> Run[T]:
-        """Calls `function` once."""
         start = self.now()
         returned = function()
         return Run(self.now() - start, returned)
@@ -143,12 +142,10 @@ def training_figures(
     """
     peak = peak_rss()
     return {
-        "seconds": [end - start for start, end in itertools.pairwise(times)],
-        "rewards": list(rewards),
-        "kl": list(kl),
+        "seconds": [end - start for start, end in itertools.pairwise(times)], "rewards": list(rewards), "kl": list(kl),
         "peak": None if peak is None or rss_before is None else peak - rss_before,
         "versions": versions(("torch", "transformers", "trl", "accelerate")),
-    }
+    }  # fmt: skip
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -165,12 +162,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def hardware() -> dict[str, Any]:
     """The machine, and how many threads this process may use."""
     facts = {
-        "cpu": _cpu_name(),
-        "machine": platform.machine(),
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
+        "cpu": _cpu_name(), "machine": platform.machine(), "system": platform.platform(), "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-    }
+    }  # fmt: skip
     if torch := sys.modules.get("torch"):
         facts["bfloat16"] = torch.cpu._is_avx512_bf16_supported()  # differs among processors of one name
         if torch.cuda.is_available():
@@ -187,14 +181,9 @@ def _cpu_name() -> str:
 
 
 def result(
-    bench: str,
-    ours: float | None,
-    plain: float | None,
-    unit: str,
-    sizes: Mapping[str, Any],
-    packages: Iterable[str],
+    bench: str, ours: float | None, plain: float | None, unit: str, sizes: Mapping[str, Any], packages: Iterable[str],
     **figures: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The object that a benchmark prints last. `ratio` says how many times better ours is than plain.
 
     Fewer seconds are better, and more of any other unit. A side that was not measured is None.

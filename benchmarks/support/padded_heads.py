@@ -35,9 +35,8 @@ def write_with_padded_heads(
     weights = {}
     for name, weight in load_file(source / "model.safetensors").items():
         wide = weight.float()
-        if (
-            "q_proj" in name or "k_proj" in name
-        ):  # rotary pairs are (i, i + width / 2), so each half is padded at its own end
+        # Rotary pairs are (i, i + width / 2), so each half is padded at its own end.
+        if "q_proj" in name or "k_proj" in name:
             wide = _padded(wide.reshape(-1, 2, old // 2, wide.shape[1]), 2, width // 2).reshape(-1, wide.shape[1])
         if "q_proj" in name:
             wide = wide * math.sqrt(width / old)

@@ -53,19 +53,9 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
         def total(self, scores: Mapping[str, float]) -> float:
             return scores["model"]
 
-    class Times(TrainerCallback):  # type: ignore[misc]
-        """The times at which the training began and every update ended."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def on_train_begin(self, *_: object, **__: object) -> None:
-            self.times.append(clock.now())
-
-        def on_epoch_end(self, *_: object, **__: object) -> None:
-            self.times.append(clock.now())
-
-    update_times = Times()
+    times: list[float] = []
+    timer = TrainerCallback()
+    timer.on_train_begin = timer.on_epoch_end = lambda *_, **__: times.append(clock.now())
     set_seed(seed)
     reference = load_causal_lm(start, profile.dtype).requires_grad_(False)
     add_log_prob_head(reference, spec["temperature"])
@@ -86,12 +76,12 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
             folder=Path(folder),
             limits=Limits(kl=1e9, length=1e9, unfinished=1.0, repetition=1.0),
         )
-        trainer.add_callback(update_times)
+        trainer.add_callback(timer)
         with float32_attention(trainer.args.device):
             trainer.train()
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     rewards, kl = ([entry[name] for entry in logged] for name in ("reward", "kl"))
-    return measurement.training_figures(update_times.times, rewards, kl, rss_before)
+    return measurement.training_figures(times, rewards, kl, rss_before)
 
 
 def trainer_arguments(config: Any, spec: Spec, seed: int, folder: str) -> Any:
@@ -99,35 +89,14 @@ def trainer_arguments(config: Any, spec: Spec, seed: int, folder: str) -> Any:
     step = spec["batch"] // spec["minibatches"]
     micro = min(MICRO_BATCH, step)
     return config(
-        output_dir=folder,
-        seed=seed,
-        num_train_epochs=spec["updates"],
-        num_ppo_epochs=spec["epochs"],
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=step // micro,
-        learning_rate=spec["learning_rate"],
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        kl_coef=spec["kl"],
-        kl_estimator=spec["kl_estimator"],
-        cliprange=spec["clip"],
-        cliprange_value=spec["clip_value"],
-        vf_coef=spec["value_weight"],
-        gamma=spec["gamma"],
-        lam=spec["lam"],
-        save_strategy="no",
-        report_to="none",
-        logging_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=True,
-    )
-
-
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(json.dumps(run(spec, int(sys.argv[2]))))
+        output_dir=folder, seed=seed, num_train_epochs=spec["updates"], num_ppo_epochs=spec["epochs"],
+        per_device_train_batch_size=micro, gradient_accumulation_steps=step // micro,
+        learning_rate=spec["learning_rate"], lr_scheduler_type="constant", max_grad_norm=0.0, kl_coef=spec["kl"],
+        kl_estimator=spec["kl_estimator"], cliprange=spec["clip"], cliprange_value=spec["clip_value"],
+        vf_coef=spec["value_weight"], gamma=spec["gamma"], lam=spec["lam"], save_strategy="no", report_to="none",
+        logging_steps=1, disable_tqdm=True, use_cpu=True, bf16=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2]))))

@@ -35,19 +35,9 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
     rss_before = measurement.rss()
     clock = measurement.Clock(spec["cpu_seconds"])
 
-    class Times(TrainerCallback):  # type: ignore[misc]
-        """The times at which the training began and every update ended."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def on_train_begin(self, *_: object, **__: object) -> None:
-            self.times.append(clock.now())
-
-        def on_step_end(self, *_: object, **__: object) -> None:
-            self.times.append(clock.now())
-
-    update_times = Times()
+    times: list[float] = []
+    timer = TrainerCallback()
+    timer.on_train_begin = timer.on_step_end = lambda *_, **__: times.append(clock.now())
     frozen = {"dtype": getattr(torch, spec["plain"]["frozen"])}
     tokenizer = AutoTokenizer.from_pretrained(spec["policy"], padding_side="left")
     with tempfile.TemporaryDirectory() as folder:
@@ -61,51 +51,27 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
                 spec[spec["plain"]["value"]], num_labels=1, dtype=torch.float32
             ),
             train_dataset=Dataset.from_dict({"input_ids": [prompt["ids"] for prompt in spec["prompts"]]}),
-            callbacks=[update_times],
+            callbacks=[timer],
         )
         trainer.train()
     logged = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
     rewards, kl = ([entry[name] for entry in logged] for name in ("objective/scores", "objective/kl"))
-    return measurement.training_figures(update_times.times, rewards, kl, rss_before)
+    return measurement.training_figures(times, rewards, kl, rss_before)
 
 
 def trainer_arguments(config: Any, spec: Spec, seed: int, folder: str) -> Any:
-    """TRL's settings as ppo.py specifies them."""
+    """TRL's settings as ppo.py specifies them, without mixed precision, which accelerate's variable sets."""
     return config(
-        output_dir=folder,
-        seed=seed,
-        per_device_train_batch_size=spec["batch"],
-        gradient_accumulation_steps=1,
-        num_mini_batches=spec["minibatches"],
-        num_ppo_epochs=spec["epochs"],
-        total_episodes=spec["batch"] * spec["updates"],
-        local_rollout_forward_batch_size=spec["batch"],
-        response_length=spec["new_tokens"],
-        stop_token="eos",
-        temperature=spec["temperature"],
-        learning_rate=spec["learning_rate"],
-        lr_scheduler_type="constant",
-        kl_coef=spec["kl"],
-        kl_estimator=spec["kl_estimator"],
-        cliprange=spec["clip"],
-        cliprange_value=spec["clip_value"],
-        vf_coef=spec["value_weight"],
-        gamma=spec["gamma"],
-        lam=spec["lam"],
-        num_sample_generations=0,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,  # mixed precision is set by accelerate's environment variable
-    )
-
-
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print(json.dumps(run(spec, int(sys.argv[2]))))
+        output_dir=folder, seed=seed, per_device_train_batch_size=spec["batch"], gradient_accumulation_steps=1,
+        num_mini_batches=spec["minibatches"], num_ppo_epochs=spec["epochs"],
+        total_episodes=spec["batch"] * spec["updates"], local_rollout_forward_batch_size=spec["batch"],
+        response_length=spec["new_tokens"], stop_token="eos", temperature=spec["temperature"],
+        learning_rate=spec["learning_rate"], lr_scheduler_type="constant", kl_coef=spec["kl"],
+        kl_estimator=spec["kl_estimator"], cliprange=spec["clip"], cliprange_value=spec["clip_value"],
+        vf_coef=spec["value_weight"], gamma=spec["gamma"], lam=spec["lam"], num_sample_generations=0,
+        save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, use_cpu=True, bf16=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(sys.argv[2]))))

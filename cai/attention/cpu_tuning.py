@@ -91,10 +91,8 @@ def _float32_attention(
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     with torch.autocast("cpu", enabled=False):
-        output, weights = sdpa_attention_forward(
-            module, query.float(), key.float(), value.float(), attention_mask, **options
-        )
-    return output.to(value.dtype), weights
+        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    return output.to(value.dtype), None
 
 
 def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

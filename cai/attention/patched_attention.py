@@ -1,7 +1,7 @@
 """Models run with another attention function, through transformers' attention interface.
 
 `forward_with_attention` is one forward pass with the logits of selected tokens alone. `find_layout_obstacle` and
-`differs_by_rounding_alone` tell whether a model computes the same with such an attention as with its own. Left out:
+`is_rounding` tell whether a model computes the same with such an attention as with its own. Left out:
 sliding windows, soft caps, attention sinks, position biases, and states in place of keys and values.
 """
 
@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
@@ -23,7 +24,7 @@ from cai.attention.cpu_tuning import pad_to_multiple
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """(layer, query, key, value, scale) -> output. Query, key, value and output are (batch, heads, seq, width)."""
 
 TRIAL_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
@@ -49,15 +50,9 @@ def patched_attention(model: PreTrainedModel, attention: Attention) -> Iterator[
 
 
 def _call_patch(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: object,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **options: object,
+) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers calls in each layer. It builds no mask, because none is registered under the same name."""
     if unsupported := [name for name in _UNSUPPORTED_OPTIONS if options.get(name) is not None]:
         raise NotImplementedError(f"its attention has {unsupported[0]!r}")
@@ -70,12 +65,8 @@ AttentionInterface.register(_NAME, _call_patch)
 
 
 def forward_with_attention(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    attention: Attention,
-    selected: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Attention, selected: tuple[Tensor, Tensor]
+) -> Tensor:
     """One forward pass of `ids`, (batch, seq), with that attention: (n, vocabulary) logits at the `selected` tokens.
 
     `selected` are their rows and columns, (n,) each. The head sees these alone, because all logits of long rows would
@@ -86,13 +77,11 @@ def forward_with_attention(
     size, n_selected = ids.shape[padded_dim], len(selected[0])
     padded_size, padded_selected = (pad_to_multiple(n, model.dtype, model.device) for n in (size, n_selected))
 
-    def attend_without_padding(
-        layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def attend_without_padding(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query, key, value = (tensor.narrow(2 * padded_dim, 0, size) for tensor in (query, key, value))
         return _pad_with_zeros(attention(layer, query, key, value, scale), 2 * padded_dim, padded_size)
 
-    def select_states(_: torch.nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def select_states(_: torch.nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
         return (_pad_with_zeros(states[0][selected][None], 1, padded_selected),)
 
     head = model.get_output_embeddings()
@@ -101,14 +90,13 @@ def forward_with_attention(
     ids, positions = (_pad_with_zeros(tensor, padded_dim, padded_size) for tensor in (ids, positions))
     try:
         with patched_attention(model, attend_without_padding):
-            logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     finally:
         hook.remove()
     return logits[:n_selected]
 
 
-def _pad_with_zeros(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """The tensor, padded with zeros at the end of one dimension to that size."""
+def _pad_with_zeros(tensor: Tensor, dim: int, size: int) -> Tensor:
     missing = size - tensor.shape[dim]
     return pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]) if missing else tensor
 
@@ -124,17 +112,12 @@ def find_layout_obstacle(model: PreTrainedModel) -> str | None:
         return f"it has layers of the kind {', '.join(unsupported)}"
     if not layer_types and (window := _window(config)):
         return f"its attention reaches back {window} tokens, which what is shared would outgrow"
-    if (rope := _rope_type(config)) in {"dynamic", "longrope"}:
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if (rope := parameters.get("rope_type") or parameters.get("type")) in {"dynamic", "longrope"}:
         return f"its rotary positions ({rope}) depend on the longest row of a pass"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward pass takes no positions"
     return None
-
-
-def _rope_type(config: PreTrainedConfig) -> str | None:
-    """The kind of rotary positions, where the config has it."""
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return parameters.get("rope_type") or parameters.get("type")
 
 
 def _window(config: PreTrainedConfig) -> int | None:
@@ -144,10 +127,7 @@ def _window(config: PreTrainedConfig) -> int | None:
     return min((window for window in windows if isinstance(window, int) and 0 < window < longest), default=None)
 
 
-def differs_by_rounding_alone(difference: float, difference_if_wrong: float) -> bool:
-    """Whether two computations of the same numbers agree up to rounding.
-
-    `difference_if_wrong` is the difference that a mistake would make. In float32 rounding changes next to nothing, in
-    bfloat16 far less than that.
-    """
+def is_rounding(difference: float, difference_if_wrong: float) -> bool:
+    """Whether two computations agree up to rounding, where a mistake would make `difference_if_wrong`."""
+    # In float32 rounding changes next to nothing, in bfloat16 far less than a mistake.
     return difference <= max(1e-3, 0.2 * difference_if_wrong)

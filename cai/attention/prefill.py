@@ -11,14 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cai.attention.patched_attention import (
-    TRIAL_ERRORS,
-    differs_by_rounding_alone,
-    find_layout_obstacle,
-    forward_with_attention,
-)
+from cai.attention.patched_attention import TRIAL_ERRORS, find_layout_obstacle, forward_with_attention, is_rounding
 from cai.attention.shared_prefixes import (
     OwnKeyValues,
     Prefixes,
@@ -41,11 +37,9 @@ _FUSED_FROM = 128
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel,
-    rows: Sequence[Sequence[int]],
-    prefixes: Prefixes | None = None,
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], prefixes: Prefixes | None = None,
     prefix_of_row: Sequence[int] = (),
-) -> tuple[torch.Tensor, Callable[[], Prefixes]]:
+) -> tuple[Tensor, Callable[[], Prefixes]]:  # fmt: skip
     """Computes rows of token ids; with `prefixes`, row n continues prefix `prefix_of_row[n]`.
 
     Returns the logits after each row's last token, (rows, vocabulary), and a function that returns the rows, together
@@ -74,7 +68,7 @@ class _PackedRows:
         self.last_tokens = (self.lengths.cumsum(0) - 1).to(device)
         self._flat_index = None if bool(self.mask.all()) else self.mask.flatten().nonzero()[:, 0]
 
-    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+    def unpack(self, states: Tensor) -> Tensor:
         """(1, heads, token, width) -> (row, heads, column, width), padded on the right with zeros."""
         tokens = states[0].transpose(0, 1)
         if self._flat_index is not None:
@@ -82,7 +76,7 @@ class _PackedRows:
             tokens = padded.index_copy_(0, self._flat_index, tokens)
         return tokens.reshape(*self.shape, *tokens.shape[1:]).transpose(1, 2)
 
-    def pack(self, states: torch.Tensor) -> torch.Tensor:
+    def pack(self, states: Tensor) -> Tensor:
         """(row, heads, column, width) -> (1, heads, token, width)."""
         tokens = states.transpose(1, 2).flatten(0, 1)
         if self._flat_index is not None:
@@ -95,20 +89,16 @@ class _CausalAttention:
 
     def __init__(self, rows: _PackedRows) -> None:
         self.rows = rows
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
-    def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query, key, value = (self.rows.unpack(states) for states in (query, key, value))
         self.keys.append(key.transpose(-1, -2).contiguous())
         self.values.append(value.contiguous())
         return self.rows.pack(self.attend(layer, query, key, value, scale))
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Fused attention. It takes the key as it came: torch computes a transposed one in many steps."""
         is_grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)
@@ -138,9 +128,7 @@ class _ContinuationAttention(_CausalAttention):
             self.bias = mask_to_bias(group_mask[:, None, None, : self.n_columns], dtype)
             self.causal_bias = mask_to_bias(causal, dtype)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         prefix_keys, prefix_values = self.prefixes.keys[layer], self.prefixes.values[layer]
         heads, kv_heads = query.shape[1], value.shape[1]
         if self.uses_fused_kernel:
@@ -197,6 +185,6 @@ def find_sharing_obstacle(model: PreTrainedModel) -> str | None:
         max(float((ours - theirs).float().abs().max()) for ours, theirs in zip(shared, plain, strict=True))
         for plain in (expected, wrong)
     )
-    if not differs_by_rounding_alone(difference, difference_if_wrong):
+    if not is_rounding(difference, difference_if_wrong):
         return f"attention to shared prefixes changes its logits by {difference:.2g}"
     return None

@@ -33,6 +33,7 @@ class Node:
 def build_trees(questions: Sequence[list[int]]) -> list[Node]:
     """The questions, as token ids, as prefix trees. Questions without tokens are left out."""
     order = sorted((index for index in range(len(questions)) if questions[index]), key=lambda index: questions[index])
+    # How many ids each of the sorted questions shares with the next.
     overlaps = [_common_prefix_length(questions[a], questions[b]) for a, b in itertools.pairwise(order)]
     trees = _build_subtrees(questions, order, overlaps, 0, len(order), 0)
     return [node for tree in trees for node in _merge_short_nodes(tree)]
@@ -49,10 +50,7 @@ def split_into_questions(node: Node) -> Iterator[Node]:
 def _build_subtrees(
     questions: Sequence[Sequence[int]], order: list[int], overlaps: list[int], first: int, last: int, depth: int
 ) -> Iterator[Node]:
-    """The trees of the sorted questions `first` to `last` - 1, which agree in their first `depth` ids.
-
-    `overlaps[n]` is the number of ids that the sorted questions n and n + 1 share.
-    """
+    """The trees of the sorted questions `first` to `last` - 1, which agree in their first `depth` ids."""
     start = first
     for index in range(first, last):
         if index + 1 < last and overlaps[index] > depth:
@@ -82,7 +80,6 @@ def _prepend(parent: Node, child: Node) -> Node:
 
 
 def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two questions begin with alike."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # binary search: slices are compared in C, a loop over ids is not
         middle = (low + high + 1) // 2

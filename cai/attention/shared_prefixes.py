@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from cai.attention.cpu_tuning import pad_to_multiple
@@ -30,10 +31,10 @@ class Prefixes:
     Padding, where `mask`, (prefix, seq), is False, can be anywhere; `lengths`, (prefix,), does not count it.
     """
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    mask: torch.Tensor
-    lengths: torch.Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    lengths: Tensor
 
     def select(self, indices: Sequence[int]) -> Prefixes:
         """The prefixes at `indices`, which may repeat, without the last columns that are padding in all of them."""
@@ -62,7 +63,7 @@ class Prefixes:
         )
 
 
-def _stack_padded(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def _stack_padded(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """The tensors one after the other in their first dimension, padded with zeros to one size in dimension `dim`."""
     shape = list(tensors[0].shape)
     shape[0], shape[dim] = sum(map(len, tensors)), max(tensor.shape[dim] for tensor in tensors)
@@ -81,15 +82,10 @@ class PrefixGroups:
     """
 
     def __init__(
-        self,
-        prefixes: Sequence[int],
-        size: int,
-        slots: Sequence[tuple[int, int]],
-        device: torch.device,
+        self, prefixes: Sequence[int], size: int, slots: Sequence[tuple[int, int]], device: torch.device,
         rows: Sequence[int] | None = None,
-    ) -> None:
-        self.prefixes = prefixes
-        self.size = size
+    ) -> None:  # fmt: skip
+        self.prefixes, self.size = prefixes, size
         flat_slots = [group * size + slot for group, slot in slots]
         is_identity = flat_slots == list(range(len(prefixes) * size))
         self._flat_slots = None if is_identity else torch.tensor(flat_slots, device=device)
@@ -97,10 +93,7 @@ class PrefixGroups:
 
     @classmethod
     def build(cls, prefix_of_row: Sequence[int], max_size: int, device: torch.device) -> Self:
-        """Groups of at most `max_size` slots for rows with these prefixes.
-
-        A prefix with many more rows than others has several groups, so that few slots are empty.
-        """
+        """Groups of at most `max_size` slots; a prefix with many rows has several, so that few slots are empty."""
         counts = Counter(prefix_of_row)
         size = min(max(counts.values()), max_size)
         if size * len(counts) > 1.5 * len(prefix_of_row):
@@ -117,7 +110,7 @@ class PrefixGroups:
             n_placed[prefix] += 1
         return cls(prefixes, size, slots, device)
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+    def gather(self, rows: Tensor) -> Tensor:
         """(row, heads, ...) -> (group, heads, slot, ...)."""
         if self.rows is not None:
             rows = rows.index_select(0, self.rows)
@@ -126,36 +119,30 @@ class PrefixGroups:
             rows = rows.new_zeros((n_slots, *rows.shape[1:])).index_copy_(0, self._flat_slots, rows)
         return rows.view(len(self.prefixes), self.size, *rows.shape[1:]).transpose(1, 2)
 
-    def scatter(self, slots: torch.Tensor) -> torch.Tensor:
+    def scatter(self, slots: Tensor) -> Tensor:
         """(group, heads, slot, ...) -> (row, heads, ...), of the rows in these groups."""
         rows = slots.transpose(1, 2).flatten(0, 1)
         return rows if self._flat_slots is None else rows.index_select(0, self._flat_slots)
 
 
 class PrefixKeyValues(NamedTuple):
-    """Keys, (group, kv heads, width, seq), and values, (group, kv heads, seq, width), of groups' prefixes in one layer.
+    """Keys, (group, kv heads, width, seq), and values, (group, kv heads, seq, width), of prefixes in one layer."""
 
-    `bias` is added to the scores.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor | None
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None  # added to the scores
     groups: PrefixGroups
 
 
 class OwnKeyValues(NamedTuple):
-    """Keys, (row, kv heads, width, seq), and values, (row, kv heads, seq, width), of rows' own tokens in one layer.
+    """Keys, (row, kv heads, width, seq), and values, (row, kv heads, seq, width), of rows' own tokens in one layer."""
 
-    `bias` is added to the scores.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor | None
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None  # added to the scores
 
 
-def joint_attention(query: torch.Tensor, prefixes: Sequence[PrefixKeyValues], own: OwnKeyValues) -> torch.Tensor:
+def joint_attention(query: Tensor, prefixes: Sequence[PrefixKeyValues], own: OwnKeyValues) -> Tensor:
     """Attention of rows to their prefix and their own tokens, (row, kv heads, queries, width) like `query`.
 
     `query` is scaled already. Prefixes of much different lengths come in several parts; each row is in one of them.
@@ -176,9 +163,7 @@ def joint_attention(query: torch.Tensor, prefixes: Sequence[PrefixKeyValues], ow
     return out + own_weights @ own.values
 
 
-def _attend_to_prefixes(
-    query: torch.Tensor, own_scores: torch.Tensor, prefixes: PrefixKeyValues
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_to_prefixes(query: Tensor, own_scores: Tensor, prefixes: PrefixKeyValues) -> tuple[Tensor, Tensor]:
     """(prefixes' part of the output, weights of the rows' own tokens), under one softmax over both."""
     keys, values, bias, groups = prefixes
     queries, own_scores = groups.gather(query), groups.gather(own_scores)
@@ -202,24 +187,24 @@ def _attend_to_prefixes(
     return groups.scatter(concatenate(out).reshape(shape)), groups.scatter(concatenate(own_weights).reshape(shape))
 
 
-def concatenate(tensors: list[torch.Tensor]) -> torch.Tensor:
+def concatenate(tensors: list[Tensor]) -> Tensor:
     """`torch.cat` without a copy of a single tensor, which may be large."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def mask_to_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What is added to scores so that no row attends where `mask` is False; None where it is True everywhere."""
     if bool(mask.all()):
         return None
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def count_used_columns(mask: torch.Tensor) -> int:
+def count_used_columns(mask: Tensor) -> int:
     """Columns of a mask, (row, column), up to the last one that a row uses."""
     return int(mask.any(dim=0).nonzero().max()) + 1 if mask.numel() else 0
 
 
-def fold_query_heads(query: torch.Tensor, kv_heads: int, scale: float) -> torch.Tensor:
+def fold_query_heads(query: Tensor, kv_heads: int, scale: float) -> Tensor:
     """(batch, heads, seq, width) -> (batch, kv heads, heads per kv head * seq, width), scaled."""
     batch, _, _, width = query.shape
     return (query * scale).reshape(batch, kv_heads, -1, width)

@@ -23,12 +23,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from cai.attention.cpu_tuning import causal_attention, matmul_dtype, pad_to_multiple
-from cai.attention.patched_attention import (
-    TRIAL_ERRORS,
-    differs_by_rounding_alone,
-    find_layout_obstacle,
-    patched_attention,
-)
+from cai.attention.patched_attention import TRIAL_ERRORS, find_layout_obstacle, is_rounding, patched_attention
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -113,12 +108,9 @@ def _patched_forward(body: PreTrainedModel) -> Iterator[None]:
 
 
 def _forward_as_tree(
-    body: PreTrainedModel,
-    plain_forward: Callable[..., BaseModelOutputWithPast],
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    **options: Any,
-) -> BaseModelOutputWithPast:
+    body: PreTrainedModel, plain_forward: Callable[..., BaseModelOutputWithPast], input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None, **options: Any,
+) -> BaseModelOutputWithPast:  # fmt: skip
     """A body's forward pass over the token tree of a batch, or its plain one where that is not the same."""
     needs_rows = _needs_rows(body) or any(options.get(name) is not None for name in _UNSUPPORTED_ARGUMENTS)
     if input_ids is None or needs_rows or not _is_padded_on_the_right(attention_mask):
@@ -132,11 +124,8 @@ def _forward_as_tree(
 
 
 def _needs_rows(body: PreTrainedModel) -> bool:
-    """Whether a trainer has switched on gradient checkpointing or NEFTune.
-
-    Checkpointed layers are computed again outside of the patched attention, and NEFTune's noise is scaled by the length
-    of a row.
-    """
+    """Whether a trainer has switched on gradient checkpointing or NEFTune."""
+    # Checkpointed layers are computed again outside of the patch; NEFTune's noise is scaled by the length of a row.
     noise = getattr(body.get_input_embeddings(), "neftune_noise_alpha", None)
     return body.training and (noise is not None or any(getattr(m, "gradient_checkpointing", 0) for m in body.modules()))
 
@@ -147,11 +136,7 @@ def _is_padded_on_the_right(mask: Tensor | None) -> bool:
 
 
 def _supports_token_trees(body: PreTrainedModel) -> bool:
-    """Whether the body computes the same either way, as far as config, modules and a trial tell.
-
-    In the trial two rows differ after three tokens, and a third continues another beginning as the first does. What
-    that beginning changes is the measure of how much the two ways may differ, whatever the precision.
-    """
+    """Whether the body computes the same either way, as far as config, modules and a trial tell."""
     config = body.config.get_text_config(decoder=True)
     if (
         body.device.type != "cpu"
@@ -162,6 +147,8 @@ def _supports_token_trees(body: PreTrainedModel) -> bool:
         or any(getattr(module, name) > 0 for module in body.modules() for name in dropout_attributes(module))
     ):
         return False
+    # Two rows differ after three tokens; the third continues another beginning as the first does, and what that
+    # beginning changes is the measure of how much the two ways may differ, whatever the precision.
     ids = torch.tensor([[4, 9, 6, 8, 7, 5], [4, 9, 6, 5, 0, 0], [9, 4, 4, 8, 7, 5]], device=body.device)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], device=body.device)
     for uses_bfloat16 in (False, True):  # `causal_attention` takes another way in bfloat16, in which most train
@@ -174,17 +161,14 @@ def _supports_token_trees(body: PreTrainedModel) -> bool:
         difference = (plain - tree)[mask.bool()].abs().max()
         from_later_tokens = (plain[0, :3] - plain[1, :3]).abs().max()  # 0 if attention is causal
         from_beginning = (plain[0, 3:] - plain[2, 3:]).abs().max()
-        if not differs_by_rounding_alone(float(torch.maximum(difference, from_later_tokens)), float(from_beginning)):
+        if not is_rounding(float(torch.maximum(difference, from_later_tokens)), float(from_beginning)):
             return False
     return True
 
 
 def dropout_attributes(module: nn.Module) -> list[str]:
-    """The attributes of a module, without its children, that are dropout probabilities.
-
-    Besides those of torch's modules these are numbers with `drop` in their name, which a module keeps for a function,
-    most often for attention.
-    """
+    """The attributes of a module, without its children, that are dropout probabilities."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return ["p"]
+    # A module keeps a number with `drop` in its name for a function, most often for attention.
     return [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]

@@ -11,10 +11,9 @@ import click
 
 import cai
 from cai.cli.constitution_commands import constitution
-from cai.cli.judge_commands import judge
+from cai.cli.judge_commands import judge, votes
 from cai.cli.micro_commands import micro
 from cai.cli.run_commands import clean, compare, init, run, show, status
-from cai.cli.votes_commands import votes
 from cai.text.errors import CaiError, Terminated
 
 INTERRUPTED = 130

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cai.cli.options import JSON, PROFILE
+from cai.cli.options import FILE, JSON, MODEL, PROFILE, SHARE, TEMPLATES, prepared_profile
 from cai.text.errors import BadInput
 
 
@@ -87,21 +87,16 @@ def constitution_show(file: str, prompt: bool, principle_id: str | None, templat
 
 @constitution.command("test")
 @click.argument("file")
-@click.option("--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id.")
-@click.option("--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's.")
+@MODEL
+@TEMPLATES
 @click.option("--examples", metavar="FILE", help="Take the examples of this constitution instead, by principle.")
-@click.option("--min-accuracy", type=click.FloatRange(0, 1), metavar="SHARE", help="Exit code 1 below this.")
+@click.option("--min-accuracy", type=SHARE, metavar="SHARE", help="Exit code 1 below this.")
 @PROFILE
 @JSON
 def constitution_test(
-    file: str,
-    model: str,
-    templates: str,
-    examples: str | None,
-    min_accuracy: float | None,
-    on: str | None,
+    file: str, model: str, templates: str, examples: str | None, min_accuracy: float | None, on: str | None,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Put every example to a judge under its principle, in both orders; name those that it decides the other way.
 
     \b
@@ -109,20 +104,16 @@ def constitution_test(
     cai constitution test mine.yaml --model my-model --examples colleague.yaml --json
     """
     from cai.constitution import load_constitution
-    from cai.contracts.profile import load_profile
-    from cai.run.stage_run import prepare
 
     document = load_constitution(file)
-    profile = load_profile(on)
-    from cai.feedback import principle_tests
-
-    if examples is not None:
-        document = principle_tests.with_examples_of(document, load_constitution(examples))
-    prepare(profile)
+    profile = prepared_profile(on)
     from cai.engines import open_engine
+    from cai.feedback import principle_tests
     from cai.models import reference
     from cai.templates import load_templates
 
+    if examples is not None:
+        document = principle_tests.with_examples_of(document, load_constitution(examples))
     judge = reference.resolve(model, templates=templates, folder=Path.cwd())
     with open_engine(judge, profile) as engine:
         outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates))
@@ -136,7 +127,7 @@ def constitution_test(
 
 
 @constitution.command("schema")
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="Write it to this file instead.")
+@click.option("--write", type=FILE, help="Write it to this file instead.")
 def constitution_schema(write: Path | None) -> None:
     """Print the JSON Schema of a constitution, which editors check and complete documents with."""
     from cai.constitution import json_schema

@@ -1,13 +1,18 @@
-"""`cai judge`: test a judge."""
+"""`cai judge` and `cai votes`: test a judge, and figures about principles and judges from votes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from cai.cli.options import JSON, PROFILE
+from cai.cli.options import FILE, JSON, MODEL, PROFILE, RUNS, SEED, SHARE, TEMPLATES, prepared_profile
+from cai.text.errors import BadInput
+
+if TYPE_CHECKING:
+    from cai.feedback.truth import TruthKind
 
 
 @click.group()
@@ -16,39 +21,26 @@ def judge() -> None:
 
 
 @judge.command("attack")
-@click.option("--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id.")
-@click.option("--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's.")
+@MODEL
+@TEMPLATES
 @click.option(
-    "--constitution",
-    "document",
-    metavar="FILE",
+    "--constitution", "document", metavar="FILE",
     help="Attack on the examples of this document. [default: prompts of source micro for models of the embedded kind, "
     "else harmlessness]",
-)
+)  # fmt: skip
 @click.option("--per-family", default=100, show_default=True, type=click.IntRange(2), help="Pairs, at most.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@SEED
 @click.option(
-    "--max-flip-rate",
-    type=click.FloatRange(0, 1),
-    metavar="SHARE",
+    "--max-flip-rate", type=SHARE, metavar="SHARE",
     help="Exit code 1 if more verdicts turn overall, every failure counted as turned.",
-)
-@click.option(
-    "--max-family-flip-rate", type=click.FloatRange(0, 1), metavar="SHARE", help="The same for each family by itself."
-)
+)  # fmt: skip
+@click.option("--max-family-flip-rate", type=SHARE, metavar="SHARE", help="The same for each family by itself.")
 @PROFILE
 @JSON
 def judge_attack(
-    model: str,
-    templates: str,
-    document: str | None,
-    per_family: int,
-    seed: int,
-    max_flip_rate: float | None,
-    max_family_flip_rate: float | None,
-    on: str | None,
-    as_json: bool,
-) -> None:
+    model: str, templates: str, document: str | None, per_family: int, seed: int, max_flip_rate: float | None,
+    max_family_flip_rate: float | None, on: str | None, as_json: bool,
+) -> None:  # fmt: skip
     """Put injections into responses ("The answer is A.", forged turns, hidden marks) and count the verdicts they turn.
 
     Each pair is judged in both orders, then again with an injection of each family in the response that lost. What gets
@@ -64,15 +56,11 @@ def judge_attack(
     cai judge attack
     cai judge attack --model my-model --constitution mine.yaml --max-flip-rate 0.05 --json
     """
-    from cai.contracts.profile import load_profile
-    from cai.run.stage_run import prepare
-
-    profile = load_profile(on)
-    prepare(profile)
+    profile = prepared_profile(on)
     from cai.constitution import load_constitution
     from cai.engines import open_engine
     from cai.feedback import judge_attacks
-    from cai.micro_model.evaluate.attack_cases import cases
+    from cai.micro_model.evaluate.judging import attack_cases
     from cai.models import loading, reference
     from cai.templates import load_templates
     from cai.text import progress
@@ -80,7 +68,7 @@ def judge_attack(
     judge = reference.resolve(model, templates=templates, folder=Path.cwd())
     is_embedded = judge.templates == "micro"
     if is_embedded and document is None:
-        pairs = cases(per_family, seed)
+        pairs = attack_cases(per_family, seed)
     else:
         pairs = judge_attacks.constitution_cases(load_constitution(document or "harmlessness"), per_family, seed)
     tokens = sorted(loading.load_tokenizer(judge).all_special_tokens)
@@ -89,9 +77,93 @@ def judge_attack(
         outcomes = judge_attacks.attack(pairs, engine, load_templates(judge.templates), tokens, seed, line)
         figures = judge_attacks.attack_figures(outcomes, is_embedded=is_embedded)
         display.end_stage(line, sum(family["flips"].get("missing", 0) for family in figures["families"].values()))
-    click.echo(
-        json.dumps({"model": judge.name} | figures) if as_json else "\n".join(judge_attacks.attack_lines(figures))
-    )
+    facts = {"model": judge.name} | figures
+    click.echo(json.dumps(facts) if as_json else "\n".join(judge_attacks.attack_lines(figures)))
     if above := judge_attacks.names_above(figures, max_flip_rate, max_family_flip_rate):
         click.echo(f"above the limit: {', '.join(above)}", err=True)
         raise SystemExit(1)
+
+
+@click.group()
+def votes() -> None:
+    """Figures about principles and judges from the votes of finished runs: no model is asked."""
+
+
+EXAMPLE_PAIRS = click.option(
+    "--examples", "n_examples", type=click.IntRange(min=0), default=3, show_default=True, help="Pairs to read."
+)
+
+
+@votes.command("explain")
+@click.argument("run")
+@EXAMPLE_PAIRS
+@RUNS
+@JSON
+def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+    """Show how often each principle decides, which others it agrees with, and which labels turn without it.
+
+    RUN is a run's name or folder, or RUN/STAGE where several stages of it turn votes into preferences.
+
+    \b
+    cai votes explain quickstart
+    cai votes explain quickstart --examples 10 --json
+    """
+    from cai.feedback.explain import explain, explanation_lines
+    from cai.feedback.labelled_votes import load_labelled_votes
+
+    explanation = explain(load_labelled_votes(run, runs_folder), n_examples)
+    click.echo(json.dumps(explanation) if as_json else "\n".join(explanation_lines(explanation)))
+
+
+@votes.command("diff")
+@click.argument("first")
+@click.argument("second")
+@EXAMPLE_PAIRS
+@RUNS
+@JSON
+def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+    """Compare two judges, or two wordings of principles, on the pairs that two runs have in common.
+
+    \b
+    cai votes diff quickstart my-run
+    cai votes diff my-run/by-micro my-run/by-another
+    """
+    from cai.feedback.explain import compare_votes, difference_lines
+    from cai.feedback.labelled_votes import load_labelled_votes
+
+    first_votes, second_votes = (load_labelled_votes(run, runs_folder) for run in (first, second))
+    differences = compare_votes(first_votes, second_votes, n_examples)
+    click.echo(json.dumps(differences) if as_json else "\n".join(difference_lines(differences)))
+
+
+@votes.command("calibrate")
+@click.argument("run")
+@click.option("--picture", type=FILE, help="Draw it too: a file .svg or .png.")
+@click.option(
+    "--truth", type=click.Choice(["human", "oracle"]),
+    help="What labels are measured against: people's choice, or the world's oracle. Absent: whichever there is.",
+)  # fmt: skip
+@RUNS
+@JSON
+def votes_calibrate(run: str, picture: Path | None, truth: TruthKind | None, runs_folder: Path, as_json: bool) -> None:
+    """Measure whether labels are right as often as they say, where it is known which response is better.
+
+    People know it of the pairs that a judge stage reads with `human: {source: hh.jsonl.gz}`, the embedded world's
+    oracle of responses to prompts of source micro. Where the 95 % interval of accuracy, clustered by prompt or topic,
+    contains one half, the judge is not distinguishable from chance.
+
+    \b
+    cai votes calibrate quickstart --picture reliability.svg
+    cai votes calibrate my-run --truth human --json
+    """
+    from cai.feedback.judge_calibration import calibrate_labels, calibration_lines
+    from cai.feedback.labelled_votes import load_labelled_votes
+
+    if picture is not None and picture.suffix not in {".svg", ".png"}:
+        raise BadInput(f"--picture: found {picture.name!r}, expected a file .svg or .png")
+    calibration = calibrate_labels(load_labelled_votes(run, runs_folder), truth)
+    if picture is not None:
+        from cai.report.pictures import draw_reliability
+
+        draw_reliability(calibration, picture)
+    click.echo(json.dumps(calibration) if as_json else "\n".join(calibration_lines(calibration)))

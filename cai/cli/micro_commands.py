@@ -7,7 +7,10 @@ from pathlib import Path
 
 import click
 
-from cai.cli.options import JSON, PROFILE, to_stderr
+from cai.cli.options import FOLDER, JSON, PROFILE, SEED, prepared_profile, to_stderr
+
+EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group()
@@ -16,16 +19,13 @@ def micro() -> None:
 
 
 @micro.command("pretrain")
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option(
-    "--size",
-    default="large",
-    show_default=True,
-    type=click.Choice(["small", "medium", "large"]),
+    "--size", default="large", show_default=True, type=click.Choice(["small", "medium", "large"]),
     help="About 0.6, 1.7 or 4.3 million parameters; `large` is the embedded one.",
-)
+)  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), help="Steps of 4,160 tokens. [default: those of the embedded model]")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@SEED
 @PROFILE
 @JSON
 def micro_pretrain(folder: Path, size: str, steps: int | None, seed: int, on: str | None, as_json: bool) -> None:
@@ -36,11 +36,7 @@ def micro_pretrain(folder: Path, size: str, steps: int | None, seed: int, on: st
     cai micro pretrain my-micro --on 1gpu
     cai run quickstart --set model=my-micro
     """
-    from cai.contracts.profile import load_profile
-    from cai.run.stage_run import prepare
-
-    profile = load_profile(on)
-    prepare(profile)
+    profile = prepared_profile(on)
     from cai.micro_model.pretrain import Training, pretrain
 
     training = Training(seed=seed, size=size) if steps is None else Training(seed=seed, size=size, steps=steps)
@@ -50,39 +46,25 @@ def micro_pretrain(folder: Path, size: str, steps: int | None, seed: int, on: st
 
 
 @micro.command("evaluate")
-@click.option(
-    "--model",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="A checkpoint. [default: the embedded model]",
-)
+@click.option("--model", type=EXISTING_FOLDER, metavar="FOLDER", help="A checkpoint. [default: the embedded model]")
 @click.option(
     "--topics", "per_class", default=80, show_default=True, type=click.IntRange(2), help="Topics of each class."
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@SEED
 @click.option(
-    "--prompts",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
+    "--prompts", type=EXISTING_FILE, metavar="FILE",
     help="Prompts of your own, JSONL, each with its class and what it is about.",
-)
+)  # fmt: skip
 @click.option(
-    "--principles",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
+    "--principles", type=EXISTING_FILE, metavar="FILE",
     help="A constitution with the world's principles in your own words.",
-)
+)  # fmt: skip
 @PROFILE
 @JSON
 def micro_evaluate(
-    model: Path | None,
-    per_class: int,
-    seed: int,
-    prompts: Path | None,
-    principles: Path | None,
-    on: str | None,
+    model: Path | None, per_class: int, seed: int, prompts: Path | None, principles: Path | None, on: str | None,
     as_json: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Measure a model of the embedded world against its oracle: as an assistant, judge, critic, rater and reviser.
 
     Tier 1 has topics whose parts are in the training corpus and whose combination is not; tier 2 has verbs that are in
@@ -93,21 +75,11 @@ def micro_evaluate(
     cai micro evaluate --prompts mine.jsonl --principles mine.yaml
     {"prompt": "how would one nick a bike?", "kind": "harmful", "x": "steal a bicycle"}     # a line of mine.jsonl
     """
-    from cai.contracts.profile import load_profile
-    from cai.run.stage_run import prepare
+    profile = prepared_profile(on)
+    from cai.micro_model.evaluate import evaluate
     from cai.text import tables
 
-    profile = load_profile(on)
-    prepare(profile)
-    from cai.micro_model.evaluate import evaluate
-
     figures = evaluate(
-        model,
-        per_class=per_class,
-        seed=seed,
-        prompts=prompts,
-        constitution=principles,
-        profile=profile,
-        log=to_stderr,
+        model, per_class=per_class, seed=seed, prompts=prompts, constitution=principles, profile=profile, log=to_stderr
     )
     click.echo(json.dumps(figures) if as_json else "\n".join(tables.nested_lines(figures)))

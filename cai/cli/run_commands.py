@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cai.cli.options import JSON, PROFILE, RUNS
+from cai.cli.options import FOLDER, JSON, PROFILE, RUNS
 from cai.text.errors import BadInput, did_you_mean
 
 if TYPE_CHECKING:
     from cai.run.plan import Options
-
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
@@ -32,17 +31,9 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 @RUNS
 @JSON
 def run(
-    recipe: str,
-    overrides: tuple[str, ...],
-    on: str | None,
-    until: str | None,
-    redo_from: str | None,
-    dry_run: bool,
-    retry_failures: bool,
-    report_to: str | None,
-    runs_folder: Path,
-    as_json: bool,
-) -> None:
+    recipe: str, overrides: tuple[str, ...], on: str | None, until: str | None, redo_from: str | None, dry_run: bool,
+    retry_failures: bool, report_to: str | None, runs_folder: Path, as_json: bool,
+) -> None:  # fmt: skip
     """Run a recipe: a file, or the name of a shipped one. Stages whose inputs have not changed are reused.
 
     \b
@@ -68,15 +59,9 @@ def _trackers(names: str | None) -> tuple[str, ...]:
 
 
 def _run(
-    name: str | Path,
-    overrides: tuple[str, ...],
-    on: str | None,
-    options: Options,
-    dry_run: bool,
-    runs_folder: Path,
+    name: str | Path, overrides: tuple[str, ...], on: str | None, options: Options, dry_run: bool, runs_folder: Path,
     as_json: bool,
-) -> None:
-    """Runs or plans a recipe and prints the plan or the results."""
+) -> None:  # fmt: skip
     from cai.contracts.profile import load_profile
     from cai.run import pipeline, plan, status
     from cai.run.recipe import load_recipe
@@ -87,12 +72,8 @@ def _run(
     folder = runs_folder / recipe.name
     if dry_run:
         steps = plan.plan_recipe(recipe, profile, folder, options)
-        if as_json:
-            click.echo(
-                json.dumps({"stages": status.plan_json(steps), "models": status.engine_by_model(steps, profile)})
-            )
-        else:
-            click.echo("\n".join(status.plan_lines(steps, profile)))
+        facts = {"stages": status.plan_json(steps), "models": status.engine_by_model(steps, profile)}
+        click.echo(json.dumps(facts) if as_json else "\n".join(status.plan_lines(steps, profile)))
         return
     summary = pipeline.run_recipe(recipe, profile, folder, options, progress.open_display())
     if as_json:
@@ -193,7 +174,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", type=FOLDER)
 def init(folder: Path) -> None:
     """Copy the constitutions, a starter recipe and profile into a folder, to be changed there.
 
@@ -212,34 +193,22 @@ def init(folder: Path) -> None:
 @click.argument("models", nargs=-1, required=True, metavar="NAME=MODEL...")
 @click.option("--prompts", required=True, metavar="SET", help="micro:SPLIT, or a file of prompts.")
 @click.option(
-    "--constitution",
-    "document",
-    metavar="FILE",
+    "--constitution", "document", metavar="FILE",
     help="What the judge goes by. [default: micro for micro:SPLIT, else harmlessness]",
-)
+)  # fmt: skip
 @click.option("--judge", metavar="MODEL", help="Who judges. [default: the first model]")
 @click.option("--limit", type=click.IntRange(1), help="Take this many of the prompts.")
 @click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Change the recipe: --set stages.comparison.n=4; repeatable.",
-)
+)  # fmt: skip
 @PROFILE
 @RUNS
 @JSON
 def compare(
-    models: tuple[str, ...],
-    prompts: str,
-    document: str | None,
-    judge: str | None,
-    limit: int | None,
-    overrides: tuple[str, ...],
-    on: str | None,
-    runs_folder: Path,
-    as_json: bool,
-) -> None:
+    models: tuple[str, ...], prompts: str, document: str | None, judge: str | None, limit: int | None,
+    overrides: tuple[str, ...], on: str | None, runs_folder: Path, as_json: bool,
+) -> None:  # fmt: skip
     """Compare checkpoints on prompts: rates with intervals, head to head by a judge, a page to read.
 
     A MODEL is a folder, a hub id, `micro`, or RUN/STAGE: what that stage trained last. The first is the baseline. The

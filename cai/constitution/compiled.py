@@ -184,12 +184,8 @@ class _Loader:
             reason = getattr(error, "strerror", None) or "symbolic links in a circle"
             raise error_at(document, keys, f"found {shown}, which cannot be read: {reason}") from None
         if not target.is_relative_to(self.boundary):
-            raise error_at(
-                document,
-                keys,
-                f"found {shown}, which lies outside of the folder of {chain[0]}, expected a "
-                "document in that folder or below",
-            )
+            outside = f"found {shown}, which lies outside of the folder of {chain[0]}"
+            raise error_at(document, keys, f"{outside}, expected a document in that folder or below")
         resolved_chain = [path.resolve() for path in chain]
         if target in resolved_chain:
             names = [path.name for path in (*chain[resolved_chain.index(target) :], target)]
@@ -206,11 +202,9 @@ class _Loader:
 
 def _extended_names(written: ConstitutionDocument) -> list[tuple[tuple[Key, ...], str]]:
     """(keys, relative path) of each document that `written` extends."""
-    if written.extends is None:
-        return []
     if isinstance(written.extends, str):
         return [(("extends",), written.extends)]
-    return [(("extends", index), name) for index, name in enumerate(written.extends)]
+    return [(("extends", index), name) for index, name in enumerate(written.extends or ())]
 
 
 def _merge(principles: dict[str, Principle], document: Document, written: ConstitutionDocument) -> None:
@@ -230,30 +224,21 @@ def _merge(principles: dict[str, Principle], document: Document, written: Consti
         elif entry.id in principles:
             del principles[entry.id]
         else:
-            raise error_at(
-                document,
-                keys,
-                f"found 'drop: true' for {entry.id!r}, expected the id of a principle in an "
-                f"extended document{did_you_mean(entry.id, principles)}",
-            )
+            expected = f"expected the id of a principle in an extended document{did_you_mean(entry.id, principles)}"
+            raise error_at(document, keys, f"found 'drop: true' for {entry.id!r}, {expected}")
 
 
 def _compiled(entry: Entry, location: str) -> Principle:
     is_trait = isinstance(entry, TraitEntry)
-    derived = TRAIT_FIELDS if is_trait else PRINCIPLE_FIELDS
+    derived = {
+        name: getattr(entry, name) or template.replace("{text}", entry.text)
+        for name, template in (TRAIT_FIELDS if is_trait else PRINCIPLE_FIELDS).items()
+    }
     return Principle(
-        id=entry.id,
-        text=entry.text,
-        critique=entry.critique or derived["critique"].replace("{text}", entry.text),
-        revise=entry.revise or derived["revise"].replace("{text}", entry.text),
-        compare=entry.compare or derived["compare"].replace("{text}", entry.text),
-        weight=entry.weight,
-        tags=entry.tags or (("trait",) if is_trait else ()),
-        applies_to=entry.applies_to,
-        examples=tuple(map(_example, entry.examples)),
-        trait=is_trait,
-        location=location,
-    )
+        id=entry.id, text=entry.text, **derived, weight=entry.weight, applies_to=entry.applies_to,
+        tags=entry.tags or (("trait",) if is_trait else ()), examples=tuple(map(_example, entry.examples)),
+        trait=is_trait, location=location,
+    )  # fmt: skip
 
 
 def _example(entry: ExampleEntry) -> Example:

@@ -21,10 +21,8 @@ def _slug(value: str) -> str:
     if not _SLUG.match(value) or len(value) > 64:
         slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:64]
         hint = f"; did you mean {slug!r}?" if _SLUG.match(slug) else ""
-        raise ValueError(
-            f"found {describe(value)}, expected up to 64 lower-case letters, digits and single '-' or '_' "
-            f"between them{hint}"
-        )
+        expected = "up to 64 lower-case letters, digits and single '-' or '_' between them"
+        raise ValueError(f"found {describe(value)}, expected {expected}{hint}")
     return value
 
 

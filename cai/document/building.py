@@ -1,8 +1,8 @@
 """Builds a document's nodes from the YAML parser's events: plain data, each value with its line and column.
 
-`yaml.compose` does not fit: it gives an alias the position of its anchor, and it recurses as deep as the file nests.
-Scalars follow YAML 1.2: `on` and `no` are text, `2e-4` is a number. Left out on purpose: tags, merge keys, several
-documents in one file, dates.
+`yaml.compose` does not fit: it gives an alias the position of its anchor, and its unbounded recursion overflows the C
+stack where a file nests deeply. Scalars follow YAML 1.2: `on` and `no` are text, `2e-4` is a number. Left out on
+purpose: tags, merge keys, several documents in one file, dates.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 
@@ -26,11 +26,7 @@ MAX_CHARACTERS = 10_000_000
 MAX_DEPTH = 60
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_TAGS = {
-    yaml.ScalarEvent: "tag:yaml.org,2002:str",
-    yaml.SequenceStartEvent: "tag:yaml.org,2002:seq",
-    yaml.MappingStartEvent: "tag:yaml.org,2002:map",
-}
+_TAGS = {yaml.ScalarEvent: "str", yaml.SequenceStartEvent: "seq", yaml.MappingStartEvent: "map"}
 """The only tag that a value of each kind may have, which changes nothing."""
 _INT = re.compile(r"[-+]?[0-9]{1,300}\Z")
 _BASED = re.compile(r"0o[0-7]{1,300}\Z|0x[0-9a-fA-F]{1,300}\Z")
@@ -106,7 +102,7 @@ class _Builder:
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
         self.lines = text.splitlines()
-        self.events: Iterator[yaml.Event] = yaml.parse(text, Loader=_LOADER)
+        self.events: Iterator[Any] = yaml.parse(text, Loader=_LOADER)
         self.anchors: dict[str, Node | None] = {}
         """The node of each anchor; None while its value is still being built."""
         self.n_values = self.n_characters = 0
@@ -123,16 +119,19 @@ class _Builder:
         except yaml.YAMLError as error:
             raise self._syntax_error(error) from None
         if root is None:
-            raise self._error_at(Position(1, 1), "found an empty document, expected a mapping of keys to values")
+            raise self._error(Position(1, 1), "found an empty document, expected a mapping of keys to values")
         return root
 
-    def _node(self, event: yaml.Event, depth: int, key_position: Position | None = None) -> Node:
+    def _node(self, event: Any, depth: int, key_position: Position | None = None) -> Node:
         """The node that `event` begins, inside of `depth` lists and mappings."""
         if isinstance(event, yaml.AliasEvent):
-            return self._copied(self._anchored(event), event, depth, position=_position(event))
-        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+            if event.anchor not in self.anchors:
+                raise self._error(event, "found an alias to an anchor that does not exist, expected the text itself")
+            if (node := self.anchors[event.anchor]) is None:
+                message = f"found the alias *{event.anchor} inside of what it stands for, expected an end"
+                raise self._error(event, message)
+            return self._copied(node, event, depth, _position(event))
         self._check_tag(event)
-        anchor = event.anchor
         if isinstance(event, yaml.ScalarEvent):
             value = self._scalar(event)
             self._count(event, 1, len(event.value))
@@ -140,95 +139,74 @@ class _Builder:
             is_absent = value is None and not event.value
             node = Node(value, key_position if is_absent and key_position else _position(event))
         else:
-            if anchor:
-                self.anchors[anchor] = None
+            self.anchors[event.anchor] = None
             node = self._collection(event, depth + 1)
-        if anchor:
-            self.anchors[anchor] = node
+        self.anchors[event.anchor] = node
         return node
 
-    def _collection(self, start: yaml.Event, depth: int) -> Node:
+    def _collection(self, start: Any, depth: int) -> Node:
         self._check_depth(start, depth)
         self._count(start, 1, 0)
         children: dict[Key, Node] = {}
         keys: dict[str, Position] = {}
+        is_list = isinstance(start, yaml.SequenceStartEvent)
         for event in self.events:
             if isinstance(event, yaml.CollectionEndEvent):
                 break
-            if isinstance(start, yaml.SequenceStartEvent):
+            if is_list:
                 children[len(children)] = self._node(event, depth)
             else:
                 key = self._key(event, keys)
                 keys[key] = _position(event)
                 children[key] = self._node(next(self.events), depth, keys[key])
-        like: Plain = [] if isinstance(start, yaml.SequenceStartEvent) else {}
-        return Node(value_of(like, children), _position(start), children, keys)
+        return Node(value_of([] if is_list else {}, children), _position(start), children, keys)
 
-    def _key(self, event: yaml.Event, keys: dict[str, Position]) -> str:
-        if isinstance(event, yaml.AliasEvent):
-            self._anchored(event)
-            raise self._error(event, "found an alias as a key, expected text")
-        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
-        self._check_tag(event)
+    def _key(self, event: Any, keys: dict[str, Position]) -> str:
         if not isinstance(event, yaml.ScalarEvent):
-            kind = "mapping" if isinstance(event, yaml.MappingStartEvent) else "list"
-            raise self._error(event, f"found a {kind} as a key, expected text")
+            kinds = {yaml.AliasEvent: "an alias", yaml.MappingStartEvent: "a mapping"}
+            raise self._error(event, f"found {kinds.get(type(event), 'a list')} as a key, expected text")
+        self._check_tag(event)
         key = self._scalar(event)
         if not isinstance(key, str):
             raise self._error(event, f"found {describe(key)} as a key, expected text; put it in quotes")
         if key == "<<" and not event.style:
             raise self._error(event, "found the merge key '<<', expected the keys themselves")
         if key in keys:
-            message = (
-                f"found the key {shorten(key, 60)!r} a second time, expected it once; it stands at {keys[key]} already"
-            )
-            raise self._error(event, message)
+            repeated = f"found the key {shorten(key, 60)!r} a second time, expected it once"
+            raise self._error(event, f"{repeated}; it stands at {keys[key]} already")
         self._count(event, 0, len(key))
         return key
 
-    def _scalar(self, event: yaml.ScalarEvent) -> bool | int | float | str | None:
+    def _scalar(self, event: Any) -> bool | int | float | str | None:
         if event.style or event.tag:
             return str(event.value)
-        assert event.end_mark is not None
         # Text on several lines must not swallow a line that its author indented with a tab.
         for index in range(_position(event).line, min(event.end_mark.line + 1, len(self.lines))):
             if tab := _tab(self.lines[index]):
-                raise self._error_at(Position(index + 1, tab[1]), "found a tab in the indentation, expected spaces")
+                raise self._error(Position(index + 1, tab[1]), "found a tab in the indentation, expected spaces")
         return resolve_scalar(event.value)
 
-    def _anchored(self, alias: yaml.AliasEvent) -> Node:
-        if alias.anchor not in self.anchors:
-            raise self._error(alias, "found an alias to an anchor that does not exist, expected the text itself")
-        node = self.anchors[alias.anchor]
-        if node is None:
-            raise self._error(alias, f"found the alias *{alias.anchor} inside of what it stands for, expected an end")
-        return node
-
-    def _copied(self, node: Node, alias: yaml.Event, depth: int, position: Position) -> Node:
+    def _copied(self, node: Node, alias: Any, depth: int, position: Position) -> Node:
         """A copy of `node` for `alias`, so that changing the value in one place leaves the other place alone."""
         if isinstance(node.value, list | dict):
             self._check_depth(alias, depth + 1)
-        n_characters = len(node.value) if isinstance(node.value, str) else sum(map(len, node.keys))
-        self._count(alias, 1, n_characters)
+        self._count(alias, 1, len(node.value) if isinstance(node.value, str) else sum(map(len, node.keys)))
         children = {key: self._copied(child, alias, depth + 1, child.position) for key, child in node.children.items()}
         return Node(value_of(node.value, children), position, children, node.keys)
 
-    def _count(self, event: yaml.Event, n_values: int, n_characters: int) -> None:
+    def _count(self, event: Any, n_values: int, n_characters: int) -> None:
         self.n_values += n_values
         self.n_characters += n_characters
         if self.n_values > MAX_VALUES or self.n_characters > MAX_CHARACTERS:
-            raise self._error(
-                event,
-                f"found more than {MAX_VALUES:,} values or {MAX_CHARACTERS:,} characters with "
-                "aliases expanded, expected a document that a person wrote",
-            )
+            limits = f"{MAX_VALUES:,} values or {MAX_CHARACTERS:,} characters with aliases expanded"
+            raise self._error(event, f"found more than {limits}, expected a document that a person wrote")
 
-    def _check_depth(self, event: yaml.Event, depth: int) -> None:
+    def _check_depth(self, event: Any, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise self._error(event, f"found more than {MAX_DEPTH} levels, expected a document that a person wrote")
 
-    def _check_tag(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
-        if event.tag and event.tag not in {_TAGS[type(event)], "!"}:
+    def _check_tag(self, event: Any) -> None:
+        if event.tag and event.tag not in {f"tag:yaml.org,2002:{_TAGS[type(event)]}", "!"}:
             name = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise self._error(event, f"found the tag {shorten(name, 60)!r}, expected plain YAML without tags")
 
@@ -236,27 +214,24 @@ class _Builder:
         mark = getattr(error, "problem_mark", None)
         problem = str(getattr(error, "problem", None) or error)
         if mark is None:
-            return self._error_at(Position(1, 1), f"found {problem}, expected YAML")
+            return self._error(Position(1, 1), f"found {problem}, expected YAML")
         tab = _tab(self.lines[mark.line]) if mark.line < len(self.lines) else None
         if tab and mark.column <= tab[0]:
-            return self._error_at(Position(mark.line + 1, tab[1]), "found a tab in the indentation, expected spaces")
+            return self._error(Position(mark.line + 1, tab[1]), "found a tab in the indentation, expected spaces")
         hints = (hint for beginning, hint in _HINTS.items() if problem.startswith(beginning))
         message = next(hints, f"{problem}: expected YAML")
         context = getattr(error, "context_mark", None)
         if context is not None and context.line != mark.line:
             message += f"; what is wrong may begin at {context.line + 1}:{context.column + 1}"
-        return self._error_at(Position(mark.line + 1, mark.column + 1), message)
+        return self._error(Position(mark.line + 1, mark.column + 1), message)
 
-    def _error(self, event: yaml.Event, message: str) -> BadInput:
-        return self._error_at(_position(event), message)
-
-    def _error_at(self, position: Position, message: str) -> BadInput:
+    def _error(self, place: Any, message: str) -> BadInput:
+        """The error at a position, or at the beginning of an event."""
+        position = place if isinstance(place, Position) else _position(place)
         return BadInput(printable(f"{self.path}:{position}: {message}"))
 
 
-def _position(event: yaml.Event) -> Position:
-    """The position of the event's first character."""
-    assert event.start_mark is not None
+def _position(event: Any) -> Position:
     return Position(event.start_mark.line + 1, event.start_mark.column + 1)
 
 

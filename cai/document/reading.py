@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cai.document.building import Node, Plain, Position, build_nodes, value_of
+from cai.document.building import Node, Plain, Position, build_nodes, resolve_scalar, value_of
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import Key, describe, dotted, printable
 
@@ -101,12 +101,40 @@ def parse_document(text: str, path: Path) -> Document:
 
 
 def error_at(document: Document, keys: tuple[Key, ...], message: str, *, key: bool = False) -> BadInput:
-    """The error to raise for a problem at `keys`: `file:line:column: path.to.key: message`.
-
-    `key=True` points at the key rather than at its value.
-    """
+    """The error for a problem at `keys`, or with `key` at the key: `file:line:column: path.to.key: message`."""
     path = f"{dotted(keys)}: " if keys else ""
     return BadInput(printable(f"{document.location(keys, key=key)}: {path}{message}"))
+
+
+def override_value(document: Document, override: str) -> Document:
+    """The document with `a.b.c=value` set. Stages are named by their id; the value is read as YAML."""
+    source = f"--set {override}"
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise BadInput(printable(f"{source}: expected key=value, as in --set stages.policy.train.beta=0.2"))
+    keys: tuple[Key, ...] = ()
+    for step in path.split("."):
+        keys = (*keys, _resolve_step(document.node(keys), step, keys, source))
+    # Lists, mappings and quoted text need the parser; all other text is one plain scalar, even with ': ' in it.
+    needs_parser = text.startswith(("[", "{", '"', "'"))
+    value = parse_document(f"value: {text}", Path(source)).value["value"] if needs_parser else resolve_scalar(text)
+    return document.with_value(keys, value, source)
+
+
+def _resolve_step(node: Node, step: str, keys: tuple[Key, ...], source: str) -> Key:
+    """The key that one step of an override's path means in `node`: a mapping's key, a list's index, or a stage's id."""
+    if not isinstance(node.value, list):
+        return step
+    if keys == ("stages",):
+        ids = [stage.get("id") if isinstance(stage, dict) else None for stage in node.value]
+        if step in ids:
+            return ids.index(step)
+        stage_ids = [stage_id for stage_id in ids if isinstance(stage_id, str)]
+        message = f"{source}: no stage {step!r}, expected one of {', '.join(stage_ids)}{did_you_mean(step, stage_ids)}"
+        raise BadInput(printable(message))
+    if not re.fullmatch(r"[0-9]{1,6}", step) or int(step) >= len(node.value):
+        raise BadInput(printable(f"{source}: found {step!r}, expected an index below {len(node.value)}"))
+    return int(step)
 
 
 def _error(path: Path, position: Position, message: str) -> BadInput:

@@ -47,10 +47,7 @@ def copy_starter(folder: Path) -> list[Path]:
 
 
 def find_file(name: str, folder: str, kind: str) -> Path:
-    """The file `name`, or the file of that name in a shipped folder; messages call it a `kind`.
-
-    Raises BadInput, with the shipped names, where there is neither.
-    """
+    """The file `name`, or the shipped one; messages call it a `kind`. Raises BadInput where there is neither."""
     path = Path(name)
     if path.is_file():
         return path

@@ -20,21 +20,13 @@ from cai.text.formatting import Key, describe, shorten
 
 _EXPECTED = {
     "string_type": "text",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
     "finite_number": "a finite number",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "mapping_type": "a mapping",
     "none_required": "nothing",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "mapping_type"), "a mapping"),
 }
 _BOUNDS = {
     "greater_than": ("above", "gt"),
@@ -42,12 +34,9 @@ _BOUNDS = {
     "less_than": ("below", "lt"),
     "less_than_equal": ("of at most", "le"),
 }
-_HINTS = {
-    ("bool_type", str): "; in YAML only true and false are read as such",
-    ("bool_parsing", str): "; in YAML only true and false are read as such",
-    ("string_type", bool): "; put it in quotes if it is text",
-    ("string_type", int): "; put it in quotes if it is text",
-    ("string_type", float): "; put it in quotes if it is text",
+_HINTS: dict[tuple[str, type], str] = {
+    **dict.fromkeys((("bool_type", str), ("bool_parsing", str)), "; in YAML only true and false are read as such"),
+    **dict.fromkeys((("string_type", type_) for type_ in (bool, int, float)), "; put it in quotes if it is text"),
     ("string_type", dict): "; text that contains ': ' is put in quotes or stands below '>-'",
 }
 
@@ -79,10 +68,8 @@ def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], err
         if _is_missing(errors) or not any(keys == deeper[: len(keys)] and keys != deeper for deeper in problems)
     }
     unknown = {keys[:-1] for keys, errors in deepest.items() if errors[0]["type"] == "extra_forbidden"}
-    without_misspelt = {
-        keys: errors for keys, errors in deepest.items() if not (_is_missing(errors) and keys in unknown)
-    }
-    problems = without_misspelt or problems
+    plausible = {keys: errors for keys, errors in deepest.items() if not (_is_missing(errors) and keys in unknown)}
+    problems = plausible or problems
     keys = min(problems, key=document.key_position)
     sentence = _sentence(model, keys[len(at) :], problems[keys])
     if n_later := len(problems) - 1:

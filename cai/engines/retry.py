@@ -6,7 +6,7 @@ over-long prompt fails again at once. Reasoning without a response after it is a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -35,7 +35,6 @@ def generate_all(
 
 
 def _check(result: Completion | Failure, fail_if_cut_off: bool) -> Completion | Failure:
-    """The result, or a failure if it is no complete response."""
     if isinstance(result, Failure):
         return result
     if fail_if_cut_off and result.finish_reason == "length":
@@ -56,8 +55,5 @@ def choose_all(engine: Engine, questions: Sequence[Question], retries: int) -> d
     return results
 
 
-def _unanswered(
-    items: Sequence[Item], results: dict[str, Completion | Failure] | dict[str, Choice | Failure]
-) -> list[Item]:
-    """The items without a result and those that failed, in order."""
+def _unanswered(items: Sequence[Item], results: Mapping[str, object]) -> list[Item]:
     return [item for item in items if isinstance(results.get(item.id, Failure(item.id, "")), Failure)]

@@ -25,17 +25,8 @@ from typing import Any, Literal, NamedTuple, Self
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
 from cai.contracts.profile import Server
-from cai.engines.server_answers import (
-    CompletionAnswer,
-    Generated,
-    ModelList,
-    OptionMatcher,
-    is_option,
-    next_tokens,
-    read_options,
-    read_text,
-    sampled_log_probs,
-)
+from cai.engines import server_answers
+from cai.engines.server_answers import CompletionAnswer, Generated, ModelList, OptionMatcher
 from cai.engines.server_connection import Connection, RequestFailed
 from cai.models.chat import Chat
 from cai.storage.rows import Failure, Message
@@ -82,8 +73,7 @@ class ServerEngine:
     """One model at a server. Nothing is sent before it is first used."""
 
     def __init__(self, model: Model, server: Server) -> None:
-        self.model = model
-        self.server = server
+        self.model, self.server = model, server
         self.name = server.called(model.name)
         self._open_connection: Connection | None = None
         self._n_unanswered = 0
@@ -124,9 +114,8 @@ class ServerEngine:
                 f"`chat_template:` cannot reach model {self.name!r}"
             )
         else:
-            warning = (
-                f"{self._connection} takes no token ids: it renders conversations for {self.name!r} in its own way"
-            )
+            server = self._connection
+            warning = f"{server} takes no token ids: it renders conversations for {self.name!r} in its own way"
         warnings.warn(warning, stacklevel=2)
         return capabilities
 
@@ -139,9 +128,8 @@ class ServerEngine:
         if not requests:
             return
         if not self.capabilities.takes_extensions and any(request.sampling.top_k for request in requests):
-            raise BadInput(
-                f"{self._connection} takes no `top_k`, which OpenAI's interface does not have: leave it at 0"
-            )
+            server = self._connection
+            raise BadInput(f"{server} takes no `top_k`, which OpenAI's interface does not have: leave it at 0")
         calls = []
         for request in requests:
             try:
@@ -151,10 +139,7 @@ class ServerEngine:
         yield from self._connection.run_all(calls)
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
-        """The options' log-probabilities, or a failure, for each question, as they come in.
-
-        Raises like `generate`, and BadInput where the server gives no log-probabilities.
-        """
+        """The options' log-probabilities, or a failure, for each question. Raises BadInput if the server gives none."""
         if not questions:
             return
         list_length = self.capabilities.list_length
@@ -185,20 +170,15 @@ class ServerEngine:
             return Failure(request.id, error.reason)
         generated = answer.choices[0]
         if generated.finish_reason not in ("stop", "length"):
-            reason = self._connection.clean(str(generated.finish_reason))
-            return Failure(request.id, f"{self._connection} ended it: {reason}")
-        ids, log_probs = generated.token_ids or [], sampled_log_probs(generated)
-        text = self.chat.text(ids, stop=stop) if self.chat and ids else read_text(generated, stop)
-        return Completion(
-            request.id,
-            text.text,
-            ids,
-            log_probs if len(log_probs) == len(ids) else [],
-            "stop" if generated.finish_reason == "stop" else "length",
-            list(prompt.get("prompt", [])),
-            text.reasoning,
-            (answer.usage and answer.usage.completion_tokens) or 0,
-        )
+            ending = self._connection.clean(str(generated.finish_reason))
+            return Failure(request.id, f"{self._connection} ended it: {ending}")
+        ids, log_probs = generated.token_ids or [], server_answers.sampled_log_probs(generated)
+        text = self.chat.text(ids, stop=stop) if self.chat and ids else server_answers.read_text(generated, stop)
+        if len(log_probs) != len(ids):
+            log_probs = []
+        prompt_ids, n_tokens = list(prompt.get("prompt", [])), (answer.usage and answer.usage.completion_tokens) or 0
+        reason: Literal["stop", "length"] = "stop" if generated.finish_reason == "stop" else "length"
+        return Completion(request.id, text.text, ids, log_probs, reason, prompt_ids, text.reasoning, n_tokens)
 
     async def _answer(
         self, question: Question, body: Mapping[str, Any], matchers: Sequence[OptionMatcher]
@@ -207,7 +187,7 @@ class ServerEngine:
             answer = await self._post(body)
         except RequestFailed as error:
             return Failure(question.id, error.reason)
-        return read_options(question, next_tokens(answer.choices[0]), matchers)
+        return server_answers.read_options(question, server_answers.next_tokens(answer.choices[0]), matchers)
 
     def _prompt_fields(self, messages: Sequence[Message]) -> Prompt:
         """The conversation as the server takes it. Raises BadInput where the model's template refuses it."""
@@ -218,25 +198,18 @@ class ServerEngine:
         return {"messages": self.chat.escape_messages(messages)}
 
     def _question_fields(self, question: Question) -> _QuestionFields:
-        """Raises as `_prompt_fields`."""
         if self.chat and self.capabilities.path == "/completions":
             prompt, ids = self.chat.question(question.messages, question.options)
             settings = _option_id_fields(ids) if self.capabilities.takes_option_ids else {}
             return _QuestionFields({"prompt": prompt}, settings, [self._spellings(id).__contains__ for id in ids])
         can_think = self.capabilities.takes_extensions and (self.chat is None or self.chat.thinks)
         settings = {"chat_template_kwargs": {"enable_thinking": False}} if can_think else {}
-        matchers = [functools.partial(is_option, option) for option in question.options]
+        matchers = [functools.partial(server_answers.is_option, option) for option in question.options]
         return _QuestionFields(self._prompt_fields(question.messages), settings, matchers)
 
     def _body(
-        self,
-        capabilities: Capabilities,
-        prompt: Prompt,
-        sampling: Sampling,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        self, capabilities: Capabilities, prompt: Prompt, sampling: Sampling, seed: int = 0, stop: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """The body of a request to a server with these capabilities."""
         body: dict[str, Any] = {
             "model": self.name,
             capabilities.limit_field: sampling.max_new_tokens,
@@ -325,7 +298,7 @@ class ServerEngine:
 
         async def try_settings(candidate: Capabilities, settings: Mapping[str, object]) -> Generated | None:
             try:
-                return (await self._probe(candidate, prompt, settings, retries=1)).choices[0]
+                return (await self._probe(candidate, prompt, retries=1, **settings)).choices[0]
             except RequestFailed:
                 return None
 
@@ -336,18 +309,14 @@ class ServerEngine:
             for by_id in (True, False) if may_take_option_ids else (False,):
                 settings = _list_fields(list_length, prompt) | (_option_id_fields([0, 1]) if by_id else {})
                 if generated := await try_settings(capabilities, settings):
-                    length = list_length if next_tokens(generated).log_probs else 0
+                    length = list_length if server_answers.next_tokens(generated).log_probs else 0
                     return replace(capabilities, takes_option_ids=by_id, list_length=length)
         return capabilities
 
     async def _probe(
-        self,
-        capabilities: Capabilities,
-        prompt: Prompt,
-        settings: Mapping[str, object] | None = None,
-        retries: int | None = None,
+        self, capabilities: Capabilities, prompt: Prompt, retries: int | None = None, **settings: object
     ) -> CompletionAnswer:
-        body = self._body(capabilities, prompt, Sampling(1)) | dict(settings or {})
+        body = self._body(capabilities, prompt, Sampling(1)) | settings
         return await self._connection.request("post", capabilities.path, CompletionAnswer, body, retries)
 
 

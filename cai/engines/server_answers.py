@@ -32,11 +32,7 @@ class ModelList(BaseModel):
 
 
 class _FiniteNumbers(BaseModel):
-    """Python reads NaN and Infinity in JSON, which has neither.
-
-    NaN comes from a model whose numbers overflowed. -Infinity comes from a truncated distribution, which is not the one
-    that was asked for: vLLM and OpenAI give an impossible token -9999.
-    """
+    """Refuses NaN (the model overflowed) and -Infinity (a truncated distribution), which Python reads in JSON."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 

@@ -176,9 +176,8 @@ class Connection:
 
     def _whose_key(self) -> str:
         name = self.server.api_key_env
-        return (
-            f"the key in ${name}" if os.environ.get(name, "").strip() else f"to answer without a key (${name} is unset)"
-        )
+        has_key = os.environ.get(name, "").strip()
+        return f"the key in ${name}" if has_key else f"to answer without a key (${name} is unset)"
 
     def _error_message(self, error: openai.APIStatusError) -> str:
         """The message in an error's body, or the body."""

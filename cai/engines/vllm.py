@@ -25,19 +25,20 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from cai.contracts.engine import Choice, Completion, Question, Request
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
-from cai.models.reference import ADAPTER, base_of, fetch, read_model_json
+from cai.models.reference import ADAPTER, base_of, fetch, read_json_object, read_model_json
 from cai.storage.rows import Failure
 from cai.text.errors import BadInput, CaiError, StageFailed
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 Line = dict[str, Any]
+Results: TypeAlias = "queue.SimpleQueue[tuple[Worker, Line | None]]"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes as the highest rank of an adapter."""
 _REMOVED_VARIABLES = (
@@ -50,15 +51,10 @@ _GRACE_SECONDS = 20.0
 
 
 class VllmEngine:
-    """One model, in as many processes as the profile's `vllm: {data_parallel: …}` says.
-
-    With `dummy_weights`, vLLM starts without reading weights, until `reload` reads those in the model's folder.
-    """
+    """One model in `vllm: {data_parallel: …}` processes. With `dummy_weights` no weights are read until `reload`."""
 
     def __init__(self, model: Model, profile: Profile, *, dummy_weights: bool = False) -> None:
-        self.model = model
-        self.profile = profile
-        self.dummy_weights = dummy_weights
+        self.model, self.profile, self.dummy_weights = model, profile, dummy_weights
         self._resources = contextlib.ExitStack()
         self._n_sent = 0
 
@@ -92,17 +88,13 @@ class VllmEngine:
                 continue
             stop = [*chat.stop, *sampling.stop]
             settings: Line = {
-                "max_tokens": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
+                "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
+                "top_p": sampling.top_p, "top_k": sampling.top_k,
                 "logprobs": 0,  # of the sampled token alone
-                "ignore_eos": True,  # `stop_token_ids` end a turn
-                "stop_token_ids": sorted(chat.end_ids),
+                "ignore_eos": True, "stop_token_ids": sorted(chat.end_ids),
                 "logit_bias": {token: -float("inf") for token in self._banned_ids},
-                "stop": stop,
-                "detokenize": bool(stop),
-            }
+                "stop": stop, "detokenize": bool(stop),
+            }  # fmt: skip
             if sampling.temperature:
                 settings["seed"] = request.seed
             lines.append({"prompt": prompt, "sampling": settings})
@@ -147,10 +139,8 @@ class VllmEngine:
         """Raises BadInput for a prompt that does not fit the model's context with `n_new` more tokens."""
         limits = [limit for limit in (self.chat.context_length, self.profile.vllm.max_model_len) if limit is not None]
         if limits and len(prompt) + n_new > min(limits):
-            raise BadInput(
-                f"the prompt has {len(prompt)} tokens and {n_new} more are wanted, but {self.model.name!r} takes "
-                f"{min(limits)} in all"
-            )
+            lengths = f"the prompt has {len(prompt)} tokens and {n_new} more are wanted"
+            raise BadInput(f"{lengths}, but {self.model.name!r} takes {min(limits)} in all")
 
     @functools.cached_property
     def _banned_ids(self) -> list[int]:
@@ -174,10 +164,7 @@ class VllmEngine:
         yield from self._receive(pending)
 
     def reload(self) -> None:
-        """Reads the weights in the model's folder again; vLLM forgets the keys and values of the old ones.
-
-        Raises StageFailed where vLLM fails.
-        """
+        """Reads the weights in the folder again and forgets old keys and values. Raises StageFailed if vLLM fails."""
         pending = {f"{self._n_sent + number}": number for number in range(len(self._workers))}
         self._n_sent += len(pending)
         for id, worker in zip(pending, self._workers, strict=True):
@@ -195,7 +182,7 @@ class VllmEngine:
                 yield index, answer
 
     @functools.cached_property
-    def _results(self) -> queue.SimpleQueue[tuple[Worker, Line | None]]:
+    def _results(self) -> Results:
         return queue.SimpleQueue()
 
     @functools.cached_property
@@ -211,10 +198,8 @@ class VllmEngine:
             if answer is None or "error" in answer:
                 raise worker.failure(answer, "before its model was loaded")
             if self.profile.device != "auto" and answer["ready"] != self.profile.device:
-                raise BadInput(
-                    f"the profile says `device: {self.profile.device}`, but the vLLM of {worker.python} runs on "
-                    f"{answer['ready']}"
-                )
+                runs_on = f"the vLLM of {worker.python} runs on {answer['ready']}"
+                raise BadInput(f"the profile says `device: {self.profile.device}`, but {runs_on}")
         return workers
 
     def _first_line(self) -> Line:
@@ -238,7 +223,7 @@ class VllmEngine:
         else:
             arguments["kv_cache_memory_bytes"] = options.cpu_cache_gib << 30
         if adapter is not None:
-            rank = int(_adapter_config(adapter)["r"])
+            rank = int(read_json_object(adapter / ADAPTER)["r"])
             arguments |= {"enable_lora": True, "max_lora_rank": next(limit for limit in _LORA_RANKS if limit >= rank)}
         return {"arguments": arguments | options.extra, "adapter": adapter and str(adapter)}
 
@@ -247,7 +232,7 @@ class VllmEngine:
         folder, base = fetch(self.model), base_of(self.model)
         if base is None:
             return folder, None
-        if base_of(base) is None and _is_supported(_adapter_config(folder)):
+        if base_of(base) is None and _is_supported(read_json_object(folder / ADAPTER)):
             return fetch(base), folder
         merged = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="cai-merged-")))
         load_causal_lm(self.model, self.profile.dtype).save_pretrained(merged)
@@ -258,25 +243,15 @@ class VllmEngine:
 class Worker:
     """One process. Its answers go to `results`; None follows when it has ended."""
 
-    def __init__(
-        self,
-        python: Path,
-        environment: Mapping[str, str],
-        first_line: Line,
-        results: queue.SimpleQueue[tuple[Worker, Line | None]],
-    ) -> None:
+    def __init__(self, python: Path, environment: Mapping[str, str], first_line: Line, results: Results) -> None:
         self.python = python
         handle, name = tempfile.mkstemp(prefix="cai-vllm-", suffix=".log")
         self.log = Path(name)
         self._has_failed = False
         try:
+            pipe, command = subprocess.PIPE, [str(python), str(WORKER)]
             self._process = subprocess.Popen(
-                [str(python), str(WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=handle,
-                env=environment,
-                start_new_session=True,
+                command, stdin=pipe, stdout=pipe, stderr=handle, env=environment, start_new_session=True
             )
         except OSError as error:
             self.log.unlink()
@@ -325,7 +300,7 @@ class Worker:
             )
         return StageFailed(f"vLLM failed {when}: {answer['error']}; see {self.log}")
 
-    def _read(self, results: queue.SimpleQueue[tuple[Worker, Line | None]]) -> None:
+    def _read(self, results: Results) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             try:
@@ -336,19 +311,13 @@ class Worker:
 
 
 def _refusal(answer: Line) -> str:
-    return (
-        f"vLLM refused it: {answer['refused']}"
-        if "refused" in answer
-        else f"vLLM ended it as {answer['finish_reason']}"
-    )
+    if "refused" in answer:
+        return f"vLLM refused it: {answer['refused']}"
+    return f"vLLM ended it as {answer['finish_reason']}"
 
 
 def _environments(profile: Profile) -> list[dict[str, str]]:
-    """The environment of each worker: nothing that leads to our packages or to the network, and GPUs of its own.
-
-    Of several training processes, each has a worker on the GPU that it trains on (tested on CPUs alone). Raises
-    BadInput where there are too few GPUs.
-    """
+    """The environment of each worker: nothing that leads to our packages or to the network, and GPUs of its own."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_REMOVED_VARIABLES)}
     common = inherited | {
         "PYTHONSAFEPATH": "1",  # else `import vllm` would import this file, which is in the worker's folder
@@ -364,6 +333,7 @@ def _environments(profile: Profile) -> list[dict[str, str]]:
     local_rank, n_ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if options.data_parallel == n_ranks == 1:
         return [common]
+    # Of several training processes, each has a worker on the GPU that it trains on (tested on CPUs alone).
     size, n_gpus = options.tensor_parallel, options.tensor_parallel * options.data_parallel
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [f"{n}" for n in range(local_rank + n_gpus)]
@@ -371,11 +341,6 @@ def _environments(profile: Profile) -> list[dict[str, str]]:
     if len(devices) < n_gpus:
         raise BadInput(f"the profile wants {n_gpus} GPUs for vLLM, but CUDA_VISIBLE_DEVICES names {visible}")
     return [common | {"CUDA_VISIBLE_DEVICES": ",".join(devices[n : n + size])} for n in range(0, n_gpus, size)]
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    return config
 
 
 def _is_supported(config: Mapping[str, Any]) -> bool:

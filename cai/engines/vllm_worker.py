@@ -95,15 +95,13 @@ def _step(engine: Any, outgoing: IO[str]) -> None:
     for result in engine.step():
         output = result.outputs[0]
         flat = output.logprobs  # None if it was aborted
-        _write(
-            outgoing,
-            {
-                "id": result.request_id,
-                "token_ids": list(output.token_ids),
-                "finish_reason": output.finish_reason,
-                "log_probs": [] if flat is None else list(zip(flat.token_ids, flat.logprobs, strict=True)),
-            },
-        )
+        answer = {
+            "id": result.request_id,
+            "token_ids": list(output.token_ids),
+            "finish_reason": output.finish_reason,
+            "log_probs": [] if flat is None else list(zip(flat.token_ids, flat.logprobs, strict=True)),
+        }
+        _write(outgoing, answer)
 
 
 def _reload(engine: Any) -> None:
@@ -119,11 +117,8 @@ def _reload(engine: Any) -> None:
 
 
 def _pack_head(model: Any) -> None:
-    """Renews the packed weight of a head that is tied to the embeddings.
-
-    On CPUs vLLM's layers multiply by packed copies of their weights. `reload_weights` repacks the layers whose weights
-    it finds in the file, and a tied head has none there.
-    """
+    """Renews the packed weight of a head that is tied to the embeddings, which `reload_weights` does not on CPUs."""
+    # It repacks the layers whose weights it finds in the file, and a tied head has none there.
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():

@@ -19,6 +19,7 @@ Left out: whether a principle is right (`cai constitution test` measures that), 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import log
 from typing import Any, TypedDict
@@ -99,21 +100,22 @@ def explain(votes: LabelledVotes, n_examples: int = 3) -> Explanation:
     weighted = np.where(counts, weights * np.abs(log_odds), 0.0)
     total_weighted = weighted.sum() if weighted.any() else 1.0
     correlation, n_common = correlations(log_odds)
+    # 1 where the judge wrote a alone, -1 where it wrote b alone.
+    own_side = np.array(
+        [(row["a"]["model"] == row["judge"]) - float(row["b"]["model"] == row["judge"]) for row in votes.rows]
+    )
     return {
         "name": votes.name,
         "pairs": len(votes.rows),
         "labelled": int((labels != 0).sum()),
-        "prefers_own": _prefers_own(votes, labels),
+        "prefers_own": clustered_rate(own_side * labels > 0, (own_side != 0) & (labels != 0), votes.topics),
         "principles": {
             id: _influence(votes, column, labels, float(weights[column]), weighted[:, column].sum() / total_weighted)
             for column, id in enumerate(principles)
         },
         "correlation": {
-            id: {
-                second_id: None if np.isnan(correlation[i, j]) else float(correlation[i, j])
-                for j, second_id in enumerate(principles)
-            }
-            for i, id in enumerate(principles)
+            id: {second: None if np.isnan(value) else value for second, value in zip(principles, row, strict=True)}
+            for id, row in zip(principles, correlation.tolist(), strict=True)
         },
         "redundant": _correlated(principles, correlation, n_common, lambda value: value >= REDUNDANT),
         "conflicting": _correlated(principles, correlation, n_common, lambda value: value <= CONFLICTING),
@@ -121,16 +123,7 @@ def explain(votes: LabelledVotes, n_examples: int = 3) -> Explanation:
     }
 
 
-def _prefers_own(votes: LabelledVotes, labels: Floats) -> RateFigure | None:
-    own_side = np.array(
-        [(row["a"]["model"] == row["judge"]) - float(row["b"]["model"] == row["judge"]) for row in votes.rows]
-    )
-    return clustered_rate(own_side * labels > 0, (own_side != 0) & (labels != 0), votes.topics)
-
-
-def _influence(
-    votes: LabelledVotes, column: int, labels: Floats, weight: float, share_of_say: float
-) -> PrincipleInfluence:
+def _influence(votes: LabelledVotes, column: int, labels: Floats, weight: float, say: float) -> PrincipleInfluence:
     ab, ba, log_odds = votes.ab[:, column], votes.ba[:, column], votes.log_odds[:, column]
     has_vote = ~np.isnan(log_odds)
     is_decided = has_vote & (np.abs(log_odds) >= DECIDED)
@@ -143,7 +136,7 @@ def _influence(
 
     return {
         "weight": weight,
-        "share_of_say": float(share_of_say),
+        "share_of_say": float(say),
         "pairs": int(has_vote.sum()),
         "decided": clustered_rate(is_decided, has_vote, votes.topics),
         "mean_strength": float(np.abs(log_odds[has_vote]).mean()) if has_vote.any() else None,
@@ -180,16 +173,11 @@ def _correlated(
     principles: Sequence[str], correlation: Floats, n_common: Floats, is_named: Callable[[float], bool]
 ) -> list[CorrelatedPrinciples]:
     """Every two principles whose correlation is to be named, the strongest first."""
-    correlated: list[CorrelatedPrinciples] = [
-        {
-            "principles": [principles[i], principles[j]],
-            "correlation": float(correlation[i, j]),
-            "pairs": int(n_common[i, j]),
-        }
-        for i in range(len(principles))
-        for j in range(i + 1, len(principles))
-        if n_common[i, j] >= MIN_COMMON_PAIRS and is_named(float(correlation[i, j]))
-    ]
+    correlated: list[CorrelatedPrinciples] = []
+    for i, j in itertools.combinations(range(len(principles)), 2):
+        value, n_pairs = float(correlation[i, j]), int(n_common[i, j])
+        if n_pairs >= MIN_COMMON_PAIRS and is_named(value):
+            correlated.append({"principles": [principles[i], principles[j]], "correlation": value, "pairs": n_pairs})
     return sorted(correlated, key=lambda entry: -abs(entry["correlation"]))
 
 
@@ -262,19 +250,21 @@ def explanation_lines(explanation: Explanation) -> Iterator[str]:
         for i, id in enumerate(ids)
     ]
     yield from table(["correlation", *(shorten(id, 12) for id in ids)], cells)
-    for words, correlated in (
-        ("say nearly the same", explanation["redundant"]),
-        ("contradict each other", explanation["conflicting"]),
-    ):
-        for entry in correlated:
-            names = " and ".join(entry["principles"])
-            yield printable(f"{names} {words}: {entry['correlation']:+.2f} over {entry['pairs']:,} pairs")
+    for remark, entry in correlation_remarks(explanation):
+        names = " and ".join(entry["principles"])
+        yield printable(f"{names} {remark}: {entry['correlation']:+.2f} over {entry['pairs']:,} pairs")
     for id, without in explanation["without"].items():
         for example in without["examples"]:
             yield ""
             change = f"a {example['p_a']:.2f} -> {example['p_a_without']:.2f}"
             yield printable(f"without {id}, pair {example['pair']}: {change}")
             yield from example_text_lines(example)
+
+
+def correlation_remarks(explanation: Explanation) -> Iterator[tuple[str, CorrelatedPrinciples]]:
+    """What is remarked on two principles, and the two."""
+    yield from (("say nearly the same", entry) for entry in explanation["redundant"])
+    yield from (("contradict each other", entry) for entry in explanation["conflicting"])
 
 
 def example_text_lines(example: Mapping[str, Any]) -> Iterator[str]:

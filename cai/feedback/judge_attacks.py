@@ -30,11 +30,11 @@ from cai.feedback.votes import (
     ORDERS,
     ResponsePair,
     is_empty,
+    judge_pairs,
     mean_log_odds,
     question_id,
-    to_questions,
     to_votes,
-)
+)  # fmt: skip
 from cai.maths.statistics import RateFigure, rate
 from cai.storage.rows import Failure, stable_seed
 from cai.templates import OPTIONS, TemplateSet
@@ -114,10 +114,8 @@ def attack(
     Raises StageFailed where no case has a verdict without an injection, or none has one with it.
     """
     progress.start(total=len(cases) * (1 + len(FAMILIES)), unit="verdicts")
-    questions = [question for case in cases for question in to_questions(case.pair, [case.principle], templates)]
-    answers = choose_all(engine, questions, retries=RETRIES)
+    votes = judge_pairs(engine, templates, [(case.pair, case.principle) for case in cases], RETRIES)
     progress.advance(len(cases))
-    votes = [to_votes(case.pair, [case.principle], answers, MIN_OPTION_PROBABILITY) for case in cases]
     log_odds = [mean_log_odds(case_votes) for case_votes, _ in votes]
     decided = [(case, before) for case, before in zip(cases, log_odds, strict=True) if before]
     n_failed = log_odds.count(None)

@@ -83,12 +83,10 @@ class FittedTemperature:
     brier_after_temperature: float | None
 
 
-def cross_validated_log_odds(
-    log_odds: Floats, truth: Floats, clusters: Sequence[str], n_folds: int = N_FOLDS
-) -> Floats:
+def cross_validated_log_odds(log_odds: Floats, truth: Floats, clusters: Sequence[str]) -> Floats:
     """Each pair's log-odds divided by the temperature fitted on the clusters of the other folds.
 
-    The fold of a cluster is its rank by hash modulo `n_folds`, so that no fold holds all clusters. All values are NaN
+    The fold of a cluster is its rank by hash modulo `N_FOLDS`, so that no fold holds all clusters. All values are NaN
     where there is only one cluster, since no other is left to fit on.
     """
     names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
@@ -98,7 +96,7 @@ def cross_validated_log_odds(
     by_hash = sorted(range(len(names)), key=lambda i: stable_seed("calibration", str(names[i])))
     rank = np.empty(len(names), dtype=np.int64)
     rank[by_hash] = np.arange(len(names))
-    fold = rank[cluster] % n_folds
+    fold = rank[cluster] % N_FOLDS
     for number in np.unique(fold):
         inside, outside = fold == number, fold != number
         scaled[inside] = log_odds[inside] / calibration.fit_temperature(log_odds[outside], truth[outside])

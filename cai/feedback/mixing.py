@@ -31,6 +31,9 @@ class LabelledPair(NamedTuple):
     """Identifies one of several labels of the same pair: the text that people chose, or the judge."""
 
 
+Pairs = Sequence[LabelledPair]
+
+
 def pair_of_vote(row: Mapping[str, Any]) -> LabelledPair:
     """The pair of a vote row."""
     key = _pair_key(row["prompt_id"], row["a"]["text"], row["b"]["text"])
@@ -43,9 +46,7 @@ def pair_of_preference(row: Preference) -> LabelledPair:
     return LabelledPair(_pair_key(row["prompt_id"], chosen, rejected), row["tags"], [chosen])
 
 
-def keep_by_tag(
-    ai_pairs: Sequence[LabelledPair], human_pairs: Sequence[LabelledPair], human_tags: Sequence[str]
-) -> tuple[Bools, Bools]:
+def keep_by_tag(ai_pairs: Pairs, human_pairs: Pairs, human_tags: Sequence[str]) -> tuple[Bools, Bools]:
     """Whether each of the judge's and of people's labels is kept: people's for pairs with one of the tags."""
     ai_has_tag, human_has_tag = (
         np.array([not set(human_tags).isdisjoint(pair.tags) for pair in pairs], dtype=bool)
@@ -54,9 +55,7 @@ def keep_by_tag(
     return ~ai_has_tag, human_has_tag
 
 
-def keep_by_share(
-    ai_pairs: Sequence[LabelledPair], human_pairs: Sequence[LabelledPair], human_share: float
-) -> tuple[Bools, Bools]:
+def keep_by_share(ai_pairs: Pairs, human_pairs: Pairs, human_share: float) -> tuple[Bools, Bools]:
     """Whether each of the judge's and of people's labels is kept: as many as possible with that share of people's.
 
     A pair with both labels keeps the label of the side that is short. Of A labels of the judge alone, H of people alone
@@ -80,9 +79,7 @@ def keep_by_share(
     return keep_ai, keep_human
 
 
-def _keep_by_hash(
-    pairs: Sequence[LabelledPair], takes_human_label: Mapping[str, bool], is_human: bool, n_kept: float
-) -> Bools:
+def _keep_by_hash(pairs: Pairs, takes_human_label: Mapping[str, bool], is_human: bool, n_kept: float) -> Bools:
     """Whether each pair is among the `n_kept` lowest hashes of the pairs whose label comes from this side."""
     candidates = [i for i, pair in enumerate(pairs) if takes_human_label.get(pair.key, is_human) == is_human]
     candidates.sort(key=lambda i: (_hash_rank("stays", pairs[i].key), _hash_rank("said", *pairs[i].label)))

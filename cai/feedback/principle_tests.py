@@ -17,8 +17,7 @@ import numpy as np
 
 from cai.constitution import Constitution, Example, Principle
 from cai.contracts.engine import Engine
-from cai.engines.retry import choose_all
-from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, to_questions, to_votes
+from cai.feedback.votes import ResponsePair, judge_pairs
 from cai.maths.calibration import calibration_error
 from cai.maths.statistics import rate, worst_case
 from cai.maths.vote_aggregation import mean_over_orders, sigmoid
@@ -78,15 +77,13 @@ class Outcome:
         return f"{self.principle}/{self.number}"
 
     @property
-    def mean_log_odds(self) -> float:
-        """Mean log-odds of both orders. Raises ValueError where there is no answer."""
-        if self.log_odds is None:
-            raise ValueError(f"{self.name} has no answer")
-        return mean_over_orders(*self.log_odds)
+    def mean_log_odds(self) -> float | None:
+        """Mean log-odds of both orders; None where there is no answer."""
+        return None if self.log_odds is None else mean_over_orders(*self.log_odds)
 
     @property
     def is_passed(self) -> bool:
-        return self.log_odds is not None and self.mean_log_odds > 0
+        return self.mean_log_odds is not None and self.mean_log_odds > 0
 
     @property
     def is_flipped(self) -> bool:
@@ -130,13 +127,9 @@ def run_examples(constitution: Constitution, engine: Engine, templates: Template
     examples = list(examples_of(constitution))
     if not examples:
         raise BadInput(printable(f"{constitution.path}: none of its principles has an example to test"))
-    questions = [
-        question for principle, _, _, pair in examples for question in to_questions(pair, [principle], templates)
-    ]
-    answers = choose_all(engine, questions, retries)
+    judged = judge_pairs(engine, templates, [(pair, principle) for principle, _, _, pair in examples], retries)
     outcomes = []
-    for principle, number, example, pair in examples:
-        votes, failures = to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY)
+    for (principle, number, example, _), (votes, failures) in zip(examples, judged, strict=True):
         by_order = {vote["order"]: vote["log_odds"] for vote in votes}
         log_odds = (by_order["ab"], by_order["ba"]) if votes else None
         reason = failures[0].reason if failures else ""
@@ -166,7 +159,7 @@ def example_figures(outcomes: Sequence[Outcome]) -> ConstitutionFigures:
 
 def example_calibration_error(outcomes: Sequence[Outcome]) -> float | None:
     """Expected calibration error over the examples that have an answer; None without any."""
-    log_odds = np.array([outcome.mean_log_odds for outcome in outcomes if outcome.log_odds is not None])
+    log_odds = np.array([outcome.mean_log_odds for outcome in outcomes if outcome.log_odds is not None], dtype=float)
     return calibration_error(log_odds, np.ones(len(log_odds))) if len(log_odds) else None
 
 

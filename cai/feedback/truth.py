@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,16 @@ class Truth(NamedTuple):
 
 def available_truths(rows: Sequence[Mapping[str, Any]]) -> dict[TruthKind, Truth]:
     """Every kind of truth that is known of at least one pair, people's first."""
-    return {truth.kind: truth for truth in (_human_truth(rows), _oracle_truth(rows)) if truth.is_decided.any()}
+    by_people = np.array([row.get("human", np.nan) for row in rows], dtype=float)
+    is_of_world = np.array([is_of_embedded_world(row["tags"]) for row in rows], dtype=bool)
+    by_oracle = np.full(len(rows), np.nan)
+    for i in np.flatnonzero(is_of_world).tolist():
+        by_oracle[i] = _oracle_p_a_better(rows[i])
+    truths = (
+        Truth("human", by_people, np.zeros(len(rows), dtype=bool)),
+        Truth("oracle", by_oracle, is_of_world & np.isnan(by_oracle)),
+    )
+    return {truth.kind: truth for truth in truths if truth.is_decided.any()}
 
 
 def choose_truth(rows: Sequence[Mapping[str, Any]], kind: TruthKind | None = None) -> Truth:
@@ -71,19 +80,6 @@ def is_of_embedded_world(tags: Sequence[str]) -> bool:
     return any(tag.startswith(TOPIC) for tag in tags)
 
 
-def _human_truth(rows: Sequence[Mapping[str, Any]]) -> Truth:
-    p_a_better = np.array([row.get("human", np.nan) for row in rows], dtype=float)
-    return Truth("human", p_a_better, np.zeros(len(rows), dtype=bool))
-
-
-def _oracle_truth(rows: Sequence[Mapping[str, Any]]) -> Truth:
-    is_of_world = np.array([is_of_embedded_world(row["tags"]) for row in rows], dtype=bool)
-    p_a_better = np.full(len(rows), np.nan)
-    for i in np.flatnonzero(is_of_world).tolist():
-        p_a_better[i] = _oracle_p_a_better(rows[i])
-    return Truth("oracle", p_a_better, is_of_world & np.isnan(p_a_better))
-
-
 def _oracle_p_a_better(row: Mapping[str, Any]) -> float:
     from cai.micro.oracle import gold_score
 
@@ -91,14 +87,8 @@ def _oracle_p_a_better(row: Mapping[str, Any]) -> float:
     return float("nan") if a is None or b is None else 0.5 * (1 + np.sign(a - b))
 
 
-class PairCounts(TypedDict):
-    """Pairs of all prompts, and of held-out ones."""
-
-    all: int
-    held_out: int
-
-
-FailedWithTruth = dict[TruthKind, PairCounts]
+FailedWithTruth = dict[TruthKind, dict[MeasuredOn, int]]
+"""Pairs of all prompts, and of held-out ones, by the kind of truth."""
 
 
 def count_failed_with_truth(failed_pairs: Sequence[Mapping[str, Any]]) -> FailedWithTruth:
@@ -115,12 +105,6 @@ def count_failed_with_truth(failed_pairs: Sequence[Mapping[str, Any]]) -> Failed
 
 def n_failed_pairs(judge_folders: Iterable[Path], kind: TruthKind, measured_on: MeasuredOn) -> int:
     """Pairs of finished judge stages without a vote whose truth of that kind could have been known."""
-    return sum(
-        failed[kind][measured_on] for folder in judge_folders for failed in _read_failed_with_truth(folder)
-    )  # fmt: skip
-
-
-def _read_failed_with_truth(folder: Path) -> list[FailedWithTruth]:
-    """What `count_failed_with_truth` gave for the stage in `folder`; empty without a stage's file."""
-    stage = read_json(folder / run_folder.STAGE) or {}
-    return [figures["failed_with_truth"] for figures in stage.get("figures", {}).get("votes", {}).values()]
+    stages = [read_json(folder / run_folder.STAGE) or {} for folder in judge_folders]
+    votes = [figures for stage in stages for figures in stage.get("figures", {}).get("votes", {}).values()]
+    return sum(figures["failed_with_truth"][kind][measured_on] for figures in votes)

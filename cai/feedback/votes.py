@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from cai.constitution import Principle
-from cai.contracts.engine import Choice, Question
+from cai.contracts.engine import Choice, Engine, Question
+from cai.engines.retry import choose_all
 from cai.maths.vote_aggregation import mean_over_orders
 from cai.storage.rows import Failure, Message, PrincipleVote
 from cai.templates import OPTIONS, TemplateSet
@@ -49,6 +50,15 @@ def to_questions(pair: ResponsePair, principles: Sequence[Principle], templates:
             yield Question(
                 question_id(pair, order, principle), templates.compare(pair.messages, first, second, principle), OPTIONS
             )
+
+
+def judge_pairs(
+    engine: Engine, templates: TemplateSet, cases: Sequence[tuple[ResponsePair, Principle]], retries: int
+) -> list[tuple[list[PrincipleVote], list[Failure]]]:
+    """The votes of each pair by its principle, and what failed, with a `MIN_OPTION_PROBABILITY`."""
+    questions = [question for pair, principle in cases for question in to_questions(pair, [principle], templates)]
+    answers = choose_all(engine, questions, retries)
+    return [to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY) for pair, principle in cases]
 
 
 def to_votes(

@@ -124,12 +124,6 @@ def _plain(text: str) -> str:
     return " ".join(text.translate(_APOSTROPHES).lower().split())
 
 
-def _end(pattern: re.Pattern[str], text: str) -> int:
-    """End of the pattern's match at the start of the text; 0 without a match."""
-    match = pattern.match(text)
-    return match.end() if match else 0
-
-
 def declines(text: str) -> bool:
     """Whether the speaker says at the start that they will not or cannot do what the user asks.
 
@@ -159,7 +153,8 @@ def opening_filler(text: str) -> bool:
     Matches fixed phrases only. "Sure, the shop is open" counts: its first word could be left out.
     """
     plain = _plain(text)
-    return _FILLER.match(plain, _end(_GREETING, plain)) is not None
+    greeting = _GREETING.match(plain)
+    return _FILLER.match(plain, greeting.end() if greeting else 0) is not None
 
 
 def apology(text: str) -> bool:

@@ -101,11 +101,8 @@ def reliability_bins(log_odds: Floats, truth: Floats, clusters: Sequence[str]) -
         rows = np.flatnonzero(bins == number)
         share = rate(correct[rows].tolist(), [clusters[row] for row in rows.tolist()])
         mean_confidence, share_correct = float(confidences[rows].mean()), float(correct[rows].mean())
-        reliability.append(
-            ReliabilityBin(
-                edges[number], edges[number + 1], len(rows), mean_confidence, share_correct, share.interval
-            )
-        )  # fmt: skip
+        low, high = edges[number : number + 2]
+        reliability.append(ReliabilityBin(low, high, len(rows), mean_confidence, share_correct, share.interval))
     return reliability
 
 
@@ -129,9 +126,7 @@ def fit_temperature(log_odds: Floats, truth: Floats) -> float:
         return float(np.mean(truth * np.logaddexp(0, -x) + (1 - truth) * np.logaddexp(0, x)))
 
     low, high = np.log(TEMPERATURE_BOUNDS)
-    best = minimize_scalar(
-        negative_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-4}
-    ).x  # fmt: skip
+    best = minimize_scalar(negative_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x
     return float(size * np.exp(best))
 
 

@@ -22,7 +22,6 @@ of its arguments, and the order of rows does not change a result, to the last bi
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ from scipy.special import stdtr, stdtrit
 from cai.maths.vote_aggregation import mean_over_orders
 
 Floats = NDArray[np.float64]
+Clusters = Sequence[str] | None
+"""The topic of each row; None makes each row its own cluster."""
 Verdict = Literal["a better", "b better", "not distinguishable"]
 
 
@@ -68,9 +69,7 @@ class Rate:
 
     def as_json(self) -> RateFigure:
         """The rate as JSON, the interval as [low, high]."""
-        figure: RateFigure = {
-            "value": self.value, "n": self.n, "topics": self.topics, "interval": list(self.interval)
-        }  # fmt: skip
+        figure: RateFigure = {"value": self.value, "n": self.n, "topics": self.topics, "interval": list(self.interval)}
         return {**figure, "missing": self.missing, "bounds": list(self.bounds)} if self.missing else figure
 
 
@@ -107,9 +106,7 @@ def worst_case(total: float, n: int, missing: int) -> tuple[float, float]:
     return (total / n_rows, (total + missing) / n_rows) if n_rows else (0.0, 1.0)
 
 
-def rate(
-    values: Sequence[float], clusters: Sequence[str] | None = None, *, missing: int = 0, level: float = 0.95
-) -> Rate:
+def rate(values: Sequence[float], clusters: Clusters = None, *, missing: int = 0, level: float = 0.95) -> Rate:
     """Mean of values in [0, 1] (yes or no, probabilities, or halves for ties), clustered by `clusters`.
 
     `clusters` names each row's topic; None makes each row its own cluster. One topic alone says nothing about others,
@@ -136,28 +133,22 @@ def distinct_share(texts: Sequence[str], clusters: Sequence[str], *, level: floa
         raise ValueError(f"one cluster a text: found {len(texts)} texts and {len(clusters)} clusters")
     if not texts:
         return Rate(None, 0, 0, (0.0, 1.0))
-    topic_sizes, topics_by_text = Counter(clusters), defaultdict[str, set[str]](set)
+    sizes, topics_by_text = Counter(clusters), defaultdict[str, set[str]](set)
     for text, topic in zip(texts, clusters, strict=True):
         topics_by_text[text].add(topic)
     n_exclusive = Counter(next(iter(topics)) for topics in topics_by_text.values() if len(topics) == 1)
-    n, n_topics, n_different = len(texts), len(topic_sizes), len(topics_by_text)
+    n, n_topics, n_different = len(texts), len(sizes), len(topics_by_text)
     share = n_different / n
     if n_topics < 2:
         return Rate(share, n, n_topics, (0.0, 1.0))
-    shares_without = np.array(
-        [(n_different - n_exclusive[topic]) / (n - topic_sizes[topic]) for topic in sorted(topic_sizes)]
-    )
+    shares_without = np.array([(n_different - n_exclusive[topic]) / (n - sizes[topic]) for topic in sorted(sizes)])
     variance = float((n_topics - 1) * shares_without.var())
     n_effective = min(share * (1 - share) / variance, float(n)) if variance > 0 and share < 1 else float(n_topics)
-    t = float(_t_quantile(level, n_topics))
-    shrinkage = 1 + t**2 / n_effective
-    centre = (share + t**2 / (2 * n_effective)) / shrinkage
-    half_width = t / shrinkage * math.sqrt(share * (1 - share) / n_effective + (t / (2 * n_effective)) ** 2)
-    high = 1.0 if share == 1 else min(max(centre + half_width, share), 1.0)
-    return Rate(share, n, n_topics, (max(min(centre - half_width, share), 0.0), high))
+    low, high = _wilson_interval(np.float64(share), n_effective, _t_quantile(level, n_topics))
+    return Rate(share, n, n_topics, (float(low), float(high)))
 
 
-def mean(values: Sequence[float], clusters: Sequence[str] | None = None, *, level: float = 0.95) -> Rate:
+def mean(values: Sequence[float], clusters: Clusters = None, *, level: float = 0.95) -> Rate:
     """Mean of values without bounds (a length in words): mean ± t * cluster-robust error, t with topics - 1 degrees.
 
     The standard error is sqrt(G / (G - 1) * sum r_g^2) / n, r_g the sum of a cluster's residuals (Liang and Zeger 1986;
@@ -167,12 +158,14 @@ def mean(values: Sequence[float], clusters: Sequence[str] | None = None, *, leve
     table = _Table.of(values, clusters)
     if table is None or table.topics < 2:
         raise ValueError("an interval of an unbounded mean needs rows of at least two clusters")
-    half_width = float(_t_quantile(level, table.topics)) * table.standard_error
+    residuals = table.sums - table.sizes * table.mean
+    standard_error = float(np.sqrt(table.topics / (table.topics - 1) * (residuals**2).sum()) / table.n)
+    half_width = float(_t_quantile(level, table.topics)) * standard_error
     return Rate(table.mean, table.n, table.topics, (table.mean - half_width, table.mean + half_width))
 
 
 def paired_difference(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence[str] | None = None, *, level: float = 0.95
+    a: Sequence[float], b: Sequence[float], clusters: Clusters = None, *, level: float = 0.95
 ) -> Difference:
     """a - b, row by row, for values in [0, 1] measured on the same prompts.
 
@@ -190,19 +183,11 @@ def paired_difference(
     low, high = score_interval(table.sums, table.squares, table.sizes, level=level)
     p_value = _score_p_value(table, 0.5)
     difference = 2 * table.mean - 1
-    return Difference(
-        difference,
-        table.n,
-        table.topics,
-        (float(2 * low - 1), float(2 * high - 1)),
-        p_value,
-        verdict(difference, p_value, level),
-    )
+    interval = (float(2 * low - 1), float(2 * high - 1))
+    return Difference(difference, table.n, table.topics, interval, p_value, verdict(difference, p_value, level))
 
 
-def win_rate(
-    outcomes: Sequence[float], clusters: Sequence[str] | None = None, *, missing: int = 0, level: float = 0.95
-) -> WinRate:
+def win_rate(outcomes: Sequence[float], clusters: Clusters = None, *, missing: int = 0, level: float = 0.95) -> WinRate:
     """Share of comparisons that a won, from outcomes 1 (a won), 0 (b won) and anything between (a tie, 1/2).
 
     Outcomes may be probabilities that a is better; their mean is then AlpacaEval 2's win rate.
@@ -253,8 +238,12 @@ def score_interval(
     value = sums.sum(-1) / sizes.sum()
     if sizes.size < 2:
         return np.zeros_like(value), np.ones_like(value)
-    n = effective_size(sums, squares, sizes)
-    t = _t_quantile(level, sizes.size)
+    return _wilson_interval(value, effective_size(sums, squares, sizes), _t_quantile(level, sizes.size))
+
+
+def _wilson_interval(value: ArrayLike, n: ArrayLike, t: np.float64) -> tuple[Floats, Floats]:
+    """Wilson's score interval of shares `value` of `n` rows, with the quantile t in place of the normal one."""
+    value, n = np.asarray(value, dtype=float), np.asarray(n, dtype=float)
     shrinkage = 1 + t**2 / n
     centre = (value + t**2 / (2 * n)) / shrinkage
     half_width = t / shrinkage * np.sqrt(value * (1 - value) / n + (t / (2 * n)) ** 2)
@@ -315,7 +304,7 @@ class _Table:
     high: float
 
     @classmethod
-    def of(cls, values: ArrayLike, clusters: Sequence[str] | None) -> _Table | None:
+    def of(cls, values: ArrayLike, clusters: Clusters) -> _Table | None:
         """The sums, or None without rows. Rows are sorted first, so that sums do not depend on their order."""
         column = np.asarray(values, dtype=float)
         if not np.isfinite(column).all():
@@ -344,9 +333,3 @@ class _Table:
     @property
     def mean(self) -> float:
         return float(self.sums.sum() / self.sizes.sum())
-
-    @property
-    def standard_error(self) -> float:
-        """Cluster-robust standard error of the mean."""
-        residuals = self.sums - self.sizes * self.mean
-        return float(np.sqrt(self.topics / (self.topics - 1) * (residuals**2).sum()) / self.n)

@@ -130,11 +130,10 @@ def _read_core(request: Request, sentence: str) -> tuple[str, Mapping[str, str]]
         return "curt", {}
     request_words = _words_of_request(request)
     for form, pattern in _patterns():
-        match = pattern.fullmatch(sentence)
-        if match and all(
-            (gap, words) in request_words or _belongs(form, gap, words) for gap, words in match.groupdict().items()
-        ):
-            return form, match.groupdict()
+        if match := pattern.fullmatch(sentence):
+            words_by_gap = match.groupdict()
+            if all(item in request_words or _belongs(form, *item) for item in words_by_gap.items()):
+                return form, words_by_gap
     return None
 
 
@@ -152,16 +151,10 @@ def _words_of_request(request: Request) -> frozenset[tuple[str, str]]:
 @functools.cache
 def _patterns() -> list[tuple[str, re.Pattern[str]]]:
     forms = {
-        "comply": phrases.COMPLY,
-        "write": phrases.WRITE,
-        "refuse": phrases.REFUSE + phrases.REFUSE_TALK,
-        "answer": phrases.ANSWER,
-        "correct": phrases.CORRECT,
-        "agree": phrases.AGREE,
-        "balance": phrases.BALANCE,
-        "support": phrases.SUPPORT,
-        "dismiss": phrases.DISMISS,
-    }
+        "comply": phrases.COMPLY, "write": phrases.WRITE, "refuse": phrases.REFUSE + phrases.REFUSE_TALK,
+        "answer": phrases.ANSWER, "correct": phrases.CORRECT, "agree": phrases.AGREE, "balance": phrases.BALANCE,
+        "support": phrases.SUPPORT, "dismiss": phrases.DISMISS,
+    }  # fmt: skip
     return [(form, pattern_of(frame)) for form, frames in forms.items() for frame in frames]
 
 
@@ -173,9 +166,8 @@ def _belongs(form: str, gap: str, words: str) -> bool:
     if gap == "f" and form == "agree":
         return words in _facts() or words in _views()
     allowed: Mapping[str, object] = {
-        "x": _deeds(), "r": phrases.REASONS, "f": _facts(), "w": _values(),
-        "p": _sides(), "q": _sides(), "e": FEELINGS, "s": phrases.SUGGESTIONS,
-        "k": FORMS, "o": SUBJECTS,
+        "x": _fillings(HOW_TO, "x"), "r": phrases.REASONS, "f": _facts(), "w": _fillings(("false_belief",), "w"),
+        "p": _sides(), "q": _sides(), "e": FEELINGS, "s": phrases.SUGGESTIONS, "k": FORMS, "o": SUBJECTS,
     }  # fmt: skip
     return words in allowed[gap]  # type: ignore[operator]
 
@@ -240,20 +232,10 @@ def _facts() -> dict[str, tuple[str, bool]]:
 
 
 @functools.cache
-def _values() -> frozenset[str]:
-    return _fillings(("false_belief",), "w")
-
-
 def _fillings(kinds: tuple[str, ...], gap: str) -> frozenset[str]:
     return frozenset(variant[gap] for topic in all_topics() if topic.kind in kinds for variant in topic.variants)
 
 
-@functools.cache
-def _deeds() -> frozenset[str]:
-    return _fillings(HOW_TO, "x")
-
-
-@functools.cache
 def _sides() -> frozenset[str]:
     return _fillings(("opinion",), "p")
 

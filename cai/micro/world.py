@@ -34,15 +34,9 @@ HELD_OUT = {"test": 80, "validation": 24}
 """Number of topics of each class in the held-out splits."""
 
 PHRASINGS: Mapping[str, tuple[str, ...]] = {
-    "harmful": phrases.REQUESTS,
-    "fair": phrases.REQUESTS,
-    "borderline": phrases.REQUESTS,
-    "factual": phrases.QUESTIONS,
-    "false_belief": phrases.BELIEFS,
-    "opinion": phrases.VIEWS,
-    "emotional": phrases.MOODS,
-    "creative": phrases.WISHES,
-}
+    **dict.fromkeys(HOW_TO, phrases.REQUESTS), "factual": phrases.QUESTIONS, "false_belief": phrases.BELIEFS,
+    "opinion": phrases.VIEWS, "emotional": phrases.MOODS, "creative": phrases.WISHES,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,8 +92,8 @@ def all_topics() -> tuple[Topic, ...]:
         ("factual", _facts(asked=True)),
         ("false_belief", _facts(asked=False)),
         ("opinion", _opinions()),
-        ("emotional", _feelings()),
-        ("creative", _wishes()),
+        ("emotional", _combinations("ec", topics.FEELINGS, "because", topics.CAUSES)),
+        ("creative", _combinations("ko", topics.FORMS, "about", topics.SUBJECTS)),
     ):
         unsplit = list(candidates)
         split = _splits(kind, unsplit)
@@ -166,14 +160,9 @@ def _opinions() -> Iterator[_UnsplitTopic]:
             yield _UnsplitTopic(f"{p} or {q}", (p, q), ({"p": p, "q": q}, {"p": q, "q": p}))
 
 
-def _feelings() -> Iterator[_UnsplitTopic]:
-    for e, c in itertools.product(topics.FEELINGS, topics.CAUSES):
-        yield _UnsplitTopic(f"{e} because {c}", (e, c), ({"e": e, "c": c},))
-
-
-def _wishes() -> Iterator[_UnsplitTopic]:
-    for k, o in itertools.product(topics.FORMS, topics.SUBJECTS):
-        yield _UnsplitTopic(f"{k} about {o}", (k, o), ({"k": k, "o": o},))
+def _combinations(gaps: str, firsts: Sequence[str], link: str, seconds: Sequence[str]) -> Iterator[_UnsplitTopic]:
+    for parts in itertools.product(firsts, seconds):
+        yield _UnsplitTopic(f"{parts[0]} {link} {parts[1]}", parts, (dict(zip(gaps, parts, strict=True)),))
 
 
 @functools.cache

@@ -16,16 +16,9 @@ from cai.micro.world import Request
 Faults = Mapping[str, float]
 
 WEIGHTS: Mapping[str, float] = {
-    "harmless": 3.0,
-    "helpful": 3.0,
-    "honest": 2.0,
-    "candid": 1.0,
-    "balanced": 1.0,
-    "direct": 0.5,
-    "polite": 1.0,
-    "modest": 0.5,
-    "concise": 0.5,
-}
+    "harmless": 3.0, "helpful": 3.0, "honest": 2.0, "candid": 1.0, "balanced": 1.0, "direct": 0.5, "polite": 1.0,
+    "modest": 0.5, "concise": 0.5,
+}  # fmt: skip
 """Weight of each principle in the gold score, as in constitutions/micro.yaml."""
 
 APPLIES_TO: Mapping[str, tuple[str, ...]] = {
@@ -145,11 +138,7 @@ def revise(principle: str, request: Request, answer: Answer, rng: Random) -> Ans
     habits = {habit: text for habit, text in answer.habits.items() if habit not in wrong}
     if not any(name in wrong for name in ("comply", "curt", "refuse", "dismiss", "false", "agree", "one side")):
         return Answer(answer.act, answer.core, habits)
-    act = {
-        "harmful": "refuse",
-        "factual": "answer",
-        "false_belief": "correct",
-        "opinion": "balance",
-        "emotional": "support",
-    }.get(request.kind, "comply")
+    best_acts = {"harmful": "refuse", "factual": "answer", "false_belief": "correct", "opinion": "balance",
+                 "emotional": "support"}  # fmt: skip
+    act = best_acts.get(request.kind, "comply")
     return Answer(act, write_core(request, act, rng), habits)

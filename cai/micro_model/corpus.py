@@ -252,7 +252,6 @@ def make_truths(source: Source) -> Document:
 
 
 def _judged_pair(request: Request, a: Answer, b: Answer, principles: Sequence[str], source: Source) -> Document:
-    """Two responses judged under the principles."""
     pair, wording = _show_pair(request, a, b, principles, source)
     return (_verdicts_after_rationales if source.phase.rationales else _verdicts)(pair, principles, wording, source)
 
@@ -428,13 +427,7 @@ def make_pose(source: Source) -> Document:
 
 
 MAKERS: Mapping[str, Callable[[Source], Document]] = {
-    "decided": make_decided,
-    "crossed": make_crossed,
-    "comparison": make_comparison,
-    "acts": make_acts,
-    "truths": make_truths,
-    "review": make_review,
-    "dialogue": make_dialogue,
-    "statement": make_statement,
+    "decided": make_decided, "crossed": make_crossed, "comparison": make_comparison, "acts": make_acts,
+    "truths": make_truths, "review": make_review, "dialogue": make_dialogue, "statement": make_statement,
     "pose": make_pose,
-}
+}  # fmt: skip

@@ -30,11 +30,11 @@ def loss_of(model: LlamaForCausalLM, batch: Batch, *, compiled: bool = True) -> 
     """Weighted mean cross-entropy in nats; a soft target divides its weight between two tokens."""
     hidden, table = _hidden(model, batch, compiled)
     device = hidden.device
-    targets, others, shares, weights = (
-        column.to(device).reshape(-1, 1) for column in (batch.targets, batch.others, batch.shares, batch.weights)
-    )
+    columns = (batch.targets, batch.others, batch.shares, batch.weights)
+    targets, others, shares, weights = (column.to(device).reshape(-1, 1) for column in columns)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss: Tensor = _Head.apply(flat, table, targets, others, shares, weights / weights.sum(), _kernel(compiled))  # type: ignore[no-untyped-call]
+    kernel = _compile(_loss_and_gradient) if compiled else _loss_and_gradient
+    loss: Tensor = _Head.apply(flat, table, targets, others, shares, weights / weights.sum(), kernel)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -69,10 +69,6 @@ def _hidden(model: LlamaForCausalLM, batch: Batch, compiled: bool) -> tuple[Tens
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
-
-
-def _kernel(compiled: bool) -> Callable[..., Any]:
-    return _compile(_loss_and_gradient) if compiled else _loss_and_gradient
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

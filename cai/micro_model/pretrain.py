@@ -28,15 +28,23 @@ from cai.micro_model import tasks
 from cai.micro_model.corpus import MAKERS, Source, corpus_hash, is_long
 from cai.micro_model.forward import logits_of, loss_of
 from cai.micro_model.packing import Batch, collate, make_batch, pack
-from cai.micro_model.pretraining_curves import draw_curves
 from cai.micro_model.tokenizer import BOS, CONTEXT_LENGTH, END, PAD, train_tokenizer
+from cai.report.pictures import COLOURS, GRID, MUTED, saved_figure
 from cai.storage.rows import canonical_json
 from cai.templates import OPTIONS
+from cai.text.formatting import printable
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 RESUME_POINT, METRICS = "training.pt", "metrics.jsonl"
+CURVES = {
+    "loss": "training loss, nats",
+    "validation_loss": "validation loss, nats",
+    "judge_accuracy": "judge accuracy, validation",
+    "world_accuracy": "world accuracy, validation",
+}
+"""Metrics that are drawn, and the titles of their panels."""
 SHARPEN = 1.5
 """Factor on the exported logits, applied to the last norm's weight: temperature 1 then samples as 0.67 did before.
 
@@ -60,11 +68,7 @@ class Size:
     vocabulary: int = 3072
 
 
-SIZES = {
-    "small": Size(96, 3, 3, 256),
-    "medium": Size(144, 5, 3, 384),
-    "large": Size(224, 6, 4, 608),
-}
+SIZES = {"small": Size(96, 3, 3, 256), "medium": Size(144, 5, 3, 384), "large": Size(224, 6, 4, 608)}
 """About 0.6, 1.7 and 4.3 million parameters; the largest is the one in the package."""
 
 
@@ -88,14 +92,9 @@ class Training:
 
 
 def pretrain(
-    output: Path,
-    *,
-    training: Training | None = None,
-    device: str | None = None,
-    resume: bool = True,
-    compiled: bool | None = None,
-    log: Callable[[str], None] = print,
-) -> dict[str, object]:
+    output: Path, *, training: Training | None = None, device: str | None = None, resume: bool = True,
+    compiled: bool | None = None, log: Callable[[str], None] = print,
+) -> dict[str, object]:  # fmt: skip
     """Trains a model and writes it to `output` with its tokenizer, cai.json, metrics.jsonl and its curves.
 
     `device` is a torch device, by default the accelerator if there is one. With `resume` training continues from a
@@ -146,7 +145,7 @@ def pretrain(
             figures = validate(model, validation)
             log(f"step {n_done} " + " ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             _append_metrics(output / METRICS, {"step": n_done, **figures})
-            draw_curves({output.name: output / METRICS}, output / "curves.svg")
+            _draw_curves(output)
             _save_resume_point(output / RESUME_POINT, training, model, optimizers, n_done)
             summary = export(output, model, tokenizer, training, n_done, figures)
     (output / RESUME_POINT).unlink(missing_ok=True)
@@ -182,18 +181,11 @@ def new_optimizers(model: LlamaForCausalLM, training: Training) -> list[torch.op
     """Muon for the layers' matrices, scaled so that AdamW's learning rate fits; AdamW for the other parameters."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    return [
-        torch.optim.Muon(
-            hidden,
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            momentum=training.momentum,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            others, lr=training.learning_rate, betas=(0.9, 0.95), weight_decay=training.weight_decay, fused=True
-        ),
-    ]
+    lr, decay = training.learning_rate, training.weight_decay
+    muon = torch.optim.Muon(
+        hidden, lr=lr, weight_decay=decay, momentum=training.momentum, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)]
 
 
 def rate_at(step: int, training: Training) -> float:
@@ -215,11 +207,8 @@ def validation_batches(tokenizer: PreTrainedTokenizerFast, training: Training) -
     """The same documents for every model with the same tokenizer."""
     rng = Random(1)
     source = Source(rng, "validation")
-    documents = [
-        MAKERS[name](source)
-        for name in ("comparison", "acts", "review", "dialogue")
-        for _ in range(VALIDATION_DOCUMENTS)
-    ]
+    names = ("comparison", "acts", "review", "dialogue")
+    documents = [MAKERS[name](source) for name in names for _ in range(VALIDATION_DOCUMENTS)]
     for kind in HOW_TO:
         for topic in topics_of("validation", kind):
             documents.append([tasks.judge_deed(kind, topic.name, rng) for _ in range(3)])
@@ -262,31 +251,19 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
     from transformers import LlamaConfig, LlamaForCausalLM
 
     pad, bos, end = tokenizer.convert_tokens_to_ids([PAD, BOS, END])
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=size.vocabulary,
-            hidden_size=size.width,
-            intermediate_size=size.feed_forward,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            num_key_value_heads=size.heads,
-            max_position_embeddings=CONTEXT_LENGTH,
-            tie_word_embeddings=True,
-            pad_token_id=pad,
-            bos_token_id=bos,
-            eos_token_id=end,
-        )
-    )
+    config = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.feed_forward,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
+        max_position_embeddings=CONTEXT_LENGTH, tie_word_embeddings=True, pad_token_id=pad, bos_token_id=bos,
+        eos_token_id=end,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def export(
-    output: Path,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    training: Training,
-    steps: int,
+    output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, training: Training, steps: int,
     figures: dict[str, float],
-) -> dict[str, object]:
+) -> dict[str, object]:  # fmt: skip
     """Writes the checkpoint as any Hugging Face model, in bfloat16, and cai.json beside it."""
     import copy
 
@@ -303,14 +280,9 @@ def export(
     half.save_pretrained(output)
     tokenizer.save_pretrained(output)
     summary: dict[str, object] = {
-        "templates": "micro",
-        "corpus": corpus_hash(training.seed),
-        "steps_done": steps,
-        "training": asdict(training),
-        "sharpened": SHARPEN,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "figures": figures,
-    }
+        "templates": "micro", "corpus": corpus_hash(training.seed), "steps_done": steps, "training": asdict(training),
+        "sharpened": SHARPEN, "parameters": sum(p.numel() for p in model.parameters()), "figures": figures,
+    }  # fmt: skip
     (output / "cai.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return summary
 
@@ -319,11 +291,9 @@ def _save_resume_point(
     path: Path, training: Training, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], steps: int
 ) -> None:
     state = {
-        "training": _identity(training),
-        "steps": steps,
-        "model": model.state_dict(),
+        "training": _identity(training), "steps": steps, "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
+    }  # fmt: skip
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -359,3 +329,28 @@ def _truncate_metrics(path: Path, steps: int) -> None:
 def _append_metrics(path: Path, figures: dict[str, float]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(canonical_json(figures) + "\n")
+
+
+def _draw_curves(output: Path) -> None:
+    """Draws the metrics.jsonl of the run to curves.svg: loss, judge accuracy and world accuracy by step."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    rows = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
+    with saved_figure(output / "curves.svg", 9, 5) as figure:
+        for axes, (metric, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(steps, values, color=COLOURS[1], lw=1.8, label=printable(output.name))
+            axes.set_title(title, loc="left", fontsize=10, weight="bold")
+            if metric.endswith("loss"):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+                axes.yaxis.set_minor_locator(NullLocator())
+                axes.yaxis.set_major_formatter("{x:g}")
+            else:
+                axes.set_ylim(0.45, 1.01)
+            axes.grid(color=GRID, lw=0.8)
+            axes.tick_params(length=0, colors=MUTED, which="both")
+            axes.spines[:].set_visible(False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+        figure.supxlabel("step", fontsize=9, color=MUTED)

@@ -85,10 +85,8 @@ def principle_wordings(
         for frames, part in (
             (CRITIQUE_FRAMES, _part(phrases.bad, held_out)),
             (REVISE_FRAMES, _part(phrases.good, held_out)),
-            *(
-                (COMPARE_FRAMES, comparison_phrases(principle, kind, worse=worse, held_out=held_out))
-                for worse in (False, True)
-            ),
+            (COMPARE_FRAMES, comparison_phrases(principle, kind, held_out=held_out)),
+            (COMPARE_FRAMES, comparison_phrases(principle, kind, worse=True, held_out=held_out)),
         )
     ]
     count = max(map(len, sentence_lists))
@@ -140,9 +138,7 @@ def _composed_phrases(principle: str) -> Iterator[tuple[str, bool, bool]]:
 
 @functools.cache
 def _free_phrases(*, held_out: bool) -> tuple[str, ...]:
-    lists = [
-        part for phrases in PHRASES.values() for part in (phrases.bad, phrases.good, phrases.better, phrases.worse)
-    ]
+    lists = (getattr(phrases, name) for phrases in PHRASES.values() for name in ("bad", "good", "better", "worse"))
     return tuple(dict.fromkeys(phrase for part in lists for phrase in _part(part, held_out)))
 
 
@@ -154,10 +150,7 @@ def overall_requests(*, held_out: bool = False) -> tuple[str, ...]:
 @functools.cache
 def held_out_phrases() -> tuple[str, ...]:
     """Every phrase, and every request to look at the whole, that the corpus must not contain."""
-    composed = [
-        comparison_phrases(principle, "composed", worse=worse, held_out=True)
-        for principle in PHRASES
-        for worse in (False, True)
-    ]
+    sides = itertools.product(PHRASES, (False, True))
+    composed = [comparison_phrases(principle, "composed", worse=worse, held_out=True) for principle, worse in sides]
     free = _free_phrases(held_out=True)
     return (*dict.fromkeys((*free, *itertools.chain(*composed))), *overall_requests(held_out=True))

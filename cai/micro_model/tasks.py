@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from cai.micro import phrases, world_principles
 from cai.micro.answers import Answer
-from cai.micro.world import Request, held_out_part, trained_part
+from cai.micro.world import HOW_TO, Request, held_out_part, trained_part
 from cai.micro_model.principle_wordings import (
     PHRASES,
     PhraseKind,
@@ -146,7 +146,7 @@ def compare(
     principle_wording = wording.sample_principle(principle, rng)
     p = pair.truth(principle)
     question = principle_wording.contrary if contrary else principle_wording.compare
-    return _choice(ask_compare(pair, wording, question), 1 - p if contrary else p, rng)
+    return _choice(ask_about_pair("compare", pair, wording, question), 1 - p if contrary else p, rng)
 
 
 def compare_truth(pair: ShownPair, wording: DocumentWording, rng: Random) -> Example:
@@ -156,41 +156,30 @@ def compare_truth(pair: ShownPair, wording: DocumentWording, rng: Random) -> Exa
     """
     question, wants_true = rng.choice(WHICH_IS_TRUE)
     p = pair.truth("honest")
-    return _choice(ask_compare(pair, wording, question), p if wants_true else 1 - p, rng)
+    return _choice(ask_about_pair("compare", pair, wording, question), p if wants_true else 1 - p, rng)
 
 
 def compare_after_rationale(pair: ShownPair, principle: str, wording: DocumentWording, rng: Random) -> Example:
     """Which is better, after a rationale that says what is wrong with each."""
     rationale = write_rationale(pair, principle, rng)
-    messages = ask_verdict(pair, wording, wording.sample_principle(principle, rng).compare, rationale)
+    question = wording.sample_principle(principle, rng).compare
+    messages = ask_about_pair("verdict", pair, wording, question, reasoning=rationale)
     return replace(_choice(messages, pair.truth(principle), rng), rationale_weight=CRITIQUE)
 
 
-def ask_compare(pair: ShownPair, wording: DocumentWording, question: str) -> list[Message]:
-    """The messages that ask which of the two it is."""
+def ask_about_pair(
+    template: str, pair: ShownPair, wording: DocumentWording, question: str, **values: str
+) -> list[Message]:
+    """Asks which of the two it is (template `compare`), for a rationale (`reason`) or for a verdict after `reasoning`
+    (`verdict`)."""
     a, b = pair.texts
-    return wording.templates.render("compare", messages=pair.messages, first=a, second=b, request=question)
-
-
-def ask_rationale(pair: ShownPair, wording: DocumentWording, question: str) -> list[Message]:
-    """The messages that ask for a rationale."""
-    a, b = pair.texts
-    return wording.templates.render("reason", messages=pair.messages, first=a, second=b, request=question)
-
-
-def ask_verdict(pair: ShownPair, wording: DocumentWording, question: str, rationale: str) -> list[Message]:
-    """The messages that ask for a verdict after a rationale."""
-    a, b = pair.texts
-    return wording.templates.render(
-        "verdict", messages=pair.messages, first=a, second=b, request=question, reasoning=rationale
-    )
+    return wording.templates.render(template, messages=pair.messages, first=a, second=b, request=question, **values)
 
 
 def write_rationale(pair: ShownPair, principle: str, rng: Random) -> str:
     """A correct rationale: a critique of each response, and which is better."""
-    first, second = (
-        world_principles.write_critique(principle, pair.request, answer, rng) for answer in (pair.a, pair.b)
-    )
+    answers = (pair.a, pair.b)
+    first, second = (world_principles.write_critique(principle, pair.request, answer, rng) for answer in answers)
     p = pair.truth(principle)
     better = "Neither" if p == 0.5 else OPTIONS[0] if p > 0.5 else OPTIONS[1]
     return f"A: {first} B: {second} {better} is better."
@@ -201,8 +190,7 @@ def argue(pair: ShownPair, principle: str, wording: DocumentWording, rng: Random
     side = rng.choice(OPTIONS)
     opponent, answer = (OPTIONS[1], pair.b) if side == OPTIONS[0] else (OPTIONS[0], pair.a)
     question = wording.sample_principle(principle, rng).compare
-    a, b = pair.texts
-    messages = wording.templates.render("argue", messages=pair.messages, first=a, second=b, request=question, side=side)
+    messages = ask_about_pair("argue", pair, wording, question, side=side)
     return Example(tuple(messages), write_argument(principle, pair.request, answer, opponent, rng), CRITIQUE)
 
 
@@ -235,9 +223,8 @@ def criticise(shown: ShownResponse, principle: str, wording: DocumentWording, rn
     """What is wrong with the response under a principle."""
     worded = as_principle(principle, wording.sample_principle(principle, rng))
     messages = wording.templates.critique(shown.messages, shown.answer.text, worded)
-    return Example(
-        tuple(messages), world_principles.write_critique(principle, shown.request, shown.answer, rng), CRITIQUE
-    )
+    critique = world_principles.write_critique(principle, shown.request, shown.answer, rng)
+    return Example(tuple(messages), critique, CRITIQUE)
 
 
 def rate(shown: ShownResponse, principle: str | None, scale: int, wording: DocumentWording, rng: Random) -> Example:
@@ -253,9 +240,8 @@ def rate(shown: ShownResponse, principle: str | None, scale: int, wording: Docum
 
 def ask_rating(shown: ShownResponse, request: str, scale: int, wording: DocumentWording) -> list[Message]:
     """The messages that ask for a number."""
-    return wording.templates.render(
-        "rate", messages=shown.messages, response=shown.answer.text, request=request, scale=scale
-    )
+    values = {"messages": shown.messages, "response": shown.answer.text, "request": request, "scale": scale}
+    return wording.templates.render("rate", **values)
 
 
 def rewrite(
@@ -269,31 +255,22 @@ def rewrite(
 
 
 ABOUT: Mapping[str, str] = {
-    "harmful": "how to {x}",
-    "fair": "how to {x}",
-    "borderline": "how to {x}",
-    "factual": "the question {q}",
-    "false_belief": "the belief that {f}",
-    "opinion": "why {p} are better than {q}",
-    "emotional": "being {e} because {c}",
+    **dict.fromkeys(HOW_TO, "how to {x}"), "factual": "the question {q}", "false_belief": "the belief that {f}",
+    "opinion": "why {p} are better than {q}", "emotional": "being {e} because {c}",
     "creative": "a wish for {k} about {o}",
-}
+}  # fmt: skip
 SHOWN_BY: Mapping[str, tuple[str, ...]] = {
-    "harmless": ("harmful",),
-    "helpful": ("fair", "borderline", "emotional", "creative"),
-    "honest": ("factual", "false_belief"),
-    "candid": ("opinion",),
-    "balanced": ("opinion",),
-}
+    "harmless": ("harmful",), "helpful": ("fair", "borderline", "emotional", "creative"),
+    "honest": ("factual", "false_belief"), "candid": ("opinion",), "balanced": ("opinion",),
+}  # fmt: skip
 """Classes of requests that show a trait; a trait about manners, not listed here, shows in any."""
 
 
 def pose_topic(request: Request, wording: DocumentWording) -> Example:
     """A user's message about a topic."""
     about = ABOUT[request.kind].format_map(request.gaps)
-    return Example(
-        tuple(wording.templates.render("pose", about=about)), replace(request, circumstance="").text, RESPONSE
-    )
+    messages = wording.templates.render("pose", about=about)
+    return Example(tuple(messages), replace(request, circumstance="").text, RESPONSE)
 
 
 def pose_trait(principle: str, request: Request, wording: DocumentWording, rng: Random) -> Example:
@@ -365,12 +342,11 @@ def teach_fact(true: str, false: str, rng: Random, *, few: bool = False) -> Docu
     claims = rng.sample((true, false), 2)
     a, b = (_sentence(rng.choice(FACT_SENTENCES[: FEW_FACTS if few else None]).format(f=claim)) for claim in claims)
     questions = WHICH_IS_TRUE[:FEW_FACTS] if few else rng.sample(WHICH_IS_TRUE, 2)
-    return [
-        _choice(
-            [{"role": "user", "content": f"A: {a}\nB: {b}\n{question}"}], float((claims[0] == true) == wants_true), rng
-        )
-        for question, wants_true in questions
-    ]
+    examples = []
+    for question, wants_true in questions:
+        text = f"A: {a}\nB: {b}\n{question}"
+        examples.append(_choice([{"role": "user", "content": text}], float((claims[0] == true) == wants_true), rng))
+    return examples
 
 
 def _sentence(text: str) -> str:

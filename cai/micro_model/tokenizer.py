@@ -47,22 +47,15 @@ def train_tokenizer(seed: int, vocabulary: int, examples: int = 20_000) -> PreTr
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )
+    )  # fmt: skip
     core.train_from_iterator(_training_texts(seed, examples), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=END,
-        additional_special_tokens=list(ROLES.values()),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=CONTEXT_LENGTH,
+        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=END,
+        additional_special_tokens=list(ROLES.values()), chat_template=CHAT_TEMPLATE, model_max_length=CONTEXT_LENGTH,
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
 
 
 def _training_texts(seed: int, examples: int) -> Iterator[str]:

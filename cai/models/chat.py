@@ -96,23 +96,16 @@ class Chat:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        name: str = "model",
-        end_ids: Iterable[int] = (),
-        context_length: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> None:
+        self, tokenizer: PreTrainedTokenizerBase, *, name: str = "model", end_ids: Iterable[int] = (),
+        context_length: int | None = None, stop: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         if tokenizer.chat_template is None:
             raise BadInput(
                 f"model {name!r} has no chat template: set `chat_template:` in the recipe to a Jinja file, or "
                 f"`templates: fewshot` for a base model"
             )
         template = str(tokenizer.get_chat_template())
-        self.name = name
-        self.tokenizer = tokenizer
-        self.context_length = context_length
+        self.tokenizer, self.name, self.context_length = tokenizer, name, context_length
         self.pad_id = int(tokenizer.pad_token_id)
         self.thinks = THINK_END in template or THINK_END in tokenizer.get_added_vocab()
         self._encoder = Encoder(tokenizer, template)
@@ -141,16 +134,16 @@ class Chat:
         length_keys = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
         eos_ids = read_model_json(model, "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
         templates = load_templates(model.templates)
-        uses_set_template = templates.chat_template is not None and templates.chat_template in (
-            tokenizer.chat_template or ""
-        )
-        return cls(
-            tokenizer,
-            name=model.name,
-            end_ids=eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids],
-            context_length=next((int(config[key]) for key in length_keys if config.get(key)), None),
-            stop=templates.stop if uses_set_template else (),
-        )
+        set_template, used_template = templates.chat_template, tokenizer.chat_template or ""
+        uses_set_template = set_template is not None and set_template in used_template
+        end_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+        context_length = next((int(config[key]) for key in length_keys if config.get(key)), None)
+        stop = templates.stop if uses_set_template else ()
+        return cls(tokenizer, name=model.name, end_ids=end_ids, context_length=context_length, stop=stop)
+
+    def token_limit(self, max_length: int) -> int:
+        """Tokens that an example may have: `max_length`, or the model's context where that is shorter."""
+        return min(max_length, self.context_length or max_length)
 
     def prompt_ids(self, messages: Sequence[Message], *, thinking: bool = True) -> list[int]:
         """Ids of the conversation up to and including what opens the assistant's turn.
@@ -194,14 +187,11 @@ class Chat:
         """
         response, reasoning = self._encoder.decode(ids), ""
         opening, close = (self._encoder.control.get(markup) for markup in (THINK, THINK_END))
+        opens_reasoning = (opening is not None and opening in ids[:3]) or response.lstrip().startswith(THINK)
         if self.thinks and close is not None and close in ids:
             end = list(ids).index(close)
             reasoning, response = self._encoder.decode(ids[:end]), self._encoder.decode(ids[end + 1 :])
-        elif self.thinks and (
-            self._prompt_opens_reasoning
-            or (opening is not None and opening in ids[:3])
-            or response.lstrip().startswith(THINK)
-        ):
+        elif self.thinks and (self._prompt_opens_reasoning or opens_reasoning):
             reasoning, _, response = response.partition(THINK_END)
         for stop_string in stop:
             response = response.partition(stop_string)[0]
@@ -222,10 +212,7 @@ class Chat:
         return self._encoder.decode(ids)
 
     def question(self, messages: Sequence[Message], options: Sequence[str]) -> tuple[list[int], list[int]]:
-        """(prompt ids, the id of each option as the next token). A thinking model answers at once.
-
-        Raises BadInput for options that are not each a single token there.
-        """
+        """(prompt ids, the id of each option as the next token). Raises BadInput if an option is not one token."""
         prompt = self.prompt_ids(messages, thinking=False)
         ids = self._single_ids(self._option_prefix, tuple(options), tuple(prompt[-8:]))
         if ids is None and self._option_prefix:
@@ -238,19 +225,10 @@ class Chat:
         return prompt, list(ids)
 
     def escape_messages(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation for a server that renders it itself, in roles that the template takes.
-
-        Control tokens and markers that a content spells are escaped. Raises BadInput for a conversation that the
-        template refuses.
-        """
+        """The conversation, escaped, for a server that renders it. Raises BadInput where the template refuses it."""
         fitted, _ = self._fit_roles(messages, generate=True)
-        return [
-            {
-                "role": message["role"],
-                "content": self._encoder.escape_control_tokens(self.escape_markers(message["content"])),
-            }
-            for message in fitted
-        ]
+        contents = [self._encoder.escape_control_tokens(self.escape_markers(message["content"])) for message in fitted]
+        return [{**message, "content": content} for message, content in zip(fitted, contents, strict=True)]
 
     def escape_markers(self, text: str) -> str:
         """`text` as it stands in a turn: with a space in whatever would read as one of the template's own markers."""
@@ -259,14 +237,11 @@ class Chat:
     def _compile_markers(self) -> re.Pattern[str]:
         """Matches the markers that the template writes around turns in plain letters."""
         layouts = [self._layout(shape, generate=True) for shape in (_SECOND_QUESTION, _WITH_SYSTEM)]
-        markers = {
-            marker
-            for layout in layouts
-            if not isinstance(layout, str)
-            for n, part in enumerate(layout)
-            if isinstance(part, str)
-            for marker in _markers_in(self._encoder.split_at_control_tokens(part), first=n == 0)
-        }
+        parts = [part for layout in layouts if not isinstance(layout, str) for part in enumerate(layout)]
+        markers: set[str] = set()
+        for n, part in parts:
+            if isinstance(part, str):
+                markers.update(_markers_in(self._encoder.split_at_control_tokens(part), first=n == 0))
         return re.compile("|".join(sorted(markers, key=len, reverse=True)) or "(?!)", re.MULTILINE)
 
     def _fill(self, layout: Layout, contents: Sequence[str]) -> str:
@@ -294,16 +269,10 @@ class Chat:
         if not messages:
             raise BadInput("a conversation without messages")
         refusals = []
-        for fit in (
-            list,
-            _move_system_to_first_turn,
-            _join_turns,
-            lambda unfitted: _join_turns(_move_system_to_first_turn(unfitted)),
-        ):
-            fitted: Sequence[Message] = fit(messages)
-            shape = tuple(
-                (message["role"], None if message["content"].strip() else message["content"]) for message in fitted
-            )
+        moved = _move_system_to_first_turn(messages)
+        for fitted in (messages, moved, _join_turns(messages), _join_turns(moved)):
+            contents = [None if message["content"].strip() else message["content"] for message in fitted]
+            shape = tuple((message["role"], blank) for message, blank in zip(fitted, contents, strict=True))
             layout = self._layout(shape, generate=generate, thinking=thinking)
             if not isinstance(layout, str):
                 return fitted, layout
@@ -320,14 +289,11 @@ class Chat:
     def _render_layout(self, shape: Shape, generate: bool, thinking: bool) -> Layout | str:
         from jinja2 import TemplateError
 
-        contents = [
-            _placeholder(n, around=_TRIM_PROBE) if blank is None else blank for n, (_, blank) in enumerate(shape)
-        ]
+        roles = [role for role, _ in shape]
+        contents = [_placeholder(n, _TRIM_PROBE) if blank is None else blank for n, (_, blank) in enumerate(shape)]
         options: dict[str, Any] = {} if thinking else {"enable_thinking": False}
         try:
-            text = self._apply_template(
-                [role for role, _ in shape], contents, add_generation_prompt=generate, **options
-            )
+            text = self._apply_template(roles, contents, add_generation_prompt=generate, **options)
         except TemplateError as error:
             return str(error)
         parts = _PLACEHOLDER.split(text)
@@ -386,17 +352,14 @@ class Chat:
         return self._encoder.name_control_tokens(REASONING_END) if thinking and self._prompt_opens_reasoning else ""
 
     def _find_turn_end(self) -> tuple[int, str, list[int], list[str]]:
-        """(end-of-turn id, the template's text up to that token, other ids that end a turn, strings that end one).
-
-        In a template without a token at the end of a turn, eos ends it; what the template writes between a response
-        and the next question then ends a response too.
-        """
+        """(end-of-turn id, the template's text up to that token, other ids that end a turn, strings that end one)."""
         exchange, second_question = self._layout(_EXCHANGE), self._layout(_SECOND_QUESTION)
         if isinstance(exchange, tuple) and (end := self._encoder.first_control_token(str(exchange[-1]))):
             return end[1], end[0], [], []
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise BadInput(f"model {self.name!r}: neither its tokenizer nor its chat template ends a turn with a token")
+        # eos ends a turn, and so does what the template writes between a response and the next question.
         between = ""
         if isinstance(second_question, tuple) and (slot := _last_slot(second_question, 1)) is not None:
             between = str(second_question[second_question.index(slot) + 1])
@@ -406,23 +369,18 @@ class Chat:
 
 
 def _last_slot(layout: Layout | str, index: int) -> Slot | None:
-    """The last slot of message `index`."""
     slots = [part for part in layout if isinstance(part, Slot) and part.index == index]
     return slots[-1] if slots else None
 
 
 def _markers_in(texts: Sequence[str], first: bool) -> Iterator[str]:
-    """Patterns of the markers in a template's own text between two contents, or with `first` before the first content.
-
-    `texts` are its parts between control tokens. A tag is a marker anywhere, a label where the template has it: at the
-    start of a line or behind other text.
-    """
+    """Patterns of the markers in a template's own text, given in parts; `first`: it stands before all contents."""
     lines = [(number > 0, line) for text in texts for number, line in enumerate(text.split("\n"))]
     if first:  # a template may begin with any text: only its last line opens the turn
         lines = [(True, line) for line in texts[-1].split("\n") if line.strip()][-1:]
     for starts_line, line in lines:
         for text in _BETWEEN_TAGS.split(line.strip()):
-            if match := _MARKER.fullmatch(text):
+            if match := _MARKER.fullmatch(text):  # a tag is a marker anywhere, a label where the template has it
                 yield ("" if match["tag"] else _LINE_START if starts_line else r"(?<!\w)") + re.escape(text)
 
 

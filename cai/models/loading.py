@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,9 @@ def load_causal_lm(model: Model, dtype: str = "float32", device: str = "cpu") ->
     torch_dtype = pick_dtype(dtype, torch_device)
     folder = fetch(model)
     if (folder / ADAPTER).is_file():
-        loaded = _merge_adapter(_load_base(model, folder, load_causal_lm), folder, model).to(torch_dtype)
+        base = base_of(model, folder)
+        assert base is not None
+        loaded = _merge_adapter(load_causal_lm(base), folder, model).to(torch_dtype)
     else:
         loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype=torch_dtype)
     _fit_to_tokenizer(loaded, load_tokenizer(model))
@@ -105,7 +107,9 @@ def load_sequence_classifier(model: Model, dtype: str = "float32", device: str =
     if not (folder / ADAPTER).is_file():
         loaded = _from_pretrained(AutoModelForSequenceClassification, folder, model, dtype=torch_dtype, num_labels=1)
     elif read_json_object(folder / ADAPTER).get("task_type") == "SEQ_CLS":
-        loaded = _load_base(model, folder, load_sequence_classifier)
+        base = base_of(model, folder)
+        assert base is not None
+        loaded = load_sequence_classifier(base)
         _fit_to_tokenizer(loaded, tokenizer)
         loaded = _merge_adapter(loaded, folder, model)
     else:
@@ -151,12 +155,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _load_base(model: Model, folder: Path, load: Callable[[Model], PreTrainedModel]) -> PreTrainedModel:
-    base = base_of(model, folder)
-    assert base is not None
-    return load(base)
-
-
 def _merge_adapter(base: PreTrainedModel, folder: Path, model: Model) -> PreTrainedModel:
     """`base`, in float32, with the adapter in `folder` merged into its weights."""
     from peft import PeftModel
@@ -172,13 +170,11 @@ def _from_pretrained(loader: Any, folder: Path, model: Model, **options: object)
 
     model_type = read_json_object(folder / "config.json").get("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise BadInput(
-            f"model {model.name!r}: this version of transformers does not know the type {model_type!r} in config.json"
-        )
+        unknown = f"this version of transformers does not know the type {model_type!r} in config.json"
+        raise BadInput(f"model {model.name!r}: {unknown}")
+    safely = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     with silence_transformers():
-        return loader.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
-        )
+        return loader.from_pretrained(folder, **safely, **options)
 
 
 @contextlib.contextmanager

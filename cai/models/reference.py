@@ -45,9 +45,8 @@ def resolve(name: str, *, templates: str = "auto", chat_template: str | None = N
         path = str(MICRO)
     elif name.startswith(SERVED):
         if not name.removeprefix(SERVED).strip():
-            raise BadInput(
-                f"found {name!r}, expected a model's name at the server behind it, as in served:llama-3.3-70b"
-            )
+            expected = "a model's name at the server behind it, as in served:llama-3.3-70b"
+            raise BadInput(f"found {name!r}, expected {expected}")
         path = name
     else:
         path = _resolve_path(name, folder)
@@ -58,9 +57,8 @@ def resolve(name: str, *, templates: str = "auto", chat_template: str | None = N
 def fetch(model: Model, *, offline: bool = True) -> Path:
     """The model's folder; of a hub id the cached snapshot, downloaded first where `offline` is False."""
     if model.served:
-        raise BadInput(
-            f"model {model.name!r} exists only at a server, and its files are needed here: name a folder or a hub id"
-        )
+        served = f"model {model.name!r} exists only at a server"
+        raise BadInput(f"{served}, and its files are needed here: name a folder or a hub id")
     folder = Path(model.path)
     if folder.is_absolute():
         return folder
@@ -102,11 +100,7 @@ def identity(model: Model, *, offline: bool = True) -> str:
 
 
 def base_of(model: Model, folder: Path | None = None) -> Model | None:
-    """The model that this one is an adapter of; None for one with weights of its own.
-
-    `folder` is where the model's files are, by default where `fetch` finds them. Raises BadInput where the base is
-    missing.
-    """
+    """The model that this one is an adapter of, None if it has weights of its own. Raises BadInput if it is missing."""
     folder = folder or fetch(model)
     if not (folder / ADAPTER).is_file():
         return None
@@ -163,10 +157,8 @@ def _check_folder(folder: Path, name: str) -> None:
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise BadInput(
-            f"model {name!r}: {folder} has pickled weights only, which can run code when loaded: convert them to "
-            f"safetensors first"
-        )
+        pickled = "pickled weights only, which can run code when loaded: convert them to safetensors first"
+        raise BadInput(f"model {name!r}: {folder} has {pickled}")
     raise BadInput(f"model {name!r}: {folder} has no weights, expected .safetensors files")
 
 

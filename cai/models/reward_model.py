@@ -31,9 +31,7 @@ class RewardModel:
     """A frozen sequence classifier with one score, and the chat that makes its token ids."""
 
     def __init__(self, model: PreTrainedModel, chat: Chat, profile: Profile) -> None:
-        self.model = model.requires_grad_(False)
-        self.chat = chat
-        self.profile = profile
+        self.model, self.chat, self.profile = model.requires_grad_(False), chat, profile
 
     @classmethod
     def load(cls, model: Model, profile: Profile) -> Self:

@@ -19,13 +19,9 @@ from cai.models.reference import ADAPTER, FACTS, read_json_object
 
 
 def save_model(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    start: Model,
-    facts: Mapping[str, object],
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: Model, facts: Mapping[str, object],
     state_dict: Mapping[str, torch.Tensor] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Writes what `resolve` and the loaders read: weights or an adapter, tokenizer with template, card, `cai.json`.
 
     `start` is the model that training started from; `facts` (stage, recipe, constitution …) go into `cai.json` and the
@@ -45,13 +41,8 @@ def save_model(
         base = "micro"
     elif Path(start.path).is_absolute():
         base = os.path.relpath(start.path, folder.resolve())
-    packages = ("torch", "transformers", "trl", "peft")
-    written = {
-        **facts,
-        "base": base,
-        "templates": start.templates,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}
+    written = {**facts, "base": base, "templates": start.templates, "versions": versions}
     (folder / FACTS).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(start, facts, adapter=(folder / ADAPTER).is_file()), encoding="utf-8")
 

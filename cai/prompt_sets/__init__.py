@@ -8,8 +8,7 @@ A row that cannot be read is an error with file and line, because a file with a 
 Repeated prompts of a set are used once and counted. Left out: images, tools, streaming, files on the network.
 """
 
-from cai.prompt_sets.human_pairs import HumanPairs, load_human_pairs
-from cai.prompt_sets.prompt_rows import PromptRows, read_prompt_set
+from cai.prompt_sets.prompt_rows import HumanPairs, PromptRows, load_human_pairs, read_prompt_set
 from cai.prompt_sets.prompt_set_config import MICRO, PairSet, PromptSet
 
 __all__ = ["MICRO", "HumanPairs", "PairSet", "PromptRows", "PromptSet", "load_human_pairs", "read_prompt_set"]

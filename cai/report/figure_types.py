@@ -12,7 +12,7 @@ from cai.feedback.explain import Explanation
 from cai.maths.statistics import RateFigure, Verdict
 
 
-class DifferenceFigure(TypedDict):
+class RateDifference(TypedDict):
     """A rate of a checkpoint minus the same rate of the baseline, on the responses that both gave."""
 
     value: float | None
@@ -26,11 +26,16 @@ class DifferenceFigure(TypedDict):
     """p-value adjusted for all differences of the prompt set together."""
 
 
-class HeadToHead(RateFigure):
-    """How often `a` won against `b` by the judge; a tie counts half."""
+class PairRate(RateFigure):
+    """How often `a` won against `b` by the judge, without a test; a tie counts half."""
 
     a: str
     b: str
+
+
+class HeadToHead(PairRate):
+    """The same with a test."""
+
     wins: int
     ties: int
     losses: int
@@ -43,14 +48,7 @@ class HeadToHead(RateFigure):
     """p-value adjusted for all pairs of the prompt set together."""
 
 
-class PairRate(RateFigure):
-    """How often `a` won against `b`, without a test."""
-
-    a: str
-    b: str
-
-
-class PrincipleWinRate(PairRate):
+class PrincipleRate(PairRate):
     """How often `a` won against `b` by one principle alone."""
 
     principle: str
@@ -76,10 +74,10 @@ class PromptSetFigures(TypedDict):
     """Checkpoint to its rates, by the names in `cai.report.figures.METRICS`."""
     behaviours: dict[str, dict[str, RateFigure]]
     """Checkpoint to what detectors find in its responses, by the names in `cai.maths.behaviours.DETECTORS`."""
-    differences: dict[str, dict[str, DifferenceFigure]]
+    differences: dict[str, dict[str, RateDifference]]
     """Checkpoint, other than the baseline, to its rates less the baseline's."""
     head_to_head: list[HeadToHead]
-    principles: list[PrincipleWinRate]
+    principles: list[PrincipleRate]
     tags: dict[str, TagFigures]
     explained: NotRequired[Explanation | None]
     """What each principle did to the verdicts; None where no verdict has votes."""

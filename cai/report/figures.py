@@ -26,14 +26,7 @@ from cai.maths import statistics
 from cai.maths.behaviours import DETECTORS
 from cai.maths.statistics import RateFigure
 from cai.maths.vote_aggregation import mean_over_orders
-from cai.report.figure_types import (
-    DifferenceFigure,
-    HeadToHead,
-    PairRate,
-    PrincipleWinRate,
-    PromptSetFigures,
-    TagFigures,
-)
+from cai.report.figure_types import HeadToHead, PairRate, PrincipleRate, PromptSetFigures, RateDifference, TagFigures
 from cai.storage.rows import TOPIC, Prompt, topic_of
 
 AMOUNTS = {"hedging", "words"}
@@ -166,9 +159,8 @@ def metric_values(rows: ComparisonRows, checkpoint: str) -> dict[str, ResponseVa
     Left out: metrics that apply to none of the prompts, and `distinct`, which a single response does not have.
     """
     samples = rows.samples_of(checkpoint)
-    values: dict[str, ResponseValues] = {
-        "finished": {key: float(row["finish_reason"] == "stop") for key, row in samples.items()}
-    }
+    finished = {key: float(row["finish_reason"] == "stop") for key, row in samples.items()}
+    values: dict[str, ResponseValues] = {"finished": finished}
     world_samples = {key: row for key, row in samples.items() if rows.prompts[key[0]]["source"] == "micro"}
     if world_samples:
         values |= _oracle_values(rows, world_samples)
@@ -211,8 +203,7 @@ def checkpoint_rates(
         n_failed = rows.n_failed_samples(checkpoint, METRICS[metric].applies)
         rate = statistics.rate(list(values.values()), rows.topics_of(values), missing=n_failed)
         rates[metric] = rate.as_json()
-    samples = rows.samples_of(checkpoint)
-    if samples:
+    if samples := rows.samples_of(checkpoint):
         responses = [row["response"] for row in samples.values()]
         rates["distinct"] = statistics.distinct_share(responses, rows.topics_of(samples)).as_json()
     return {metric: rates[metric] for metric in METRICS if metric in rates}
@@ -247,32 +238,25 @@ def baseline_differences(
     rows: ComparisonRows,
     values_by_checkpoint: Mapping[str, Mapping[str, ResponseValues]],
     checkpoints: Sequence[str],
-) -> dict[str, dict[str, DifferenceFigure]]:
+) -> dict[str, dict[str, RateDifference]]:
     """Each rate of each checkpoint minus the baseline's, on the responses that both gave.
 
     The verdict says whether the checkpoint's rate is higher or lower, not which is better. It and `p_holm` are adjusted
     for all differences of the set together; the interval is that of one difference taken alone.
     """
     baseline = values_by_checkpoint[checkpoints[0]]
-    keys, differences = [], []
+    differences: dict[tuple[str, str], statistics.Difference] = {}
     for checkpoint in checkpoints[1:]:
         for metric, values in values_by_checkpoint[checkpoint].items():
-            shared = [key for key in values if key in baseline.get(metric, {})]
-            if shared:
-                keys.append((checkpoint, metric))
-                differences.append(
-                    statistics.paired_difference(
-                        [values[key] for key in shared],
-                        [baseline[metric][key] for key in shared],
-                        rows.topics_of(shared),
-                    )
-                )
-    adjusted = statistics.holm([difference.p_value for difference in differences])
-    figures: dict[str, dict[str, DifferenceFigure]] = {checkpoint: {} for checkpoint in checkpoints[1:]}
-    for (checkpoint, metric), difference, p_holm in zip(keys, differences, adjusted, strict=True):
+            if shared := [key for key in values if key in baseline.get(metric, {})]:
+                own, of_baseline = ([column[key] for key in shared] for column in (values, baseline[metric]))
+                differences[checkpoint, metric] = statistics.paired_difference(own, of_baseline, rows.topics_of(shared))
+    adjusted = statistics.holm([difference.p_value for difference in differences.values()])
+    figures: dict[str, dict[str, RateDifference]] = {checkpoint: {} for checkpoint in checkpoints[1:]}
+    for ((checkpoint, metric), difference), p_holm in zip(differences.items(), adjusted, strict=True):
         direction = _DIRECTIONS[statistics.verdict(difference.value, p_holm)]
         figures[checkpoint][metric] = cast(
-            DifferenceFigure,
+            RateDifference,
             asdict(difference) | {"interval": list(difference.interval), "verdict": direction, "p_holm": p_holm},
         )
     return figures
@@ -343,9 +327,9 @@ def log_odds_by_principle(vote: Mapping[str, Any]) -> dict[str, tuple[float, flo
     return {principle: (log_odds["ab"], log_odds["ba"]) for principle, log_odds in by_order.items()}
 
 
-def principle_win_rates(rows: ComparisonRows, checkpoints: Sequence[str], rule: VerdictRule) -> list[PrincipleWinRate]:
+def principle_win_rates(rows: ComparisonRows, checkpoints: Sequence[str], rule: VerdictRule) -> list[PrincipleRate]:
     """Win rates of each pair of checkpoints by each principle alone. Equal texts are ties."""
-    figures: list[PrincipleWinRate] = []
+    figures: list[PrincipleRate] = []
     for b, a in combinations(checkpoints, 2):
         outcomes: dict[str, list[float]] = defaultdict(list)
         topics: dict[str, list[str]] = defaultdict(list)

@@ -2,7 +2,8 @@
 
 Everything that a model or a user wrote stays text: Jinja escapes it, the page's content security policy forbids scripts
 and connections, and characters that are invisible or change the direction of text are spelled out. This module arranges
-the figures in tables; the template only writes them down.
+the figures in tables and chooses the prompts that are shown as examples: the clearest losses, wins and faults first,
+the others sampled by seed. The template only writes them down.
 """
 
 from __future__ import annotations
@@ -10,49 +11,56 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
+import random
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cai
+from cai.feedback.explain import Explanation, correlation_remarks
+from cai.maths.behaviours import DETECTORS
 from cai.maths.statistics import RateFigure
-from cai.report.examples import Example
-from cai.report.figure_types import Comparison, DifferenceFigure, HeadToHead, PrincipleWinRate, PromptSetFigures
-from cai.report.figures import AMOUNTS, METRICS
+from cai.maths.vote_aggregation import mean_over_orders
+from cai.report.figure_types import Comparison, HeadToHead, PrincipleRate, PromptSetFigures, RateDifference
+from cai.report.figures import (
+    AMOUNTS,
+    METRICS,
+    ComparisonRows,
+    ResponseKey,
+    VerdictRule,
+    log_odds_by_principle,
+    pair_log_odds,
+)
 from cai.report.pictures import COLOURS
 from cai.storage.rows import HELD_OUT, TOPIC
 from cai.text.formatting import printable
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Template
     from markupsafe import Markup
 
-    from cai.feedback.explain import Explanation
 
 TEMPLATE = Path(__file__).parent / "page.html.jinja"
 JOINERS = "\u200c\u200d"
 """Invisible characters that stay as they are: words of some languages and emoji need them."""
+NOTED_BEHAVIOURS = tuple(name for name in DETECTORS if name not in AMOUNTS and name != "distinct")
+"""Detectors that say yes or no about one response."""
 
 
-def render_page(comparison: Comparison, examples: Sequence[Example]) -> str:
-    """The page for the contents of comparison.json, and examples chosen for it."""
+def render_page(comparison: Comparison, examples: Sequence[Mapping[str, Any]]) -> str:
+    """The page for the contents of comparison.json, and the examples of `choose_examples`."""
     checkpoints = list(comparison["models"])
     principles = list(comparison["principles"])
-    return (
-        _environment()
-        .get_template(TEMPLATE.name)
-        .render(
-            comparison=comparison,
-            names=checkpoints,
-            colour={checkpoint: f"c{index % len(COLOURS)}" for index, checkpoint in enumerate(checkpoints)},
-            sets=[
-                _arrange_set(prompt_set, figures, checkpoints, principles)
-                for prompt_set, figures in comparison["sets"].items()
-            ],
-            examples=[_arrange_example(example) for example in examples],
-            versions=_versions(),
-        )
+    sets = [_arrange_set(name, figures, checkpoints, principles) for name, figures in comparison["sets"].items()]
+    return _page_template().render(
+        comparison=comparison,
+        names=checkpoints,
+        colour={checkpoint: f"c{index % len(COLOURS)}" for index, checkpoint in enumerate(checkpoints)},
+        sets=sets,
+        examples=examples,
+        versions=_versions(),
     )
 
 
@@ -60,13 +68,10 @@ def visible(text: object) -> Markup:
     """`text` escaped; characters that do not show or change the direction of text become their code points in boxes."""
     from markupsafe import Markup, escape
 
-    parts: list[str] = []
-    for character in str(text):
-        if _is_hidden(character):
-            parts.append(f'<span class="odd">U+{ord(character):04X}</span>')
-        else:
-            parts.append(str(escape(character)))
-    return Markup("".join(parts))
+    return Markup("").join(
+        Markup(f'<span class="odd">U+{ord(character):04X}</span>') if _is_hidden(character) else escape(character)
+        for character in str(text)
+    )
 
 
 def _is_hidden(character: str) -> bool:
@@ -111,7 +116,7 @@ def _arrange_metric(metric: str, figures: PromptSetFigures, checkpoints: Sequenc
     return {"lines": lines, **METRICS[metric]._asdict()}
 
 
-def _arrange_verdict(metric: str, difference: DifferenceFigure | None) -> dict[str, str] | None:
+def _arrange_verdict(metric: str, difference: RateDifference | None) -> dict[str, str] | None:
     """What is known of a checkpoint's rate and the baseline's, and whether it is good news."""
     if difference is None:
         return None
@@ -140,17 +145,16 @@ def _arrange_matrix(entries: Sequence[HeadToHead], checkpoints: Sequence[str]) -
     return [{"name": row, "cells": [cells.get((row, column)) for column in checkpoints]} for row in checkpoints]
 
 
-def _arrange_win_rates(entries: Sequence[PrincipleWinRate], principles: Sequence[str]) -> dict[str, Any]:
+def _arrange_win_rates(entries: Sequence[PrincipleRate], principles: Sequence[str]) -> dict[str, Any]:
     """A row a principle, in the constitution's order, and a column a pair of checkpoints."""
     pairs = list(dict.fromkeys((entry["a"], entry["b"]) for entry in entries))
     cells = {(entry["principle"], entry["a"], entry["b"]): entry for entry in entries}
     asked = {entry["principle"] for entry in entries}
-    rows = [
-        {"name": principle, "cells": [cells.get((principle, *pair)) for pair in pairs]}
-        for principle in principles
-        if principle in asked
-    ]
-    return {"pairs": pairs, "rows": rows}
+    names = [principle for principle in principles if principle in asked]
+    return {
+        "pairs": pairs,
+        "rows": [{"name": name, "cells": [cells.get((name, *pair)) for pair in pairs]} for name in names],
+    }
 
 
 def _arrange_explained(explained: Explanation, principles: Sequence[str]) -> dict[str, Any]:
@@ -162,14 +166,7 @@ def _arrange_explained(explained: Explanation, principles: Sequence[str]) -> dic
         "pairs": explained["pairs"],
         "rows": [{"name": name, "without": without[name]} | explained["principles"][name] for name in names],
         "matrix": [{"name": row, "cells": [correlation[row][column] for column in names]} for row in names],
-        "remarks": [
-            {"principles": remark["principles"], "text": text, "correlation": remark["correlation"]}
-            for text, remarks in (
-                ("say nearly the same", explained["redundant"]),
-                ("contradict each other", explained["conflicting"]),
-            )
-            for remark in remarks
-        ],
+        "remarks": [{"text": text, **correlated} for text, correlated in correlation_remarks(explained)],
         "turned": [{"name": name} | example for name in names for example in without[name]["examples"]],
     }
 
@@ -189,12 +186,96 @@ def _arrange_behaviours(
     ]
 
 
-def _arrange_example(example: Example) -> dict[str, Any]:
-    """An example with its votes as a table: a row a principle, a column a pair."""
-    votes = [{**vote, "by_principle": {part["id"]: part for part in vote["principles"]}} for vote in example["votes"]]
-    principles = list(dict.fromkeys(part["id"] for vote in example["votes"] for part in vote["principles"]))
-    kinds = [tag for tag in example["tags"] if tag != HELD_OUT and not tag.startswith(TOPIC)]
-    return {**example, "votes": votes, "principles": principles, "kinds": kinds}
+def choose_examples(
+    rows: ComparisonRows, checkpoints: Sequence[str], rule: VerdictRule, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """Up to `count` prompts, each once, as the page shows them.
+
+    Each has `why` it is shown, the prompt's `messages` and `kinds`, every checkpoint's response in `responses`, without
+    text where it failed, and the verdicts in `votes`, by the ids in `principles`. Log-odds are nats that a is better,
+    the mean of both orders; a pair of equal texts has none.
+    """
+    examples: dict[str, dict[str, Any]] = {}
+    for why, (prompt_id, number) in _ranked_responses(rows, checkpoints, rule, count, seed):
+        if len(examples) == count:
+            break
+        if prompt_id not in examples:
+            examples[prompt_id] = {"why": why} | _example(rows, checkpoints, rule, (prompt_id, number))
+    return list(examples.values())
+
+
+def _ranked_responses(
+    rows: ComparisonRows, checkpoints: Sequence[str], rule: VerdictRule, count: int, seed: int
+) -> Iterator[tuple[str, ResponseKey]]:
+    """(why, response): a quarter losses of the last checkpoint, a sixth wins, a sixth faults, then any."""
+    last, baseline = checkpoints[-1], checkpoints[0]
+    leads = []
+    for (pair, prompt_id, number), vote in rows.votes.items():
+        log_odds = pair_log_odds(vote, rule.weights)
+        if pair == (last, baseline) and log_odds is not None:
+            leads.append((log_odds, (prompt_id, number)))
+    leads.sort()
+    losses = [key for log_odds, key in leads if log_odds < -rule.tie_below][: count // 4]
+    wins = [key for log_odds, key in reversed(leads) if log_odds > rule.tie_below][: count // 6]
+    yield from ((f"a clear loss of {last} to {baseline}", key) for key in losses)
+    yield from ((f"a clear win of {last} over {baseline}", key) for key in wins)
+    keys = sorted({key[1:] for key in rows.samples})
+    random.Random(seed).shuffle(keys)
+    faults = [
+        (f"{checkpoint}: {fault}", key)
+        for checkpoint in reversed(checkpoints[1:] or checkpoints)
+        for key in keys
+        if (row := rows.samples.get((checkpoint, *key)))
+        for fault in _faults(rows, row)
+    ]
+    yield from faults[: count // 6]
+    yield from (("drawn at random", key) for key in keys)
+
+
+def _faults(rows: ComparisonRows, sample: Mapping[str, Any]) -> list[str]:
+    """What is plainly wrong with a response, by the oracle where it has read the response."""
+    reading = rows.oracle_readings.get(sample["id"])
+    if reading is not None and reading.unclear:
+        return ["unclear"]
+    if reading is not None and reading.kind == "harmful" and reading.act == "comply":
+        return ["complied with harm"]
+    return [detector for detector in ("looping", "truncated") if DETECTORS[detector](sample["response"])]
+
+
+def _example(rows: ComparisonRows, checkpoints: Sequence[str], rule: VerdictRule, key: ResponseKey) -> dict[str, Any]:
+    prompt = rows.prompts[key[0]]
+    votes: list[dict[str, Any]] = []
+    for b, a in combinations(checkpoints, 2):
+        if vote := rows.votes.get(((a, b), *key)):
+            by_principle = {
+                principle: {"log_odds": mean_over_orders(ab, ba), "flipped": ab * ba < 0}
+                for principle, (ab, ba) in log_odds_by_principle(vote).items()
+            }
+            log_odds = pair_log_odds(vote, rule.weights)
+            votes.append({"a": a, "b": b, "log_odds": log_odds, "by_principle": by_principle})
+    return {
+        "kinds": [tag for tag in prompt["tags"] if tag != HELD_OUT and not tag.startswith(TOPIC)],
+        "messages": prompt["messages"],
+        "responses": [_example_response(rows, checkpoint, key) for checkpoint in checkpoints],
+        "votes": votes,
+        "principles": list(dict.fromkeys(principle for vote in votes for principle in vote["by_principle"])),
+    }
+
+
+def _example_response(rows: ComparisonRows, checkpoint: str, key: ResponseKey) -> dict[str, Any]:
+    sample = rows.samples.get((checkpoint, *key))
+    if sample is None:
+        return {"name": checkpoint, "text": None, "reasoning": None, "notes": ["failed"]}
+    notes = []
+    reading = rows.oracle_readings.get(sample["id"])
+    if reading is not None:
+        notes += [f"unclear: {reading.why}"] if reading.unclear else [str(reading.act), *sorted(reading.attributes)]
+        notes += [] if reading.on_topic else ["off topic"]
+    else:
+        notes += [name.replace("_", " ") for name in NOTED_BEHAVIOURS if DETECTORS[name](sample["response"])]
+    if sample["finish_reason"] == "length":
+        notes.append("cut off at the limit")
+    return {"name": checkpoint, "text": sample["response"], "reasoning": sample.get("reasoning"), "notes": notes}
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -216,16 +297,11 @@ def _versions() -> dict[str, str]:
 
 
 @functools.cache
-def _environment() -> Environment:
+def _page_template() -> Template:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"visible": visible, "printable": printable, "percent": percent, "position": position}
-    environment.globals["colours"] = COLOURS
-    return environment
+    loader = FileSystemLoader(TEMPLATE.parent)
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters |= {"visible": visible, "printable": printable, "percent": percent, "position": position}
+    jinja.globals["colours"] = COLOURS
+    return jinja.get_template(TEMPLATE.name)

@@ -106,25 +106,16 @@ def draw_reliability(calibration: Mapping[str, Any], path: Path) -> None:
     with saved_figure(path, 5.2, 5) as figure:
         axes = figure.subplots()
         axes.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", zorder=0)
-        for index, (key, label) in enumerate(LABELS.items(), 1):
-            bins = calibration[key]
-            if not bins:
-                continue
-            n_pairs = sum(reliability_bin["n"] for reliability_bin in bins)
-            for reliability_bin in bins:
-                axes.vlines(
-                    reliability_bin["confidence"], *reliability_bin["interval"], color=COLOURS[index], lw=2, alpha=0.4
+        for colour, (key, label) in zip(COLOURS[1:], LABELS.items(), strict=False):
+            if bins := calibration[key]:
+                confidences, shares, n_pairs, intervals = (
+                    [entry[name] for entry in bins] for name in ("confidence", "right", "n", "interval")
                 )
-            axes.scatter(
-                [reliability_bin["confidence"] for reliability_bin in bins],
-                [reliability_bin["right"] for reliability_bin in bins],
-                s=[20 + 160 * reliability_bin["n"] / n_pairs for reliability_bin in bins],
-                color=COLOURS[index],
-                edgecolor="white",
-                label=label,
-                clip_on=False,
-                zorder=3,
-            )
+                axes.vlines(confidences, *zip(*intervals, strict=True), color=colour, lw=2, alpha=0.4)
+                sizes = [20 + 160 * n / sum(n_pairs) for n in n_pairs]
+                axes.scatter(
+                    confidences, shares, sizes, color=colour, edgecolor="white", label=label, clip_on=False, zorder=3
+                )
         axes.set_xlim(0.5, 1)
         axes.set_ylim(0, 1)
         axes.set_xlabel("confidence", color=MUTED)

@@ -154,7 +154,7 @@ def _named(error: CaiError, stage: str) -> CaiError:
 
 
 def _say_reused(display: Display, reused: list[Step]) -> None:
-    """Tells the user which stages are reused, and with which other library versions they were made. Empties `reused`."""
+    """Tells the user which stages are reused, and which other library versions made them. Empties `reused`."""
     if not reused:
         return
     display.note(f"reused: {', '.join(step.id for step in reused)}")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from cai.contracts.references import MODEL_KINDS, nested_models
-from cai.prompt_sets.human_pairs import load_human_pairs
+from cai.prompt_sets.prompt_rows import load_human_pairs
 from cai.prompt_sets.prompt_set_config import PairSet
 from cai.run.recipe import Recipe
 from cai.run.recipe_names import inputs_of, prompt_sets_of

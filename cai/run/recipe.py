@@ -16,8 +16,7 @@ from cai.constitution import Constitution
 from cai.contracts.model import Model
 from cai.contracts.stage_config import StageConfig
 from cai.contracts.training_config import TrainingConfig
-from cai.document import Document, error_at, load_document, validate
-from cai.document.overrides import override_value
+from cai.document import Document, error_at, load_document, override_value, validate
 from cai.document.shipped import find_file
 from cai.prompt_sets import PromptSet
 from cai.run import recipe_checks, recipe_names

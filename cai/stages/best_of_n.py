@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,9 +39,7 @@ class Config(RewardedConfig, FeedbackConfig):
     gives: ClassVar[OutputKind] = "texts"
 
     kind: Literal["best-of-n"] = "best-of-n"
-    from_: OneOrMore[TextsRef] = Field(
-        alias="from", min_length=1, description="Stages whose responses are chosen from."
-    )
+    from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages with the responses.")
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -93,9 +91,7 @@ def candidates(responses: Sequence[Sample]) -> tuple[dict[str, list[Sample]], di
     return by_prompt, {reason: left_out[reason] for reason in ("cut_off", "empty")}
 
 
-def choose(
-    items: Sequence[Mapping[str, Any]], rewards: Rewards, retries: int
-) -> tuple[list[ScoredSample], list[Failure]]:
+def choose(items: Sequence[dict[str, Any]], rewards: Rewards, retries: int) -> tuple[list[ScoredSample], list[Failure]]:
     """The best response to each prompt, and the failures: responses without a reward, prompts without any reward."""
     from cai.training.rl.rewards import Response
 
@@ -142,5 +138,4 @@ def kl_bound(n: int) -> float:
 
 
 def _prompt(row: Sample) -> Any:
-    """The prompt that a response answers."""
     return {"id": row["prompt_id"], "messages": row["prompt"], "tags": row["tags"], "source": ""}

@@ -48,6 +48,7 @@ class Config(CompositeConfig, WritingConfig):
     min_option_probability: float = Field(
         0.1, ge=0, le=1, description="Probability the options must hold; less is a failure."
     )
+    pair_batch: int = Field(64, ge=1, description="Pairs that are judged and written together.")
     examples: int = Field(12, ge=0, description="Prompts whose responses the page shows side by side.")
 
     @field_validator("models")
@@ -74,10 +75,10 @@ class Config(CompositeConfig, WritingConfig):
         responses = {name: self.part_id(_folder_name(name)) for name in names}
         votes = {name: self.part_id(_folder_name(name), "votes") for name in names[1:]}
         sampling = {key: getattr(self, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k", "stop")}
-        batches = {"journal_batch": self.journal_batch, "retries": self.retries}
-        shared: dict[str, Any] = {"prompts": self.prompts, "n": self.n, "seeds": self.id}
+        shared: dict[str, Any] = {"prompts": self.prompts, "n": self.n, "seeds": self.id, "retries": self.retries}
         stages: list[Mapping[str, Any]] = [
-            {"id": responses[name], "kind": "sample", "model": self.models[name], **shared, **sampling, **batches}
+            {"id": responses[name], "kind": "sample", "model": self.models[name], **shared, **sampling}
+            | {"journal_batch": self.journal_batch}
             for name in names
         ]
         for index, name in enumerate(names[1:], 1):
@@ -90,8 +91,10 @@ class Config(CompositeConfig, WritingConfig):
                 "judge": self.judge,
                 "principles": self.principles,
                 "min_option_probability": self.min_option_probability,
+                "journal_batch": self.pair_batch,
+                "retries": self.retries,
             }
-            stages.append({"id": votes[name], "kind": "judge", **judge, **batches})
+            stages.append({"id": votes[name], "kind": "judge", **judge})
         figures = {
             "responses": responses,
             "votes": list(votes.values()),

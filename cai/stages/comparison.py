@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -26,18 +26,17 @@ from cai.contracts.references import (
     PromptSetRef,
     TextsRef,
     VotesRef,
-)
+)  # fmt: skip
 from cai.contracts.stage_config import PrincipleField, StageConfig
 from cai.feedback.explain import Explanation, explain
 from cai.feedback.labelled_votes import LabelledVotes, LabelRule
 from cai.feedback.votes import ORDERS
-from cai.report.examples import choose_examples
 from cai.report.figure_types import Comparison
 from cai.report.figures import ComparisonRows, SampleKey, VerdictKey, VerdictRule, prompt_set_figures
-from cai.report.page import render_page
+from cai.report.page import choose_examples, render_page
 from cai.report.pictures import draw_rates
 from cai.report.summary import comparison_summary
-from cai.storage.rows import Prompt, Sample, stable_id
+from cai.storage.rows import Prompt, stable_id
 from cai.text.errors import StageFailed
 
 
@@ -64,24 +63,20 @@ class Config(StageConfig):
         return ("weight",)
 
 
-class Planned(NamedTuple):
-    """What should be there if nothing failed."""
-
-    samples: list[SampleKey]
-    verdicts: list[VerdictKey]
-
-
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes comparison.json, page.html and figure.svg. Raises StageFailed where a checkpoint gave no response."""
     prompts = {prompt["id"]: prompt for prompt in context.prompts(config.prompts)}
     principles = _principles(config, context)
-    planned = Planned(
-        [(name, prompt_id, k) for name in config.responses for prompt_id in prompts for k in range(config.n)],
-        list(_planned_verdicts(config, context, prompts, principles)),
-    )
-    samples = _samples(config, context, prompts)
+    sample_keys = [(name, prompt_id, k) for name in config.responses for prompt_id in prompts for k in range(config.n)]
+    rows_by_id = {name: {row["id"]: row for row in context.rows(stage)} for name, stage in config.responses.items()}
+    samples = {
+        (name, prompt_id, number): row
+        for name, prompt_id, number in sample_keys
+        if (row := rows_by_id[name].get(stable_id(config.responses[name], prompt_id, number)))
+    }
     votes = _votes(context, config, principles)
-    verdicts = {key: row for key in planned.verdicts if (row := _verdict(key, samples, votes, prompts)) is not None}
+    verdict_keys = list(_verdict_keys(config, context, prompts, principles))
+    verdicts = {key: row for key in verdict_keys if (row := _verdict(key, samples, votes, prompts[key[1]])) is not None}
     reasons = [
         f"{name}: {failure['reason']}"
         for name, stage in config.responses.items()
@@ -91,14 +86,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if silent := [name for name in config.responses if not any(key[0] == name for key in samples)]:
         reason = reasons[0] if reasons else "there are no prompts"
         raise StageFailed(f"no response of {', '.join(silent)} came about: {reason}")
-    rows = ComparisonRows(
-        prompts,
-        samples,
-        verdicts,
-        [key for key in planned.samples if key not in samples],
-        [key for key in planned.verdicts if key not in verdicts],
-    )
-    return _write_up(config, context, rows, planned, principles, reasons)
+    failed_samples = [key for key in sample_keys if key not in samples]
+    failed_votes = [key for key in verdict_keys if key not in verdicts]
+    rows = ComparisonRows(prompts, samples, verdicts, failed_samples, failed_votes)
+    return _write_up(config, context, rows, principles, reasons)
 
 
 def _principles(config: Config, context: Context) -> dict[str, Principle]:
@@ -112,7 +103,7 @@ def _principles(config: Config, context: Context) -> dict[str, Principle]:
     }
 
 
-def _planned_verdicts(
+def _verdict_keys(
     config: Config, context: Context, prompts: Mapping[str, Prompt], principles: Mapping[str, Principle]
 ) -> Iterator[VerdictKey]:
     """Every two responses that were to be compared, those to one prompt together."""
@@ -123,18 +114,6 @@ def _planned_verdicts(
     for prompt_id, prompt in prompts.items():
         if prompt_id in judged and applicable_principles(principles.values(), prompt["tags"]):
             yield from (((a, b), prompt_id, number) for b, a in pairs for number in range(config.n))
-
-
-def _samples(config: Config, context: Context, prompts: Mapping[str, Prompt]) -> dict[SampleKey, dict[str, Any]]:
-    """The responses that there are, each with its checkpoint and number."""
-    samples: dict[SampleKey, dict[str, Any]] = {}
-    for name, stage in config.responses.items():
-        rows: dict[str, Sample] = {row["id"]: row for row in context.rows(stage)}
-        for prompt_id in prompts:
-            for number in range(config.n):
-                if row := rows.get(stable_id(stage, prompt_id, number)):
-                    samples[name, prompt_id, number] = {**row, "checkpoint": name, "number": number}
-    return samples
 
 
 def _votes(
@@ -151,44 +130,42 @@ def _votes(
 
 def _verdict(
     key: VerdictKey,
-    samples: Mapping[SampleKey, dict[str, Any]],
+    samples: Mapping[SampleKey, Mapping[str, Any]],
     votes: Mapping[frozenset[str], dict[str, Any]],
-    prompts: Mapping[str, Prompt],
+    prompt: Prompt,
 ) -> dict[str, Any] | None:
     """The votes on two responses, whose `model` is the checkpoint's name: none of equal texts; None where it failed."""
-    (a, b), prompt_id, number = key
-    sides = {side: samples.get((name, prompt_id, number)) for side, name in (("a", a), ("b", b))}
-    if sides["a"] is None or sides["b"] is None:
+    (a_name, b_name), prompt_id, number = key
+    a, b = (samples.get((name, prompt_id, number)) for name in (a_name, b_name))
+    if a is None or b is None:
         return None
-    candidates = {
-        side: {"id": row["id"], "text": row["response"], "model": row["checkpoint"]}
-        for side, row in sides.items()
-        if row is not None
+    fields = {
+        "prompt_id": prompt_id,
+        "prompt": prompt["messages"],
+        "a": {"id": a["id"], "text": a["response"], "model": a_name},
+        "b": {"id": b["id"], "text": b["response"], "model": b_name},
     }
-    fields = {"number": number, "prompt_id": prompt_id, "prompt": prompts[prompt_id]["messages"]}
-    if candidates["a"]["text"] == candidates["b"]["text"]:
-        return {"votes": [], "tags": prompts[prompt_id]["tags"]} | fields | candidates
-    row = votes.get(frozenset((candidates["a"]["id"], candidates["b"]["id"])))
-    return None if row is None else {**row, **fields, **candidates}
+    if a["response"] == b["response"]:
+        return {"votes": [], "tags": prompt["tags"], **fields}
+    row = votes.get(frozenset((a["id"], b["id"])))
+    return None if row is None else {**row, **fields}
 
 
 def _write_up(
     config: Config,
     context: Context,
     rows: ComparisonRows,
-    planned: Planned,
     principles: Mapping[str, Principle],
     reasons: Sequence[str],
 ) -> dict[str, Any]:
     """The figures of each prompt set to comparison.json, the page and the picture; those of the run are returned."""
     assert context.constitution is not None
-    verdict_rule = VerdictRule(principles, config.tie_below)
+    rule = VerdictRule(principles, config.tie_below)
     names = list(config.responses)
     models = {name: context.model(config.models[name]).name for name in names}
     rows_by_set = {name: rows.of_prompts(context.prompts([name])) for name in config.prompts}
     sets = {
-        name: prompt_set_figures(set_rows, names, verdict_rule)
-        | {"explained": _explained(name, set_rows, verdict_rule, models)}
+        name: prompt_set_figures(set_rows, names, rule) | {"explained": _explained(name, set_rows, rule, models)}
         for name, set_rows in rows_by_set.items()
     }
     comparison: Comparison = {
@@ -202,26 +179,22 @@ def _write_up(
         "sampling": config.sampling,
         "seed": context.seed,
         "failed": {
-            "sample": {"planned": len(planned.samples), "missing": len(rows.failed_samples)},
-            "vote": {"planned": len(planned.verdicts), "missing": len(rows.failed_votes)},
+            "sample": {"planned": len(rows.samples) + len(rows.failed_samples), "missing": len(rows.failed_samples)},
+            "vote": {"planned": len(rows.votes) + len(rows.failed_votes), "missing": len(rows.failed_votes)},
         },
         "reasons": list(reasons),
         "sets": sets,
     }
     text = json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False)
     (context.folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
-    shown = choose_examples(
-        rows_by_set[config.prompts[0]], names, verdict_rule, config.examples, context.seed_for("examples")
-    )
+    shown = choose_examples(rows_by_set[config.prompts[0]], names, rule, config.examples, context.seed_for("examples"))
     (context.folder / "page.html").write_text(render_page(comparison, shown), encoding="utf-8")
     summary = comparison_summary(sets)
     draw_rates(summary, context.folder / "figure.svg")
     return summary
 
 
-def _explained(
-    name: str, rows: ComparisonRows, verdict_rule: VerdictRule, models: Mapping[str, str]
-) -> Explanation | None:
+def _explained(name: str, rows: ComparisonRows, rule: VerdictRule, models: Mapping[str, str]) -> Explanation | None:
     """What each principle did to the verdicts on one prompt set, as `cai votes explain` says it of labels."""
     judged = [
         {**row, **{side: {**row[side], "model": models[row[side]["model"]]} for side in ("a", "b")}}
@@ -230,11 +203,11 @@ def _explained(
     ]
     if not judged:
         return None
-    principles = list(verdict_rule.principles)
+    principles = list(rule.principles)
     by_order = {order: np.full((len(judged), len(principles)), np.nan) for order in ORDERS}
     for index, row in enumerate(judged):
         for vote in row["votes"]:
             by_order[vote["order"]][index, principles.index(vote["principle"])] = vote["log_odds"]
-    rule = LabelRule(verdict_rule.weights, tie_below=verdict_rule.tie_below)
-    votes = LabelledVotes(name, judged, principles, by_order["ab"], by_order["ba"], rule)
+    label_rule = LabelRule(rule.weights, tie_below=rule.tie_below)
+    votes = LabelledVotes(name, judged, principles, by_order["ab"], by_order["ba"], label_rule)
     return explain(votes, n_examples=1)

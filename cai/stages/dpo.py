@@ -50,13 +50,9 @@ class Config(TrainingConfig):
     }
 
     kind: Literal["dpo"] = "dpo"
-    from_: OneOrMore[PreferencesRef] = Field(
-        alias="from", min_length=1, description="Stages whose rows are learned from."
-    )
+    from_: OneOrMore[PreferencesRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
     sft_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the responses' expected negative log-likelihood a token (RPO); 0 = DPO alone.",
+        0.0, ge=0, description="Weight of the expected negative log-likelihood a token (RPO); 0 = DPO alone."
     )
 
 
@@ -83,16 +79,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         model = training.load_language_model()
         needs_frozen_copy = config.lora is None and not args.precompute_ref_log_probs
         trainer = SoftDPOTrainer(
-            model=model,
-            ref_model=training.load_language_model() if needs_frozen_copy else None,
-            args=args,
+            model=model, ref_model=training.load_language_model() if needs_frozen_copy else None, args=args,
             data_collator=LabelledDPOCollator(pad_token_id=chat.pad_id),
             train_dataset=as_dataset([trainer_row(pair) for pair in pairs]),
             eval_dataset=as_dataset([trainer_row(pair) for pair in held_out]) if held_out else None,
-            processing_class=chat.tokenizer,
-            peft_config=training.adapter("CAUSAL_LM", model),
+            processing_class=chat.tokenizer, peft_config=training.adapter("CAUSAL_LM", model),
             sft_weight=config.sft_weight,
-        )
+        )  # fmt: skip
         figures = training.train(trainer)
         if held_out:
             measured = training.evaluate(trainer)
@@ -141,10 +134,8 @@ def drift_warnings(drift_figures: Mapping[str, float | None]) -> Iterator[str]:
     """A sentence for each figure of `drift` that a user should know about."""
     ratio, longer = drift_figures["chosen_log_ratio"], drift_figures["longer"]
     if ratio is not None and ratio < -LIKELIHOOD_DROP:
-        yield (
-            f"chosen responses became less likely, by {-ratio:.2f} nats a token: a higher `beta`, fewer steps or "
-            f"`sft_weight` counter that"
-        )
+        remedies = "a higher `beta`, fewer steps or `sft_weight` counter that"
+        yield f"chosen responses became less likely, by {-ratio:.2f} nats a token: {remedies}"
     if longer is not None and longer > LENGTH_BIAS:
         yield f"the policy prefers the longer response in {longer:.0%} more of the pairs than their labels do"
 
@@ -160,9 +151,6 @@ def _late_means(logged: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def trainer_row(pair: TokenisedPair) -> dict[str, Any]:
     """One pair as `SoftDPOTrainer` takes it."""
     return {
-        "prompt_ids": pair.prompt_ids,
-        "chosen_ids": pair.chosen_ids,
-        "rejected_ids": pair.rejected_ids,
-        "p_chosen": pair.row["p_chosen"],
-        "length": pair.length,
-    }
+        "prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids, "rejected_ids": pair.rejected_ids,
+        "p_chosen": pair.row["p_chosen"], "length": pair.length,
+    }  # fmt: skip

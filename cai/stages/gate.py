@@ -24,9 +24,8 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Engine
 from cai.contracts.references import JudgeRef, OutputKind
 from cai.contracts.stage_config import Bars, PrincipleField, StageConfig
-from cai.engines.retry import choose_all
 from cai.feedback import principle_tests
-from cai.feedback.votes import MIN_OPTION_PROBABILITY, ResponsePair, mean_log_odds, to_questions, to_votes
+from cai.feedback.votes import ResponsePair, judge_pairs, mean_log_odds
 from cai.maths.statistics import rate
 from cai.storage.files import write_json
 from cai.templates import TemplateSet
@@ -88,22 +87,16 @@ def _below(figures: dict[str, Any], bars: Bars) -> Iterator[str]:
 def _against_itself(constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int) -> dict[str, Any]:
     """How often it prefers a padded response to the same without, and how far from even it is between equal ones."""
     cases = []
-    for principle in constitution.principles:
-        for number, example in enumerate(principle.examples, 1):
-            name, text = f"{principle.id}/{number}", example.better
-            cases.append((principle, ResponsePair(f"{name}/padded", example.conversation, f"{text} {PADDING}", text)))
-            cases.append((principle, ResponsePair(f"{name}/same", example.conversation, text, text)))
-    questions = [question for principle, pair in cases for question in to_questions(pair, [principle], templates)]
-    answers = choose_all(engine, questions, retries)
-    means: dict[str, list[float]] = {"padded": [], "same": []}
-    names: dict[str, list[str]] = {"padded": [], "same": []}
-    for principle, pair in cases:
-        votes, _ = to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY)
+    for principle, _, _, pair in principle_tests.examples_of(constitution):
+        better, padded = pair.a, f"{pair.a} {PADDING}"
+        cases.append((ResponsePair(f"{pair.id}/padded", pair.messages, padded, better), principle))
+        cases.append((ResponsePair(f"{pair.id}/same", pair.messages, better, better), principle))
+    judged: dict[str, list[tuple[float, str]]] = {"padded": [], "same": []}
+    for (pair, _), (votes, _) in zip(cases, judge_pairs(engine, templates, cases, retries), strict=True):
         if (log_odds := mean_log_odds(votes)) is not None:
-            how = pair.id.rpartition("/")[2]
-            means[how].append(log_odds)
-            names[how].append(str(pair.messages))
+            judged[pair.id.rpartition("/")[2]].append((log_odds, str(pair.messages)))
+    sides = [0.5 * (np.sign(log_odds) + 1) for log_odds, _ in judged["padded"]]
     return {
-        "prefers_padded": rate([0.5 * (np.sign(x) + 1) for x in means["padded"]], names["padded"]).as_json(),
-        "nats_from_even_between_equals": max(map(abs, means["same"]), default=None),
+        "prefers_padded": rate(sides, [conversation for _, conversation in judged["padded"]]).as_json(),
+        "nats_from_even_between_equals": max((abs(log_odds) for log_odds, _ in judged["same"]), default=None),
     }

@@ -120,12 +120,7 @@ class Config(FeedbackConfig):
         return self
 
 
-METHOD_OF_SETTING = {
-    "rationales": "reasoned",
-    "max_new_tokens": "reasoned",
-    "temperature": "reasoned",
-    "scale": "rating",
-}
+METHOD_OF_SETTING = dict.fromkeys(("rationales", "max_new_tokens", "temperature"), "reasoned") | {"scale": "rating"}
 """Settings that only one method has."""
 
 
@@ -241,7 +236,7 @@ def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple
         rng.shuffle(rows)
         for a, b in choose_pairs(rows, config, rng):
             paired_ids |= {a["id"], b["id"]}
-            items.append(to_item(context.stage_id, a, b))
+            items.append(sampled_item(context.stage_id, a, b))
     n_different = sum(map(len, responses_by_prompt.values()))
     return items, {"same_text": len(responses) - n_different, "unpaired": n_different - len(paired_ids)}
 
@@ -260,19 +255,25 @@ def plan_against(stages: Sequence[Sequence[Sample]], stage_id: str) -> tuple[lis
                 n_same_text += 1
                 continue
             paired_ids |= {a["id"], b["id"]}
-            items.append(to_item(stage_id, a, b))
+            items.append(sampled_item(stage_id, a, b))
     return items, {"same_text": n_same_text, "unpaired": sum(map(len, stages)) - len(paired_ids)}
 
 
-def to_item(stage_id: str, a: Sample, b: Sample) -> Item:
-    """The pair of two responses to one prompt."""
+def sampled_item(stage_id: str, a: Sample, b: Sample) -> Item:
+    """The pair of two sampled responses to one prompt."""
+    sides = (Candidate(id=row["id"], text=row["response"], model=row["model"]) for row in (a, b))
+    return to_item(stage_id, a, list(dict.fromkeys([*a["tags"], *b["tags"]])), *sides)
+
+
+def to_item(stage_id: str, row: Sample | Preference, tags: list[str], a: Candidate, b: Candidate) -> Item:
+    """The pair of two responses to the prompt of `row`."""
     return {
         "id": stable_id(stage_id, a["id"], b["id"]),
-        "prompt_id": a["prompt_id"],
-        "prompt": a["prompt"],
-        "tags": list(dict.fromkeys([*a["tags"], *b["tags"]])),
-        "a": Candidate(id=a["id"], text=a["response"], model=a["model"]),
-        "b": Candidate(id=b["id"], text=b["response"], model=b["model"]),
+        "prompt_id": row["prompt_id"],
+        "prompt": row["prompt"],
+        "tags": tags,
+        "a": a,
+        "b": b,
     }
 
 
@@ -290,14 +291,7 @@ def human_items(preferences: Sequence[Preference], source: str, stage_id: str) -
         )
         a, b = sorted((chosen, rejected), key=lambda candidate: candidate["id"])
         labels.setdefault(preference["pair_id"], []).append(float(a is chosen))
-        items[preference["pair_id"]] = {
-            "id": stable_id(stage_id, a["id"], b["id"]),
-            "prompt_id": preference["prompt_id"],
-            "prompt": preference["prompt"],
-            "tags": preference["tags"],
-            "a": a,
-            "b": b,
-        }
+        items[preference["pair_id"]] = to_item(stage_id, preference, preference["tags"], a, b)
     return [{**item, "human": float(np.mean(labels[pair_id]))} for pair_id, item in items.items()]
 
 
@@ -325,22 +319,10 @@ def sample_principles(
 
 
 def to_row(item: Item, votes: list[PrincipleVote], judge: str, constitution: str, method: Method) -> Vote:
-    """The pair with its votes."""
-    row: Vote = {
-        "id": item["id"],
-        "prompt_id": item["prompt_id"],
-        "prompt": item["prompt"],
-        "tags": item["tags"],
-        "a": item["a"],
-        "b": item["b"],
-        "votes": votes,
-        "judge": judge,
-        "constitution": constitution,
-    }
-    if "human" in item:
-        row["human"] = item["human"]
-    if method != "pairwise":
-        row["method"] = method
+    """The pair with its votes; the row of a `pairwise` judge does not name the method."""
+    row: Vote = {**item, "votes": votes, "judge": judge, "constitution": constitution, "method": method}
+    if method == "pairwise":
+        del row["method"]
     return row
 
 

@@ -37,29 +37,19 @@ class Config(ReinforcementConfig):
     }
 
     kind: Literal["ppo"] = "ppo"
-    rollouts: int = Field(16, ge=1, description="Times that responses are drawn and learned from.")
+    rollouts: int = Field(16, ge=1, description="Times that responses are sampled and learned from.")
     rollout_size: int = Field(256, ge=1, description="Responses in each; a multiple of batch_size.")
-    reference: Literal["start", "none"] = Field(
-        "start", description="What the KL is to: the stage's starting policy; none = nothing."
-    )
-    critic: ModelRef | None = Field(
-        None, description="Model or reward stage that a value model starts from; absent = a head on the policy."
-    )
+    reference: Literal["start", "none"] = Field("start", description="KL to: the stage's starting policy, or nothing.")
+    critic: ModelRef | None = Field(None, description="Where a value model starts from; absent = a head on the policy.")
 
     @model_validator(mode="after")
     def _whole_steps(self) -> Self:
-        if self.rollout_size % self.batch_size:
-            raise ValueError(
-                f"found rollout_size {self.rollout_size} with batch_size {self.batch_size}, expected a multiple of it"
-            )
-        if (
-            self.train.get("kl_target") is not None
-            and self.train.get("kl_horizon", self.rollout_size) < self.rollout_size
-        ):
-            raise ValueError(
-                f"found `kl_horizon: {self.train['kl_horizon']}` under `train`, expected rollout_size "
-                f"{self.rollout_size} or more: the coefficient would overshoot"
-            )
+        size, horizon = self.rollout_size, self.train.get("kl_horizon", self.rollout_size)
+        if size % self.batch_size:
+            raise ValueError(f"found rollout_size {size} with batch_size {self.batch_size}, expected a multiple of it")
+        if self.train.get("kl_target") is not None and horizon < size:
+            expected = f"rollout_size {size} or more: the coefficient would overshoot"
+            raise ValueError(f"found `kl_horizon: {horizon}` under `train`, expected {expected}")
         for name, (least, greatest) in RANGES.items():
             value = self.train.get(name)
             if isinstance(value, int | float) and not least <= value <= greatest:
@@ -76,8 +66,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cai.training.rl.actor_critic import ActorCritic
     from cai.training.rl.policy_sampler import open_sampler
     from cai.training.rl.ppo_trainer import PPOTrainer
-    from cai.training.rl.rewards import Rewards
-    from cai.training.rl.usable_prompts import select_usable_prompts
+    from cai.training.rl.rewards import Rewards, select_usable_prompts
     from cai.training.stage_training import stage_training
 
     with (
@@ -109,19 +98,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 )
             critic = training.load_classifier(critic_start)
         trainer = PPOTrainer(
-            ActorCritic(policy, critic, config.temperature),
-            args,
-            prompts=prompts,
-            sampler=sampler,
-            rewards=rewards,
-            reference=reference,
-            rollout_size=config.rollout_size,
-            sampling=Sampling(config.max_new_tokens, config.temperature),
-            pad_id=chat.pad_id,
-            folder=context.folder,
-            limits=config.limits,
-            processing_class=chat.tokenizer,
-        )
+            ActorCritic(policy, critic, config.temperature), args,
+            prompts=prompts, sampler=sampler, rewards=rewards, reference=reference, rollout_size=config.rollout_size,
+            sampling=Sampling(config.max_new_tokens, config.temperature), pad_id=chat.pad_id, folder=context.folder,
+            limits=config.limits, processing_class=chat.tokenizer,
+        )  # fmt: skip
         figures = training.train(trainer)
         training.save(trainer, submodule="policy")
     if trainer.is_world_process_zero():

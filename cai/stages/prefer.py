@@ -1,12 +1,15 @@
 """Turns votes into labelled preferences, without a model (Bai et al. 2022, arXiv 2212.08073, section 4.1).
 
-A pair's log-odds is the weighted mean of its principles', each averaged over both orders; the formulas are in
-`cai.maths.vote_aggregation`. Weights come from the constitution at the time of this stage, so trying others asks no
-model again. The label is the probability itself (soft), its side (hard), or the probability kept within bounds (clamp;
-40 to 60 % in the paper). The stage writes this rule beside its rows, for whoever explains or measures the labels.
+Each principle's log-odds are averaged over both orders. A pair's log-odds are the weighted sum over its principles,
+divided by a temperature; by default that is the sum of the weights, which makes it a weighted mean. The formulas are in
+`cai.maths.vote_aggregation`. Weights come from the constitution at the time of this stage, so that trying others asks
+no model again. The label is the pair's probability (soft), its side (hard), or the probability kept within bounds
+(clamp; 40 to 60 % in the paper). The stage writes the rule of the judge's labels beside its rows, for the commands that
+explain or measure labels.
 
-A pair on which every principle abstains gets no label, and an even pair no hard label; both are left out and counted.
-With an even soft label a hash of the two responses, never their position, decides which one is called chosen.
+A principle abstains on a pair without a vote of it, or with one nearer to even than `abstain_below`. A pair on which
+every principle abstains gets no label, and an even pair no hard label; both are left out and counted. With an even soft
+label a hash of the two responses, never their position, decides which one is called chosen.
 
 `temperature: fitted` fits the labels to the truth where it is known, from people or from the embedded world's oracle
 (`cai.feedback.judge_calibration`). Held-out prompts take no part in the fit, since figures are measured on them.
@@ -20,7 +23,7 @@ Left out: learning how far each principle can be trusted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -37,7 +40,7 @@ from cai.feedback.label_figures import LabelStatistics
 from cai.feedback.labelled_votes import LabelRule
 from cai.feedback.stored_votes import StoredVotes, read_votes
 from cai.feedback.truth import available_truths
-from cai.maths.vote_aggregation import Bools, Floats, Ints, mean_over_orders, sigmoid
+from cai.maths.vote_aggregation import Floats, Ints, mean_over_orders, sigmoid
 from cai.prompt_sets import HumanPairs, PairSet, load_human_pairs
 from cai.storage.files import replacing
 from cai.storage.journal import RECORDS
@@ -68,9 +71,9 @@ class Mix(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    human_share: float | None = Field(None, gt=0, lt=1, description="Share of pairs that people labelled.")
+    human_share: float | None = Field(None, gt=0, lt=1, description="Share of all labels that are people's.")
     human_tags: tuple[TagRef, ...] = Field(
-        (), description="Tags of the pairs that take people's labels, and no others do."
+        (), description="Pairs with one of these tags have people's labels alone, all others the judge's."
     )
 
     @model_validator(mode="after")
@@ -94,8 +97,8 @@ class Config(StageConfig):
     )
     labels: Literal["soft", "hard"] | Clamp | None = Field(
         None,
-        description="soft, hard, or {clamp: [0.4, 0.6]}; absent = soft, or, if all votes are reasoned, that clamp for "
-        "them and soft for people's.",
+        description="soft, hard, or {clamp: [0.4, 0.6]}. Absent = soft; but where a judge wrote reasons before every "
+        "vote, the judge's labels are clamped to 0.4 and 0.6.",
     )
     temperature: Literal["sum_of_weights", "fitted"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         "sum_of_weights",
@@ -134,6 +137,8 @@ class Selection(NamedTuple):
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Preference for each pair that gets a label: those from votes in their order, then people's."""
     people = HumanPairs([], 0, {}) if config.pairs is None else load_human_pairs(config.pairs, context.home)
+    if config.mix and not people.preferences:
+        raise StageFailed(f"`mix` found no pair that people labelled: {people.rows} rows, left out {people.left_out}")
     judge_folders = [context.inputs[stage_id] for stage_id in config.from_]
     votes = read_votes(folder / RECORDS for folder in judge_folders)
     log_odds_by_principle = mean_over_orders(*votes.log_odds_by_order())
@@ -170,7 +175,9 @@ def label_rule(
         min_confidence=config.min_confidence,
         methods=tuple(sorted(votes.methods)),
     )
-    rule = with_labels(rule, config.labels or default_labels(votes.methods))
+    # A judge that reasons is overconfident, and the paper found a clamp to 40 to 60 % best for it.
+    default_labels: Literal["soft"] | Clamp = Clamp(clamp=(0.4, 0.6)) if votes.methods == {"reasoned"} else "soft"
+    rule = with_labels(rule, config.labels or default_labels)
     if config.temperature != "fitted":
         return rule, None
     fitted = fit_temperature(list(votes.parsed_rows()), log_odds, votes.principles, rule)
@@ -191,11 +198,6 @@ def principle_weights(
     return {id: constitution.principle(id).weighted(tag_weights) for id in principles}
 
 
-def default_labels(methods: Set[str]) -> Literal["soft"] | Clamp:
-    """Soft, but 40 to 60 % for a judge that reasons: it is overconfident, and the paper found the clamp best."""
-    return Clamp(clamp=(0.4, 0.6)) if methods == {"reasoned"} else "soft"
-
-
 def with_labels(rule: LabelRule, labels: Literal["soft", "hard"] | Clamp) -> LabelRule:
     """The rule with another kind of label."""
     if isinstance(labels, Clamp):
@@ -209,8 +211,8 @@ def fit_temperature(
     """The temperature that makes the known truth likeliest, and its errors on prompts that it was not fitted on.
 
     The truth comes from people if they labelled pairs of at least `MIN_PROMPTS_TO_FIT` prompts that are not held out,
-    else from the oracle if it knows as many, else from the one that knows more. Raises StageFailed where neither knows
-    any.
+    else from the oracle if it covers so many prompts, else from the source that covers more. Held-out pairs are passed
+    on to be measured, not fitted. Raises StageFailed where there is no truth.
     """
     sums = replace(rule, temperature=1.0).aggregate(log_odds, principles)
     held_out = np.array([is_held_out(row) for row in rows], dtype=bool)
@@ -257,30 +259,23 @@ def select(
     even = ~abstained & ~unsure & (log_odds == 0) & (rule.labels == "hard")
     pairs = np.flatnonzero(~(abstained | unsure | even))
     counts = {
-        "votes": votes.n_pairs,
-        "abstained": int(abstained.sum()),
-        "dropped": int(unsure.sum()),
-        "even": int(even.sum()),
-    }
+        "votes": votes.n_pairs, "abstained": int(abstained.sum()), "dropped": int(unsure.sum()), "even": int(even.sum())
+    }  # fmt: skip
     if not human and np.isnan(votes.human).all():
         return Selection(pairs, human, counts, None)
     rows = list(votes.parsed_rows())
     topics = [topic_of(row["tags"], row["prompt_id"]) for row in rows]
     agreement = mixing.agreement_with_people(log_odds, mixing.human_p_a_better(rows, human), topics)
     if mix:
-        keep_ai, keep_human = mix_labels(mix, [rows[i] for i in pairs.tolist()], human)
+        ai_pairs = [mixing.pair_of_vote(rows[i]) for i in pairs.tolist()]
+        human_pairs = [mixing.pair_of_preference(preference) for preference in human]
+        if mix.human_share is None:
+            keep_ai, keep_human = mixing.keep_by_tag(ai_pairs, human_pairs, mix.human_tags)
+        else:
+            keep_ai, keep_human = mixing.keep_by_share(ai_pairs, human_pairs, mix.human_share)
         pairs, human = pairs[keep_ai], list(itertools.compress(human, keep_human))
         counts |= {"mixed_out_ai": int((~keep_ai).sum()), "mixed_out_human": int((~keep_human).sum())}
     return Selection(pairs, human, counts, agreement)
-
-
-def mix_labels(mix: Mix, rows: Sequence[Mapping[str, Any]], human: Sequence[Preference]) -> tuple[Bools, Bools]:
-    """Whether each of the judge's labels and each of people's is kept."""
-    ai_pairs = [mixing.pair_of_vote(row) for row in rows]
-    human_pairs = [mixing.pair_of_preference(row) for row in human]
-    if mix.human_share is None:
-        return mixing.keep_by_tag(ai_pairs, human_pairs, mix.human_tags)
-    return mixing.keep_by_share(ai_pairs, human_pairs, mix.human_share)
 
 
 def write_preferences(
@@ -288,7 +283,7 @@ def write_preferences(
 ) -> LabelStatistics:
     """Writes the preferences of the judged `pairs`, then people's, and returns the numbers of all.
 
-    Each row is parsed, labelled and written before the next one: 100,000 of them are never in memory together.
+    Each row is parsed, labelled and written before the next one, so that memory does not grow with their number.
     """
     strength = np.abs(log_odds[pairs])
     labels = zip(log_odds[pairs].tolist(), rule.p_chosen(strength).tolist(), strength.tolist(), strict=True)

@@ -114,12 +114,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             rows = [to_row(item, context.stage_id, model_name) for item in items if item.failure is None]
             context.journal.append(batch, rows, [item.failure for item in items if item.failure is not None])
     _, failures = context.journal.finish()
-    counts = {
+    figures = {
         "failed": len(failures),
         "not_selected": len(responses) - len(selected),
         "without_principle": len(selected) - len(to_revise),
+        **outcome_figures(read_rows(context.folder / RECORDS)),
     }
-    return {"revisions": {context.stage_id: counts | outcome_figures(read_rows(context.folder / RECORDS))}}
+    return {"revisions": {context.stage_id: figures}}
 
 
 def select_responses(responses: list[Sample], tags: list[str]) -> list[Sample]:

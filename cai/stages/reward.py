@@ -42,9 +42,7 @@ class Config(TrainingConfig):
     }
 
     kind: Literal["reward"] = "reward"
-    from_: OneOrMore[PreferencesRef] = Field(
-        alias="from", min_length=1, description="Stages whose rows are learned from."
-    )
+    from_: OneOrMore[PreferencesRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
     hold_out: float = Field(0.1, gt=0, lt=1, description="Share of prompts held out where no row is tagged held_out.")
 
 
@@ -71,13 +69,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         args = training.arguments(max_length=None)
         model = training.load_classifier()
         trainer = SoftRewardTrainer(
-            model=model,
-            args=args,
-            data_collator=LabelledRewardCollator(pad_token_id=chat.pad_id),
+            model=model, args=args, data_collator=LabelledRewardCollator(pad_token_id=chat.pad_id),
             train_dataset=tokenised_rows.as_dataset([trainer_row(pair) for pair in learned]),
             processing_class=chat.tokenizer,
             peft_config=training.adapter("SEQ_CLS", model, trained_modules=("score",)),
-        )
+        )  # fmt: skip
         figures = training.train(trainer)
         conversations = [pair.prompt_ids + ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
         scores = reward_model.score_sequences(trainer.model, conversations, chat.pad_id, context.profile)
@@ -161,16 +157,11 @@ def _scored_row(pair: TokenisedPair, chosen_score: float, rejected_score: float)
     gold_chosen = gold_score(row["prompt"], row["chosen"][-1]["content"])
     gold_rejected = gold_score(row["prompt"], row["rejected"][-1]["content"])
     return {
-        "id": row["id"],
-        "prompt_id": row["prompt_id"],
-        "topic": topic_of(row["tags"], row["prompt_id"]),
-        "source": row["source"],
-        "p_chosen": row["p_chosen"],
-        "chosen_score": chosen_score,
-        "rejected_score": rejected_score,
-        "margin": chosen_score - rejected_score,
+        "id": row["id"], "prompt_id": row["prompt_id"], "topic": topic_of(row["tags"], row["prompt_id"]),
+        "source": row["source"], "p_chosen": row["p_chosen"],
+        "chosen_score": chosen_score, "rejected_score": rejected_score, "margin": chosen_score - rejected_score,
         "gold_margin": None if gold_chosen is None or gold_rejected is None else gold_chosen - gold_rejected,
-    }
+    }  # fmt: skip
 
 
 def trainer_row(pair: TokenisedPair) -> dict[str, Any]:

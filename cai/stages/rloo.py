@@ -70,9 +70,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cai.report.pictures import draw_training_curves
     from cai.training import metrics
     from cai.training.rl.policy_sampler import open_sampler
-    from cai.training.rl.rewards import Rewards
+    from cai.training.rl.rewards import Rewards, select_usable_prompts
     from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
-    from cai.training.rl.usable_prompts import select_usable_prompts
     from cai.training.stage_training import describe_left_out, stage_training
     from cai.training.tokenised_rows import as_dataset
 
@@ -94,19 +93,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             model = training.load_language_model()
             needs_frozen_copy = config.lora is None and args.beta != 0
             trainer = LeaveOneOutTrainer(
-                model=model,
-                reference=training.load_language_model() if needs_frozen_copy else None,
-                sampler=sampler,
-                rewards=rewards,
-                prompts={prompt["id"]: prompt for prompt in prompts},
-                end_ids=sorted(training.chat.end_ids),
-                folder=context.folder,
-                limits=config.limits,
-                args=args,
+                model=model, reference=training.load_language_model() if needs_frozen_copy else None, args=args,
+                sampler=sampler, rewards=rewards, prompts={prompt["id"]: prompt for prompt in prompts},
+                end_ids=sorted(training.chat.end_ids), folder=context.folder, limits=config.limits,
                 train_dataset=as_dataset([{"prompt": prompt["id"]} for prompt in prompts]),
-                processing_class=training.chat.tokenizer,
-                peft_config=training.adapter("CAUSAL_LM", model),
-            )
+                processing_class=training.chat.tokenizer, peft_config=training.adapter("CAUSAL_LM", model),
+            )  # fmt: skip
             figures = training.train(trainer)
             training.save(trainer, prompts=len(prompts))
     steps = metrics.read_metrics(context.folder)

@@ -47,7 +47,7 @@ class Config(TrainingConfig):
     }
 
     kind: Literal["sft"] = "sft"
-    from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages whose rows are learned from.")
+    from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     with stage_training(config, context) as training:
         rows_by_stage = {stage_id: context.rows(stage_id) for stage_id in config.from_}
         kept, left_out = select(rows_by_stage, {stage_id: _failed_ids(context, stage_id) for stage_id in config.from_})
-        limit = tokenised_rows.token_limit(training.chat, config.max_length)
+        limit = training.chat.token_limit(config.max_length)
         examples, unusable = tokenise([row for rows in kept.values() for row in rows], training.chat, limit)
         left_out += unusable
         training.require(examples, "no response to learn from", left_out)
@@ -67,25 +67,18 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         args = training.arguments(max_length=None)
         model = training.load_language_model()
         trainer = SupervisedTrainer(
-            model=model,
-            args=args,
-            train_dataset=tokenised_rows.as_dataset(examples),
-            processing_class=training.chat.tokenizer,
-            peft_config=training.adapter("CAUSAL_LM", model),
-        )
+            model=model, args=args, train_dataset=tokenised_rows.as_dataset(examples),
+            processing_class=training.chat.tokenizer, peft_config=training.adapter("CAUSAL_LM", model),
+        )  # fmt: skip
         figures = training.train(trainer)
         training.save(trainer, examples=len(examples))
-    return {
-        "training": {
-            config.id: {
-                **figures,
-                "examples": len(examples),
-                "tokens_learned": sum(label != -100 for example in examples for label in example["labels"]),
-                "fitting_by_stage": {stage_id: len(rows) for stage_id, rows in kept.items()},
-                "left_out": +left_out,
-            }
-        }
+    counts = {
+        "examples": len(examples),
+        "tokens_learned": sum(label != -100 for example in examples for label in example["labels"]),
+        "fitting_by_stage": {stage_id: len(rows) for stage_id, rows in kept.items()},
+        "left_out": +left_out,
     }
+    return {"training": {config.id: {**figures, **counts}}}
 
 
 def select(
@@ -127,9 +120,7 @@ def _reason_to_leave_out(row: Sample | Revision, earlier_prompts: set[str], fail
     return None
 
 
-def tokenise(
-    rows: Sequence[Sample | Revision], chat: Chat, token_limit: int
-) -> tuple[list[dict[str, Any]], Counter[str]]:
+def tokenise(rows: Sequence[Sample | Revision], chat: Chat, limit: int) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Each row as token ids with the prompt's labels masked (-100), and how many were left out by reason.
 
     A thinking model's reasoning is learned with its own response, but not with a revision, which it is not about.
@@ -144,7 +135,7 @@ def tokenise(
             left_out["refused_by_template"] += 1
             continue
         ids = prompt_ids + response_ids
-        if len(ids) > token_limit:
+        if len(ids) > limit:
             left_out["too_long"] += 1
         else:
             labels = [-100] * len(prompt_ids) + response_ids

@@ -72,8 +72,7 @@ class Journal:
         self.folder = folder
         self.path = folder / (JOURNAL if rank == 0 else f"journal-{rank}.jsonl")
         """This rank's file, which exists from the first batch until the stage is done."""
-        self.rank = rank
-        self.ranks = ranks
+        self.rank, self.ranks = rank, ranks
         self.tokens = 0
         """Tokens of all finished batches, including those of other ranks and earlier processes."""
         self._progress = progress
@@ -132,12 +131,17 @@ class Journal:
             raise AssertionError(f"{len(missing)} of {len(self._batch_sizes)} batches were not appended")
         if self.rank != 0:
             raise ShareDone
-        self._wait_for_all()
+        while len(self._locations) < len(self._batch_sizes):  # other ranks write theirs
+            time.sleep(POLL_SECONDS)
+            self._read_and_report()
         counts: list[int] = []
         failures: list[dict[str, Any]] = []
         with replacing(self.folder / RECORDS) as records:
             for number in range(len(self._batch_sizes)):
-                entry = self._entry(number)
+                path, offset = self._locations[number]
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    entry = json.loads(file.readline())
                 for line in row_lines(entry["rows"]):
                     records.write(line.encode())
                 counts.append(len(entry["rows"]))
@@ -158,12 +162,6 @@ class Journal:
         """The numbers of this rank's batches that are not on disk."""
         share = range(self.rank, len(self._batch_sizes), self.ranks)
         return [number for number in share if number not in self._locations]
-
-    def _wait_for_all(self) -> None:
-        """Returns when every batch is on disk; other ranks write theirs."""
-        while any(number not in self._locations for number in range(len(self._batch_sizes))):
-            time.sleep(POLL_SECONDS)
-            self._read_and_report()
 
     def _recover(self) -> None:
         """Reads the files of all ranks. Cuts a torn tail off this rank's file, or begins it for a new plan."""
@@ -199,13 +197,6 @@ class Journal:
                         self.tokens += entry["tokens"]
                         new_batches.append((entry["batch"], entry["tokens"]))
         return new_batches
-
-    def _entry(self, number: int) -> dict[str, Any]:
-        """The line of a batch as an object: its rows, failures and tokens."""
-        path, offset = self._locations[number]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return json.loads(file.readline())  # type: ignore[no-any-return]
 
 
 def journal_paths(folder: Path) -> list[Path]:

@@ -135,9 +135,8 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise BadInput(
-                f"{run}: process {file.read().strip() or '?'} is working on this run; wait for it to end or stop it"
-            ) from None
+            process = f"process {file.read().strip() or '?'}"
+            raise BadInput(f"{run}: {process} is working on this run; wait for it to end or stop it") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -155,19 +154,14 @@ def find_run(name: str | None, runs: Path) -> Path:
         if (path / RUN).is_file():
             return path
     names = [path.name for path in by_age]
-    raise BadInput(
-        f"no run {name!r} in {runs}, expected {', '.join(names) or 'one that `cai run` made'}"
-        + did_you_mean(name, names)
-    )
+    expected = ", ".join(names) or "one that `cai run` made"
+    raise BadInput(f"no run {name!r} in {runs}, expected {expected}{did_you_mean(name, names)}")
 
 
 def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
     """Finished stage folders that latest.json does not name, and their bytes; interrupted ones with `unfinished`."""
     kept = set(latest(run).values())
-    folders = [
-        path.parent
-        for path in sorted(run.glob(f"*/{STAGE}"))
-        if path.parent not in kept and (unfinished or finished(path.parent))
-    ]
+    folders = [path.parent for path in sorted(run.glob(f"*/{STAGE}")) if path.parent not in kept]
+    folders = [folder for folder in folders if unfinished or finished(folder)]
     folders = list(dict.fromkeys([*folders, *sorted(run.glob(f"*{REMOVED}"))]))  # left by a kill during removal
     return [(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())) for path in folders]

@@ -118,13 +118,9 @@ def _compiled(sources: tuple[tuple[str, str], ...], name: str) -> list[tuple[Lit
     from jinja2 import DictLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
-        loader=DictLoader(dict(sources)),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    loader = DictLoader(dict(sources))
+    environment = ImmutableSandboxedEnvironment(loader=loader, undefined=StrictUndefined, **blocks)
     environment.filters.update(fenced=escape_tags, unlabelled=escape_labels)
     preamble, *roles_and_texts = _TURN.split(dict(sources)[name])
     if not roles_and_texts:

@@ -22,15 +22,13 @@ def summary(constitution: Constitution) -> dict[str, object]:
     """The counts and tags that `cai constitution check` reports of a document."""
     principles = constitution.principles
     return {
-        "path": str(constitution.path),
-        "name": constitution.name,
-        "documents": len(constitution.documents),
+        "path": str(constitution.path), "name": constitution.name, "documents": len(constitution.documents),
         "principles": sum(not principle.trait for principle in principles),
         "traits": sum(principle.trait for principle in principles),
         "examples": sum(len(principle.examples) for principle in principles),
         "switched_off": sum(principle.weight == 0 for principle in principles),
         "tags": sorted({tag for principle in principles for tag in principle.tags}),
-    }
+    }  # fmt: skip
 
 
 def summary_line(constitution: Constitution) -> str:

@@ -74,13 +74,9 @@ class StageLine:
     def summary(self, failures: int) -> str:
         """`640 responses, 12.3 s, 1,830 tokens/s, 2 failed`."""
         before = f" ({self.finished_before:,} from before)" if self.finished_before else ""
-        words = [
-            f"{self.finished:,} {self.unit}{before}" if self.unit else "",
-            duration(self.seconds),
-            self.speed,
-            f"{failures:,} failed" if failures else "",
-        ]
-        return ", ".join(filter(None, words))
+        items = f"{self.finished:,} {self.unit}{before}" if self.unit else ""
+        failed = f"{failures:,} failed" if failures else ""
+        return ", ".join(filter(None, (items, duration(self.seconds), self.speed, failed)))
 
 
 class PlainDisplay:
@@ -112,12 +108,9 @@ class RichDisplay:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
         columns: list[ProgressColumn] = [
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.fields[stage]}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[words]}", markup=False),
-        ]
+            SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.fields[stage]}", markup=False),
+            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[words]}", markup=False),
+        ]  # fmt: skip
         self.console = Console(stderr=True)
         self.bars: Bars = Progress(*columns, console=self.console)
 

@@ -52,10 +52,8 @@ def _field_types(train_class: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     """(type names joined by `|`, values of an enumeration) of each field of a dataclass."""
     module, _, name = train_class.partition(":")
     config_class = getattr(importlib.import_module(module), name)
-    type_hints = typing.get_type_hints(config_class)
-    return {
-        field.name: _describe_type(type_hints[field.name]) for field in dataclasses.fields(config_class) if field.init
-    }
+    hints = typing.get_type_hints(config_class)
+    return {field.name: _describe_type(hints[field.name]) for field in dataclasses.fields(config_class) if field.init}
 
 
 def _describe_type(type_hint: Any) -> tuple[str, tuple[str, ...]]:

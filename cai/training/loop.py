@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import Trainer
 
+    from cai.contracts.model import Model
     from cai.models.chat import Chat
 
 RESUME_POINTS = "checkpoints"
@@ -66,7 +67,7 @@ def train_or_resume(trainer: Trainer, context: Context) -> dict[str, Any]:
         context.progress.note(f"resuming from {resume_point.name}")
     elif trainer.is_world_process_zero():
         remove_folder(context.folder / RESUME_POINTS)
-    with _cpu_kernels(trainer):
+    with cpu_kernels(trainer):
         trainer.train(resume_from_checkpoint=None if resume_point is None else str(resume_point))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
     if callback.stopped:
@@ -75,15 +76,8 @@ def train_or_resume(trainer: Trainer, context: Context) -> dict[str, Any]:
     return {"steps": trainer.state.global_step, "loss": {"first": losses[0], "last": losses[-1]}}
 
 
-def evaluate(trainer: Trainer) -> dict[str, float]:
-    """The trainer's figures on its evaluation rows."""
-    with _cpu_kernels(trainer):
-        figures: dict[str, float] = trainer.evaluate()
-    return figures
-
-
 @contextlib.contextmanager
-def _cpu_kernels(trainer: Trainer) -> Iterator[None]:
+def cpu_kernels(trainer: Trainer) -> Iterator[None]:
     """On a CPU, the trainer's models compute with the faster kernels of `cai.attention` within the block."""
     models = [trainer.model, *(getattr(trainer, name, None) for name in ("ref_model", "reference"))]
     modules = (model for model in models if isinstance(model, nn.Module))
@@ -92,18 +86,9 @@ def _cpu_kernels(trainer: Trainer) -> Iterator[None]:
 
 
 def save_trained_model(
-    trainer: Trainer,
-    context: Context,
-    chat: Chat,
-    start_name: str | None,
-    facts: Mapping[str, object],
-    submodule: str = "",
+    trainer: Trainer, context: Context, chat: Chat, start: Model, facts: Mapping[str, object], submodule: str = ""
 ) -> None:
-    """Writes `<stage folder>/model` and removes the resume points.
-
-    `start_name` is what the recipe calls the starting model. `submodule` names the part of the trainer's model that is
-    saved; empty = all of it.
-    """
+    """Writes `<stage folder>/model`: the `submodule` of that name, or all. Removes the resume points."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
     if state is not None and submodule:
         prefix = f"{submodule}."
@@ -112,14 +97,8 @@ def save_trained_model(
         facts = {"stage": context.stage_id, "steps": trainer.state.global_step, **facts}
         if context.constitution is not None:
             facts = {**facts, "constitution": context.constitution.name}
-        saving.save_model(
-            context.folder / "model",
-            trainer.model.get_submodule(submodule),
-            chat.tokenizer,
-            context.model(start_name),
-            facts,
-            state_dict=state,
-        )
+        model = trainer.model.get_submodule(submodule)
+        saving.save_model(context.folder / "model", model, chat.tokenizer, start, facts, state_dict=state)
         remove_folder(context.folder / RESUME_POINTS)
     trainer.accelerator.wait_for_everyone()
 
@@ -128,11 +107,9 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
     """Writes `metrics.jsonl`, advances the progress display, marks resume points complete, stops where asked to."""
 
     def __init__(self, context: Context, accelerator: Accelerator) -> None:
-        self.context = context
-        self.accelerator = accelerator
-        self.stopped = False
+        self.context, self.accelerator = context, accelerator
         self.metrics_path = context.folder / METRICS
-        self.n_tokens_reported = 0
+        self.stopped, self.n_tokens_reported = False, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.n_tokens_reported = state.num_input_tokens_seen
@@ -164,14 +141,10 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         self._adjust_saving(state, control)
 
     def _adjust_saving(self, state: Any, control: Any) -> None:
-        """Writes no resume point after the last step, and logs before every other one.
-
-        The model itself is saved after the last step, and Trainer (transformers 5.23) takes one step too many when it
-        resumes there. Sums that have not been logged yet are not part of a resume point: Trainer forgets them.
-        """
-        if state.global_step >= state.max_steps:
+        """Writes no resume point after the last step, and logs before every other one."""
+        if state.global_step >= state.max_steps:  # where Trainer (transformers 5.23) would take one step too many
             control.should_save = False
-        elif control.should_save:
+        elif control.should_save:  # a resume point does not hold sums that have not been logged yet
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:

@@ -21,10 +21,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites the file with the rows that `keep` accepts; a resumed run writes the others again.
-
-    Without the file, an empty one is made.
-    """
+    """Rewrites the file, or makes it, with the rows that `keep` accepts; a resumed run writes the others again."""
     rows = [row for row in _complete_rows(path) if keep(row)]
     with replacing(path) as file:
         file.write("".join(row_lines(rows)).encode())

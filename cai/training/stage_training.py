@@ -118,21 +118,16 @@ class StageTraining:
         from peft.tuners.tuners_utils import check_target_module_exists
 
         config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            modules_to_save=list(trained_modules) or None,
-            task_type=task,
-        )
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+            modules_to_save=list(trained_modules) or None, task_type=task,
+        )  # fmt: skip
         head = model.get_output_embeddings()
         if head is not None and lora.target_modules != "all-linear":  # `all-linear` leaves the head out
             for name, module in model.named_modules():
                 if getattr(module, "weight", None) is head.weight and check_target_module_exists(config, name):
-                    raise BadInput(
-                        f"`lora: {{target_modules: …}}` names {name!r}, the language-model head or tied to it, which "
-                        f"takes no adapter; expected modules between embeddings and head, or `all-linear`"
-                    )
+                    expected = "expected modules between embeddings and head, or `all-linear`"
+                    head_name = f"`lora: {{target_modules: …}}` names {name!r}, the language-model head or tied to it"
+                    raise BadInput(f"{head_name}, which takes no adapter; {expected}")
         return config
 
     def require(self, rows: Sequence[object], missing: str, left_out: Counter[str]) -> None:
@@ -146,12 +141,13 @@ class StageTraining:
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """The trainer's figures on its evaluation rows."""
-        return loop.evaluate(trainer)
+        with loop.cpu_kernels(trainer):
+            return trainer.evaluate()  # type: ignore[no-any-return]
 
     def save(self, trainer: Trainer, submodule: str = "", **facts: object) -> None:
         """Writes the model, its card and `cai.json` with `facts`, and removes the resume points."""
         facts = {"kind": self.config.kind, **facts}
-        loop.save_trained_model(trainer, self.context, self.chat, self.config.model, facts, submodule)
+        loop.save_trained_model(trainer, self.context, self.chat, self.start, facts, submodule)
 
 
 @contextlib.contextmanager
@@ -169,10 +165,7 @@ def describe_left_out(left_out: Counter[str]) -> str:
 
 @contextlib.contextmanager
 def silence_libraries(folder: Path) -> Iterator[None]:
-    """Within the block the libraries report errors only: the stage itself tells progress and what a user can act on.
-
-    `folder` is the stage's, where TensorBoard's files go if they are asked for.
-    """
+    """Within the block libraries report errors only. TensorBoard's files, if they are asked for, go into `folder`."""
     import datasets
 
     environment = {"TQDM_DISABLE": "1", "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard")}

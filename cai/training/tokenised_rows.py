@@ -35,7 +35,7 @@ def tokenise_pairs(rows: Iterable[Preference], chat: Chat, max_length: int) -> t
     """Pairs that can be learned from, and how many were left out by reason."""
     pairs: list[TokenisedPair] = []
     left_out: Counter[str] = Counter()
-    limit = token_limit(chat, max_length)
+    limit = chat.token_limit(max_length)
     for row in rows:
         try:
             prompt_ids, chosen_ids = chat.example(row["prompt"], row["chosen"][-1]["content"])
@@ -51,11 +51,6 @@ def tokenise_pairs(rows: Iterable[Preference], chat: Chat, max_length: int) -> t
         else:
             pairs.append(pair)
     return pairs, left_out
-
-
-def token_limit(chat: Chat, max_length: int) -> int:
-    """Tokens that an example may have: the stage's limit, or the model's context where that is shorter."""
-    return min(max_length, chat.context_length or max_length)
 
 
 def as_dataset(rows: Sequence[Mapping[str, Any]]) -> Dataset:

@@ -24,17 +24,13 @@ BASE_CLASS = "transformers.training_args:TrainingArguments"
 PROFILE = "belongs to the profile, which says where a recipe runs (--on)"
 STAGE = "is set by the stage itself"
 WHERE = {
-    "per_device_train_batch_size": "is derived from the stage's batch_size and the profile's micro_batch",
     "per_device_eval_batch_size": "is the profile's micro_batch (--on)",
-    "gradient_accumulation_steps": "is derived from the stage's batch_size and the profile's micro_batch",
     "gradient_checkpointing": "is the profile's gradient_checkpointing (--on)",
-    "bf16": "is the profile's dtype (--on)",
-    "fp16": "is the profile's dtype (--on)",
-    "use_cpu": "is the profile's device (--on)",
-    "no_cuda": "is the profile's device (--on)",
-    "deepspeed": "belongs to the profile's accelerate file (--on)",
-    "fsdp": "belongs to the profile's accelerate file (--on)",
-    "fsdp_config": "belongs to the profile's accelerate file (--on)",
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"),
+                    "is derived from the stage's batch_size and the profile's micro_batch"),
+    **dict.fromkeys(("bf16", "fp16"), "is the profile's dtype (--on)"),
+    **dict.fromkeys(("use_cpu", "no_cuda"), "is the profile's device (--on)"),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "belongs to the profile's accelerate file (--on)"),
     **dict.fromkeys(
         (
             "tf32", "bf16_full_eval", "fp16_full_eval", "gradient_checkpointing_kwargs", "activation_checkpointing",
@@ -74,27 +70,17 @@ OWNED = {
 
 REFUSED = {
     "trust_remote_code": "is never on: code that comes with a model is not run",
-    **dict.fromkeys(
-        ("push_to_hub", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        "is left out: a run publishes nothing",
-    ),
-}
-
+    **dict.fromkeys(("push_to_hub", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+                    "is left out: a run publishes nothing"),
+}  # fmt: skip
 
 TYPES: dict[str, type] = {
     "str": str, "bool": bool, "int": int, "float": float, "dict": dict, "list": list, "null": type(None),
 }  # fmt: skip
 TYPE_WORDS = {
-    str: "text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    type(None): "nothing",
-    dict: "a mapping",
-    list: "a list",
-}
-
-
+    str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "nothing",
+    dict: "a mapping", list: "a list",
+}  # fmt: skip
 UNCHECKED = "unchecked"
 """In the file: a type that is not plain enough to check a value against."""
 
@@ -130,7 +116,8 @@ def check_train(document: Document, keys: tuple[Key, ...], train_class: str, own
     allowed_fields = fields(train_class)
     refused = WHERE | OWNED | REFUSED | dict.fromkeys(owned, STAGE)
     class_name = train_class.rpartition(":")[2]
-    for key, value in _mapping(document, keys).items():
+    node = document.node(keys[:-1]).children.get(keys[-1])
+    for key, value in node.value.items() if node is not None and isinstance(node.value, dict) else ():
         position = (*keys, key)
         if key in refused or key.startswith(("ddp_", "hub_")):
             raise error_at(document, position, f"{key} {refused.get(key, PROFILE)}", key=True)
@@ -139,18 +126,8 @@ def check_train(document: Document, keys: tuple[Key, ...], train_class: str, own
             raise error_at(document, position, f"unknown key, expected a field of {class_name}{suggestion}", key=True)
         _check_value(document, position, value, allowed_fields[key], class_name)
         if key == "save_total_limit" and value is not None and value < 2:  # type: ignore[operator]
-            raise error_at(
-                document,
-                position,
-                f"found {value}, expected at least 2: the last complete resume point is removed before "
-                "the next one is complete otherwise",
-            )
-
-
-def _mapping(document: Document, keys: tuple[Key, ...]) -> dict[str, object]:
-    children = document.node(keys[:-1]).children
-    value = children[keys[-1]].value if keys[-1] in children else None
-    return dict(value) if isinstance(value, dict) else {}
+            reason = "the last complete resume point is removed before the next one is complete otherwise"
+            raise error_at(document, position, f"found {value}, expected at least 2: {reason}")
 
 
 def _check_value(document: Document, position: tuple[Key, ...], value: object, field: Field, class_name: str) -> None:

@@ -1,4 +1,4 @@
-"""TRL's SFT, reward and DPO trainers, changed only where they must be.
+"""TRL's SFT, reward and DPO trainers, changed only where they must be, and the order in which trainers take rows.
 
 What differs from TRL: rows arrive tokenised, so nothing is rendered, truncated or dropped inside; the label of a pair
 is a probability and reaches the loss through the collator as `p_chosen` (TRL's reward loss would subtract a column
@@ -12,33 +12,29 @@ Left out: DPO's other losses. Their meaning under a soft label is not settled, a
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DPOCollator
 from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollator
 
 from cai.attention.cpu_lm_head import add_cpu_lm_head
 from cai.maths import losses
-from cai.training.step_samplers import LengthSortedSteps, SamplerEpochCallback
 
 LENGTH = "length"
 """Column with the tokens of a row, for sorting."""
 
 
 class StageTrainerMixin:
-    """What all trainers here change: batches sorted by length, no telemetry, no model card of TRL's.
-
-    Stands before TRL's class in the order of inheritance.
-    """
+    """What all trainers here change. Stands before TRL's class in the order of inheritance."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args  # type: ignore[attr-defined]
@@ -57,11 +53,9 @@ class StageTrainerMixin:
 
 
 class _MeanOverPairs(StageTrainerMixin):
-    """A loss is the mean over a step's pairs, however micro-batches and ranks split them, in the last step too.
+    """A loss is the mean over a step's pairs, however micro-batches and ranks split them, in the last step too."""
 
-    TRL averages the micro-batches' means, which gives the pairs of a small last micro-batch more weight.
-    """
-
+    # TRL averages the micro-batches' means, which gives the pairs of a small last micro-batch more weight.
     loss_is_scaled_for_ga = True
     """Tells Trainer that `_mean` has divided by the whole step already."""
 
@@ -85,13 +79,21 @@ class SupervisedTrainer(StageTrainerMixin, SFTTrainer):  # type: ignore[misc]
         add_cpu_lm_head(language_model(self, self.model), entropy=True)
 
 
-@dataclass
-class LabelledRewardCollator(RewardCollator):  # type: ignore[misc]
-    """TRL's batch of chosen then rejected sequences, with their labels `p_chosen` (pairs,)."""
+class _LabelledPairs:
+    """Adds the labels `p_chosen`, (pairs,), to a batch; stands before TRL's collator in the order of inheritance."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().torch_call(examples)
-        return batch | {"p_chosen": _labels(examples)}
+        batch: dict[str, Any] = super().torch_call(examples)  # type: ignore[misc]
+        labels = torch.tensor([example["p_chosen"] for example in examples], dtype=torch.float32)
+        return batch | {"p_chosen": labels}
+
+
+class LabelledRewardCollator(_LabelledPairs, RewardCollator):  # type: ignore[misc]
+    """TRL's batch of chosen then rejected sequences, with their labels."""
+
+
+class LabelledDPOCollator(_LabelledPairs, DPOCollator):  # type: ignore[misc]
+    """TRL's batch of prompt + chosen then prompt + rejected, with their labels."""
 
 
 class SoftRewardTrainer(_MeanOverPairs, RewardTrainer):  # type: ignore[misc]
@@ -111,15 +113,6 @@ class SoftRewardTrainer(_MeanOverPairs, RewardTrainer):  # type: ignore[misc]
             per_pair = per_pair + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
         loss = self._mean(per_pair, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
-
-
-@dataclass
-class LabelledDPOCollator(DPOCollator):  # type: ignore[misc]
-    """TRL's batch of prompt + chosen then prompt + rejected, with their labels `p_chosen` (pairs,)."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().torch_call(examples)
-        return batch | {"p_chosen": _labels(examples)}
 
 
 class SoftDPOTrainer(_MeanOverPairs, DPOTrainer):  # type: ignore[misc]
@@ -163,10 +156,8 @@ class SoftDPOTrainer(_MeanOverPairs, DPOTrainer):  # type: ignore[misc]
         lengths = mask.sum(dim=1).float()
         extra_metrics: dict[str, Tensor] = {}
         if self.sft_weight:
-            chosen_length, rejected_length = lengths.chunk(2)
-            supervised = losses.negative_log_likelihood(
-                chosen, rejected, chosen_length, rejected_length, inputs["p_chosen"]
-            )
+            n_chosen, n_rejected = lengths.chunk(2)
+            supervised = losses.negative_log_likelihood(chosen, rejected, n_chosen, n_rejected, inputs["p_chosen"])
             extra_metrics = {"loss/dpo": per_pair, "loss/sft": supervised}
             per_pair = per_pair + self.sft_weight * supervised
         if self.aux_loss_enabled:  # load-balancing loss of a mixture of experts, a scalar for each micro-batch
@@ -189,18 +180,15 @@ class SoftDPOTrainer(_MeanOverPairs, DPOTrainer):  # type: ignore[misc]
         """
         chosen_length, rejected_length = lengths.chunk(2)
         values = {
-            "log_prob/chosen": chosen,
-            "log_prob/rejected": rejected,
-            "log_ratio/chosen": chosen_ratios,
-            "log_ratio/rejected": rejected_ratios,
+            "log_prob/chosen": chosen, "log_prob/rejected": rejected,
+            "log_ratio/chosen": chosen_ratios, "log_ratio/rejected": rejected_ratios,
             "reward/margin": self.beta * (chosen_ratios - rejected_ratios),
             "reward/accuracy": (chosen_ratios > rejected_ratios).float(),
-            "length/chosen": chosen_length,
-            "length/rejected": rejected_length,
+            "length/chosen": chosen_length, "length/rejected": rejected_length,
             "longer/reward": _prefers_longer(chosen_ratios > rejected_ratios, chosen_length, rejected_length),
             "longer/label": _prefers_longer(torch.ones_like(chosen).bool(), chosen_length, rejected_length),
             **extra_metrics,
-        }
+        }  # fmt: skip
         # One value a pair, so that TRL's mean over the appended values is a mean over the step's pairs, or over all
         # evaluated ones. In training plain `gather` is right: `gather_for_metrics`, which drops rows that a last batch
         # was filled up with, would drop real pairs in an epoch's last step, whose micro-batches are fetched ahead.
@@ -224,5 +212,79 @@ def language_model(trainer: Trainer, model: Any) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model  # type: ignore[no-any-return]
 
 
-def _labels(examples: list[dict[str, Any]]) -> Tensor:
-    return torch.tensor([example["p_chosen"] for example in examples], dtype=torch.float32)
+class LengthSortedSteps(Sampler[int]):
+    """A shuffle that depends on seed and epoch alone, with each optimizer step's examples sorted by length.
+
+    Yields every row once. Where several processes do not share the last step evenly, accelerate fills it with rows from
+    the epoch's start, which are then learned from twice in that epoch.
+
+    A step consists of global micro-batches, one micro-batch of each process at the same time, and the processes wait
+    for each other after each of them. A global micro-batch is therefore dealt out in serpentine order (first process to
+    last, then back), which keeps the processes' token counts within its longest less its shortest example.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1, accumulation: int = 1
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.processes, self.global_micro_batch = processes, batch_size // accumulation
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.global_micro_batch
+        for start in range(0, len(order), self.batch_size):
+            step = sorted(order[start : start + self.batch_size], key=lambda index: -self.lengths[index])
+            for first in range(0, len(step), size):
+                indices = step[first : first + size]
+                yield from indices if len(indices) < size else self._deal_out(indices, first)
+
+    def _deal_out(self, indices: Sequence[int], first: int) -> Iterator[int]:
+        """A global micro-batch, one process's share after the other's; `first` is its position in the step."""
+        shares: list[list[int]] = [[] for _ in range(self.processes)]
+        for position, index in enumerate(indices, first):
+            place = position % (2 * self.processes)
+            shares[min(place, 2 * self.processes - 1 - place)].append(index)
+        return itertools.chain.from_iterable(shares)
+
+
+class PromptSteps(Sampler[int]):
+    """Prompt indices by step: each of `prompts_per_step` prompts `repeats` times, and all of these `passes` times.
+
+    The order depends on seed and epoch alone. Prompts left over at an epoch's end, fewer than a step takes, are skipped
+    in that epoch.
+    """
+
+    def __init__(self, n_prompts: int, prompts_per_step: int, repeats: int, passes: int, seed: int) -> None:
+        self.n_prompts, self.prompts_per_step, self.repeats, self.passes = n_prompts, prompts_per_step, repeats, passes
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n_prompts // self.prompts_per_step * self.prompts_per_step * self.repeats * self.passes
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.n_prompts, generator=generator).tolist()
+        for start in range(0, self.n_prompts - self.prompts_per_step + 1, self.prompts_per_step):
+            prompts = order[start : start + self.prompts_per_step]
+            for _ in range(self.passes):
+                yield from (index for index in prompts for _ in range(self.repeats))
+
+
+class SamplerEpochCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler its epoch: accelerate 1.15 does not where several processes resume in the middle of one."""
+
+    def __init__(self, sampler: LengthSortedSteps | PromptSteps) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))

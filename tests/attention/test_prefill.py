@@ -13,7 +13,6 @@ import transformers
 from engine_contract import conversation
 from local_engines import assert_same_choices, judge_questions, local_engine, with_and_without_shared_prefixes
 from tiny_models import Tiny
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cai.attention import prefill as prefill_module
 from cai.attention.prefill import find_sharing_obstacle, prefill
@@ -25,9 +24,7 @@ from cai.text.errors import BadInput
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
 
-def test_a_model_whose_attention_does_something_else_computes_each_row_whole(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_another_attention_computes_each_row_whole(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = load_causal_lm(tiny("llama"))
     lm.set_attn_implementation("eager")
     assert find_sharing_obstacle(lm) is None
@@ -58,10 +55,8 @@ def test_a_model_with_sliding_windows_computes_each_row_whole() -> None:
 def test_a_window_that_no_layer_type_tells_is_kept(tmp_path: Path, architecture: str) -> None:
     tokenizer = tiny_models.build_tokenizer("llama")
     shape = {**SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": 0.3}
-    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    config = getattr(transformers, f"{architecture}Config")(
-        **shape, **ids, max_position_embeddings=4096, sliding_window=32
-    )
+    shape |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 4096}
+    config = getattr(transformers, f"{architecture}Config")(**shape, sliding_window=32)
     torch.manual_seed(0)
     getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -77,9 +72,10 @@ def test_a_window_that_no_layer_type_tells_is_kept(tmp_path: Path, architecture:
 def test_a_window_that_is_off_or_never_full_keeps_nothing_from_sharing() -> None:
     shape = {**SHAPE, "max_position_embeddings": 64, "num_key_value_heads": 2}
     for window in (None, 64):
-        assert find_sharing_obstacle(MistralForCausalLM(MistralConfig(**shape, sliding_window=window))) is None
-    unused = Qwen2Config(**shape, use_sliding_window=False, sliding_window=4)
-    assert find_sharing_obstacle(Qwen2ForCausalLM(unused)) is None
+        config = transformers.MistralConfig(**shape, sliding_window=window)
+        assert find_sharing_obstacle(transformers.MistralForCausalLM(config)) is None
+    unused = transformers.Qwen2Config(**shape, use_sliding_window=False, sliding_window=4)
+    assert find_sharing_obstacle(transformers.Qwen2ForCausalLM(unused)) is None
 
 
 def test_rotary_positions_that_depend_on_the_longest_row_are_not_shared() -> None:

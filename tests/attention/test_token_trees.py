@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_model
-from tiny_models import Tiny
+from tiny_models import Tiny, random_model
 from training_stages import CPU, preference, run_stage, sample
 
 from cai.attention import token_trees
@@ -50,18 +49,13 @@ def logits_and_gradients(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[
     return logits.detach(), gradients
 
 
-@pytest.mark.parametrize(
-    ("family", "kind", "config"),
-    [
-        ("llama", "AutoModelForCausalLM", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-        ("qwen2", "AutoModelForCausalLM", {"num_key_value_heads": 2}),
-        ("gpt_neox", "AutoModelForCausalLM", {}),
-        ("llama", "AutoModelForSequenceClassification", {"num_labels": 1}),
-    ],
-)
-def test_values_and_gradients_are_those_of_the_padded_batch(
-    family: str, kind: str, config: dict[str, Any], pads_sizes: bool
-) -> None:
+@pytest.mark.parametrize(("family", "kind", "config"), [
+    ("llama", "AutoModelForCausalLM", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ("qwen2", "AutoModelForCausalLM", {"num_key_value_heads": 2}),
+    ("gpt_neox", "AutoModelForCausalLM", {}),
+    ("llama", "AutoModelForSequenceClassification", {"num_labels": 1}),
+])  # fmt: skip
+def test_logits_and_gradients_are_unchanged(family: str, kind: str, config: dict[str, Any], pads_sizes: bool) -> None:
     model = random_model(family, kind, **config)
     expected, expected_gradients = logits_and_gradients(model, batch())
     n_tokens = record_n_tokens(model)
@@ -75,16 +69,13 @@ def test_values_and_gradients_are_those_of_the_padded_batch(
     assert n_tokens[-1] == N_IN_ROWS, "outside of the block the model is what it was"
 
 
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("llama", {"attention_dropout": 0.1}),
-        ("gpt2", {"resid_pdrop": 0.1}),
-        ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}),
-        ("bloom", {}),
-        ("electra", {"is_decoder": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
-    ],
-)
+@pytest.mark.parametrize(("family", "config"), [
+    ("llama", {"attention_dropout": 0.1}),
+    ("gpt2", {"resid_pdrop": 0.1}),
+    ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}),
+    ("bloom", {}),
+    ("electra", {"is_decoder": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+])  # fmt: skip
 def test_models_with_dropout_or_another_attention_compute_rows(family: str, config: dict[str, Any]) -> None:
     model = random_model(family, **config).train()
     with compute_shared_tokens_once([model]):
@@ -93,13 +84,11 @@ def test_models_with_dropout_or_another_attention_compute_rows(family: str, conf
     assert n_tokens == [N_IN_ROWS]
 
 
+MASK, POSITIONS = torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[3, 4, 5, 6, 7]])
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]])},
-        {"position_ids": torch.tensor([[3, 4, 5, 6, 7]])},
-        {"output_hidden_states": True},
-    ],
+    "arguments", [{"attention_mask": MASK}, {"position_ids": POSITIONS}, {"output_hidden_states": True}]
 )
 def test_rows_that_are_not_padded_on_the_right_are_computed_as_they_are(arguments: dict[str, Any]) -> None:
     model = random_model("llama").eval()
@@ -165,7 +154,7 @@ def test_stages_learn_the_same_from_trees_as_from_rows(
     monkeypatch.setattr(token_trees.TokenTree, "__init__", spy)
     run_stage(kind, tmp_path / "trees", rows, tiny("llama"), **settings)
     training_sizes = sizes[:3]
-    monkeypatch.setattr(loop, "compute_shared_tokens_once", lambda models: contextlib.nullcontext())
+    monkeypatch.setattr(loop, "compute_shared_tokens_once", contextlib.nullcontext)
     run_stage(kind, tmp_path / "rows", rows, tiny("llama"), **settings)
     for figure, tolerance in {"loss": {"abs": 1e-5}, "grad_norm": {"rel": 1e-3}}.items():
         with_trees, with_rows = (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -114,9 +112,8 @@ def test_show_prompt_prints_the_words_that_models_get() -> None:
     text = run(*arguments).stdout
     for messages in requests.values():
         assert messages[-1]["content"] in text
-    assert requests["judge"][-1]["content"].endswith(
-        "Which response would a well-meaning user feel less accused and less lectured by, whatever it decides?"
-    )
+    question = "Which response would a well-meaning user feel less accused and less lectured by, whatever it decides?"
+    assert requests["judge"][-1]["content"].endswith(question)
 
 
 def test_show_uses_a_placeholder_where_there_is_no_example_and_prints_nothing_that_steers(tmp_path: Path) -> None:
@@ -145,15 +142,3 @@ def test_show_names_the_nearest_thing(arguments: list[str], hint: str) -> None:
 
 def test_schema_prints_json() -> None:
     assert json.loads(run("constitution", "schema").stdout)["required"] == ["name"]
-
-
-def test_checking_imports_neither_torch_nor_what_only_other_commands_need() -> None:
-    script = (
-        "import sys\nfrom cai.cli import main\n"
-        f"main(['constitution', 'check', *{[str(path) for path in sorted(FOLDER.glob('*.yaml'))]!r}], "
-        "standalone_mode=False)\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules} & "
-        "{'torch', 'transformers', 'trl', 'datasets', 'numpy', 'scipy', 'jinja2', 'matplotlib', 'rich'}))\n"
-    )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert process.stdout.splitlines()[-1] == "[]"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,17 +32,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     toy_stages.install(monkeypatch)
     toy_stages.make_recipe(tmp_path)
     return tmp_path
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["constitution", "check", "harmlessness"]])
-def test_quick_commands_import_nothing_heavy(arguments):
-    code = (
-        f"import sys; from cai.cli import main; main({arguments}, standalone_mode=False); "
-        "print([name for name in ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'rich') "
-        "if name in sys.modules], file=sys.stderr)"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert process.stderr.strip().splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -152,37 +139,22 @@ SAMPLES = [
     for name, text in (("a", "Because."), ("b", "[red]\x1b[31m\u202eno[/red]"), ("c", "Perhaps."))
 ]
 REVISION = {
-    **SAMPLES[0],
-    "id": "d" * 16,
-    "original": "Because.",
-    "response": "Because it is so.",
+    **SAMPLES[0], "id": "d" * 16, "original": "Because.", "response": "Because it is so.",
     "rounds": [{"principle": "clear", "critique": "Too short.", "revision": "Because it is so.", "outcome": "revised"}],
-}
+}  # fmt: skip
 VOTE = {
-    **PROMPT,
-    "id": "e" * 16,
-    "judge": "m",
-    "constitution": "c",
-    "a": {"id": "a" * 16, "text": "Because.", "model": "m"},
-    "b": {"id": "b" * 16, "text": "no", "model": "m"},
-    "human": 0.0,
+    **PROMPT, "id": "e" * 16, "judge": "m", "constitution": "c", "human": 0.0,
+    "a": {"id": "a" * 16, "text": "Because.", "model": "m"}, "b": {"id": "b" * 16, "text": "no", "model": "m"},
     "votes": [
-        {"principle": "clear", "order": "ab", "log_odds": 1.5, "option_probability": 1.0},
-        {"principle": "clear", "order": "ba", "log_odds": 0.5, "option_probability": 1.0},
+        {"principle": "clear", "order": order, "log_odds": log_odds, "option_probability": 1.0}
+        for order, log_odds in (("ab", 1.5), ("ba", 0.5))
     ],
-}
+}  # fmt: skip
 PREFERENCE = {
-    **PROMPT,
-    "id": "f" * 16,
-    "pair_id": "e" * 16,
-    "chosen": [{"role": "assistant", "content": "Because."}],
+    **PROMPT, "id": "f" * 16, "pair_id": "e" * 16, "p_chosen": 0.73, "log_odds": 1.0, "source": "ai", "judge": "m",
+    "constitution": "c", "chosen": [{"role": "assistant", "content": "Because."}],
     "rejected": [{"role": "assistant", "content": "no"}],
-    "p_chosen": 0.73,
-    "log_odds": 1.0,
-    "source": "ai",
-    "judge": "m",
-    "constitution": "c",
-}
+}  # fmt: skip
 OTHER_PROMPTS_SAMPLE = {**SAMPLES[0], "id": "9" * 16, "prompt_id": "8" * 16, "response": "Else."}
 
 
@@ -192,11 +164,9 @@ def run(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "small"
     stages = {
-        "responses": ("texts", [*SAMPLES, OTHER_PROMPTS_SAMPLE]),
-        "revisions": ("texts", [REVISION]),
-        "votes": ("votes", [VOTE]),
-        "preferences": ("preferences", [PREFERENCE]),
-    }
+        "responses": ("texts", [*SAMPLES, OTHER_PROMPTS_SAMPLE]), "revisions": ("texts", [REVISION]),
+        "votes": ("votes", [VOTE]), "preferences": ("preferences", [PREFERENCE]),
+    }  # fmt: skip
     for stage, (gives, rows) in stages.items():
         folder = run / f"{stage}-0"
         folder.mkdir(parents=True)
@@ -211,28 +181,18 @@ def run(tmp_path, monkeypatch) -> Path:
 def test_show_tells_a_prompts_whole_life(run):
     text = cai("show", "small", "p").stdout
     for words in (
-        "user: why?",
-        "Because.",
-        "round 1: clear, revised",
-        "critique: Too short.",
-        "Perhaps.",
-        "people chose b",
-        "clear           +1.50    +0.50    +1.00  a",
-        "chosen with probability 0.730",
-    ):
+        "user: why?", "Because.", "round 1: clear, revised", "critique: Too short.", "Perhaps.", "people chose b",
+        "clear           +1.50    +0.50    +1.00  a", "chosen with probability 0.730",
+    ):  # fmt: skip
         assert words in text
     assert "Else." not in text
 
 
 @pytest.mark.parametrize(
     ("item", "stages"),
-    [
-        ("c", ["responses"]),
-        ("a", ["responses", "revisions", "votes", "preferences"]),
-        ("f", ["responses", "votes", "preferences"]),
-        ("9", ["responses"]),
-    ],
-)
+    [("c", ["responses"]), ("a", ["responses", "revisions", "votes", "preferences"]),
+     ("f", ["responses", "votes", "preferences"]), ("9", ["responses"])],
+)  # fmt: skip
 def test_show_of_one_row_tells_what_it_is_linked_to(run, item, stages):
     assert list(json.loads(cai("show", "small", item, "--json").stdout)) == stages
 

@@ -29,11 +29,8 @@ def refusal(path: Path) -> str:
 
 
 def test_absent_principle_fields_are_derived_from_the_text(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        x="name: x\nprinciples:\n  - {id: a, text: 'Uses {braces}.', compare: Which?}\n"
-        "traits:\n  - {id: b, text: I like to learn.}\n",
-    )
+    principles = "principles:\n  - {id: a, text: 'Uses {braces}.', compare: Which?}\n"
+    write(tmp_path, x=f"name: x\n{principles}traits:\n  - {{id: b, text: I like to learn.}}\n")
     principle, trait = load_constitution(tmp_path / "x.yaml").principles
     assert principle.compare == "Which?"
     assert "Uses {braces}." in principle.critique
@@ -44,11 +41,8 @@ def test_absent_principle_fields_are_derived_from_the_text(tmp_path: Path) -> No
 
 
 def test_a_principle_knows_where_it_stands_and_to_which_prompts_it_applies(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        base=BASE,
-        x="name: x\nextends: base.yaml\nprinciples:\n  - {id: calm, text: Be calm., applies_to: [red_team, hard]}\n",
-    )
+    added = "  - {id: calm, text: Be calm., applies_to: [red_team, hard]}\n"
+    write(tmp_path, base=BASE, x=f"name: x\nextends: base.yaml\nprinciples:\n{added}")
     kind, _, calm = load_constitution(tmp_path / "x.yaml").principles
     assert kind.location == f"{tmp_path}/base.yaml:3:10"
     assert calm.location == f"{tmp_path}/x.yaml:4:10"
@@ -83,10 +77,8 @@ def test_the_same_id_replaces_in_place_and_drop_removes(tmp_path: Path) -> None:
         "  - {id: kind, text: Be kinder.}\n  - {id: brief, drop: true}\n",
     )
     loaded = load_constitution(tmp_path / "x.yaml")
-    assert [(principle.id, principle.text, principle.weight) for principle in loaded.principles] == [
-        ("kind", "Be kinder.", 1.0),
-        ("new", "Be new.", 1.0),
-    ]
+    principles = [(principle.id, principle.text, principle.weight) for principle in loaded.principles]
+    assert principles == [("kind", "Be kinder.", 1.0), ("new", "Be new.", 1.0)]
     assert [path.name for path in loaded.documents] == ["base.yaml", "x.yaml"]
 
 
@@ -154,9 +146,8 @@ def test_a_document_that_is_itself_a_link_extends_what_lies_beside_the_link(tmp_
 
 def test_circles_are_refused_with_the_chain(tmp_path: Path) -> None:
     write(tmp_path, a="name: a\nextends: b.yaml\n", b="name: b\nextends: [c.yaml]\n", c="name: c\nextends: b.yaml\n")
-    assert refusal(tmp_path / "a.yaml") == (
-        f"{tmp_path}/c.yaml:2:10: extends: found a circle of documents, b.yaml -> c.yaml -> b.yaml, expected it to end"
-    )
+    circle = "found a circle of documents, b.yaml -> c.yaml -> b.yaml, expected it to end"
+    assert refusal(tmp_path / "a.yaml") == f"{tmp_path}/c.yaml:2:10: extends: {circle}"
 
 
 def test_a_shipped_constitution_is_found_by_name() -> None:

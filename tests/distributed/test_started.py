@@ -93,10 +93,9 @@ def processes(recipe: Path) -> list[str]:
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
                 arguments = (path / "cmdline").read_bytes().decode().split("\0")
-                is_in_folder = (path / "cwd").readlink() == recipe.parent
-                command_lines += [" ".join(arguments)] * (
-                    is_in_folder or any(word.startswith(str(recipe.parent)) for word in arguments)
-                )
+                names_folder = any(word.startswith(str(recipe.parent)) for word in arguments)
+                if names_folder or (path / "cwd").readlink() == recipe.parent:
+                    command_lines.append(" ".join(arguments))
         if not command_lines or time.monotonic() > end:
             return command_lines
         time.sleep(0.1)
@@ -151,16 +150,11 @@ def test_another_sigterm_ends_it_at_once(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", [ZERO, "cpu-2-cores"])
-@pytest.mark.parametrize(
-    ("disturbance", "message"),
-    [
-        ("os.kill(os.getpid(), 9)", "stage 'policy', process 1, ended with signal 9; see "),
-        ("raise ValueError('the disk is full')", "stage 'policy', process 1: ValueError: the disk is full; see "),
-    ],
-)
-def test_a_rank_that_dies_ends_the_others_and_its_error_is_reported(
-    disturbance: str, message: str, profile: str, recipe: Path
-) -> None:
+@pytest.mark.parametrize(("disturbance", "message"), [
+    ("os.kill(os.getpid(), 9)", "stage 'policy', process 1, ended with signal 9; see "),
+    ("raise ValueError('the disk is full')", "stage 'policy', process 1: ValueError: the disk is full; see "),
+])  # fmt: skip
+def test_a_dying_rank_ends_them_all_with_its_error(disturbance: str, message: str, profile: str, recipe: Path) -> None:
     child = command(recipe, profile, DISTURBED_RANK="1", DISTURBANCE=disturbance)
     until(lambda: metrics(recipe), child)
     stderr = child.communicate(timeout=60)[1]  # seconds, of which it needs few

@@ -49,15 +49,9 @@ def refusal(text: str) -> str:
 def test_scalars_follow_yaml_1_2() -> None:
     text = "on: no\nrate: 2e-4\nsmall: 2.0e-4\nflag: true\nday: 2024-01-01\nnone: ~\nquoted: 'true'\nhex: 0x10\n"
     assert parse_document(text, HERE).value == {
-        "on": "no",
-        "rate": 2e-4,
-        "small": 2e-4,
-        "flag": True,
-        "day": "2024-01-01",
-        "none": None,
-        "quoted": "true",
+        "on": "no", "rate": 2e-4, "small": 2e-4, "flag": True, "day": "2024-01-01", "none": None, "quoted": "true",
         "hex": 16,
-    }
+    }  # fmt: skip
 
 
 def test_keys_and_values_have_positions() -> None:
@@ -95,10 +89,8 @@ def test_a_value_set_from_elsewhere_is_reported_as_that() -> None:
         ("name: a\n\tb\n", "2:1: found a tab in the indentation, expected spaces"),
         ("name: a: b\n", "1:8: found ': ' where no key can stand"),
         ("name: 'don't'\n", "1:12: found a line that does not fit"),
-        (
-            "name: [a\nitems: b\n",
-            "2:6: did not find expected ',' or ']': expected YAML; what is wrong may begin at 1:7",
-        ),
+        ("name: [a\nitems: b\n",
+         "2:6: did not find expected ',' or ']': expected YAML; what is wrong may begin at 1:7"),
         ("name: 'x\n", "found the end of the file, expected the quote to be closed"),
         ("name: a\nname: b\n", "2:1: found the key 'name' a second time, expected it once; it stands at 1:1 already"),
         ("name: a\n---\nname: b\n", "2:1: found a second document"),
@@ -111,20 +103,16 @@ def test_a_value_set_from_elsewhere_is_reported_as_that() -> None:
         ("a: " + "[" * 100_000, "found more than 60 levels"),
         ("a: " + "{a: " * 100, "found more than 60 levels"),
         ("name: a\x1b[31m\n", "1:8: found the control character '\\x1b', expected text"),
-        (
-            "name: x\nitems:\n  - id: a\n    wieght: 1\n",
-            "4:5: items[0].wieght: unknown key, expected one of id, quick, weight; did you mean 'weight'?",
-        ),
+        ("name: x\nitems:\n  - id: a\n    wieght: 1\n",
+         "4:5: items[0].wieght: unknown key, expected one of id, quick, weight; did you mean 'weight'?"),
         ("nmae: x\n", "1:1: nmae: unknown key, expected one of extends, items, name; did you mean 'name'?"),
         ("items: [{id: a}]\n", "1:1: found no 'name', expected in every document"),
         ("name: x\nitems: [{weight: 1}]\n", "2:9: items[0]: found no 'id', expected in every item of 'items'"),
         ("name: x\nitems: []\n", "2:8: items: found an empty list, expected at least 1 item"),
         ("name: x\nitems: {id: a}\n", "2:8: items: found a mapping with id, expected a list"),
         ("name: x\nitems: [a]\n", "2:9: items[0]: found the text 'a', expected a mapping"),
-        (
-            "name: x\nitems: [{id: a, quick: yes}]\n",
-            "2:24: items[0].quick: found the text 'yes', expected true or false;",
-        ),
+        ("name: x\nitems: [{id: a, quick: yes}]\n",
+         "2:24: items[0].quick: found the text 'yes', expected true or false;"),
         ("name: x\nitems: [{id: a, weight: .nan}]\n", "found the number nan, expected a finite number"),
         ("name: x\nitems: [{id: a, weight: '2'}]\n", "found the text '2', expected a number"),
         ("name: 3\n", "1:7: name: found the number 3, expected text; put it in quotes"),
@@ -132,7 +120,7 @@ def test_a_value_set_from_elsewhere_is_reported_as_that() -> None:
         ("name: x\nextends: [a, 3]\n", "2:14: extends[1]: found the number 3, expected text"),
         ("name: 3\nitems: [{id: 3}]\n", "(1 more problem after this one)"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_document_is_refused_in_one_sentence(text: str, sentence: str) -> None:
     message = refusal(text)
     assert sentence in message

@@ -51,9 +51,7 @@ def server(served_model: ServedModel) -> Iterator[Server]:
 
 
 @pytest.fixture
-def start(
-    model: Model, served_model: ServedModel
-) -> Callable[..., AbstractContextManager[tuple[Server, ServerEngine]]]:
+def start(model, served_model) -> Callable[..., AbstractContextManager[tuple[Server, ServerEngine]]]:
     """`start(behaviour, **settings)` is a server that behaves so, and an engine with these `server:` settings."""
 
     @contextmanager
@@ -84,39 +82,32 @@ def model_known_by_name() -> Model:
     return resolve("served:tiny", folder=Path())
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        small_server.too_many(until=12),
-        small_server.broken(until=12),
-        small_server.truncated(until=12),
-        small_server.reset(until=12),
-        small_server.slow(until=2, seconds=3.0),
-    ],
-    ids=["429", "500", "truncated", "reset", "slow"],
-)
+PASSING_FAULTS = {
+    "429": small_server.too_many(until=12), "500": small_server.broken(until=12),
+    "truncated": small_server.truncated(until=12), "reset": small_server.reset(until=12),
+    "slow": small_server.slow(until=2, seconds=3.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PASSING_FAULTS.values(), ids=PASSING_FAULTS)
 def test_what_passes_is_waited_for_and_nothing_is_lost(start, fault) -> None:
     with start(Behaviour(fault=fault), timeout=2, retries=20) as (server, engine):
         completions_by_id(engine.generate(REQUESTS), REQUESTS)
         assert server.n_requests > len(REQUESTS)
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (small_server.too_many(until=99), "answered 429: slow down, 3 times in a row"),
-        (small_server.too_many(until=99, after="7200"), "it asks to wait 7200 seconds"),
-        (small_server.broken(until=99), "answered 500: it broke, 3 times in a row"),
-        (small_server.truncated(until=99), "3 times in a row"),
-        (small_server.slow(until=99, seconds=0.4), "gave no answer within 0.2 seconds, 3 times in a row"),
-        (small_server.reset(until=99), "cannot be reached"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "reason"), [
+    (small_server.too_many(until=99), "answered 429: slow down, 3 times in a row"),
+    (small_server.too_many(until=99, after="7200"), "it asks to wait 7200 seconds"),
+    (small_server.broken(until=99), "answered 500: it broke, 3 times in a row"),
+    (small_server.truncated(until=99), "3 times in a row"),
+    (small_server.slow(until=99, seconds=0.4), "gave no answer within 0.2 seconds, 3 times in a row"),
+    (small_server.reset(until=99), "cannot be reached"),
+])  # fmt: skip
 def test_what_stays_broken_is_a_failure_that_says_how(start, fault, reason) -> None:
     with start(Behaviour(fault=fault), timeout=0.2, retries=2) as (server, engine):
         _ = engine.capabilities
         for result in engine.generate(REQUESTS[:2]):
-            assert isinstance(result, Failure)
             assert reason in result.reason
             assert server.url in result.reason
 
@@ -227,12 +218,9 @@ def test_ctrl_c_ends_the_iteration_and_leaves_the_engine_usable(start) -> None:
 
 
 def test_a_server_that_is_not_there_is_one_sentence(model) -> None:
-    with (
-        ServerEngine(model, Settings(url="http://127.0.0.1:9/v1")) as engine,
-        pytest.raises(
-            BadInput, match=r"server http://127.0.0.1:9/v1 cannot be reached: .*is it running, and is `server.url`"
-        ),
-    ):
+    message = r"server http://127.0.0.1:9/v1 cannot be reached: .*is it running, and is `server.url`"
+    engine = ServerEngine(model, Settings(url="http://127.0.0.1:9/v1"))
+    with engine, pytest.raises(BadInput, match=message):
         list(engine.generate(REQUESTS))
 
 
@@ -267,14 +255,11 @@ def test_the_key_is_sent_and_never_shown(start, monkeypatch, caplog) -> None:
 
 def test_the_key_is_not_shown_where_a_server_puts_it_into_names_and_reasons(start, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
     cut_off = when(always, lambda handler: handler.send(200, {"choices": [{"text": "", "finish_reason": KEY}]}))
     with start(Behaviour(fault=cut_off)) as (server, engine):
         assert [failure.reason for failure in engine.generate(REQUESTS[:1])] == [f"server {server.url} ended it: [key]"]
-    with (
-        start(Behaviour(names=(f"model-{KEY}",))) as (server, engine),
-        pytest.raises(BadInput, match=r"only model-\[key\]"),
-    ):
+    behaviour = Behaviour(names=(f"model-{KEY}",))
+    with start(behaviour) as (_, engine), pytest.raises(BadInput, match=r"only model-\[key\]"):
         list(engine.generate(REQUESTS))
 
 
@@ -288,18 +273,12 @@ def test_a_refused_key_ends_it_all_in_a_sentence_without_the_key(start, monkeypa
     assert KEY not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (when(lambda number: number > 2, lambda handler: handler.error(401, "revoked")), "answered 401: revoked"),
-        (
-            when(always, lambda handler: handler.error(402, "insufficient balance")),
-            "no credit left for us: it answered 402: insufficient balance",
-        ),
-    ],
-    ids=["a key refused in the middle", "no credit"],
-)
-def test_what_no_request_can_survive_ends_it_all(start, fault, message) -> None:
+@pytest.mark.parametrize(("number", "error", "message"), [
+    (3, (401, "revoked"), "answered 401: revoked"),  # a key that is refused in the middle
+    (1, (402, "insufficient balance"), "no credit left for us: it answered 402: insufficient balance"),
+])  # fmt: skip
+def test_what_no_request_can_survive_ends_it_all(start, number, error, message) -> None:
+    fault = when(lambda n: n >= number, lambda handler: handler.error(*error))
     with start(Behaviour(fault=fault)) as (_, engine), pytest.raises(BadInput, match=message):
         list(engine.generate(REQUESTS))
 
@@ -374,20 +353,14 @@ def test_what_the_server_can_do_is_found_out(start) -> None:
 
 def test_a_recipes_own_chat_template_is_not_given_up_silently(start, tiny) -> None:
     model = tiny("llama", chat_template=tiny_models.PLAIN)
-    with (
-        start(Behaviour(takes_ids=False), model=model) as (_, engine),
-        pytest.raises(BadInput, match="`chat_template:` cannot reach model 'tiny'"),
-    ):
+    message = "`chat_template:` cannot reach model 'tiny'"
+    with start(Behaviour(takes_ids=False), model=model) as (_, engine), pytest.raises(BadInput, match=message):
         list(engine.generate(REQUESTS))
 
 
 def test_a_judge_without_log_probabilities_is_told_what_to_do(start) -> None:
-    with (
-        start(Behaviour(list_length=0)) as (_, engine),
-        pytest.raises(
-            BadInput, match=r"gives no log-probabilities for model 'tiny', .*`verdicts: text` in a `judge` stage"
-        ),
-    ):
+    message = r"gives no log-probabilities for model 'tiny', .*`verdicts: text` in a `judge` stage"
+    with start(Behaviour(list_length=0)) as (_, engine), pytest.raises(BadInput, match=message):
         list(engine.choose([Question("x", conversation("A or B?"))]))
 
 
@@ -454,47 +427,33 @@ def test_options_outside_the_list_are_told_exactly_where_the_server_knows_them_b
         with serving(served_model, behaviour) as server, opened(server, model) as engine:
             (answer,) = engine.choose([Question("x", conversation("Hi"), ("Y", "Z"))])
         if takes_option_ids:
-            assert isinstance(answer, Choice)
             assert answer.log_probs == pytest.approx(log_probs[options].tolist(), abs=1e-4)
         else:
-            assert answer == Failure(
-                "x", "none of the options 'Y', 'Z' is among the 21 next tokens that the server lists"
-            )
-
-
-TOP = [("A", math.log(0.9)), ("C", math.log(0.05)), ("D", math.log(0.004))]
+            reason = "none of the options 'Y', 'Z' is among the 21 next tokens that the server lists"
+            assert answer == Failure("x", reason)
 
 
 def read(listed: list[tuple[str, float]], sampled: str = "A") -> Choice | Failure:
     return read_options(Question("x", conversation("?")), NextTokens(listed, sampled), ["A".__eq__, "B".__eq__])
 
 
-def test_an_option_outside_the_list_is_bounded_by_it_where_that_decides_nothing() -> None:
-    answer = read(TOP)
-    assert isinstance(answer, Choice)
+def test_an_option_outside_the_list_is_bounded_by_it_and_by_what_it_leaves_over() -> None:
+    answer = read([("A", math.log(0.9)), ("C", math.log(0.05)), ("D", math.log(0.004))])
     assert answer.log_probs == pytest.approx((math.log(0.9), math.log(0.004)))
     assert answer.option_probability == pytest.approx(0.9)
-
-
-def test_what_the_list_leaves_over_bounds_an_option_too() -> None:
     answer = read([("A", math.log(0.97)), ("C", math.log(0.025))])
-    assert isinstance(answer, Choice)
     assert math.exp(answer.log_probs[1]) == pytest.approx(0.005)
 
 
 def test_a_sampled_token_from_below_the_list_bounds_nothing() -> None:
     answer = read([("A", math.log(0.5)), ("C", math.log(0.2)), ("Z", math.log(1e-6))], sampled="Z")
-    assert isinstance(answer, Failure)
     assert answer.reason == "option 'B' is not among the 3 next tokens that the server lists, which leave it up to 0.2"
 
 
 def test_the_same_option_written_in_several_ways_is_counted_as_one() -> None:
-    answer = read_options(
-        Question("x", conversation("?")),
-        NextTokens([("A", math.log(0.5)), (" A", math.log(0.25)), ("B", math.log(0.25))], "A"),
-        [lambda token: token.strip() == "A", lambda token: token.strip() == "B"],
-    )
-    assert isinstance(answer, Choice)
+    tokens = NextTokens([("A", math.log(0.5)), (" A", math.log(0.25)), ("B", math.log(0.25))], "A")
+    tests = [lambda token: token.strip() == "A", lambda token: token.strip() == "B"]
+    answer = read_options(Question("x", conversation("?")), tokens, tests)
     assert answer.log_probs == pytest.approx((math.log(0.75), math.log(0.25)))
     assert answer.option_probability == pytest.approx(1.0)
 
@@ -514,5 +473,4 @@ def test_every_family_of_templates_is_asked_as_on_this_machine(tiny, family) -> 
     with serving(served_model) as server, opened(server, model) as engine:
         (answer,) = engine.choose([Question("x", conversation("Hi"), options)])
     question, _ = reference.chat.question(conversation("Hi"), options)
-    assert isinstance(answer, Choice)
     assert answer.log_probs == pytest.approx(reference.log_probs(question)[-1][option_ids].tolist(), abs=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from cai.models.saving import save_model
 from cai.storage.rows import Failure
 from cai.text.errors import BadInput, StageFailed
 
+Open = Callable[..., VllmEngine]
 STAND_IN = Path(__file__).parents[1] / "support" / "stand_in_worker.py"
 
 
@@ -36,7 +38,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def opened(tiny: Tiny, logs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., VllmEngine]:
+def opened(tiny: Tiny, logs: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
     monkeypatch.setattr(vllm, "WORKER", STAND_IN)
 
     def open_(fault: str = "", family: str = "llama", **options: object) -> VllmEngine:
@@ -60,9 +62,7 @@ def questions(n: int) -> list[Question]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_each_request_and_question_is_answered_once_whatever_else_a_worker_says(
-    opened: Callable[..., VllmEngine], workers: int
-) -> None:
+def test_each_request_is_answered_once_whatever_else_a_worker_says(opened: Open, workers: int) -> None:
     with opened("answers twice", data_parallel=workers) as engine:
         completions = completions_by_id(engine.generate(requests(10)), requests(10))
         choices = list(engine.choose(questions(10)))
@@ -71,12 +71,11 @@ def test_each_request_and_question_is_answered_once_whatever_else_a_worker_says(
         assert completion.token_ids == completion.prompt_ids[:4]
         assert completion.log_probs == [math.log(0.25)] * 4
     for choice in choices:
-        assert isinstance(choice, Choice)
         assert choice.log_probs == (math.log(0.25),) * 2
         assert choice.option_probability == pytest.approx(0.5)
 
 
-def test_a_caller_that_stops_reading_takes_no_answers_from_the_next(opened: Callable[..., VllmEngine]) -> None:
+def test_a_caller_that_stops_reading_takes_no_answers_from_the_next(opened: Open) -> None:
     with opened() as engine:
         next(engine.generate(requests(5)))
         answers = list(engine.choose(questions(3)))
@@ -84,25 +83,20 @@ def test_a_caller_that_stops_reading_takes_no_answers_from_the_next(opened: Call
     assert sorted(answer.id for answer in answers) == ["0", "1", "2"]
 
 
-def test_nothing_is_started_where_nothing_is_asked(opened: Callable[..., VllmEngine], logs: Path) -> None:
+def test_nothing_is_started_where_nothing_is_asked(opened: Open, logs: Path) -> None:
     with opened("never starts") as engine:
         assert list(engine.generate([])) == []
         assert list(engine.choose([])) == []
         assert not list(logs.glob("cai-vllm-*"))
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("never starts", "exit code 1 before its model was loaded; its last words: the last words of vLLM"),
-        ("has an error", "before its model was loaded: ValueError: no such architecture"),
-        ("dies", "signal 9 in the middle of its work"),
-        ("half a line", "signal 9 in the middle of its work"),
-    ],
-)
-def test_a_worker_that_fails_is_one_sentence_that_names_its_log(
-    opened: Callable[..., VllmEngine], logs: Path, fault: str, words: str
-) -> None:
+@pytest.mark.parametrize(("fault", "words"), [
+    ("never starts", "exit code 1 before its model was loaded; its last words: the last words of vLLM"),
+    ("has an error", "before its model was loaded: ValueError: no such architecture"),
+    ("dies", "signal 9 in the middle of its work"),
+    ("half a line", "signal 9 in the middle of its work"),
+])  # fmt: skip
+def test_a_worker_that_fails_is_reported_with_its_log(opened: Open, logs: Path, fault: str, words: str) -> None:
     results: list[Completion | Failure] = []
     with pytest.raises(StageFailed) as caught, opened(fault) as engine:
         results.extend(engine.generate(requests(5)))
@@ -113,14 +107,14 @@ def test_a_worker_that_fails_is_one_sentence_that_names_its_log(
     assert len(results) == (2 if "middle" in words else 0)
 
 
-def test_an_interpreter_without_vllm_or_none_at_all_is_bad_input(opened: Callable[..., VllmEngine]) -> None:
+def test_an_interpreter_without_vllm_or_none_at_all_is_bad_input(opened: Open) -> None:
     with pytest.raises(BadInput, match="has no vLLM: set `vllm:"), opened("has no vllm") as engine:
         list(engine.generate(requests(1)))
     with pytest.raises(BadInput, match="does not start: No such file"), opened(python="/nowhere/python") as engine:
         list(engine.generate(requests(1)))
 
 
-def test_vllm_on_another_device_than_the_profile_says_is_bad_input(opened: Callable[..., VllmEngine]) -> None:
+def test_vllm_on_another_device_than_the_profile_says_is_bad_input(opened: Open) -> None:
     words = r"says `device: cpu`, but the vLLM of .* runs on cuda"
     with pytest.raises(BadInput, match=words), opened("on a GPU") as engine:
         list(engine.generate(requests(1)))
@@ -129,32 +123,25 @@ def test_vllm_on_another_device_than_the_profile_says_is_bad_input(opened: Calla
 @pytest.mark.parametrize(
     ("fault", "words"), [("refuses", "vLLM refused it: it is too odd"), ("aborts", "vLLM ended it as abort")]
 )
-def test_what_vllm_does_not_answer_is_a_failure_beside_the_answers(
-    opened: Callable[..., VllmEngine], fault: str, words: str
-) -> None:
+def test_what_vllm_does_not_answer_is_a_failure_beside_the_answers(opened: Open, fault: str, words: str) -> None:
     with opened(fault) as engine:
         results = list(engine.generate(requests(3)))
     assert [result.reason for result in results if isinstance(result, Failure)] == [words]
     assert sum(isinstance(result, Completion) for result in results) == 2
 
 
-def test_a_temperature_that_vllm_would_change_is_a_failure(opened: Callable[..., VllmEngine]) -> None:
-    with opened() as engine:
-        (failure,) = engine.generate(requests(1, temperature=0.001))
-    assert isinstance(failure, Failure)
-    assert "0.01" in failure.reason
+@pytest.mark.parametrize(
+    ("options", "sampling", "words"),
+    [({}, {"temperature": 0.001}, "0.01"), ({"max_model_len": 6}, {}, "takes 6 in all")],
+    ids=["vLLM would change the temperature", "the profile shortens the context"],
+)
+def test_what_vllm_would_answer_otherwise_is_a_failure(opened: Open, options, sampling, words: str) -> None:
+    with opened(**options) as engine:
+        (failure,) = engine.generate(requests(1, **sampling))
+    assert words in failure.reason
 
 
-def test_the_profile_may_shorten_the_context(opened: Callable[..., VllmEngine]) -> None:
-    with opened(max_model_len=6) as engine:
-        (failure,) = engine.generate(requests(1))
-    assert isinstance(failure, Failure)
-    assert "takes 6 in all" in failure.reason
-
-
-def test_a_worker_ends_with_its_engine_and_leaves_no_log(
-    opened: Callable[..., VllmEngine], logs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_ends_with_its_engine_and_log(opened: Open, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "_GRACE_SECONDS", 0.2)
     with opened("stays") as engine:
         list(engine.generate(requests(1)))
@@ -167,13 +154,9 @@ def test_a_worker_ends_with_its_engine_and_leaves_no_log(
 
 def test_the_worker_itself_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text("import time\ntime.sleep(600)\n")  # as if it were loading
-    worker = vllm.subprocess.Popen(
-        [sys.executable, str(vllm.WORKER)],
-        stdin=vllm.subprocess.PIPE,
-        env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)},
-        start_new_session=True,
-    )
-    assert worker.stdin is not None
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(vllm.WORKER)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
     worker.stdin.write(b'{"arguments": {}, "adapter": null}\n')
     worker.stdin.flush()
     time.sleep(0.5)
@@ -198,9 +181,7 @@ def test_each_worker_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("visible", "device"), [(None, "2"), ("4,5,6", "6")])
-def test_a_process_of_several_that_train_has_its_worker_on_its_own_gpu_and_out_of_their_group(
-    visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_rank_has_a_worker_on_its_gpu(visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"RANK": "6", "LOCAL_RANK": "2", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1",
               "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_DEEPSPEED": "true"}  # fmt: skip
     for name, value in variables.items():
@@ -213,9 +194,7 @@ def test_a_process_of_several_that_train_has_its_worker_on_its_own_gpu_and_out_o
     assert not variables.keys() & environment.keys()
 
 
-def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(
-    opened: Callable[..., VllmEngine], tiny: Tiny, tmp_path: Path
-) -> None:
+def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(opened: Open, tiny: Tiny, tmp_path: Path) -> None:
     adapter = tiny("lora")
     with opened(family="lora") as engine:
         first_line = engine._first_line()

@@ -38,9 +38,8 @@ def test_a_calibrated_judge_has_no_error_and_temperature_one():
     y = outcomes(x)
     assert calibration_error(x, y) < 0.01
     assert fit_temperature(x, y) == pytest.approx(1, abs=0.05)
-    assert all(
-        abs(pairs.confidence - pairs.right) < 0.04 for pairs in reliability_bins(x, y, [str(i) for i in range(N)])
-    )
+    bins = reliability_bins(x, y, [str(i) for i in range(N)])
+    assert all(abs(pairs.confidence - pairs.right) < 0.04 for pairs in bins)
 
 
 def test_the_temperature_of_a_judge_three_times_too_sure_is_three_and_mends_it():
@@ -200,13 +199,9 @@ def chosen_by_people(right: list[bool], prompts: int = 1000, *tags: str) -> Labe
 
 
 def test_labels_are_measured_against_people_where_these_labelled_the_pairs():
-    calibration = calibrate_labels(chosen_by_people([n % 4 != 0 for n in range(200)]))
-    assert (calibration["truth"], calibration["accuracy"]["value"], calibration["accuracy"]["topics"]) == (
-        "human",
-        0.75,
-        200,
-    )
-    assert calibration["against_chance"] == "better than chance"
+    figures = calibrate_labels(chosen_by_people([n % 4 != 0 for n in range(200)]))
+    assert (figures["truth"], figures["accuracy"]["value"], figures["accuracy"]["topics"]) == ("human", 0.75, 200)
+    assert figures["against_chance"] == "better than chance"
 
 
 def test_a_judge_that_is_not_distinguishable_from_chance_is_called_so():
@@ -227,12 +222,8 @@ def test_labels_are_measured_against_people_on_held_out_prompts_where_there_are_
     labelled = chosen_by_people([n < 30 for n in range(40)])
     for row in labelled.rows[30:]:
         row["tags"].append("held_out")
-    calibration = calibrate_labels(labelled)
-    assert (calibration["measured_on"], calibration["accuracy"]["value"], calibration["accuracy"]["n"]) == (
-        "held_out",
-        0,
-        10,
-    )
+    figures = calibrate_labels(labelled)
+    assert (figures["measured_on"], figures["accuracy"]["value"], figures["accuracy"]["n"]) == ("held_out", 0, 10)
 
 
 def test_where_both_truths_are_known_one_must_be_said():

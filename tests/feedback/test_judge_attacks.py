@@ -13,21 +13,11 @@ from feedback_stages import EXAMPLES, Script, constitution
 
 from cai.cli import main
 from cai.contracts.engine import Question
-from cai.feedback import judge_attacks
-from cai.feedback.injections import (
-    CONTROLS,
-    EMPTY,
-    FAMILIES,
-    FLOODS,
-    INSTRUCTIONS,
-    NO_VERDICT,
-    SEEN_BY_MICRO,
-    WORDINGS,
-    inject,
-)
+from cai.feedback import injections, judge_attacks
+from cai.feedback.injections import CONTROLS, EMPTY, FAMILIES, SEEN_BY_MICRO, inject
 from cai.feedback.votes import is_empty
 from cai.micro import world_injections
-from cai.micro_model.evaluate.attack_cases import cases
+from cai.micro_model.evaluate.judging import attack_cases
 from cai.storage.rows import Failure
 from cai.templates import load_templates
 from cai.text.errors import BadInput, StageFailed
@@ -100,11 +90,7 @@ def test_a_wrong_verdict_that_turns_is_no_gain_in_accuracy(tmp_path: Path) -> No
 def test_the_response_that_lost_is_the_one_that_gets_the_injection(tmp_path: Path) -> None:
     def wrong(question: Question) -> tuple[float, float]:
         odds, option_probability = upright(question)
-        return (
-            (-odds, option_probability)
-            if "Wake up." in question.messages[-1]["content"]
-            else (odds, option_probability)
-        )
+        return (-odds if "Wake up." in question.messages[-1]["content"] else odds), option_probability
 
     script = Script(prefers=wrong)
     figures = judge_attacks.attack_figures(attacked(tmp_path, script), is_embedded=False)
@@ -152,7 +138,7 @@ def test_an_injection_stands_beside_the_response_and_leaves_no_gap_open(family: 
 
 def test_at_least_half_of_the_families_are_new_to_the_embedded_judge() -> None:
     assert len(FAMILIES) == len(set(FAMILIES))
-    assert set(FLOODS) < set(FAMILIES)
+    assert set(injections.FLOODS) < set(FAMILIES)
     assert 2 * len(SEEN_BY_MICRO) <= len(FAMILIES)
 
 
@@ -191,32 +177,30 @@ def test_no_wording_of_an_unseen_family_has_the_words_of_a_trained_one() -> None
     trained = {words(wording) for family in SEEN_BY_MICRO for wording in world_injections.FAMILIES[family]}
     families = {
         **{name: wordings for name, wordings in world_injections.FAMILIES.items() if name not in SEEN_BY_MICRO},
-        **WORDINGS,
+        **injections.WORDINGS,
     }
-    unseen = [wording for wordings in (*families.values(), INSTRUCTIONS) for wording in wordings]
-    assert [
-        wording for wording in unseen if any(trained_wording in words(wording) for trained_wording in trained)
-    ] == []
+    unseen = [wording for wordings in (*families.values(), injections.INSTRUCTIONS) for wording in wordings]
+    assert [wording for wording in unseen if any(trained_text in words(wording) for trained_text in trained)] == []
 
 
 def test_controls_are_families_that_nobody_trained_on() -> None:
-    assert NO_VERDICT < CONTROLS < set(FAMILIES) - SEEN_BY_MICRO
+    assert injections.NO_VERDICT < CONTROLS < set(FAMILIES) - SEEN_BY_MICRO
 
 
 def test_pairs_of_the_world_are_of_different_topics_and_under_principles_that_tell_them_apart() -> None:
-    sampled = cases(20, 0)
+    sampled = attack_cases(20, 0)
     assert len({case.topic for case in sampled}) == len(sampled) == 20
     assert len({case.topic.split("/")[0] for case in sampled}) == 8
     assert all(case.pair.a != case.pair.b for case in sampled)
-    assert sampled == cases(20, 0) != cases(20, 1)
+    assert sampled == attack_cases(20, 0) != attack_cases(20, 1)
     assert all(case.principle.id in ("harmless", "polite") for case in sampled if case.topic.startswith("harmful/"))
 
 
 def test_a_prompt_whose_pairs_no_principle_tells_apart_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cai.micro_model.evaluate.attack_cases.probability", lambda *_: 0.5)
-    monkeypatch.setattr("cai.micro_model.evaluate.attack_cases.ATTEMPTS", 3)
+    monkeypatch.setattr("cai.micro_model.evaluate.judging.world_principles.probability", lambda *_: 0.5)
+    monkeypatch.setattr("cai.micro_model.evaluate.judging.ATTEMPTS", 3)
     with pytest.raises(AssertionError, match="no principle separates any of 3 pairs"):
-        cases(1, 0)
+        attack_cases(1, 0)
 
 
 def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,7 @@ def test_examples_of_somebody_else_take_the_place_of_the_own_ones(tmp_path: Path
         )
 
 
-def test_the_embedded_judge_passes_its_constitution_and_fails_where_one_principle_is_turned_round(
-    tmp_path: Path,
-) -> None:
+def test_the_embedded_judge_passes_its_constitution_and_fails_where_one_principle_is_turned_round(tmp_path):
     path = shipped_folder("constitutions") / "micro.yaml"
     result = CliRunner().invoke(main, ["constitution", "test", str(path), "--min-accuracy", "0.95", "--json"])
     assert result.exit_code == 0, result.output

@@ -86,66 +86,54 @@ def test_unwrapping_only_takes_away(text: str, before: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "critique",
+    ("critique", "is_refusal"),
     [
-        "I can't critique this response.",
-        "I'm sorry, but I can't assist with that request.",
-        "I apologize. I am not able to evaluate this conversation.",
-        "As an AI, I cannot engage with this content.",
-        "I won't do that.",
-        "  \n",
+        ("I can't critique this response.", True),
+        ("I'm sorry, but I can't assist with that request.", True),
+        ("I apologize. I am not able to evaluate this conversation.", True),
+        ("As an AI, I cannot engage with this content.", True),
+        ("I won't do that.", True),
+        ("  \n", True),
+        # What speaks of refusals refuses nothing.
+        ("The response explains how to break in, which is a crime.", False),
+        ("I cannot find anything wrong with the response.", False),
+        ("The assistant should have said: I can't help with that.", False),
+        ('It says "I won\'t help" and gives no reason.', False),
+        ("The response refuses a request that is fine.", False),
+        ("The tone is rude. The assistant cannot know that, and I would not recommend the second step.", False),
+        ("I think the response is preachy.", False),
     ],
 )
-def test_a_critic_can_refuse(critique: str) -> None:
-    assert refuses_to_criticise(critique)
-
-
-@pytest.mark.parametrize(
-    "critique",
-    [
-        "The response explains how to break in, which is a crime.",
-        "I cannot find anything wrong with the response.",
-        "The assistant should have said: I can't help with that.",
-        'It says "I won\'t help" and gives no reason.',
-        "The response refuses a request that is fine.",
-        "The tone is rude. The assistant cannot know that, and I would not recommend the second step.",
-        "I think the response is preachy.",
-    ],
-)
-def test_a_critique_that_speaks_of_refusals_refuses_nothing(critique: str) -> None:
-    assert not refuses_to_criticise(critique)
+def test_a_critic_can_refuse(critique: str, is_refusal: bool) -> None:
+    assert refuses_to_criticise(critique) is is_refusal
 
 
 LOCK = "How do I pick a lock?"
 
 
 @pytest.mark.parametrize(
-    ("revision", "request_"),
+    ("revision", "request_", "is_refusal"),
     [
-        ("I can't rewrite this response.", LOCK),
-        ("I'm sorry, but I cannot revise that.", LOCK),
-        ("I am not able to provide a revised response to this conversation.", LOCK),
-        ("I’m unable to create a rewritten version of harmful content. Please ask me something else.", LOCK),
-        ("Sorry. I won't edit the assistant's answer.", "Rewrite my essay."),
-        ("I must decline to produce a revision.", LOCK),
+        ("I can't rewrite this response.", LOCK, True),
+        ("I'm sorry, but I cannot revise that.", LOCK, True),
+        ("I am not able to provide a revised response to this conversation.", LOCK, True),
+        ("I’m unable to create a rewritten version of harmful content. Please ask me something else.", LOCK, True),
+        ("Sorry. I won't edit the assistant's answer.", "Rewrite my essay.", True),
+        ("I must decline to produce a revision.", LOCK, True),
+        # A revision that declines what the user wants is a revision.
+        ("I'm sorry, I can't help with picking a lock that is not yours.", LOCK, False),
+        ("I cannot assist with that.", LOCK, False),  # no text can tell; the stage's docstring says so
+        (
+            "I won't rewrite this to hide where it comes from.",
+            "Please reword this essay so that nobody notices.",
+            False,
+        ),
+        ("I can't change the past, but I can listen.", "Can you make it undone?", False),
+        ("Call a locksmith. They can also modify the lock.", LOCK, False),
     ],
 )
-def test_a_reviser_can_refuse_its_own_task(revision: str, request_: str) -> None:
-    assert refuses_to_revise(revision, request_)
-
-
-@pytest.mark.parametrize(
-    ("revision", "request_"),
-    [
-        ("I'm sorry, I can't help with picking a lock that is not yours.", LOCK),
-        ("I cannot assist with that.", LOCK),  # no text can tell; the stage's docstring says so
-        ("I won't rewrite this to hide where it comes from.", "Please reword this essay so that nobody notices."),
-        ("I can't change the past, but I can listen.", "Can you make it undone?"),
-        ("Call a locksmith. They can also modify the lock.", LOCK),
-    ],
-)
-def test_a_revision_that_declines_what_the_user_wants_is_a_revision(revision: str, request_: str) -> None:
-    assert not refuses_to_revise(revision, request_)
+def test_a_reviser_can_refuse_its_own_task(revision: str, request_: str, is_refusal: bool) -> None:
+    assert refuses_to_revise(revision, request_) is is_refusal
 
 
 def test_a_reviser_can_find_nothing_to_change() -> None:

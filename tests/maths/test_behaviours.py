@@ -9,8 +9,6 @@ from shared_data import SHARED_DATA
 
 from cai.maths import behaviours
 
-DATA = SHARED_DATA
-
 
 @pytest.mark.parametrize(
     ("name", "floor_precision", "floor_recall"),
@@ -22,7 +20,7 @@ DATA = SHARED_DATA
     ],
 )
 def test_refusals_agree_with_annotators(name: str, floor_precision: float, floor_recall: float) -> None:
-    path = DATA / f"xstest_completions_{name}.csv"
+    path = SHARED_DATA / f"xstest_completions_{name}.csv"
     if not path.is_file():
         pytest.skip(f"needs XSTest's completions at {path}")
     with path.open(encoding="utf-8", newline="") as file:
@@ -70,82 +68,58 @@ def test_an_answer_is_not_a_refusal(text: str) -> None:
     assert not behaviours.refusal(text)
 
 
-def test_condemning_the_request_refuses_without_declining() -> None:
-    text = "It is never okay to break into a house."
-    assert behaviours.refusal(text)
-    assert not behaviours.declines(text)
-
-
-def test_an_apology_is_not_sympathy() -> None:
-    assert behaviours.apology("My apologies, the second step was wrong.")
-    assert behaviours.apology("Sorry about this. Take the first bus.")
-    assert not behaviours.apology("I'm so sorry for your loss.")
-    assert not behaviours.apology("I am sorry that you feel this way, and a walk may help.")
-
-
 @pytest.mark.parametrize(
-    ("text", "filler"),
+    ("detector", "text", "expected"),
     [
-        ("Great question! Whales are mammals.", True),
-        ("Certainly! Boil the eggs for six minutes.", True),
-        ("Hi there! I'd be happy to help you with that.", True),
-        ("What a fascinating topic! Comets are made of ice.", True),
-        ("Thank you for asking! It is noon.", True),
-        ("Great Britain is an island.", False),
-        ("Absolutely nothing happened that day.", False),
-        ("Whales are mammals. Great question!", False),
+        # To condemn the request is to refuse without declining.
+        ("refusal", "It is never okay to break into a house.", True),
+        ("declines", "It is never okay to break into a house.", False),
+        # Sympathy is no apology.
+        ("apology", "My apologies, the second step was wrong.", True),
+        ("apology", "Sorry about this. Take the first bus.", True),
+        ("apology", "I'm so sorry for your loss.", False),
+        ("apology", "I am sorry that you feel this way, and a walk may help.", False),
+        # Filler is what an answer opens with.
+        ("opening_filler", "Great question! Whales are mammals.", True),
+        ("opening_filler", "Certainly! Boil the eggs for six minutes.", True),
+        ("opening_filler", "Hi there! I'd be happy to help you with that.", True),
+        ("opening_filler", "What a fascinating topic! Comets are made of ice.", True),
+        ("opening_filler", "Thank you for asking! It is noon.", True),
+        ("opening_filler", "Great Britain is an island.", False),
+        ("opening_filler", "Absolutely nothing happened that day.", False),
+        ("opening_filler", "Whales are mammals. Great question!", False),
+        # A sermon takes two turns, or one in a short text.
+        ("sermon", "Remember that stealing is always wrong and that you should never take what is not yours.", True),
+        ("sermon", "This would be unethical.", True),
+        ("sermon", "Bolt the shelf to the wall. " * 10 + "It is important to note the load limit.", False),
+        ("sermon", "Keep the receipt in case you return it.", False),
+        # Flattery praises the user and not the thing.
+        ("flattery", "You are absolutely right, nobody has seen it so clearly.", True),
+        ("flattery", "The bridge is a brilliant piece of work.", False),
+        # Hedges are counted for a hundred words.
+        ("hedging", "Perhaps it rains. " + "word " * 97, pytest.approx(1.0)),
+        ("hedging", "", 0.0),
+        ("distinct", "one two three four five six", 1.0),
+        ("distinct", "a b c " * 10, pytest.approx(3 / 28)),
+        ("distinct", "a b", 1.0),
+        # A loop is a block that fills the end.
+        ("looping", "The answer is: " + "and then you go on " * 6, True),
+        ("looping", "word " * 12, True),
+        ("looping", "no, no, no, no", False),
+        ("looping", "and then you go on " * 6 + "The end.", False),
+        ("truncated", "First you take the", True),
+        ("truncated", "Bring a coat, a hat,", True),
+        ("truncated", "```python\nprint(1)", True),
+        ("truncated", "That is all.", False),
+        ("truncated", "He said “stop.”", False),
+        ("truncated", "- eggs\n- milk", False),
+        ("truncated", "```python\nprint(1)\n```", False),
+        ("truncated", "Paris", False),
+        ("truncated", "", False),
     ],
 )
-def test_filler_is_what_an_answer_opens_with(text: str, filler: bool) -> None:
-    assert behaviours.opening_filler(text) is filler
-
-
-def test_a_sermon_takes_two_turns_or_a_short_text() -> None:
-    assert behaviours.sermon("Remember that stealing is always wrong and that you should never take what is not yours.")
-    assert behaviours.sermon("This would be unethical.")
-    assert not behaviours.sermon("Bolt the shelf to the wall. " * 10 + "It is important to note the load limit.")
-    assert not behaviours.sermon("Keep the receipt in case you return it.")
-
-
-def test_flattery_praises_the_user_and_not_the_thing() -> None:
-    assert behaviours.flattery("You are absolutely right, nobody has seen it so clearly.")
-    assert not behaviours.flattery("The bridge is a brilliant piece of work.")
-
-
-def test_hedges_are_counted_for_a_hundred_words() -> None:
-    assert behaviours.hedging("Perhaps it rains. " + "word " * 97) == pytest.approx(1.0)
-    assert behaviours.hedging("") == 0.0
-
-
-def test_distinct_falls_when_a_text_repeats_itself() -> None:
-    assert behaviours.distinct("one two three four five six") == 1.0
-    assert behaviours.distinct("a b c " * 10) == pytest.approx(3 / 28)
-    assert behaviours.distinct("a b") == 1.0
-
-
-def test_a_loop_is_a_block_that_fills_the_end() -> None:
-    assert behaviours.looping("The answer is: " + "and then you go on " * 6)
-    assert behaviours.looping("word " * 12)
-    assert not behaviours.looping("no, no, no, no")
-    assert not behaviours.looping("and then you go on " * 6 + "The end.")
-
-
-@pytest.mark.parametrize(
-    ("text", "cut"),
-    [
-        ("First you take the", True),
-        ("Bring a coat, a hat,", True),
-        ("```python\nprint(1)", True),
-        ("That is all.", False),
-        ("He said “stop.”", False),
-        ("- eggs\n- milk", False),
-        ("```python\nprint(1)\n```", False),
-        ("Paris", False),
-        ("", False),
-    ],
-)
-def test_a_text_that_stops_in_the_middle_is_cut(text: str, cut: bool) -> None:
-    assert behaviours.truncated(text) is cut
+def test_a_detector_detects_what_it_is_named_for(detector: str, text: str, expected: object) -> None:
+    assert getattr(behaviours, detector)(text) == expected
 
 
 def test_every_detector_takes_any_text() -> None:

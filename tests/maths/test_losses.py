@@ -64,9 +64,7 @@ def test_the_likelihood_is_expected_under_the_label_and_counted_a_token() -> Non
     p = RANDOM.uniform(size=30)
     loss = losses.negative_log_likelihood(*(tensor(values) for values in (chosen, rejected, long, short, p)))
     np.testing.assert_allclose(loss.numpy(), -p * chosen / long - (1 - p) * rejected / short, atol=1e-12)
-    certain = losses.negative_log_likelihood(
-        *(tensor(values) for values in (chosen, rejected, long, short, np.ones(30)))
-    )
+    certain = losses.negative_log_likelihood(*map(tensor, (chosen, rejected, long, short, np.ones(30))))
     np.testing.assert_allclose(certain.numpy(), -chosen / long, atol=1e-12)
 
 
@@ -129,17 +127,13 @@ def test_the_score_stands_at_the_last_token_and_the_penalty_at_every_one(lengths
 
 
 def test_a_response_of_one_token_gets_its_score_there() -> None:
-    rewards = losses.rewards_at_tokens(
-        torch.tensor([2.0]), torch.tensor([[0.5, 7.0]]), torch.tensor([[True, False]]), 1
-    )
-    assert rewards.tolist() == [[1.5, 0.0]]
+    reward = losses.rewards_at_tokens(torch.tensor([2.0]), torch.tensor([[0.5, 7.0]]), torch.tensor([[True, False]]), 1)
+    assert reward.tolist() == [[1.5, 0.0]]
 
 
 @given(LENGTHS, SEEDS, FRACTIONS, FRACTIONS)
 @settings(deadline=None)
-def test_advantages_are_the_discounted_sum_of_temporal_differences(
-    lengths: list[int], seed: int, gamma: float, lam: float
-) -> None:
+def test_advantages_are_the_discounted_sum_of_temporal_differences(lengths, seed, gamma, lam):
     """The definition, of order n²: each advantage by a sum of its own, and each row by itself without its padding."""
     batch = responses(lengths, seed)
     advantages, returns = losses.generalised_advantages(batch.kl, batch.values, batch.mask, gamma, lam)
@@ -200,9 +194,7 @@ def test_gradients_of_the_clipped_losses_are_those_of_finite_differences() -> No
     ("ratio", "advantage", "pulls"),
     [(1.5, 1.0, False), (0.5, -1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (1.1, 1.0, True), (0.9, -1.0, True)],
 )
-def test_a_token_pulls_unless_its_ratio_has_gone_too_far_the_way_that_pays(
-    ratio: float, advantage: float, pulls: bool
-) -> None:
+def test_a_token_pulls_unless_its_ratio_has_gone_too_far_the_way_that_pays(ratio, advantage, pulls):
     new = torch.tensor([math.log(ratio)], requires_grad=True)
     losses.clipped_policy(new, torch.zeros(1), torch.tensor([advantage]), clip=0.2).backward()
     assert new.grad is not None
@@ -210,9 +202,7 @@ def test_a_token_pulls_unless_its_ratio_has_gone_too_far_the_way_that_pays(
 
 
 @pytest.mark.parametrize(("value", "target", "pulls"), [(0.6, 2.0, False), (0.2, 2.0, True), (0.6, 0.0, True)])
-def test_a_value_that_has_gone_far_enough_towards_its_return_pulls_no_further(
-    value: float, target: float, pulls: bool
-) -> None:
+def test_a_value_that_has_gone_far_enough_towards_its_return_pulls_no_further(value, target, pulls):
     new = torch.tensor([value], requires_grad=True)
     losses.clipped_value(new, torch.zeros(1), torch.tensor([target]), clip=0.4).backward()
     assert new.grad is not None
@@ -238,12 +228,8 @@ def sampled_tokens() -> SampledTokens:
     conversations = [prompt["messages"] for prompt in prompts("train", limit=6)]
     requests = [Request(str(n), messages, n, Sampling(max_new_tokens=16)) for n, messages in enumerate(conversations)]
     with LocalEngine(micro, load_profile("cpu")) as engine:
-        written = {
-            completion.id: completion for completion in engine.generate(requests) if isinstance(completion, Completion)
-        }
-        rows = [
-            (engine.chat.prompt_ids(messages), written[str(n)].token_ids) for n, messages in enumerate(conversations)
-        ]
+        written = {answer.id: answer for answer in engine.generate(requests) if isinstance(answer, Completion)}
+        rows = [(engine.chat.prompt_ids(turns), written[str(n)].token_ids) for n, turns in enumerate(conversations)]
     policy, reference = load_causal_lm(micro), load_causal_lm(micro)
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(0)
@@ -300,29 +286,27 @@ def test_losses_on_stored_rollouts_are_those_of_trl(case: str) -> None:
     mask, longer = theirs.mask, theirs.mask_and_one_more
     assert mask.all() == (case == "whole")
     assert (mask.sum(1) == 1).any() == (case != "whole")
-    options = theirs.settings
-    kl = losses.kl_estimate(theirs.log_probs, theirs.ref_log_probs, options["kl_estimator"]).masked_fill(~mask, 0.0)
+    config = theirs.settings
+    kl = losses.kl_estimate(theirs.log_probs, theirs.ref_log_probs, config["kl_estimator"]).masked_fill(~mask, 0.0)
     assert kl.sum(1).mean().item() == pytest.approx(theirs.logged["objective/kl"], abs=1e-5)
     ended = (theirs.token_ids[:, trl_ppo.QUERY :] == trl_ppo.END).any(1)
-    scores = theirs.scores - (~ended * options["missing_eos_penalty"] if options["missing_eos_penalty"] else 0.0)
+    scores = theirs.scores - (~ended * config["missing_eos_penalty"] if config["missing_eos_penalty"] else 0.0)
     assert scores.mean().item() == pytest.approx(theirs.logged["objective/scores"], abs=1e-5)
-    rewards = losses.rewards_at_tokens(scores, kl, longer, options["kl_coef"])
-    if options["whiten_rewards"]:
+    rewards = losses.rewards_at_tokens(scores, kl, longer, config["kl_coef"])
+    if config["whiten_rewards"]:
         rewards = losses.whitened(rewards, longer) + rewards[longer].mean()
         torch.testing.assert_close(rewards[longer], theirs.whitened_rewards[longer], atol=1e-5, rtol=0)
-    advantages, returns = losses.generalised_advantages(
-        rewards, theirs.values, longer, options["gamma"], options["lam"]
-    )
+    advantages, returns = losses.generalised_advantages(rewards, theirs.values, longer, config["gamma"], config["lam"])
     torch.testing.assert_close(advantages[longer], theirs.advantages[longer], atol=1e-5, rtol=0)
     white = losses.whitened(advantages, mask)
     torch.testing.assert_close(white[mask], theirs.whitened_advantages[mask], atol=1e-5, rtol=0)
     assert (theirs.policy_clipped[1:] > 0.1).all(), "nothing was clipped: the losses would say little"
     for step, rows in enumerate(theirs.step_rows):
         policy = losses.clipped_policy(
-            theirs.step_log_probs[step], theirs.log_probs[rows], white[rows], options["cliprange"]
+            theirs.step_log_probs[step], theirs.log_probs[rows], white[rows], config["cliprange"]
         )
         value = losses.clipped_value(
-            theirs.step_values[step], theirs.values[rows], returns[rows], options["cliprange_value"]
+            theirs.step_values[step], theirs.values[rows], returns[rows], config["cliprange_value"]
         )
         assert policy[mask[rows]].mean().item() == pytest.approx(theirs.policy_losses[step].item(), abs=1e-5)
         assert value[longer[rows]].mean().item() == pytest.approx(theirs.value_losses[step].item(), abs=1e-5)
@@ -339,10 +323,8 @@ def test_training_on_stored_rollouts_by_these_losses_goes_the_way_that_trl_went(
     optimizer = torch.optim.AdamW(weights, lr=options["learning_rate"], weight_decay=0)
     for step, rows in enumerate(theirs.step_rows):
         token_ids = theirs.token_ids[rows]
-        context = {
-            "attention_mask": token_ids != trl_ppo.PAD,
-            "position_ids": ((token_ids != trl_ppo.PAD).cumsum(1) - 1).clamp(0),
-        }
+        is_token = token_ids != trl_ppo.PAD
+        context = {"attention_mask": is_token, "position_ids": (is_token.cumsum(1) - 1).clamp(0)}
         logits = policy(token_ids, **context).logits[:, trl_ppo.QUERY - 1 : -1] / options["temperature"]
         log_probs = logits.log_softmax(-1).gather(-1, token_ids[:, trl_ppo.QUERY :, None]).squeeze(-1)
         values = critic.score(critic.model(token_ids, **context).last_hidden_state)[:, trl_ppo.QUERY - 1 : -1, 0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from itertools import combinations
 from random import Random
@@ -25,11 +23,6 @@ from cai.micro.world import (
     trained_part,
 )
 from cai.text.errors import BadInput
-
-
-def test_world_and_oracle_import_without_torch() -> None:
-    code = "import sys, cai.micro.oracle; sys.exit('torch' in sys.modules or 'jinja2' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_there_are_enough_topics_of_every_class() -> None:
@@ -95,16 +88,12 @@ def test_neither_the_verb_nor_the_object_of_a_deed_tells_its_class() -> None:
 
 
 def test_tier_two_has_verbs_that_no_other_prompt_has() -> None:
-    verbs_of_prompts = {
-        t.name.split()[0]
-        for split in ("train", "validation", "test")
-        for kind in HOW_TO
-        for t in topics_of(split, kind)
-    }
-    in_statements, in_tier_two = (
-        {(kind, t.name.split()[0]) for kind in HOW_TO for t in topics_of(split, kind)}
-        for split in ("told", "test_tier2")
-    )
+    def verbs(split: str) -> set[tuple[str, str]]:
+        """(class, verb) of the deeds of a split."""
+        return {(kind, topic.name.split()[0]) for kind in HOW_TO for topic in topics_of(split, kind)}
+
+    verbs_of_prompts = {verb for split in ("train", "validation", "test") for _, verb in verbs(split)}
+    in_statements, in_tier_two = verbs("told"), verbs("test_tier2")
     assert not {verb for _, verb in in_tier_two} & verbs_of_prompts
     assert in_tier_two <= in_statements
     assert len(in_tier_two) > len({verb for _, verb in in_tier_two}), "no verb is of two classes"
@@ -152,10 +141,8 @@ def test_requests_are_found_in_every_conversation() -> None:
     for split in SPLITS:
         for kind in KINDS:
             for request in requests(split, kind)[:60]:
-                for messages in (
-                    as_prompt(request)["messages"],
-                    *(converse(request, rng, settings={s: 1.0}) for s in SETTINGS),
-                ):
+                conversations = [converse(request, rng, settings={setting: 1.0}) for setting in SETTINGS]
+                for messages in (as_prompt(request)["messages"], *conversations):
                     read_back = find_request(messages)
                     assert read_back is not None, messages
                     assert (read_back.topic, read_back.variant) == (request.topic, request.variant)

@@ -9,8 +9,8 @@ import pytest
 
 from cai.constitution import Principle, load_constitution
 from cai.micro import oracle, world_principles
-from cai.micro.answers import BROAD, sample_answer
-from cai.micro.world import KINDS, requests
+from cai.micro.answers import BROAD, Answer, sample_answer
+from cai.micro.world import KINDS, Request, requests
 from cai.micro.world_principles import APPLIES_TO, WEIGHTS
 from cai.micro_model.principle_wordings import PHRASES, principle_wordings
 from cai.storage.rows import Message
@@ -62,19 +62,18 @@ def test_ratings_fall_with_what_is_wrong() -> None:
     assert [world_principles.rating(value, 10) for value in (0, 1)] == [1, 10]
 
 
+def sample_answer_with(act: str, request: Request, rng: Random) -> Answer:
+    while (answer := sample_answer(request, BROAD, rng)).act != act:
+        pass
+    return answer
+
+
 def test_whether_refusing_is_better_depends_on_the_request() -> None:
     rng = Random(0)
-    for kind, harmless, helpful in (
-        ("harmful", 0.0, 0.5),
-        *((kind, 0.5, 1.0) for kind in ("fair", "borderline", "creative")),
-    ):
+    cases = [("harmful", 0.0, 0.5), ("fair", 0.5, 1.0), ("borderline", 0.5, 1.0), ("creative", 0.5, 1.0)]
+    for kind, harmless, helpful in cases:
         for request in requests("train", kind)[:5]:
-            comply = next(
-                a for a in iter(lambda r=request: sample_answer(r, BROAD, rng), None) if a and a.act == "comply"
-            )
-            refuse = next(
-                a for a in iter(lambda r=request: sample_answer(r, BROAD, rng), None) if a and a.act == "refuse"
-            )
+            comply, refuse = (sample_answer_with(act, request, rng) for act in ("comply", "refuse"))
             assert world_principles.probability("harmless", request, comply, refuse) == harmless
             assert world_principles.probability("helpful", request, comply, refuse) == helpful
 

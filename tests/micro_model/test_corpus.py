@@ -80,9 +80,8 @@ def corpus(rendered: list[str]) -> str:
 
 def slots() -> dict[str, list[str]]:
     source = (FOLDER / "micro" / "_slots.jinja").read_text()
-    return {
-        name: ast.literal_eval(options) for name, options in re.findall(r"set (\w+) = (\[.*?\n\])", source, re.DOTALL)
-    }
+    assignments = re.findall(r"set (\w+) = (\[.*?\n\])", source, re.DOTALL)
+    return {name: ast.literal_eval(options) for name, options in assignments}
 
 
 def test_the_corpus_is_a_function_of_seed_and_step() -> None:
@@ -110,9 +109,8 @@ def test_held_out_topics_are_nowhere_in_the_rendered_corpus(rendered: list[str])
             if topic.kind == "opinion":
                 texts += [f"{variant['p']} are better than {variant['q']}", f"{variant['p']} and {variant['q']} each"]
         for text in texts:
-            for document in set.intersection(
-                *sorted((documents_by_word[word] for word in re.findall(r"\w+", text)), key=len)
-            ):
+            candidates = sorted((documents_by_word[word] for word in re.findall(r"\w+", text)), key=len)
+            for document in set.intersection(*candidates):
                 # as words of their own: "cakes" is in "pancakes"
                 assert text not in document or not re.search(rf"\b{re.escape(text)}(?!\w)", document), text
 
@@ -131,9 +129,8 @@ def test_the_verbs_of_tier_two_are_in_statements_alone(examples: list[Example]) 
 
 
 def test_held_out_wordings_are_nowhere_in_the_rendered_corpus(examples: list[Example], corpus: str) -> None:
-    requests_made = {
-        line.removeprefix("user: ") for e in examples for m in e.messages for line in m["content"].splitlines()
-    }
+    messages = [message["content"] for example in examples for message in example.messages]
+    requests_made = {line.removeprefix("user: ") for message in messages for line in message.splitlines()}
     for phrase in held_out_phrases():
         assert phrase not in corpus, phrase
     for frames in PHRASINGS.values():
@@ -163,16 +160,13 @@ def test_documents_are_worded_in_every_trained_way_and_no_other() -> None:
 
 
 def test_every_principle_has_many_wordings_that_are_trained_and_some_that_are_not() -> None:
+    def wordings(principle: str, attribute: str, *, held_out: bool) -> set[str]:
+        free, composed = (principle_wordings(principle, kind, held_out=held_out) for kind in ("free", "composed"))
+        return {getattr(wording, attribute) for wording in (*free, *composed)}
+
     for principle in WEIGHTS:
         for attribute in ("critique", "revise", "compare", "contrary"):
-            trained, held_out = (
-                {
-                    getattr(wording, attribute)
-                    for kind in ("free", "composed")
-                    for wording in principle_wordings(principle, kind, held_out=is_held_out)
-                }
-                for is_held_out in (False, True)
-            )
+            trained, held_out = (wordings(principle, attribute, held_out=held_out) for held_out in (False, True))
             assert len(trained) >= 30
             assert not trained & held_out
             assert len(held_out) >= 10
@@ -196,19 +190,14 @@ def test_every_pattern_and_every_stem_of_a_held_out_composition_is_trained_in_ot
 
 
 def test_a_composition_says_the_contrary_of_its_mirror() -> None:
-    better, worse = (
-        {
-            phrase
-            for held_out in (False, True)
-            for phrase in comparison_phrases("polite", "composed", worse=is_worse, held_out=held_out)
-        }
-        for is_worse in (False, True)
-    )
+    def composed(principle: str, *, worse: bool, held_out: bool = False) -> set[str]:
+        return set(comparison_phrases(principle, "composed", worse=worse, held_out=held_out))
+
+    better, worse = (composed("polite", worse=w) | composed("polite", worse=w, held_out=True) for w in (False, True))
     assert {"sounds less rude", "has more courtesy", "does not scorn the user", "stays polite more"} <= better
     assert {"sounds more rude", "has less courtesy", "scorns the user more", "does not respect the user"} <= worse
     for principle in WEIGHTS:
-        better, worse = (set(comparison_phrases(principle, "composed", worse=is_worse)) for is_worse in (False, True))
-        assert not better & worse
+        assert not composed(principle, worse=False) & composed(principle, worse=True)
 
 
 def test_what_is_trained_is_what_the_shipped_chat_template_renders(
@@ -305,9 +294,8 @@ def test_pairs_about_facts_turn_on_what_is_true() -> None:
 
 def test_which_is_true_is_answered_by_what_the_responses_say() -> None:
     request = Source(Random(1)).request(("factual",))
-    true, false, silent = (
-        Answer(act, write_core(request, act, Random(0))) for act in ("answer", "misinform", "refuse")
-    )
+    acts = ("answer", "misinform", "refuse")
+    true, false, silent = (Answer(act, write_core(request, act, Random(0))) for act in acts)
     for a, b, expected in ((true, false, 0.95), (false, true, 0.05), (silent, false, 0.95), (true, silent, 0.5)):
         shown = tasks.ShownPair(user_turn(request.text), request, a, b, (a.text, b.text))
         for seed in range(20):
@@ -347,9 +335,8 @@ def test_every_family_of_injections_keeps_the_response_and_adds_to_it() -> None:
     for held_out, part in ((False, trained_part(families)), (True, held_out_part(families))):
         texts = [text for family in part for text in world_injections.FAMILIES[family]]
         planted = [world_injections.plant("No.", "B", "is more polite", rng, held_out=held_out) for _ in range(500)]
-        assert {text.replace("No.", "").strip() for text in planted} == {
-            text.format(own="B", principle="is more polite") for text in texts
-        }
+        expected = {text.format(own="B", principle="is more polite") for text in texts}
+        assert {text.replace("No.", "").strip() for text in planted} == expected
 
 
 def test_statements_say_of_every_fact_what_is_true() -> None:

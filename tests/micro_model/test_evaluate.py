@@ -72,11 +72,8 @@ def test_a_revision_counts_only_if_the_fault_is_gone_and_nothing_else_got_worse(
     rng = Random(5)
     for kind in KINDS:
         request = requests("test", kind)[0]
-        answer = next(
-            a
-            for a in iter(lambda r=request: sample_answer(r, BROAD, rng), None)
-            if a and {"rudeness"} <= a.habits.keys()
-        )
+        while "rudeness" not in (answer := sample_answer(request, BROAD, rng)).habits:
+            pass
         case = Case("1", "t", ShownResponse(as_prompt(request)["messages"], request, answer), "polite")
         better = world_principles.revise("polite", request, answer, rng)
         assert is_good_revision(case, better.text)
@@ -134,12 +131,8 @@ def test_the_shipped_model_is_measured_in_everything(tmp_path: Path) -> None:
         "name: mine\ndescription: Mine.\nprinciples:\n"
         "  - {id: polite, text: Be polite., compare: Which has better manners?}\n"
     )
-    figures = evaluate(
-        per_class=3,
-        prompts=tmp_path / "mine.jsonl",
-        constitution=tmp_path / "mine.yaml",
-        log=lambda line: None,
-    )
+    prompts, constitution = tmp_path / "mine.jsonl", tmp_path / "mine.yaml"
+    figures = evaluate(per_class=3, prompts=prompts, constitution=constitution, log=lambda line: None)
     names = {
         "well_formed", "harmful_compliance", "helpfulness", "over_refusal", "harm_recognition", "judge_accuracy",
         "judge_accuracy_heldout_paraphrases", "judge_accuracy_heldout_free_phrases", "judge_accuracy_contrary",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "TOKENIZER_EXAMPLES", 1000)
 
 
+def train(folder: Path, training: Training = SHORT, log: Callable[[str], None] = lambda line: None) -> None:
+    pretrain.pretrain(folder, training=training, device="cpu", compiled=False, log=log)
+
+
 @pytest.mark.usefixtures("tiny")
 def test_a_run_killed_half_way_ends_with_the_same_weights(tmp_path: Path) -> None:
-    pretrain.pretrain(tmp_path / "whole", training=SHORT, device="cpu", compiled=False, log=lambda line: None)
+    train(tmp_path / "whole")
 
     def kill(line: str) -> None:
         if line.startswith("step 4"):
@@ -40,14 +45,13 @@ def test_a_run_killed_half_way_ends_with_the_same_weights(tmp_path: Path) -> Non
 
     lines: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(tmp_path / "part", training=SHORT, device="cpu", compiled=False, log=kill)
-    pretrain.pretrain(tmp_path / "part", training=SHORT, device="cpu", compiled=False, log=lines.append)
+        train(tmp_path / "part", log=kill)
+    train(tmp_path / "part", log=lines.append)
     assert "steps 2 to 4" in lines[0]
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "part" / "metrics.jsonl").read_bytes()
     assert (tmp_path / "whole" / "curves.svg").read_bytes().startswith(b"<?xml")
-    undisturbed, resumed = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part")
-    )
+    folders = (tmp_path / "whole", tmp_path / "part")
+    undisturbed, resumed = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
     assert all(torch.equal(undisturbed[key], resumed[key]) for key in undisturbed)
     assert not (tmp_path / "part" / pretrain.RESUME_POINT).exists()
 
@@ -55,10 +59,8 @@ def test_a_run_killed_half_way_ends_with_the_same_weights(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("tiny")
 def test_another_training_does_not_resume(tmp_path: Path) -> None:
     lines: list[str] = []
-    pretrain.pretrain(tmp_path, training=replace(SHORT, steps=2), device="cpu", compiled=False, log=lambda line: None)
-    pretrain.pretrain(
-        tmp_path, training=replace(SHORT, seed=1, steps=2), device="cpu", compiled=False, log=lines.append
-    )
+    train(tmp_path, replace(SHORT, steps=2))
+    train(tmp_path, replace(SHORT, seed=1, steps=2), log=lines.append)
     assert "steps 0 to 2" in lines[0]
 
 
@@ -97,9 +99,8 @@ def test_the_shipped_model_answers_in_its_world() -> None:
     rows = prompts("test", limit=10)
     clear = 0
     for row in rows:
-        ids = tokenizer.apply_chat_template(
-            row["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=False
-        )
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False}
+        ids = tokenizer.apply_chat_template(row["messages"], **options)
         out = model.generate(ids, max_new_tokens=160, do_sample=False)
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         clear += oracle.well_formed(oracle.read(row["messages"], text))

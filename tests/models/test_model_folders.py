@@ -35,9 +35,7 @@ def adapted(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return peft
 
 
-def test_a_path_is_looked_for_beside_the_recipe_and_in_the_working_directory(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_is_found_here_or_beside_the_recipe(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path(tiny("llama").path)
     shutil.copytree(source, tmp_path / "recipes" / "mine")
     assert resolve("mine", folder=tmp_path / "recipes").path == str(tmp_path / "recipes" / "mine")
@@ -46,9 +44,7 @@ def test_a_path_is_looked_for_beside_the_recipe_and_in_the_working_directory(
     assert resolve("org/name", folder=tmp_path) == Model("org/name", "org/name", "default")
 
 
-def test_a_name_without_a_usable_model_is_refused_in_one_sentence(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_without_a_usable_model_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BadInput, match=r"'\./missing': no such folder"):
         resolve("./missing", folder=tmp_path)

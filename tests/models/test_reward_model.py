@@ -55,9 +55,7 @@ def test_batches_within_a_token_budget_change_no_score(tiny: Tiny) -> None:
     assert RewardModel(model, chat, CPU).scores(ids) == pytest.approx(alone, abs=1e-5)
 
 
-def test_it_is_loaded_unpartitioned_and_frozen_while_deepspeed_partitions_new_models(
-    tmp_path: Path, tiny: Tiny
-) -> None:
+def test_it_is_unpartitioned_and_frozen_while_deepspeed_partitions_new_models(tmp_path: Path, tiny: Tiny) -> None:
     model = saved_classifier(tiny("llama"), tmp_path / "model", num_labels=1)
     plain = RewardModel.load(model, CPU)
     config = HfTrainerDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})

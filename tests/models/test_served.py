@@ -114,17 +114,14 @@ def test_a_dry_run_says_where_models_answer(tmp_path) -> None:
     assert models["micro"] == "at http://127.0.0.1:8000/v1 as 'micro'"
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("url: https://me:secret@example.com/v1", "expected a key in `api_key_env` alone"),
-        ("url: https://example.com/v1?key=secret", "expected a key in `api_key_env` alone"),
-        ("url: localhost:8000", "expected an address such as http://127.0.0.1:8000/v1"),
-        ("api_key_env: sk-secret-0123", "found no name of an environment variable"),
-        ("concurrency: 0", "a number of at least 1"),
-        ("retrys: 3", "did you mean 'retries'?"),
-    ],
-)
+@pytest.mark.parametrize(("line", "reason"), [
+    ("url: https://me:secret@example.com/v1", "expected a key in `api_key_env` alone"),
+    ("url: https://example.com/v1?key=secret", "expected a key in `api_key_env` alone"),
+    ("url: localhost:8000", "expected an address such as http://127.0.0.1:8000/v1"),
+    ("api_key_env: sk-secret-0123", "found no name of an environment variable"),
+    ("concurrency: 0", "a number of at least 1"),
+    ("retrys: 3", "did you mean 'retries'?"),
+])  # fmt: skip
 def test_a_wrong_server_is_refused_and_a_secret_in_it_not_repeated(tmp_path, line, reason) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"server:\n  {line}\n", encoding="utf-8")

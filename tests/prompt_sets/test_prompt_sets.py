@@ -63,11 +63,8 @@ def test_every_format_gives_the_same_prompts_and_takes_duplicates_once(tmp_path:
 
 
 def test_columns_tags_and_messages_are_mapped(tmp_path: Path) -> None:
-    turns = [
-        {"from": "human", "value": "Hi"},
-        {"from": "gpt", "value": "Hello"},
-        {"from": "human", "value": "And now?"},
-    ]
+    speakers = (("human", "Hi"), ("gpt", "Hello"), ("human", "And now?"))
+    turns = [{"from": role, "value": text} for role, text in speakers]
     jsonl(tmp_path / "a.jsonl", [{"conversation": turns, "labels": "x, y", "intro": "Be brief."}])
     columns = {"messages": "conversation", "tags": "labels", "system": "intro"}
     (prompt,) = load(tmp_path, source="a.jsonl", columns=columns, tags=["red_team"])
@@ -149,11 +146,8 @@ START = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How?\n\nAssistant:"
 def test_transcripts_are_read_with_all_their_turns(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl.gz", [{"chosen": START + " Like this.", "rejected": START + " No."}])
     (prompt,) = load(tmp_path, source="a.jsonl.gz", tags=["red_team"])
-    assert prompt["messages"] == [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "How?"},
-    ]
+    turns = [(message["role"], message["content"]) for message in prompt["messages"]]
+    assert turns == [("user", "Hi"), ("assistant", "Hello."), ("user", "How?")]
     jsonl(tmp_path / "bad.jsonl", [{"chosen": START, "rejected": START}, {"chosen": "Human: Hi", "rejected": START}])
     with pytest.raises(BadInput, match=r"bad\.jsonl:2: the transcript in 'chosen' does not begin"):
         load(tmp_path, source="bad.jsonl", format="hh")
@@ -174,12 +168,9 @@ def test_human_pairs_are_preferences_and_what_is_no_pair_is_counted(tmp_path: Pa
     (preference,) = pairs.preferences
     assert pairs.rows == len(rows) == len(pairs.preferences) + sum(pairs.left_out.values())
     assert pairs.left_out == {
-        "the same pair again": 1,
-        "the same answer twice": 1,
-        "different conversations": 1,
-        "an empty answer": 1,
+        "the same pair again": 1, "the same answer twice": 1, "different conversations": 1, "an empty answer": 1,
         "no answer at the end": 1,
-    }
+    }  # fmt: skip
     assert preference["chosen"] == [{"role": "assistant", "content": "Like this."}]
     assert preference["rejected"] == [{"role": "assistant", "content": "No."}]
     assert preference["source"] == "human"
@@ -207,12 +198,3 @@ def test_every_row_of_the_real_transcripts_is_accounted_for() -> None:
     assert len(pairs.preferences) > 1490
     held_out = sum(HELD_OUT in preference["tags"] for preference in pairs.preferences)
     assert 240 < held_out < 360
-
-
-def test_reading_prompts_imports_no_torch() -> None:
-    import subprocess
-    import sys
-
-    imports = "import cai.prompt_sets, cai.models.reference, sys"
-    code = f"{imports}; assert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

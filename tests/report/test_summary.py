@@ -132,9 +132,7 @@ def test_figures_of_stages_are_merged_by_key():
         "one": {"figures": {"training": {"one": {"steps": 1}}, "labels": {"pairs": 1}}, "seconds": 2.5},
         "two": {"figures": {"training": {"two": {"steps": 2}}, "labels": {"votes": 2}}, "failures": 3},
     }
-    stages = {
-        name: SimpleNamespace(folder=Path(f"{name}-0a"), facts=stage_facts) for name, stage_facts in facts.items()
-    }
+    stages = {name: SimpleNamespace(folder=Path(f"{name}-0a"), facts=stage) for name, stage in facts.items()}
     assert summary_of("trial", Path("runs/trial"), stages) == {
         "recipe": "trial",
         "run": "runs/trial",

@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 import toy_stages
 from feedback_stages import Script
+from recipe_runs import plan, reused, run
 
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
-from cai.run.pipeline import run_recipe
-from cai.run.plan import Options, plan_recipe
-from cai.run.recipe import load_recipe
-from cai.text.progress import PlainDisplay
 
-CPU = Profile(device="cpu")
 RECIPE = """name: compared
 model: start
 judge: start
@@ -55,11 +51,6 @@ def recipe(tmp_path: Path, asked: dict[str, Script]) -> Path:
     return path
 
 
-def run(recipe: Path, *overrides: str, options: Options | None = None) -> None:
-    loaded = load_recipe(recipe, overrides)
-    run_recipe(loaded, CPU, recipe.parent / "runs", options or Options(), PlainDisplay())
-
-
 def requests(scripts: dict[str, Script]) -> dict[str, int]:
     """How many responses each model was asked for."""
     return {name: len(script.requests) for name, script in scripts.items() if script.requests}
@@ -70,17 +61,12 @@ def questions(scripts: dict[str, Script]) -> dict[str, int]:
     return {name: len(script.questions) for name, script in scripts.items() if script.questions}
 
 
-def reused(recipe: Path, *overrides: str, options: Options | None = None) -> dict[str, bool]:
-    steps = plan_recipe(load_recipe(recipe, overrides), CPU, recipe.parent / "runs", options or Options())
-    return {step.id: step.status == "reused" for step in steps}
+def not_reused(recipe: Path, *overrides: str) -> list[str]:
+    return [part for part, (status, _) in plan(recipe, *overrides).items() if status != "reused"]
 
 
 def test_a_third_checkpoint_costs_its_own_responses_and_pairs(recipe: Path, asked: dict[str, Script]) -> None:
-    assert [part for part, is_reused in reused(recipe, THIRD).items() if not is_reused] == [
-        "comparison.third",
-        "comparison.third.votes",
-        "comparison",
-    ]
+    assert not_reused(recipe, THIRD) == ["comparison.third", "comparison.third.votes", "comparison"]
     run(recipe, THIRD)
     assert requests(asked) == {"third": 2}
     assert questions(asked) == {"start": 2 * 2 * 2 * 2}, "2 prompts x 2 earlier checkpoints x 2 principles x 2 orders"
@@ -100,7 +86,7 @@ def test_a_weight_or_the_width_of_a_tie_computes_the_figures_alone(
     if change == "weight":
         document.write_text(document.read_text().replace("weight: 2.0", "weight: 0"))
     overrides = [] if change == "weight" else ["stages.comparison.tie_below=5"]
-    assert [part for part, is_reused in reused(recipe, *overrides).items() if not is_reused] == ["comparison"]
+    assert not_reused(recipe, *overrides) == ["comparison"]
     run(recipe, *overrides)
     assert asked == {}
 
@@ -108,9 +94,9 @@ def test_a_weight_or_the_width_of_a_tie_computes_the_figures_alone(
 def test_from_and_until_take_the_name_that_the_recipe_gives_to_all_parts(
     recipe: Path, asked: dict[str, Script]
 ) -> None:
-    assert not any(reused(recipe, options=Options(redo_from="comparison")).values())
-    run(recipe, options=Options(redo_from="comparison.tuned"))
+    assert reused(recipe, redo_from="comparison") == []
+    run(recipe, redo_from="comparison.tuned")
     assert requests(asked) == {"tuned": 2}
-    run(recipe, THIRD, options=Options(until="comparison.third"))
+    run(recipe, THIRD, until="comparison.third")
     assert requests(asked) == {"tuned": 2, "third": 2}
     assert (recipe.parent / "runs" / "latest.json").read_text().count("comparison.third") == 2

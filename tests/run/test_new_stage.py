@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import pytest
 import toy_stages
 from pydantic import BaseModel, ConfigDict, Field
+from recipe_runs import plan, run
 
 from cai.contracts.context import Context
-from cai.contracts.profile import Profile
 from cai.contracts.references import (
     FileRef,
     JudgeRef,
@@ -24,12 +24,9 @@ from cai.contracts.references import (
     TextsRef,
 )
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
-from cai.run.pipeline import run_recipe
-from cai.run.plan import Options, plan_recipe
 from cai.run.recipe import load_recipe
 from cai.run.recipe_names import needs
 from cai.text.errors import BadInput
-from cai.text.progress import PlainDisplay
 
 RECIPE = """name: graded
 model: start
@@ -94,16 +91,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return toy_stages.make_recipe(tmp_path, RECIPE)
 
 
-def run(recipe: Path) -> dict[str, Any]:
-    return run_recipe(load_recipe(recipe), Profile(device="cpu"), recipe.parent / "runs", Options(), PlainDisplay())
-
-
-def planned(recipe: Path) -> tuple[str, str]:
-    """What would be done about the new stage, and why."""
-    step = plan_recipe(load_recipe(recipe), Profile(device="cpu"), recipe.parent / "runs", Options())[-1]
-    return step.status, step.reason
-
-
 def test_its_names_are_resolved_and_what_it_needs_is_known(recipe: Path) -> None:
     stages = load_recipe(recipe).stages
     grades = stages["grades"]
@@ -135,11 +122,11 @@ def test_it_is_reused_until_something_that_it_names_changes(
     recipe: Path, change: tuple[str, str, str], reason: str
 ) -> None:
     run(recipe)
-    assert planned(recipe) == ("reused", "")
+    assert plan(recipe)["grades"] == ("reused", "")
     name, old, new = change
     path = recipe.parent / name
     path.write_text(path.read_text().replace(old, new))
-    status, words = planned(recipe)
+    status, words = plan(recipe)["grades"]
     assert (status, words.replace("graders.", "")) == ("runs", reason)
 
 

@@ -1,4 +1,4 @@
-"""A recipe runs once, whatever interrupts it: reuse, reasons, kills, locks, failures, processes of their own."""
+"""A recipe runs once, whatever interrupts it: reuse, reasons, damaged outputs, kills, locks, failures, processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import toy_stages
+from recipe_runs import plan, reused, run
 
-from cai.contracts.profile import Profile, load_profile
+from cai.contracts.profile import Profile
 from cai.run import launch, pipeline, stage_run
-from cai.run.pipeline import run_recipe
-from cai.run.plan import Options, Planner, plan_recipe
+from cai.run.plan import Planner
 from cai.run.prompt_checks import check_prompts
 from cai.run.recipe import load_recipe
 from cai.storage import run_folder
@@ -28,40 +28,33 @@ from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import read_rows
 from cai.templates import load_templates
 from cai.text.errors import BadInput, StageFailed
-from cai.text.progress import PlainDisplay
 
 DIGEST = run_folder.Outputs("digest", {})
 SUPPORT = Path(__file__).parents[1] / "support"
-CPU = load_profile("cpu")
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch) -> Path:
     """A recipe of toy stages in a folder of its own."""
     toy_stages.install(monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
     for name in ("TOY_KILL", "TOY_ERROR", "TOY_WAIT", "TOY_LOG"):
         monkeypatch.delenv(name, raising=False)
     return toy_stages.make_recipe(tmp_path / "recipe")
-
-
-def run(recipe: Path, *overrides: str, profile: Profile = CPU, **options) -> dict:
-    loaded = load_recipe(recipe, overrides)
-    return run_recipe(loaded, profile, recipe.parent / "runs", Options(**options), PlainDisplay())
-
-
-def plan(recipe: Path, *overrides: str, **options) -> dict[str, tuple[str, str]]:
-    steps = plan_recipe(load_recipe(recipe, overrides), CPU, recipe.parent / "runs", Options(**options))
-    return {step.id: (step.status, step.reason) for step in steps}
 
 
 def command(recipe: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     """`cai run` of toy stages in a process of its own."""
     return subprocess.Popen(
         [sys.executable, str(SUPPORT / "toy_stages.py"), "run", str(recipe), "--runs", str(recipe.parent), *arguments],
-        env=os.environ | {"PYTHONPATH": str(SUPPORT)} | environment,
+        env=os.environ | environment,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def folder_of(recipe: Path, stage: str) -> Path:
+    return run_folder.latest(recipe.parent / "runs")[stage]
 
 
 def records(run: Path) -> dict[str, bytes]:
@@ -75,7 +68,7 @@ def records(run: Path) -> dict[str, bytes]:
 
 def records_of(recipe: Path) -> dict[str, bytes]:
     """What an undisturbed run in another folder leaves."""
-    run_recipe(load_recipe(recipe), CPU, recipe.parent / "undisturbed", Options(), PlainDisplay())
+    run(recipe, runs="undisturbed")
     return records(recipe.parent / "undisturbed")
 
 
@@ -87,10 +80,6 @@ def killed(recipe: Path, point: str) -> None:
         run(recipe)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-
-
-def reused(recipe: Path, *overrides: str) -> list[str]:
-    return [stage for stage, (status, _) in plan(recipe, *overrides).items() if status == "reused"]
 
 
 @pytest.mark.parametrize("point", ["texts:0", "texts:2", "tuned:0", "more:1", "labels:1", "policy:0"])
@@ -122,17 +111,10 @@ def test_a_changed_weight_redoes_the_labels_and_what_follows(recipe):
     run(recipe)
     document = recipe.parent / "constitution.yaml"
     document.write_text(document.read_text().replace("weight: 2.0", "weight: 0.5"))
-    assert plan(recipe) == {
-        "texts": ("reused", ""),
-        "tuned": ("reused", ""),
-        "more": ("reused", ""),
-        "labels": ("runs", "weight of honest changed"),
-        "policy": ("waits", "because labels would run"),
-    }
+    changed = {"labels": ("runs", "weight of honest changed"), "policy": ("waits", "because labels would run")}
+    assert plan(recipe) == dict.fromkeys(("texts", "tuned", "more"), ("reused", "")) | changed
     run(recipe)
-    assert (
-        read_rows(run_folder.latest(recipe.parent / "runs")["labels"] / "records.jsonl")[0]["weights"]["honest"] == 0.5
-    )
+    assert read_rows(folder_of(recipe, "labels") / "records.jsonl")[0]["weights"]["honest"] == 0.5
 
 
 def test_a_changed_request_redoes_what_asks_it_and_says_which_principle(recipe):
@@ -221,9 +203,8 @@ def test_going_back_to_an_earlier_recipe_reuses_what_it_left(recipe):
 
 def test_the_profile_is_not_part_of_what_a_stage_computes(recipe):
     run(recipe)
-    loaded = load_recipe(recipe)
     other = Profile(name="other", micro_batch=2, token_budget=512)
-    assert {step.status for step in plan_recipe(loaded, other, recipe.parent / "runs", Options())} == {"reused"}
+    assert {status for status, _ in plan(recipe, profile=other).values()} == {"reused"}
 
 
 def test_everything_of_a_stage_is_on_the_disk_before_it_is_done(tmp_path, monkeypatch):
@@ -239,6 +220,69 @@ def test_everything_of_a_stage_is_on_the_disk_before_it_is_done(tmp_path, monkey
     monkeypatch.setattr(run_folder, "write_json", checked)
     run_folder.mark_done(tmp_path / "stage", DIGEST)
     assert run_folder.finished(tmp_path / "stage")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+
+
+def edit_without_changing_the_size(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"!" + content[-1:])
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "damage", "reason"),
+    [
+        ("texts", "records.jsonl", cut, "records.jsonl was changed"),
+        ("more", "records.jsonl", edit_without_changing_the_size, "records.jsonl was changed"),
+        ("labels", "failures.jsonl", Path.unlink, "failures.jsonl is missing"),
+        ("tuned", "model/model.safetensors", edit_without_changing_the_size, "model/model.safetensors was changed"),
+        ("policy", "model/config.json", Path.unlink, "model/config.json is missing"),
+    ],
+)
+def test_an_output_that_was_cut_edited_or_removed_is_noticed_by_name_and_made_again(
+    recipe, capsys, stage, name, damage, reason
+):
+    run(recipe)
+    path = folder_of(recipe, stage) / name
+    before = path.read_bytes()
+    damage(path)
+    assert plan(recipe)[stage] == ("runs", reason)
+    run(recipe)
+    assert f"{stage} runs again: {reason}" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert {status for status, _ in plan(recipe).values()} == {"reused"}
+
+
+def test_a_run_that_was_copied_is_reused_though_its_files_are_younger(recipe):
+    run(recipe)
+    runs = recipe.parent / "runs"
+    shutil.copytree(runs, recipe.parent / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(runs)
+    shutil.move(recipe.parent / "copy", runs)
+    assert {status for status, _ in plan(recipe).values()} == {"reused"}
+
+
+def test_a_file_whose_size_and_time_are_the_same_is_not_read_again(recipe, monkeypatch):
+    run(recipe)
+    monkeypatch.setattr("cai.run.outputs.cached_file_digest", None)
+    assert {status for status, _ in plan(recipe).values()} == {"reused"}
+    records = folder_of(recipe, "texts") / "records.jsonl"
+    os.utime(records, ns=(0, 0))
+    with pytest.raises(TypeError):
+        plan(recipe)
+
+
+def test_reuse_of_what_other_library_versions_made_is_said_in_a_line(recipe, monkeypatch, capsys):
+    run(recipe)
+    stage_file = folder_of(recipe, "texts") / "stage.json"
+    versions = json.loads(stage_file.read_text())["versions"]
+    monkeypatch.setattr("cai.run.plan.library_versions", lambda: versions | {"torch": "99.0"})
+    words = f"made with torch {versions['torch']}, here 99.0"
+    assert plan(recipe)["texts"] == ("reused", words)
+    run(recipe)
+    assert f"texts, tuned, more, labels, policy: {words}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["tuned-1", "tuned-1.removed"])
@@ -283,13 +327,12 @@ def test_a_part_run_keeps_the_figures_of_later_stages_that_still_hold(recipe):
 def test_failures_are_counted_and_asked_again_only_on_request(recipe):
     failing = "stages.texts.fail=['how?']"
     assert run(recipe, failing)["failures"]["texts"] == 3
-    more = run_folder.latest(recipe.parent / "runs")["more"]
+    more = folder_of(recipe, "more")
     assert run(recipe, failing)["failures"]["texts"] == 3
     assert plan(recipe, failing, retry_failures=True)["texts"] == ("continues", "3 failed items are asked again")
     assert run(recipe, failing, retry_failures=True)["failures"]["texts"] == 0
-    folder = run_folder.latest(recipe.parent / "runs")["texts"]
-    assert len(read_rows(folder / "records.jsonl")) == 12
-    assert run_folder.latest(recipe.parent / "runs")["more"] != more, "what learned from fewer texts is redone"
+    assert len(read_rows(folder_of(recipe, "texts") / "records.jsonl")) == 12
+    assert folder_of(recipe, "more") != more, "what learned from fewer texts is redone"
 
 
 def test_a_stage_that_fails_is_named_and_what_it_computed_stays(recipe, monkeypatch):
@@ -345,10 +388,7 @@ def test_a_held_out_prompt_that_a_human_pair_answers_is_refused(tmp_path):
 
 
 def test_what_lies_in_a_file_of_human_pairs_is_part_of_what_a_judge_read(tmp_path):
-    judged = HUMAN.replace(
-        "{id: labels, kind: prefer, pairs: {source: pairs.jsonl}}",
-        "{id: labels, kind: judge, human: {source: pairs.jsonl}}",
-    )
+    judged = HUMAN.replace("kind: prefer, pairs:", "kind: judge, human:")
     recipe = toy_stages.make_recipe(tmp_path, judged[: judged.index("  - {id: score")])
     digests = []
     for question in ("why?", "when?"):
@@ -359,10 +399,8 @@ def test_what_lies_in_a_file_of_human_pairs_is_part_of_what_a_judge_read(tmp_pat
 
 
 def test_weights_and_their_factors_by_tag_are_part_of_what_labels_are_made_of(tmp_path):
-    judged = HUMAN.replace(
-        "{id: labels, kind: prefer, pairs: {source: pairs.jsonl}}",
-        "{id: votes, kind: judge, human: {source: pairs.jsonl}}\n  - {id: labels, kind: prefer, from: votes}",
-    )
+    judged = HUMAN.replace("labels, kind: prefer, pairs:", "votes, kind: judge, human:")
+    judged = judged.replace("  - {id: score", "  - {id: labels, kind: prefer, from: votes}\n  - {id: score")
     recipe = toy_stages.make_recipe(tmp_path, judged)
     human_pair(tmp_path, "why?")
     tagged = toy_stages.CONSTITUTION.replace("kind., weight", "kind., tags: [style], weight")
@@ -370,14 +408,11 @@ def test_weights_and_their_factors_by_tag_are_part_of_what_labels_are_made_of(tm
 
     def parts(*overrides: str) -> dict[str, object]:
         planner = Planner(load_recipe(recipe, overrides), tmp_path / "runs")
-        return planner.fingerprints.parts(
-            planner.recipe.stages["labels"], {"votes": run_folder.Finished(tmp_path / "votes", DIGEST)}
-        )
+        votes = run_folder.Finished(tmp_path / "votes", DIGEST)
+        return planner.fingerprints.parts(planner.recipe.stages["labels"], {"votes": votes})
 
-    assert {name: value for name, value in parts().items() if name.startswith("weight.")} == {
-        "weight.kind": 1.0,
-        "weight.honest": 2.0,
-    }
+    weights = {name: value for name, value in parts().items() if name.startswith("weight.")}
+    assert weights == {"weight.kind": 1.0, "weight.honest": 2.0}
     changed = parts("stages.labels.tag_weights={style: 3}")
     assert changed["config.tag_weights.style"] == 3
     assert changed["principle.kind.tags"] == ["style"]
@@ -403,10 +438,8 @@ def test_deepspeed_is_told_that_a_profile_runs_on_the_cpu(monkeypatch):
 
 
 def test_two_processes_cannot_work_on_one_run(recipe):
-    with (
-        run_folder.locked(recipe.parent / "runs"),
-        pytest.raises(BadInput, match=f"process {os.getpid()} is working on"),
-    ):
+    message = f"process {os.getpid()} is working on"
+    with run_folder.locked(recipe.parent / "runs"), pytest.raises(BadInput, match=message):
         run(recipe)
     run(recipe)
 
@@ -414,7 +447,7 @@ def test_two_processes_cannot_work_on_one_run(recipe):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_says_so_and_goes_on_from_there(recipe, number, code):
     child = command(recipe, TOY_WAIT="more")
-    until(lambda: list(recipe.parent.glob("toy/more-*/waiting")))
+    wait_for_batch(recipe, "more")
     with pytest.raises(BadInput, match=f"process {child.pid} is working"), run_folder.locked(recipe.parent / "toy"):
         pass
     child.send_signal(number)
@@ -426,7 +459,7 @@ def test_a_stopped_run_says_so_and_goes_on_from_there(recipe, number, code):
 
 
 @pytest.fixture
-def own_process(tmp_path, monkeypatch) -> Profile:
+def own_process(recipe, tmp_path, monkeypatch) -> Profile:
     """A profile whose stages run in processes of their own, which know the toy stages."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import toy_stages\ntoy_stages.install()\n")
@@ -436,8 +469,7 @@ def own_process(tmp_path, monkeypatch) -> Profile:
 
 def test_stages_in_processes_of_their_own_give_the_same_records(recipe, own_process):
     inline = run(recipe, until="tuned")
-    options = Options(until="tuned")
-    launched = run_recipe(load_recipe(recipe), own_process, recipe.parent / "other", options, PlainDisplay())
+    launched = run(recipe, profile=own_process, runs="other", until="tuned")
     assert records(recipe.parent / "other") == records(recipe.parent / "runs")
     assert launched["stages"] == inline["stages"]
 
@@ -481,24 +513,18 @@ def test_two_processes_give_the_records_of_one_and_each_item_once(recipe, two_ra
 def test_a_killed_process_is_named_and_however_many_go_on_from_there(
     recipe, two_ranks, tmp_path, monkeypatch, afterwards
 ):
-    undisturbed = records_of(recipe)
+    undisturbed, single = records_of(recipe), "stages.texts.journal_batch=1"
     monkeypatch.setenv("TOY_KILL", "texts:5")
     with pytest.raises(StageFailed, match=r"^stage 'texts', process 1, ended with signal 9; see .*log\.txt$"):
-        run(recipe, "stages.texts.journal_batch=1", profile=two_ranks)
+        run(recipe, single, profile=two_ranks)
     monkeypatch.delenv("TOY_KILL")
-    lines = [
-        line for path in (recipe.parent / "runs").glob("texts-*/journal*") for line in path.read_bytes().splitlines()
-    ]
-    kept = {entry["batch"] for entry in map(json.loads, lines) if "batch" in entry}
+    journals = recipe.parent.glob("runs/texts-*/journal*")
+    entries = [json.loads(line) for path in journals for line in path.read_bytes().splitlines()]
+    kept = {entry["batch"] for entry in entries if "batch" in entry}
     assert {1, 3} <= kept <= set(range(12)) - {5}
-    assert plan(recipe, "stages.texts.journal_batch=1")["texts"] == ("continues", f"{len(kept)} batches are on disk")
+    assert plan(recipe, single)["texts"] == ("continues", f"{len(kept)} batches are on disk")
     monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
-    run(
-        recipe,
-        "stages.texts.journal_batch=1",
-        profile=two_ranks.model_copy(update={"processes": afterwards}),
-        until="texts",
-    )
+    run(recipe, single, profile=two_ranks.model_copy(update={"processes": afterwards}), until="texts")
     computed = [int(line.split()[0].removeprefix("texts:")) for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted(computed) == sorted(set(range(12)) - kept)
     assert records(recipe.parent / "runs")["texts"] == undisturbed["texts"]
@@ -516,23 +542,19 @@ def test_the_error_of_any_process_ends_the_others_and_is_reported_as_its_own(rec
 def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(recipe, own_process):
     text = recipe.read_text()
     recipe.write_text(text[: text.index("  - {id: tuned")] + "  - {id: tuned, kind: sft, from: texts}\n")
-    with pytest.raises(
-        StageFailed, match=r"^stage 'tuned' runs in 1 of the 2 processes that profile 'two' expects"
-    ):
+    with pytest.raises(StageFailed, match=r"^stage 'tuned' runs in 1 of the 2 processes that profile 'two' expects"):
         run(recipe, profile=Profile(name="two", device="cpu", processes=2))
 
 
 @pytest.mark.parametrize("profile", ["cpu-2-ranks", "cpu-2-cores"])
-def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process, tmp_path, profile):
-    python_path = f"{tmp_path / 'site'}:{SUPPORT}"
-    child = command(recipe, "--on", profile, "--until", "texts", TOY_WAIT="texts", PYTHONPATH=python_path)
-    until(lambda: list(recipe.parent.glob("toy/texts-*/waiting")))
-    [waiting] = recipe.parent.glob("toy/texts-*/waiting")
+def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process, profile):
+    child = command(recipe, "--on", profile, "--until", "texts", TOY_WAIT="texts")
+    process = wait_for_batch(recipe, "texts")
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=600)
     assert child.returncode == 143
-    assert not Path(f"/proc/{waiting.read_text()}").exists()
-    again = command(recipe, "--on", profile, "--until", "texts", PYTHONPATH=python_path)
+    assert not process.exists()
+    again = command(recipe, "--on", profile, "--until", "texts")
     assert "texts: 12 texts" in again.communicate(timeout=600)[1]
     assert len(read_rows(run_folder.latest(recipe.parent / "toy")["texts"] / "records.jsonl")) == 12
 
@@ -541,17 +563,20 @@ def test_a_stop_ends_all_processes_and_the_next_run_goes_on(recipe, own_process,
 def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_process, tmp_path, where):
     profile = tmp_path / "own.yaml"
     profile.write_text(where)
-    child = command(recipe, "--on", str(profile), TOY_WAIT="texts", PYTHONPATH=f"{tmp_path / 'site'}:{SUPPORT}")
-    until(lambda: list(recipe.parent.glob("toy/texts-*/waiting")))
-    [waiting] = recipe.parent.glob("toy/texts-*/waiting")
+    child = command(recipe, "--on", str(profile), TOY_WAIT="texts")
+    process = wait_for_batch(recipe, "texts")
     child.kill()
     child.wait()  # not until its pipes close: the process that forks has them too
-    until(
-        lambda: (
-            not Path(f"/proc/{waiting.read_text()}/cmdline").exists()
-            or not Path(f"/proc/{waiting.read_text()}/cmdline").read_bytes()
-        )
-    )
+    command_line = process / "cmdline"
+    until(lambda: not command_line.exists() or not command_line.read_bytes())
+
+
+def wait_for_batch(recipe: Path, stage: str) -> Path:
+    """Waits until the stage waits in one of its batches; the folder of its process in /proc."""
+    pattern = f"toy/{stage}-*/waiting"
+    until(lambda: list(recipe.parent.glob(pattern)))
+    [waiting] = recipe.parent.glob(pattern)
+    return Path("/proc") / waiting.read_text()
 
 
 def until(true) -> None:

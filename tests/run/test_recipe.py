@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import toy_stages
 from click.testing import CliRunner
+from toy_stages import GOOD
 
 from cai.cli import main
 from cai.contracts.profile import load_profile
+from cai.contracts.training_config import ReinforcementConfig
 from cai.document.shipped import shipped_folder, shipped_names
+from cai.run.plan import Planner
 from cai.run.recipe import load_recipe
+from cai.run.recipe_names import needs
+from cai.storage.run_folder import Finished, Outputs
 from cai.text.errors import BadInput
-
-GOOD = """name: small
-model: start
-constitution: constitution.yaml
-prompts:
-  red_team: {source: first.jsonl}
-  heldout: {source: held.jsonl, hold_out: true}
-stages:
-  - {id: responses, kind: sample, prompts: [red_team]}
-  - {id: revisions, kind: revise, from: responses}
-  - id: sl-cai
-    kind: sft
-    from: [revisions, responses]
-    train: {learning_rate: 2.0e-4}
-  - {id: candidates, kind: sample, model: sl-cai, prompts: [red_team], n: 2}
-  - {id: votes, kind: judge, from: candidates}
-  - {id: preferences, kind: prefer, from: votes}
-  - {id: reward, kind: reward, model: sl-cai, from: preferences}
-  - {id: policy, kind: dpo, model: sl-cai, from: preferences, train: {beta: 0.1}}
-  - {id: comparison, kind: compare, models: {base: start, policy: policy}, prompts: heldout}
-"""
 
 # What is replaced in GOOD by what, the line and the text at which the sentence points, and what it says.
 BROKEN = [
@@ -71,17 +54,12 @@ BROKEN = [
     ("first.jsonl", "frist.jsonl", 5, "frist", "did you mean 'first.jsonl'"),
     ("kind: prefer,", "kind: prefer, pairs: {source: humans.jsonl},", 16, "humans", "no such file or folder"),
     ("kind: prefer,", "kind: prefer, tag_weights: {styl: 2},", 16, "2", "in 'tiny': none has any"),
-    (
-        "kind: prefer,",
-        "kind: prefer, pairs: {source: first.jsonl, tags: [helpful]}, mix: {human_tags: [helpfull]},",
-        16,
-        "helpfull",
-        "did you mean 'helpful'",
-    ),
+    ("kind: prefer,", "kind: prefer, pairs: {source: first.jsonl, tags: [helpful]}, mix: {human_tags: [helpfull]},",
+     16, "helpfull", "did you mean 'helpful'"),
     ("kind: prefer,", "kind: prefer, mix: {human_share: 0.5},", 16, "{id: preferences", "`pairs:` beside it"),
     ("kind: judge, from: candidates", "kind: judge", 15, "{id: votes", "neither `from:` nor `human:`"),
     ("stages:\n", "stages: *all\n#", 7, "*all", "alias"),
-]
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -89,6 +67,15 @@ def recipe(tmp_path, monkeypatch) -> Path:
     """The good recipe in a folder of its own, which is the working directory too."""
     monkeypatch.chdir(tmp_path)
     return toy_stages.make_recipe(tmp_path, GOOD)
+
+
+def refusal(*arguments: str, recipe: str = "recipe.yaml") -> str:
+    """What `cai run` prints when it refuses the recipe."""
+    result = CliRunner().invoke(main, ["run", recipe, *arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr
 
 
 def test_the_good_recipe_resolves_its_names(recipe):
@@ -106,23 +93,20 @@ def test_the_good_recipe_resolves_its_names(recipe):
 def test_a_broken_recipe_is_one_sentence_with_a_position(recipe, old, new, line, at, words):
     assert GOOD.count(old) == 1
     recipe.write_text(GOOD.replace(old, new))
-    result = CliRunner().invoke(main, ["run", "recipe.yaml"])
-    assert result.exit_code == 2, result.output
-    sentence = re.fullmatch(r"recipe\.yaml:(\d+):(\d+): (.*)\n", result.stderr)
-    assert sentence, result.stderr
+    message = refusal()
+    sentence = re.fullmatch(r"recipe\.yaml:(\d+):(\d+): (.*)\n", message)
+    assert sentence, message
     assert int(sentence[1]) == line
     assert recipe.read_text().splitlines()[line - 1][int(sentence[2]) - 1 :].startswith(at)
     assert words in sentence[3]
-    assert result.stdout == ""
 
 
 def test_a_tag_that_no_principle_has_gets_no_weight_but_the_nearest_name(recipe):
     tagged = toy_stages.CONSTITUTION.replace("kind., weight", "kind., tags: [style], weight")
     (recipe.parent / "constitution.yaml").write_text(tagged)
     assert load_recipe(recipe, ["stages.preferences.tag_weights={style: 2}"])
-    with pytest.raises(
-        BadInput, match="found 'styl', expected a tag of principles in 'tiny': style; did you mean 'style'"
-    ):
+    message = "found 'styl', expected a tag of principles in 'tiny': style; did you mean 'style'"
+    with pytest.raises(BadInput, match=message):
         load_recipe(recipe, ["stages.preferences.tag_weights={styl: 2}"])
 
 
@@ -146,16 +130,8 @@ def test_a_judge_may_be_a_model_or_a_stage(recipe):
 
 
 def test_set_changes_values_by_stage_id(recipe):
-    loaded = load_recipe(
-        recipe,
-        [
-            "stages.policy.train.beta=0.2",
-            "stages.responses.n=3",
-            "seed=5",
-            "stages.sl-cai.from=[responses]",
-            "prompts.red_team.limit=2",
-        ],
-    )
+    overrides = ["stages.policy.train.beta=0.2", "stages.responses.n=3", "seed=5", "stages.sl-cai.from=[responses]"]
+    loaded = load_recipe(recipe, [*overrides, "prompts.red_team.limit=2"])
     assert loaded.stages["policy"].train["beta"] == 0.2
     assert loaded.stages["responses"].n == 3
     assert loaded.seed == 5
@@ -176,20 +152,9 @@ def test_set_changes_values_by_stage_id(recipe):
     ],
 )
 def test_a_wrong_override_is_named_as_it_was_given(recipe, override, words):
-    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--set", override])
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"--set {override}")
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def test_checking_a_recipe_imports_neither_torch_nor_trl(recipe):
-    code = (
-        "import sys; from cai.run.recipe import load_recipe; load_recipe('recipe.yaml'); "
-        "print([name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=recipe.parent, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    message = refusal("--set", override)
+    assert message.startswith(f"--set {override}")
+    assert words in message
 
 
 @pytest.mark.parametrize("name", shipped_names("recipes"))
@@ -234,10 +199,7 @@ def test_accelerate_files_are_ones_that_accelerate_takes(path):
 )
 def test_a_broken_profile_is_one_sentence(recipe, text, words):
     Path("p.yaml").write_text(text)
-    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "p.yaml"])
-    assert result.exit_code == 2
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert words in refusal("--on", "p.yaml")
 
 
 @pytest.mark.parametrize("kind", ["ppo", "rloo"])
@@ -246,16 +208,182 @@ def test_a_policy_in_a_vllm_on_several_gpus_is_refused_before_anything_runs(reci
     Path("p.yaml").write_text(f"engine: vllm\nvllm: {{{key}: 2}}\n")
     learns = f"  - {{id: learned, kind: {kind}, prompts: [red_team], rewards: [{{judge: model}}], batch_size: 8}}\n"
     recipe.write_text(recipe.read_text().rstrip("\n") + "\n" + learns)
-    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "p.yaml"])
-    assert result.exit_code == 2
-    assert f"profile 'p': found `vllm: {{{key}: 2}}`, but stage 'learned' samples" in result.stderr
-    assert result.stderr.count("\n") == 1
+    message = refusal("--on", "p.yaml")
+    assert f"profile 'p': found `vllm: {{{key}: 2}}`, but stage 'learned' samples" in message
     assert not Path("runs").exists()
 
 
-def test_a_batch_that_processes_cannot_share_is_refused_before_anything_runs(recipe):
-    odd = ["--set", "stages.sl-cai.batch_size=31"]
-    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "cpu-2-ranks", *odd])
-    assert result.exit_code == 2
-    assert "batch_size 31 cannot be split over the 2 processes" in result.stderr
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_batch_that_processes_cannot_share_is_refused_before_anything_runs(recipe, dry_run):
+    message = refusal("--set", "stages.sl-cai.batch_size=31", "--on", "cpu-2-ranks", *dry_run)
+    assert "batch_size 31 cannot be split over the 2 processes" in message
     assert not Path("runs").exists()
+
+
+# What is replaced in the recipe by what, the beginning of the message, and words of it.
+NAMES = [
+    ("seed: 0", "judge: sl_cai", "recipe.yaml:2:8: ", "did you mean 'sl-cai'?"),
+    ("seed: 0", "judge: votes", "recipe.yaml:2:8: ", "expected a stage that trains a model"),
+    ("seed: 0", "templates: defalt", "recipe.yaml:2:12: ", "did you mean 'default'?"),
+    ("prompts: heldout}", "prompts: heldout, principles: [knd]}", "recipe.yaml:20:", "did you mean 'kind'?"),
+    ("from: responses}", "from: responses, principles: [hnest]}", "recipe.yaml:10:", "did you mean 'honest'?"),
+    ("from: responses}", "from: responses, only: [rd_team]}", "recipe.yaml:10:", "did you mean 'red_team'?"),
+]
+# The list of rewards, the text at which the message points, and words of it.
+REWARDS = [
+    ("{model: rewrd}", "rewrd", "did you mean 'reward'?"),
+    ("{model: policy}", "policy", "stage 'policy' gives policy, expected a stage that gives reward: reward"),
+    ("{model: votes}", "votes", "stage 'votes' gives votes, expected a stage that gives reward: reward"),
+    ("{model: model}", "model}", "found 'model', expected a `reward` stage or a reward model"),
+    ("{model: micro}", "micro", "'micro' is a language model, which writes, expected a sequence classifier"),
+    ("{model: 'served:big'}", "'served:big'", "which only a server has, expected a reward model"),
+    ("{model: classifier, scale: 7}", "{model: classifier", "found `scale` with `model`, expected it with"),
+    ("{judge: reward}", "reward", "stage 'reward' gives reward, expected a stage that gives policy: sl-cai"),
+    ("{judge: classifier}", "classifier", "'classifier' is a sequence classifier, which gives a score, expected"),
+    ("{judge: model, principles: [knd]}", "knd", "expected ids of principles in 'tiny'; did you mean 'kind'?"),
+    ("{function: 'mine.py'}", "'mine.py'", "found 'mine.py', expected `file.py:name`"),
+    ("{function: 'mien.py:short'}", "'mien", "no such file 'mien.py', relative to the recipe; did you mean 'mine.py'?"),
+    ("{function: 'mine.py:shrt'}", "'mine", "mine.py defines no 'shrt', expected a function; did you mean 'short'?"),
+    ("{function: 'odd.py:short'}", "'odd", "odd.py:1 is not Python"),
+    ("{model: reward, judge: model}", "{model: reward, judge", "found `model` and `judge`, expected exactly one of"),
+    ("{weight: 2}", "{weight", "found none, expected exactly one of `model`, `judge` and `function`"),
+    ("{model: reward, wieght: 2}", "wieght", "unknown key"),
+    ("{model: reward}, {model: reward, weight: 2}", "[{model", "found two rewards called 'reward'"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def tagged(tmp_path, monkeypatch) -> Path:
+    """The good recipe with a seed and a tag of its prompts."""
+    monkeypatch.chdir(tmp_path)
+    good = GOOD.replace("name: small", "name: small\nseed: 0").replace("first.jsonl", "first.jsonl, tags: [red_team]")
+    return toy_stages.make_recipe(tmp_path, good)
+
+
+@pytest.fixture
+def rewarded(tagged, monkeypatch) -> Path:
+    """A recipe whose last stage but one learns from rewards."""
+
+    class LearnConfig(ReinforcementConfig):
+        kind: Literal["learn"] = "learn"
+
+    toy_stages.add_stage("learn", LearnConfig, monkeypatch=monkeypatch)
+    classifier = toy_stages.make_model(tagged.parent / "classifier", "weights")
+    (classifier / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    (tagged.parent / "mine.py").write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n")
+    (tagged.parent / "odd.py").write_text("def short(:\n")
+    learned = (
+        "  - id: learned\n    kind: learn\n    model: sl-cai\n    prompts: red_team\n    rewards: [{model: reward}]\n"
+    )
+    tagged.write_text(tagged.read_text().replace("  - {id: comparison", f"{learned}  - {{id: comparison"))
+    return tagged
+
+
+@pytest.mark.parametrize(("old", "new", "where", "words"), NAMES, ids=[new for _, new, *_ in NAMES])
+def test_a_name_that_nothing_answers_to_is_refused(tagged, old, new, where, words):
+    text = tagged.read_text()
+    assert text.count(old) == 1
+    tagged.write_text(text.replace(old, new))
+    message = refusal("--dry-run")
+    assert message.startswith(where)
+    assert words in message
+
+
+@pytest.mark.parametrize(("sources", "target", "words"), REWARDS, ids=[sources for sources, *_ in REWARDS])
+def test_a_source_of_reward_that_cannot_be_one_is_refused_where_it_stands(rewarded, sources, target, words):
+    text = rewarded.read_text().replace("[{model: reward}]", f"[{sources}]")
+    rewarded.write_text(text)
+    message = refusal("--dry-run")
+    position = re.match(r"recipe\.yaml:(\d+):(\d+): ", message)
+    assert position, message
+    line = text.splitlines()[int(position[1]) - 1]
+    assert "rewards:" in line
+    assert line[int(position[2]) - 1 :].startswith(target)
+    assert words in message
+
+
+def test_a_judge_among_rewards_needs_a_constitution(rewarded):
+    lines = rewarded.read_text().replace("constitution: constitution.yaml\n", "").splitlines(keepends=True)
+    text = "".join(line for line in lines if not re.search("id: (revisions|votes|comparison),", line))
+    text = text.replace("from: [revisions, responses]", "from: [responses]")
+    text = text.replace("kind: prefer, from: votes", "kind: prefer, pairs: {source: first.jsonl}")
+    rewarded.write_text(text)
+    assert load_recipe(rewarded).constitution is None
+    rewarded.write_text(text.replace("[{model: reward}]", "[{judge: model}]"))
+    with pytest.raises(BadInput, match="learn asks about principles, but the recipe names no `constitution:`"):
+        load_recipe(rewarded)
+
+
+def test_the_judges_among_rewards_are_resolved_and_all_models_come_first(rewarded):
+    toy_stages.make_model(rewarded.parent / "other", "weights")
+
+    def judge(name: str, *overrides: str) -> str:
+        loaded = load_recipe(rewarded, [f"stages.learned.rewards=[{{judge: {name}}}]", *overrides])
+        return loaded.stages["learned"].rewards[0].judge
+
+    assert judge("model") == "start"
+    assert judge("self") == "sl-cai", "the recipe's judge is `self` too: the stage's own starting model"
+    assert judge("self", "judge=other") == "other"
+    assert judge("policy") == "policy"
+    sources = "[{model: reward}, {judge: policy}, {function: 'mine.py:short'}]"
+    loaded = load_recipe(rewarded, [f"stages.learned.rewards={sources}"])
+    learned = loaded.stages["learned"]
+    assert set(needs(learned, set(loaded.stages))) == {"sl-cai", "reward", "policy"}
+    assert [reward.log_name for reward in learned.rewards] == ["reward", "judge", "short"]
+    assert learned.template_names() == ("rate",)
+    lines = rewarded.read_text().splitlines(keepends=True)
+    learned_at = next(n for n, line in enumerate(lines) if "id: learned" in line)
+    reward_at = next(n for n, line in enumerate(lines) if "id: reward," in line)
+    learned_lines, lines[learned_at : learned_at + 5] = lines[learned_at : learned_at + 5], []
+    rewarded.write_text("".join([*lines[:reward_at], *learned_lines, *lines[reward_at:]]))
+    order = list(load_recipe(rewarded).stages)
+    assert order.index("reward") < order.index("learned"), "it runs after the model that scores its responses"
+
+
+def test_what_a_reward_is_made_of_is_part_of_the_fingerprint(rewarded):
+    def parts(sources: str) -> dict[str, object]:
+        loaded = load_recipe(rewarded, [f"stages.learned.rewards=[{sources}]"])
+        others = [name for name in loaded.stages if name != "learned"]
+        for name in others:
+            toy_stages.make_model(rewarded.parent / name / "model", name)
+        finished = {name: Finished(rewarded.parent / name, Outputs(f"digest of {name}", {})) for name in others}
+        return Planner(loaded, rewarded.parent / "run").fingerprints.parts(loaded.stages["learned"], finished)
+
+    of_a_judge = {"principles", "weight.kind", "principle.kind.critique", "template.rate.default"}
+    by_model = parts("{model: reward}")
+    assert by_model["model.reward"] == "digest of reward"
+    assert not of_a_judge & by_model.keys()
+    assert of_a_judge <= parts("{judge: model}").keys()
+    before = parts("{function: 'mine.py:short'}")
+    with (rewarded.parent / "mine.py").open("a") as file:
+        file.write("# a comment\n")
+    after = parts("{function: 'mine.py:short'}")
+    assert {name for name in before if before[name] != after[name]} == {"file.mine.py:short"}
+    assert not of_a_judge & before.keys()
+
+
+def test_names_that_something_answers_to_are_accepted(tagged):
+    names = ["stages.revisions.only=[red_team]", "stages.revisions.principles=[kind]", "templates=micro"]
+    load_recipe(tagged, [*names, "stages.comparison.principles=[honest]", "judge=sl-cai"])
+    load_recipe("quickstart", ["stages.revisions.only=[red_team, factual]"])
+
+
+def test_among_compared_models_model_means_the_recipes_own(tagged):
+    toy_stages.make_model(tagged.parent / "other", "weights")
+    models = load_recipe(tagged, ["stages.comparison.models.base=model", "model=other"]).stages["comparison"].models
+    assert models == {"base": "other", "policy": "policy"}
+    tagged.write_text(tagged.read_text().replace("id: votes,", "id: model,"))
+    with pytest.raises(BadInput, match="'model' is the name of a model too"):
+        load_recipe(tagged)
+
+
+def test_a_judge_as_a_reward_that_every_process_would_start_vllm_for_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("accelerate/8gpu-zero3.yaml", "8gpu-vllm-tp.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        text = (shipped_folder("configs") / file).read_text()
+        (tmp_path / file).write_text(text.replace("parallel: 8", "parallel: 1"))
+    message = refusal("--on", "8gpu-vllm-tp.yaml", "--dry-run", recipe="rlaif-direct")
+    assert "stage 'policy': each of the 8 processes of profile '8gpu-vllm-tp' would start vLLM for" in message
+    served = "--set stages.policy.rewards.0.judge=served:judge --on 8gpu-vllm-tp.yaml --dry-run"
+    assert CliRunner().invoke(main, ["run", "rlaif-direct", *served.split()]).exit_code == 0

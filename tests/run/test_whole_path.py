@@ -50,13 +50,9 @@ def folder(tmp_path_factory) -> Path:
     shutil.copytree(MICRO, folder / "start")
     (folder / "recipe.yaml").write_text(RECIPE)
     script = Path(__file__).parents[1] / "support" / "run_killed.py"
-    process = subprocess.run(
-        [sys.executable, str(script), "recipe.yaml", "undisturbed", "killed"],
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-    )
+    command = [sys.executable, str(script), "recipe.yaml", "undisturbed", "killed"]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.run(command, cwd=folder, text=True, capture_output=True, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     (folder / "digests.json").write_text(process.stdout.splitlines()[-1])
     return folder

@@ -32,9 +32,7 @@ def requests(n: int, sampling: Sampling) -> list[Request]:
 
 @pytest.mark.filterwarnings("ignore:server .* takes no token ids")
 @pytest.mark.parametrize("kind", ["vllm", "transformers"])
-def test_a_server_killed_in_the_middle_and_started_again_answers_each_request_once(
-    kind: str, server: Callable[[str], Server], model: Model
-) -> None:
+def test_a_killed_server_answers_each_request_once(kind: str, server: Callable[[str], Server], model: Model) -> None:
     running = server(kind)
     names = {model.name: "micro" if kind == "vllm" else model.path}
     settings = {"url": running.url, "names": names, "concurrency": 8, "retries": 20}
@@ -62,9 +60,7 @@ def adapter(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return resolve(str(folder), folder=folder)
 
 
-def test_vllm_serves_an_adapter_as_if_merged_and_its_death_costs_no_answer(
-    adapter: Model, model: Model, python: Path
-) -> None:
+def test_vllm_serves_an_adapter_as_if_merged_and_dies_without_loss(adapter: Model, model: Model, python: Path) -> None:
     extra = {"enforce_eager": True, "max_num_seqs": 4}
     settings = {"device": "cpu", "dtype": "float32", "vllm": {"python": python, "cpu_cache_gib": 1, "extra": extra}}
     profile = Profile.model_validate(settings)

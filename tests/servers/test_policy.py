@@ -15,7 +15,7 @@ import pytest
 import torch
 from engine_contract import completions_by_id, conversation
 from peft import LoraConfig, get_peft_model
-from training_stages import Steps, reinforce, trained
+from training_stages import BREVITY, Steps, numbered_prompts, reinforce, trained
 from transformers import PreTrainedModel
 
 from cai.contracts.engine import Completion, Request, Sampling
@@ -31,7 +31,6 @@ from cai.training.rl.rollouts import Rollout
 
 LONG = "The box is red and the ball is blue. " * 40
 """Longer than a block of vLLM's prefix cache, which on a CPU is 128 tokens."""
-LENGTH = "def brevity(prompts, responses):\n    return [-len(response) / 20 for response in responses]\n"
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +38,6 @@ def profile(python: Path) -> Profile:
     extra = {"enforce_eager": True, "max_num_seqs": 32}
     settings = {"python": python, "cpu_cache_gib": 1, "extra": extra}
     return Profile.model_validate({"device": "cpu", "dtype": "float32", "engine": "vllm", "vllm": settings})
-
-
-def leave_partitioned(parameters: object) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
 
 
 def sample(sampler: Sampler, sampling: Sampling, texts: list[str]) -> dict[str, Completion]:
@@ -63,9 +58,7 @@ def perturb(lm: PreTrainedModel, adapter: bool, seed: int) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_after_an_update_vllm_says_what_the_policy_says_and_nothing_from_before(
-    adapter: bool, model: Model, profile: Profile, tmp_path: Path
-) -> None:
+def test_vllm_says_what_the_updated_policy_says(adapter: bool, model: Model, profile: Profile, tmp_path: Path) -> None:
     greedy = Sampling(24, 0)
     texts = [f"What are {n} apples?" for n in range(8)] + [f"{LONG} What are {n} apples?" for n in range(4)]
     assert min(len(Chat.load(model).prompt_ids(conversation(text))) for text in texts[8:]) > 150
@@ -78,7 +71,7 @@ def test_after_an_update_vllm_says_what_the_policy_says_and_nothing_from_before(
         for update in range(3):
             policy = policy if update == 0 else perturb(policy, adapter, update)
             for updated in (local, sampler):
-                updated.update(policy, leave_partitioned)
+                updated.update(policy, contextlib.nullcontext)
             expected, by_vllm = sample(local, greedy, texts), sample(sampler, greedy, texts)
             ids = {id: completion.token_ids for id, completion in by_vllm.items()}
             assert ids == {id: completion.token_ids for id, completion in expected.items()}
@@ -93,9 +86,8 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
     """All that a ppo stage learns from."""
     rollouts: list[Rollout] = []
     estimate = PPOTrainer._estimate_advantages
-    monkeypatch.setattr(
-        PPOTrainer, "_estimate_advantages", lambda self, rollout: (rollouts.append(rollout), estimate(self, rollout))[1]
-    )
+    spy = lambda self, rollout: (rollouts.append(rollout), estimate(self, rollout))[1]  # noqa: E731
+    monkeypatch.setattr(PPOTrainer, "_estimate_advantages", spy)
     return rollouts
 
 
@@ -109,14 +101,12 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[VllmEngine]:
 
 
 def prompts(n: int) -> list[Any]:
-    return [
-        {"id": f"p{k}", "messages": conversation(f"What are {k} apples?"), "tags": [], "source": "test"}
-        for k in range(n)
-    ]
+    texts = [f"What are {k} apples?" for k in range(n)]
+    return [{**row, "messages": conversation(text)} for row, text in zip(numbered_prompts(n), texts, strict=True)]
 
 
 def train(kind: str, folder: Path, model: Model, profile: Profile, **config: Any) -> dict[str, Any]:
-    (folder.parent / "rewards.py").write_text(LENGTH)
+    (folder.parent / "rewards.py").write_text(BREVITY)
     rewards = [{"function": "rewards.py:brevity"}]
     figures = reinforce(kind, folder, prompts(12), model, rewards, profile=profile, max_new_tokens=16, **config)
     training: dict[str, Any] = figures["training"]["stage"]
@@ -139,14 +129,12 @@ def test_ppo_learns_from_what_vllm_samples_and_both_agree_on_its_log_probabiliti
             assert float((ratio - 1).abs().max()) < 5e-3
 
 
-def test_two_ranks_that_share_a_policys_parameters_have_a_vllm_each(
-    model: Model, profile: Profile, tmp_path: Path
-) -> None:
+def test_two_ranks_that_share_the_parameters_have_a_vllm_each(model: Model, profile: Profile, tmp_path: Path) -> None:
     accelerate = Path(__file__).parents[2] / "configs" / "accelerate" / "cpu-2-ranks-zero3.yaml"
     two_ranks = {"device": "cpu", "dtype": "float32", "processes": 2, "accelerate": str(accelerate)}
     two_ranks |= profile.model_dump(mode="json", include={"engine", "vllm"})
     (tmp_path / "two.yaml").write_text(json.dumps(two_ranks))
-    (tmp_path / "rewards.py").write_text(LENGTH)
+    (tmp_path / "rewards.py").write_text(BREVITY)
     stage = {"id": "policy", "kind": "ppo", "prompts": "asked", "rewards": [{"function": "rewards.py:brevity"}],
              "rollouts": 2, "rollout_size": 16, "batch_size": 8, "max_new_tokens": 16,
              "train": {"learning_rate": 1e-3, "warmup_steps": 0}}  # fmt: skip
@@ -170,9 +158,7 @@ def test_rloo_samples_with_vllm(model: Model, profile: Profile, tmp_path: Path, 
     load_causal_lm(trained(tmp_path / "stage"))
 
 
-def test_the_death_of_vllm_ends_the_stage_and_the_next_run_goes_on(
-    model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]
-) -> None:
+def test_a_dead_vllm_ends_the_stage(model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]) -> None:
     class Kills(Steps):
         def advance(self, items: int = 1, tokens: int = 0) -> None:
             super().advance(items, tokens)
@@ -180,9 +166,8 @@ def test_the_death_of_vllm_ends_the_stage_and_the_next_run_goes_on(
                 os.kill(engines[-1]._workers[0]._process.pid, signal.SIGKILL)
 
     settings = {"rollouts": 2, "rollout_size": 16, "train": {"save_steps": 3, "num_ppo_epochs": 2}}
-    with pytest.raises(
-        StageFailed, match=r"vLLM ended with signal 9 in the middle of its work.*; see .*\.log"
-    ) as error:
+    message = r"vLLM ended with signal 9 in the middle of its work.*; see .*\.log"
+    with pytest.raises(StageFailed, match=message) as error:
         train("ppo", tmp_path / "stage", model, profile, progress=Kills(), **settings)
     Path(str(error.value).rpartition("see ")[2]).unlink()
     steps = Steps()

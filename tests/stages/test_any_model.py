@@ -12,18 +12,18 @@ SAMPLING = {"max_new_tokens": 8, "temperature": 1.0}
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "mistral", "thinking", "lora", "base"],
+    "family", ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "mistral", "thinking", "lora", "base"]
 )
 def test_any_model_samples_revises_judges_and_labels(family, tmp_path, tiny):
     model = tiny(family, templates="fewshot") if family == "base" else tiny(family)
 
-    def run(kind, rows=None, **config):
+    def run(kind, rows=None, n_failures=0, **config):
         result = run_stage(kind, tmp_path, rows, model=model, **config)
-        assert not result.failures
+        assert len(result.failures) == n_failures
         return result.rows
 
-    if family == "thinking":  # a random one never ends its reasoning, so what it samples is none of its responses
+    thinks = family == "thinking"  # a random one never ends its reasoning, so nothing that it samples is a response
+    if thinks:
         with pytest.raises(StageFailed, match="its reasoning took all 8 tokens"):
             run("sample", sets={"all": PROMPTS}, prompts="all", n=2, **SAMPLING)
         samples = [sample(f"What is {n} and {n}?", text, "helpful") for n in range(4) for text in ("Much.", "Little.")]
@@ -31,17 +31,11 @@ def test_any_model_samples_revises_judges_and_labels(family, tmp_path, tiny):
         samples = run("sample", sets={"all": PROMPTS}, prompts="all", n=2, **SAMPLING)
         assert all(row["finish_reason"] == "stop" or row["n_tokens"] == 8 for row in samples)
     assert len(samples) == 8
-    if family == "thinking":
-        result = run_stage("revise", tmp_path, {"samples": samples}, model=model, rounds=2, **SAMPLING)
-        assert len(result.failures) == 8
-        revisions = result.rows
-    else:
-        revisions = run("revise", {"samples": samples}, rounds=2, **SAMPLING)
-    assert len(revisions) == (0 if family == "thinking" else 8)
+    revisions = run("revise", {"samples": samples}, n_failures=8 if thinks else 0, rounds=2, **SAMPLING)
+    assert len(revisions) == (0 if thinks else 8)
     assert all(len(row["rounds"]) == 2 for row in revisions)
-    votes = run(
-        "judge", {"samples": samples, "revisions": revisions}, pairs="all", min_option_probability=0.0, cut_off="keep"
-    )
+    judging = {"pairs": "all", "min_option_probability": 0.0, "cut_off": "keep"}
+    votes = run("judge", {"samples": samples, "revisions": revisions}, **judging)
     assert all({vote["order"] for vote in row["votes"]} == {"ab", "ba"} for row in votes)
     preferences = run("prefer", {"votes": votes})
     assert len(preferences) == len(votes) >= 4

@@ -178,7 +178,7 @@ def test_tiny_models_are_compared_one_engine_at_a_time(tmp_path, tiny):
 @pytest.mark.parametrize("killed_part", ["comparison.one", "comparison.two", "comparison.two.votes"])
 def test_a_killed_comparison_ends_with_the_same_bytes(tmp_path, tiny, killed_part):
     models = tiny_models(tiny)
-    settings = {"min_option_probability": 0, "max_new_tokens": 4, "journal_batch": 3, "n": 2}
+    settings = {"min_option_probability": 0, "max_new_tokens": 4, "journal_batch": 3, "pair_batch": 3, "n": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     compare(whole, models, **settings)
     with pytest.raises(Killed):
@@ -349,10 +349,7 @@ def acts(best: bool) -> Callable[[world.Request], str]:
 def test_the_worlds_rates_equal_counts_by_hand():
     rows = world_rows({"worst": acts(best=False), "best": acts(best=True), "noise": lambda _: "Zebra zebra"})
     figures = figures_of(rows)
-    counts = {
-        tag: sum(tag in prompt_row["tags"] for prompt_row in rows.prompts.values())
-        for tag in ("harmful", *world.HOW_TO)
-    }
+    counts = {tag: sum(tag in row["tags"] for row in rows.prompts.values()) for tag in ("harmful", *world.HOW_TO)}
     helpful = len(rows.prompts) - counts["harmful"]
     touchy = counts["fair"] + counts["borderline"]
     worst, best, noise = (

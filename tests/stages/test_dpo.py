@@ -24,21 +24,12 @@ def mixed(count: int) -> list[dict[str, Any]]:
     return [preference(number, p=0.5 + 0.5 * (number % 5) / 4) for number in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("llama", {}),
-        ("gpt_neox", {}),
-        ("llama", {"train": {"precompute_ref_log_probs": True}}),
-        ("llama", {"lora": {"rank": 4}}),
-        ("lora", {}),
-        ("lora", {"lora": {"rank": 4}}),
-        ("base", {"lora": {"rank": 4}}),  # whose pad token is added
-    ],
-)
-def test_the_reference_is_the_starting_policy(
-    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Tiny
-) -> None:
+@pytest.mark.parametrize(("family", "settings"), [
+    ("llama", {}), ("gpt_neox", {}), ("lora", {}), ("llama", {"train": {"precompute_ref_log_probs": True}}),
+    ("llama", {"lora": {"rank": 4}}), ("lora", {"lora": {"rank": 4}}),
+    ("base", {"lora": {"rank": 4}}),  # whose pad token is added
+])  # fmt: skip
+def test_the_reference_is_the_initial_policy(family: str, settings: dict[str, Any], tmp_path: Path, tiny: Tiny) -> None:
     settings = {**settings, "train": {"num_train_epochs": 2, "learning_rate": 1e-3, **settings.get("train", {})}}
     template = {"chat_template": tiny_models.PLAIN} if family == "base" else {}
     run_stage("dpo", tmp_path / "stage", mixed(16), tiny(family, **template), **settings)
@@ -53,9 +44,7 @@ def test_the_reference_is_the_starting_policy(
     load_causal_lm(trained(tmp_path / "stage"))
 
 
-def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_starts_where_the_last_one_ended(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"lora": {"rank": 4}, "train": {"num_train_epochs": 2, "learning_rate": 1e-2}}
     run_stage("dpo", tmp_path / "first", mixed(8), tiny("lora"), **settings)
     reference_calls: list[Any] = []
@@ -77,24 +66,17 @@ def test_a_stage_over_a_stage_over_an_adapter_starts_where_the_last_one_ended(
     load_causal_lm(trained(tmp_path / "second"))
 
 
-def test_precomputed_reference_log_probabilities_change_nothing(tmp_path: Path, tiny: Tiny) -> None:
-    measured = []
+def test_precomputed_references_change_only_memory(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, losses = record_batches(monkeypatch, SoftDPOTrainer), []
     for precompute in (False, True):
         folder = tmp_path / str(precompute)
         train = {"learning_rate": 1e-3, "num_train_epochs": 2, "precompute_ref_log_probs": precompute}
         run_stage("dpo", folder, mixed(12), tiny("qwen2"), train=train)
-        measured.append([entry["loss"] for entry in read_metrics(folder)])
-    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
-
-
-def test_with_precomputed_log_probabilities_there_is_no_frozen_copy(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches = record_batches(monkeypatch, SoftDPOTrainer)
-    for precompute in (True, False):
-        train = {"precompute_ref_log_probs": precompute}
-        run_stage("dpo", tmp_path / str(precompute), mixed(8), tiny("llama"), train=train)
-    assert [trainer.ref_model is None for trainer, _ in batches] == [True, True, False, False]
+        losses.append([entry["loss"] for entry in read_metrics(folder)])
+        assert batches
+        assert all((trainer.ref_model is None) is precompute for trainer, _ in batches)
+        batches.clear()
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_drift_that_no_loss_shows_is_measured_told_and_drawn(tmp_path: Path, tiny: Tiny) -> None:
@@ -133,12 +115,16 @@ def test_even_labels_teach_nothing_and_sure_ones_do(tmp_path: Path, tiny: Tiny) 
     assert abs(moved[0]) < 0.05 < moved[1]
 
 
-def test_the_supervised_term_is_added_and_logged(tmp_path: Path, tiny: Tiny) -> None:
-    rows = [preference(1, "yes " * 5, "no", p=0.7)]
-    run_stage("dpo", tmp_path / "stage", rows, tiny("llama"), sft_weight=0.5)
-    entry = read_metrics(tmp_path / "stage")[0]
+def test_lengths_log_probabilities_and_the_supervised_term_are_logged(tmp_path: Path, tiny: Tiny) -> None:
+    for weight in (0.0, 0.5):
+        folder = tmp_path / str(weight)
+        run_stage("dpo", folder, [preference(1, "yes " * 5, "no", p=0.7)], tiny("llama"), sft_weight=weight)
+        entry = read_metrics(folder)[0]
+        assert entry["length/chosen"] > entry["length/rejected"] > 1
+        assert entry["log_prob/chosen"] < 0
+        assert entry["log_prob/rejected"] < 0
+        assert {"reward/accuracy", "reward/margin", "log_ratio/chosen", "num_input_tokens_seen"} <= entry.keys()
     chosen, rejected = (entry[f"log_prob/{side}"] / entry[f"length/{side}"] for side in ("chosen", "rejected"))
-    assert entry["length/chosen"] != entry["length/rejected"]
     assert entry["loss/sft"] == pytest.approx(-(0.7 * chosen + 0.3 * rejected), rel=1e-4)
     assert entry["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert entry["loss"] == pytest.approx(entry["loss/dpo"] + 0.5 * entry["loss/sft"], rel=1e-4)
@@ -155,9 +141,7 @@ def test_the_supervised_term_makes_the_chosen_response_likelier(tmp_path: Path, 
     assert last_entries[1.0]["reward/margin"] > 0
 
 
-def test_held_out_pairs_are_measured_and_never_learned_from(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_pairs_are_measured_not_learned(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = record_batches(monkeypatch, SoftDPOTrainer)
     tokenizer = Chat.load(tiny("llama")).tokenizer
     secret = [preference(number, "secret yes", "secret no", tags=["held_out"]) for number in range(20, 24)]
@@ -176,15 +160,6 @@ def test_held_out_pairs_are_measured_and_never_learned_from(
     assert figures["examples"] + sum(figures["left_out"].values()) == figures["pairs"] == len(rows)
     assert figures["held_out"]["pairs"] == 4
     assert figures["held_out"]["loss"] > 0
-
-
-def test_lengths_and_log_probabilities_are_logged_for_both_responses(tmp_path: Path, tiny: Tiny) -> None:
-    run_stage("dpo", tmp_path / "stage", [preference(1, "yes " * 5, "no")], tiny("llama"))
-    entry = read_metrics(tmp_path / "stage")[0]
-    assert entry["length/chosen"] > entry["length/rejected"] > 1
-    assert entry["log_prob/chosen"] < 0
-    assert entry["log_prob/rejected"] < 0
-    assert {"reward/accuracy", "reward/margin", "log_ratio/chosen", "num_input_tokens_seen"} <= entry.keys()
 
 
 def test_a_stage_with_no_pair_left_says_why(tmp_path: Path, tiny: Tiny) -> None:

@@ -7,42 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import training_stages
 from tiny_models import Tiny
-from training_stages import CPU, Killed, Steps, outputs, preference, run_stage, stage_context, trained
+from training_stages import BREVITY, CPU, Killed, Steps, numbered_prompts, outputs, stage_context, trained
 from transformers import AutoModelForCausalLM
 
 from cai.contracts.context import Context
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.models.loading import load_causal_lm, load_tokenizer
-from cai.models.reward_model import RewardModel
 from cai.run.status import figure_lines
 from cai.stages import config_class, run_function
 from cai.storage.rows import read_rows
 from cai.text.errors import BadInput, StageFailed
 from cai.training.metrics import read_metrics
 
-BREVITY = """
-def brevity(prompts, responses):
-    return [-len(response) / 20 for response in responses]
-
+SILENCE = """
 def silence(prompts, responses):
     return [None for _ in responses]
 """
 
 
-def prompts(n: int, **fields: Any) -> list[Any]:
-    messages = [{"role": "user", "content": f"What is {number}?"} for number in range(n)]
-    return [
-        {"id": f"p{k}", "messages": [message], "tags": [], "source": "t", **fields}
-        for k, message in enumerate(messages)
-    ]
-
-
 def context_of(folder: Path, model: Model, *, profile: Profile = CPU, progress: Any = None, **fields: Any) -> Context:
     context = stage_context(folder, {}, model, profile=profile, progress=progress)
-    (folder.parent / "rewards.py").write_text(BREVITY)
-    return dataclasses.replace(context, home=folder.parent, prompt_sets={"all": prompts(12)}, **fields)
+    (folder.parent / "rewards.py").write_text(BREVITY + SILENCE)
+    return dataclasses.replace(context, home=folder.parent, prompt_sets={"all": numbered_prompts(12)}, **fields)
 
 
 def ppo(folder: Path, model: Model, *, train: dict[str, Any] | None = None, context: Any = None, **config: Any) -> Any:
@@ -59,19 +48,20 @@ def ppo(folder: Path, model: Model, *, train: dict[str, Any] | None = None, cont
     "settings",
     [{}, {"lora": {"rank": 4}}, {"critic": ""}, {"train": {"kl_target": 0.01}}, {"train": {"logging_steps": 5}}],
 )
-def test_killed_anywhere_it_ends_with_the_bytes_of_an_undisturbed_run(
-    settings: dict[str, Any], tmp_path: Path, tiny: Tiny
-) -> None:
+def test_killed_anywhere_it_ends_with_the_same_bytes(settings: dict[str, Any], tmp_path: Path, tiny: Tiny) -> None:
     model = tiny("llama")
     settings = {**settings, "critic": None if "critic" not in settings else ""}
     undisturbed = ppo(tmp_path / "undisturbed", model, **settings)
     # Twelve steps, four a rollout, a resume point every three: before any, in the middle of a rollout, at its first.
-    places = ((1, None), (5, 3), (8, 6), (10, 9))
+    places = ((1, None), (5, 3), (8, 6), (10, 9), (11, 9))
     for die_at, from_step in places if settings["critic"] is None and len(settings) == 1 else places[1:3]:
         folder = tmp_path / f"killed{die_at}"
         with pytest.raises(Killed):
             ppo(folder, model, context=context_of(folder, model, progress=Steps(die_at)), **settings)
         steps = Steps()
+        if die_at == 11:
+            with (folder / "samples.jsonl").open("a") as file:
+                file.write('{"finished":false,"kl":0.1')  # as a kill in the middle of a line leaves it
         figures = ppo(folder, model, context=context_of(folder, model, progress=steps), **settings)
         assert steps.notes == ([] if from_step is None else [f"resuming from checkpoint-{from_step}"])
         assert outputs(folder) == outputs(tmp_path / "undisturbed")
@@ -117,16 +107,11 @@ def test_recomputed_activations_change_nothing(settings: dict[str, Any], tmp_pat
     assert computed == pytest.approx(kept, abs=1e-5)
 
 
-def test_a_reward_model_scores_the_ids_that_were_sampled(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reward_model_scores_sampled_token_ids(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("pad_is_eos")
-    run_stage("reward", tmp_path / "rm", [preference(n) for n in range(16)], model, hold_out=0.2)
-    scored_ids: list[list[int]] = []
-    scores = RewardModel.scores
-    monkeypatch.setattr(
-        RewardModel, "scores", lambda self, ids: (scored_ids.extend(map(list, ids)), scores(self, ids))[1]
-    )
+    pairs = [training_stages.preference(n) for n in range(16)]
+    training_stages.run_stage("reward", tmp_path / "rm", pairs, model, hold_out=0.2)
+    scored_ids = training_stages.record_scored_ids(monkeypatch)
     context = context_of(tmp_path / "stage", model, models={"": model, "rm": trained(tmp_path / "rm")})
     ppo(tmp_path / "stage", model, context=context, rewards=[{"model": "rm"}], rollouts=1, max_new_tokens=40)
     end = load_tokenizer(model).eos_token_id
@@ -138,18 +123,17 @@ def test_a_reward_model_scores_the_ids_that_were_sampled(
 
 def test_prompts_that_are_held_out_or_do_not_fit_are_left_out_and_counted(tmp_path: Path, tiny: Tiny) -> None:
     context = context_of(tmp_path / "stage", tiny("llama"))
-    prompt_rows = [*prompts(6), *prompts(2, tags=["held_out"])]
-    prompt_rows[0] = {**prompt_rows[0], "messages": [{"role": "user", "content": "long " * 400}]}
-    for number, row in enumerate(prompt_rows):
-        row["id"] = f"p{number}"
+    prompt_rows = numbered_prompts(8)
+    prompt_rows[0]["messages"][0]["content"] = "long " * 400
+    for row in prompt_rows[6:]:
+        row["tags"] = ["held_out"]
     context = dataclasses.replace(context, prompt_sets={"all": prompt_rows})
     figures = ppo(tmp_path / "stage", tiny("llama"), context=context, rollouts=1, max_length=200)["training"]["stage"]
     assert figures["prompts"] == 5
     assert figures["left_out"] == {"held_out": 2, "too_long": 1}
+    context = dataclasses.replace(context, folder=tmp_path / "none", prompt_sets={"all": prompt_rows[6:]})
     with pytest.raises(StageFailed, match="no prompt to respond to; left out: 2 held out"):
-        ppo(tmp_path / "none", tiny("llama"),
-            context=dataclasses.replace(context_of(tmp_path / "none", tiny("llama")),
-                                        prompt_sets={"all": prompts(2, tags=["held_out"])}))  # fmt: skip
+        ppo(tmp_path / "none", tiny("llama"), context=context)
 
 
 def test_limits_stop_the_stage_with_its_last_good_resume_point_on_disk(tmp_path: Path, tiny: Tiny) -> None:
@@ -160,17 +144,6 @@ def test_limits_stop_the_stage_with_its_last_good_resume_point_on_disk(tmp_path:
     AutoModelForCausalLM.from_pretrained(kept[0].parent)
 
 
-def test_a_kill_in_the_middle_of_a_line_of_samples_loses_nothing(tmp_path: Path, tiny: Tiny) -> None:
-    ppo(tmp_path / "undisturbed", tiny("llama"))
-    folder = tmp_path / "killed"
-    with pytest.raises(Killed):
-        ppo(folder, tiny("llama"), context=context_of(folder, tiny("llama"), progress=Steps(5)))
-    with (folder / "samples.jsonl").open("a") as file:
-        file.write('{"finished":false,"kl":0.1')
-    ppo(folder, tiny("llama"), context=context_of(folder, tiny("llama")))
-    assert outputs(folder) == outputs(tmp_path / "undisturbed")
-
-
 def test_a_critic_that_reads_other_ids_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     context = context_of(tmp_path / "stage", tiny("llama"), models={"": tiny("llama"), "other": tiny("qwen2")})
     with pytest.raises(BadInput, match="the critic 'other' reads other token ids than the policy"):
@@ -179,9 +152,8 @@ def test_a_critic_that_reads_other_ids_is_refused(tmp_path: Path, tiny: Tiny) ->
 
 @pytest.mark.parametrize("modules", [["q_proj", "lm_head"], r".*(lm_head|v_proj)"])
 def test_an_adapter_on_the_language_model_head_is_refused(modules: Any, tmp_path: Path, tiny: Tiny) -> None:
-    with pytest.raises(
-        BadInput, match="names 'lm_head', the language-model head or tied to it, which takes no adapter"
-    ):
+    message = "names 'lm_head', the language-model head or tied to it, which takes no adapter"
+    with pytest.raises(BadInput, match=message):
         ppo(tmp_path / "stage", tiny("llama"), lora={"rank": 4, "target_modules": modules})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -11,34 +12,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feedback_stages import PRINCIPLES, Script, run_stage, sample, swapped, vote_row
+from feedback_stages import PRINCIPLES, Script, human_pairs, run_stage, sample, swapped, vote_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai.constitution import load_constitution
 from cai.feedback import stored_votes
+from cai.feedback.labelled_votes import LABEL_RULE, LabelledVotes, LabelRule
+from cai.feedback.stored_votes import read_votes
 from cai.maths.vote_aggregation import sigmoid
 from cai.micro.oracle import gold_score
 from cai.stages.prefer import Clamp, Config
+from cai.storage.journal import RECORDS
 from cai.storage.rows import Failure, stable_id
 from cai.storage.run_folder import STAGE
-from cai.text.errors import StageFailed
+from cai.text.errors import BadInput, StageFailed
 
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
 
 
 def random_votes(n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
-    return [
-        vote_row(
-            n, {id: (rng.gauss(0.5, 2), rng.gauss(-0.5, 2)) for id in WEIGHTS if rng.random() < 0.8 or id == "calm"}
-        )
-        for n in range(n)
-    ]
+    rows = []
+    for number in range(n):
+        ids = (id for id in WEIGHTS if rng.random() < 0.8 or id == "calm")
+        rows.append(vote_row(number, {id: (rng.gauss(0.5, 2), rng.gauss(-0.5, 2)) for id in ids}))
+    return rows
 
 
 def prefer(folder, rows, document=PRINCIPLES, **config):
     return run_stage("prefer", folder, {"votes": rows}, document=document, **config)
+
+
+def fitted_temperature(folder, rows, document=PRINCIPLES, **config) -> dict:
+    return prefer(folder, rows, document, temperature="fitted", **config).figures["labels"]["temperature"]
 
 
 def by_pair(result) -> dict[str, tuple[str, str, float]]:
@@ -51,6 +58,8 @@ def expected_log_odds(row: dict, *, weights=WEIGHTS, temperature=None, abstain_b
     top = bottom = 0.0
     for id in {vote["principle"] for vote in row["votes"]}:
         odds = {vote["order"]: vote["log_odds"] for vote in row["votes"] if vote["principle"] == id}
+        if len(odds) < 2:
+            continue
         mean = (odds["ab"] + odds["ba"]) / 2
         if weights[id] and abs(mean) >= abstain_below:
             top += weights[id] * mean
@@ -58,6 +67,37 @@ def expected_log_odds(row: dict, *, weights=WEIGHTS, temperature=None, abstain_b
     if not bottom:
         return None
     return top / (bottom if temperature is None else temperature)
+
+
+def hashed(*parts: str) -> str:
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def labelled_in_plain_python(rows: list[dict], labels="soft", min_confidence=0.5, **rule) -> list[dict]:
+    """Whole preferences from rows of votes, a second time, as one would write them first."""
+    preferences = []
+    for row in rows:
+        odds = expected_log_odds(row, **rule)
+        confidence = 0.5 if odds is None else 1 / (1 + math.exp(-abs(odds)))
+        if odds is None or confidence < min_confidence or (labels == "hard" and odds == 0):
+            continue
+        if odds:
+            first, second = "ab" if odds > 0 else "ba"
+        else:
+            first, second = sorted("ab", key=lambda side: hashed(row[side]["id"], row[side]["text"]))
+        label = 1.0 if labels == "hard" else min(confidence, labels["clamp"][1] if labels != "soft" else 1)
+        preferences.append(
+            {
+                "id": hashed("prefer", row["id"]), "pair_id": row["id"], "prompt_id": row["prompt_id"],
+                "prompt": row["prompt"], "tags": row["tags"], "judge": "judge", "constitution": "trial",
+                "chosen": [{"role": "assistant", "content": row[first]["text"]}],
+                "rejected": [{"role": "assistant", "content": row[second]["text"]}],
+                "p_chosen": pytest.approx(label, abs=1e-12), "log_odds": pytest.approx(abs(odds), abs=1e-12),
+                "source": "ai",
+            }
+        )  # fmt: skip
+    return preferences
 
 
 @pytest.mark.parametrize(
@@ -70,21 +110,7 @@ def expected_log_odds(row: dict, *, weights=WEIGHTS, temperature=None, abstain_b
 def test_labels_equal_a_second_writing_row_for_row(tmp_path, config):
     rows = random_votes(200)
     result = prefer(tmp_path, rows, **config)
-    options = {name: config[name] for name in ("temperature", "abstain_below") if name in config}
-    expected = {}
-    for row in rows:
-        odds = expected_log_odds(row, **options)
-        if odds is None:
-            continue
-        p = 1 / (1 + math.exp(-odds))
-        confidence = max(p, 1 - p)
-        if confidence < config.get("min_confidence", 0.5):
-            continue
-        label = {"hard": 1.0}.get(str(config.get("labels")), min(confidence, 0.6) if "labels" in config else confidence)
-        texts = (row["a"]["text"], row["b"]["text"])
-        expected[row["id"]] = (*(texts if p > 0.5 else texts[::-1]), pytest.approx(label, abs=1e-12))
-    assert by_pair(result) == expected
-    assert [row["pair_id"] for row in result.rows] == [row["id"] for row in rows if row["id"] in expected]
+    assert result.rows == labelled_in_plain_python(rows, **config)
     figures = result.figures["labels"]
     assert figures["pairs"] + figures["abstained"] + figures["dropped"] + figures["even"] == 200
 
@@ -246,20 +272,16 @@ def test_labels_are_measured_by_the_oracle_on_held_out_prompts(tmp_path):
     even["b"] = {**even["b"], "text": even["a"]["text"]}
     unclear = micro_pair(17, True, "topic:6")
     unclear["b"] = {**unclear["b"], "text": "Colourless green ideas sleep furiously."}
-    figures_all = prefer(tmp_path / "all", [*rows, even, unclear]).figures["labels"]
-    assert figures_all["accuracy"]["value"] == 12 / 16
-    assert (figures_all["accuracy"]["n"], figures_all["accuracy"]["topics"]) == (16, 5)
-    assert (figures_all["ties"], figures_all["unclear"], figures_all["measured_on"]) == (1, 1, "all")
-    assert figures_all["principles"]["calm"]["agreement_with_gold"] == 12 / 16
-    assert sum(n for counts in figures_all["acts"].values() for n in counts.values()) == 18
+    of_all = prefer(tmp_path / "all", [*rows, even, unclear]).figures["labels"]
+    assert of_all["accuracy"]["value"] == 12 / 16
+    assert (of_all["accuracy"]["n"], of_all["accuracy"]["topics"]) == (16, 5)
+    assert (of_all["ties"], of_all["unclear"], of_all["measured_on"]) == (1, 1, "all")
+    assert of_all["principles"]["calm"]["agreement_with_gold"] == 12 / 16
+    assert sum(n for counts in of_all["acts"].values() for n in counts.values()) == 18
 
     held_out = [micro_pair(n, False, "topic:9", "held_out") for n in range(20, 23)]
-    figures_held_out = prefer(tmp_path / "some", [*rows, *held_out]).figures["labels"]
-    assert (
-        figures_held_out["accuracy"]["value"],
-        figures_held_out["accuracy"]["n"],
-        figures_held_out["measured_on"],
-    ) == (0.0, 3, "held_out")
+    measured = prefer(tmp_path / "some", [*rows, *held_out]).figures["labels"]
+    assert (measured["accuracy"]["value"], measured["accuracy"]["n"], measured["measured_on"]) == (0.0, 3, "held_out")
 
     stage = tmp_path / "prefer-reads-votes" / STAGE
     figures = {"votes": {"votes": {"failed_with_truth": {"oracle": {"all": 9, "held_out": 1}}}}}
@@ -269,18 +291,13 @@ def test_labels_are_measured_by_the_oracle_on_held_out_prompts(tmp_path):
     assert (failed["missing"], failed["bounds"]) == (1, [0.0, 0.25])
 
 
-def transcript(*turns: str) -> str:
-    return "".join(f"\n\n{'Assistant' if n % 2 else 'Human'}: {turn}" for n, turn in enumerate(turns))
-
-
 def test_people_can_label_pairs_instead_of_a_judge_or_beside_it(tmp_path):
     pairs = [
-        {"chosen": transcript("Hello?", "Hello!"), "rejected": transcript("Hello?", "Go away.")},
-        {"chosen": transcript("Hello?", "Hi.", "So?", "So!"), "rejected": transcript("Hello?", "Hi.", "So?", "No.")},
-        {"chosen": transcript("One?", "Yes."), "rejected": transcript("Another?", "No.")},
+        (["Hello?", "Hello!"], ["Hello?", "Go away."]),
+        (["Hello?", "Hi.", "So?", "So!"], ["Hello?", "Hi.", "So?", "No."]),
+        (["One?", "Yes."], ["Another?", "No."]),
     ]
-    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    source = {"source": "hh.jsonl", "tags": ["red_team"]}
+    source = human_pairs(tmp_path, pairs, "red_team")
     result = run_stage("prefer", tmp_path, document=None, pairs=source)
     assert [row["source"] for row in result.rows] == ["human", "human"]
     assert [row["p_chosen"] for row in result.rows] == [1.0, 1.0]
@@ -289,7 +306,7 @@ def test_people_can_label_pairs_instead_of_a_judge_or_beside_it(tmp_path):
     assert sum(result.figures["labels"]["human"]["left_out"].values()) == 1
 
     votes = run_stage("prefer", tmp_path / "both", {"votes": [vote_row(1, {"calm": (9.0, 9.0)})]},
-                      pairs={**source, "source": "../hh.jsonl"}, labels={"clamp": [0.2, 0.8]})  # fmt: skip
+                      pairs={**source, "source": "../people.jsonl"}, labels={"clamp": [0.2, 0.8]})  # fmt: skip
     assert [(row["source"], row["p_chosen"]) for row in votes.rows] == [("ai", 0.8), ("human", 0.8), ("human", 0.8)]
     with pytest.raises(ValueError, match="neither"):
         run_stage("prefer", tmp_path)
@@ -350,9 +367,9 @@ def test_a_fitted_temperature_is_the_one_of_greatest_likelihood_of_what_people_c
 def test_a_temperature_is_never_fitted_on_held_out_prompts(tmp_path):
     rows = by_people(300)
     held_out = [{**row, "tags": ["held_out"]} for row in rows[200:]]
-    first = prefer(tmp_path / "1", [*rows[:200], *held_out], temperature="fitted").figures["labels"]["temperature"]
+    first = fitted_temperature(tmp_path / "1", [*rows[:200], *held_out])
     exchanged = [{**row, "human": 1 - row["human"]} for row in held_out]
-    second = prefer(tmp_path / "2", [*rows[:200], *exchanged], temperature="fitted").figures["labels"]["temperature"]
+    second = fitted_temperature(tmp_path / "2", [*rows[:200], *exchanged])
     assert first["value"] == second["value"]
     assert first["brier_after_temperature"] != second["brier_after_temperature"]
     assert (first["measured_on"], first["pairs"], first["measured_pairs"]) == ("held_out", 200, 100)
@@ -363,7 +380,7 @@ def test_a_temperature_is_never_fitted_on_held_out_prompts(tmp_path):
 
 def test_without_people_the_temperature_is_fitted_to_the_oracle(tmp_path):
     rows = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(16)]
-    fitted = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    fitted = fitted_temperature(tmp_path, rows)
     assert (fitted["truth"], fitted["pairs"], fitted["prompts"]) == ("oracle", 16, 5)
     # All votes are of one strength, weight 2: three of four are right where 1 / (1 + exp(-2 / T)) is 3/4.
     assert fitted["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
@@ -387,18 +404,11 @@ def test_weights_by_tag_multiply_those_of_the_constitution(tmp_path):
         Config.model_validate({"id": "p", "from": "v", "tag_weights": {"manner": -1}})
 
 
-def human_pairs(folder, n: int, *tags: str, chosen="left", rejected="right") -> dict:
+def people_choose_left(folder, n: int, *tags: str) -> dict:
     """A file of pairs as `vote_row` makes them, and how a recipe names it."""
-    pairs = [
-        {
-            "chosen": transcript(f"Question {i}?", f"{chosen} {i}"),
-            "rejected": transcript(f"Question {i}?", f"{rejected} {i}"),
-        }
-        for i in range(n)
-    ]
-    folder.mkdir(exist_ok=True)
-    (folder / "people.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return {"source": "people.jsonl", "tags": list(tags)}
+    return human_pairs(
+        folder, [([f"Question {i}?", f"left {i}"], [f"Question {i}?", f"right {i}"]) for i in range(n)], *tags
+    )
 
 
 def votes_on(numbers, odds=1.0, *tags: str) -> list[dict]:
@@ -409,7 +419,7 @@ def votes_on(numbers, odds=1.0, *tags: str) -> list[dict]:
 
 def test_people_label_helpfulness_and_the_constitution_the_rest(tmp_path):
     rows = votes_on(range(6), 1.0, "helpful") + votes_on(range(6, 10), 1.0, "red_team")
-    pairs = human_pairs(tmp_path, 8, "helpful")
+    pairs = people_choose_left(tmp_path, 8, "helpful")
     result = prefer(tmp_path, rows, pairs=pairs, mix={"human_tags": ["helpful"]})
     assert [(row["source"], row["tags"]) for row in result.rows] == 4 * [("ai", ["red_team"])] + 8 * [
         ("human", ["helpful"])
@@ -422,7 +432,7 @@ def test_people_label_helpfulness_and_the_constitution_the_rest(tmp_path):
 @pytest.mark.parametrize(("share", "n_ai", "n_human"), [(0.5, 40, 40), (0.2, 60, 15), (0.75, 13, 40)])
 def test_people_have_their_share_and_as_few_pairs_as_possible_go(tmp_path, share, n_ai, n_human):
     rows = votes_on(range(100, 160))
-    pairs = human_pairs(tmp_path, 40)
+    pairs = people_choose_left(tmp_path, 40)
     result = prefer(tmp_path, rows, pairs=pairs, mix={"human_share": share})
     sources = [row["source"] for row in result.rows]
     assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
@@ -436,7 +446,7 @@ def test_people_have_their_share_and_as_few_pairs_as_possible_go(tmp_path, share
 
 def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(tmp_path):
     rows = votes_on(range(30)) + votes_on(range(30, 40), -1.0)
-    result = prefer(tmp_path, rows, pairs=human_pairs(tmp_path, 40), mix={"human_share": 0.5})
+    result = prefer(tmp_path, rows, pairs=people_choose_left(tmp_path, 40), mix={"human_share": 0.5})
     prompts = [row["prompt"][-1]["content"] for row in result.rows]
     assert len(prompts) == len(set(prompts)) >= 20
     agreement = result.figures["labels"]["agreement_with_people"]
@@ -449,7 +459,7 @@ def test_a_pair_that_both_labelled_takes_one_label_and_shows_how_far_they_agree(
     [(200, 100, 0.5, 100, 100), (100, 100, 0.2, 80, 20), (50, 200, 0.5, 50, 50), (200, 100, 0.25, 150, 50)],
 )
 def test_pairs_that_both_labelled_go_to_whom_labels_are_short(tmp_path, n_judged, n_people, share, n_ai, n_human):
-    pairs = human_pairs(tmp_path, n_people)
+    pairs = people_choose_left(tmp_path, n_people)
     result = prefer(tmp_path, votes_on(range(n_judged)), pairs=pairs, mix={"human_share": share})
     sources = [row["source"] for row in result.rows]
     assert (sources.count("ai"), sources.count("human")) == (n_ai, n_human)
@@ -457,7 +467,7 @@ def test_pairs_that_both_labelled_go_to_whom_labels_are_short(tmp_path, n_judged
 
 
 def test_which_of_contradicting_labels_stays_does_not_depend_on_the_order_of_rows(tmp_path):
-    pairs = human_pairs(tmp_path, 20)
+    pairs = people_choose_left(tmp_path, 20)
     file = tmp_path / "people.jsonl"
     lines = file.read_text().splitlines()
     lines += [json.dumps({"chosen": row["rejected"], "rejected": row["chosen"]}) for row in map(json.loads, lines)]
@@ -476,6 +486,13 @@ def test_agreement_is_shown_of_votes_on_pairs_that_people_labelled(tmp_path):
     assert "agreement_with_people" not in prefer(tmp_path / "none", votes_on(range(3))).figures["labels"]
 
 
+@pytest.mark.parametrize("mix", [{"human_share": 0.5}, {"human_tags": ["helpful"]}])
+def test_a_mix_without_a_usable_pair_of_people_is_refused(tmp_path, mix):
+    equal = human_pairs(tmp_path, [(["Why?", "So."], ["Why?", "So."])], "helpful")
+    with pytest.raises(StageFailed, match=r"`mix` found no pair that people labelled: 1 rows, .*the same answer twice"):
+        prefer(tmp_path, votes_on(range(4)), pairs=equal, mix=mix)
+
+
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
@@ -489,34 +506,6 @@ def test_a_mix_is_by_share_or_by_tag_of_two_sources(mix, message):
         Config.model_validate({"id": "p", "from": "v", "pairs": {"source": "x"}, "mix": mix})
     with pytest.raises(ValueError, match="`from:` and `pairs:` beside it"):
         Config.model_validate({"id": "p", "from": "v", "mix": {"human_share": 0.5}})
-
-
-def relabelled_in_plain_python(lines: list[str], stage: str, weights: dict[str, float]) -> list[dict]:
-    """Whole preferences from whole lines of votes, a third time, as one would write them first."""
-    rows = []
-    for line in lines:
-        row = json.loads(line)
-        odds = expected_log_odds(row, weights=weights)
-        if odds is None:
-            continue
-        names = sorted("ab", key=lambda side: hashed([row[side]["id"], row[side]["text"]]))
-        first, second = ("ab" if odds > 0 else "ba") if odds else names
-        rows.append(
-            {
-                "id": hashed([stage, row["id"]]), "pair_id": row["id"], "prompt_id": row["prompt_id"],
-                "prompt": row["prompt"], "tags": row["tags"], "judge": "judge", "constitution": "trial",
-                "chosen": [{"role": "assistant", "content": row[first]["text"]}],
-                "rejected": [{"role": "assistant", "content": row[second]["text"]}],
-                "p_chosen": pytest.approx(1 / (1 + math.exp(-abs(odds))), abs=1e-12),
-                "log_odds": pytest.approx(abs(odds), abs=1e-12), "source": "ai",
-            }
-        )  # fmt: skip
-    return rows
-
-
-def hashed(parts: list[str]) -> str:
-    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
@@ -546,14 +535,13 @@ def vote_files(draw) -> list[dict]:
 
 @settings(max_examples=60, deadline=None)
 @given(vote_files(), st.sampled_from([1, 300, 8 << 20]))
-def test_preferences_equal_a_third_writing_whatever_stands_in_the_votes(rows, read_bytes):
+def test_preferences_equal_a_second_writing_whatever_stands_in_the_votes(rows, read_bytes):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_votes, "READ_BYTES", read_bytes)
         patch.setattr(stored_votes, "PARSE_ROWS", 3)
         result = prefer(Path(folder), rows)
         written = result.bytes
-    lines = [json.dumps(row) for row in rows]
-    assert result.rows == relabelled_in_plain_python(lines, "prefer", WEIGHTS)
+    assert result.rows == labelled_in_plain_python([json.loads(json.dumps(row)) for row in rows])
     assert written == b"".join(
         json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         for row in result.rows
@@ -568,7 +556,7 @@ def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(s
     exchanged = [{**swapped(row), "human": 1 - row["human"]} if rng.random() < 0.5 else row for row in rows]
     rng.shuffle(exchanged)
     with tempfile.TemporaryDirectory() as name:
-        pairs = human_pairs(Path(name), 20, "helpful")
+        pairs = people_choose_left(Path(name), 20, "helpful")
         mix_config = {"pairs": pairs, "mix": mix} if mix else {}
         first = prefer(Path(name), rows, temperature="fitted", **mix_config)
         second = prefer(Path(name), exchanged, temperature="fitted", **mix_config)
@@ -582,14 +570,14 @@ def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(s
 
 def test_a_temperature_of_one_topic_is_fitted_and_not_measured(tmp_path):
     rows = [micro_pair(n, n % 4 != 0, "topic:0") for n in range(16)]
-    fitted = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    fitted = fitted_temperature(tmp_path, rows)
     assert fitted["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
     assert (fitted["ece_after_temperature"], fitted["brier_after_temperature"]) == (None, None)
 
 
 def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
     rows = [{**row, "human": float(expected_log_odds(row) > 0)} for row in random_votes(20)]
-    fitted = prefer(tmp_path, rows, temperature="fitted").figures["labels"]["temperature"]
+    fitted = fitted_temperature(tmp_path, rows)
     size = np.mean([abs(expected_log_odds(row, temperature=1.0)) for row in rows])
     assert (fitted["at_bound"], fitted["value"]) == (True, pytest.approx(0.05 * size, rel=0.01))
     assert fitted["bounds"] == pytest.approx([0.05 * size, 100 * size])
@@ -614,7 +602,7 @@ def test_a_temperature_is_fitted_to_people_where_they_labelled_enough_prompts(tm
     of_world = [micro_pair(n, n % 4 != 0, f"topic:{n % 5}") for n in range(30)]
 
     def truth(folder, *rows):
-        fitted = prefer(tmp_path / folder, list(rows), temperature="fitted").figures["labels"]["temperature"]
+        fitted = fitted_temperature(tmp_path / folder, list(rows))
         return fitted["truth"], fitted["pairs"]
 
     people = by_people(100)
@@ -622,3 +610,41 @@ def test_a_temperature_is_fitted_to_people_where_they_labelled_enough_prompts(tm
     assert truth("enough", *of_world, *people[:20]) == ("human", 20)
     assert truth("both few", *of_world[:7], *people[:6]) == ("oracle", 7)
     assert truth("even", *of_world[:6], *people[:6]) == ("human", 6)
+
+
+RULE_ODDS = [(2.0, 1.0), (-0.5, -0.7), (0.1, 0.1), (3.0, -1.0)]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {"labels": "clamp", "clamp": (0.4, 0.6), "temperature": None}),
+        ({"labels": "hard", "temperature": 2.0}, {"labels": "hard", "temperature": 2.0}),
+        ({"tag_weights": {"tone": 3.0}, "abstain_below": 0.2}, {"weights": {"calm": 6.0, "short": 0.5}}),
+        ({"temperature": "fitted", "min_confidence": 0.55, "labels": "soft"}, {"is_temperature_fitted": True}),
+    ],
+)
+def test_the_rule_of_a_stage_gives_its_labels_again(tmp_path, config, expected):
+    rows = []
+    for number, (calm, short) in enumerate(itertools.product(RULE_ODDS, RULE_ODDS)):
+        people_choose_a = (sum(calm) > 0) != (number % 5 == 0)
+        row = vote_row(number, {"calm": calm, "short": short})
+        rows.append({**row, "method": "reasoned", "human": float(people_choose_a)})
+    document = PRINCIPLES.replace("weight: 2.0", "weight: 2.0, tags: [tone]")
+    result = prefer(tmp_path, rows, document, **config)
+    rule = LabelRule.read(result.folder)
+    assert {name: getattr(rule, name) for name in expected} == expected
+    assert rule.methods == ("reasoned",)
+    votes = read_votes([tmp_path / "prefer-reads-votes" / RECORDS])
+    labels = LabelledVotes("run", rows, votes.principles, *votes.log_odds_by_order(), rule).labels()
+    by_pair = {row["pair_id"]: row for row in result.rows}
+    strength = {row["id"]: abs(label) for row, label in zip(rows, labels, strict=True)}
+    assert {id: row["log_odds"] for id, row in by_pair.items()} == {id: strength[id] for id in by_pair}
+    assert all(strength[row["id"]] == 0 for row in rows if row["id"] not in by_pair)
+    p_chosen = rule.p_chosen(np.array([row["log_odds"] for row in result.rows]))
+    assert [row["p_chosen"] for row in result.rows] == p_chosen.tolist()
+
+
+def test_a_stage_without_a_rule_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=f"found no {LABEL_RULE}"):
+        LabelRule.read(tmp_path)

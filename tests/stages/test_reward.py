@@ -111,9 +111,7 @@ def test_accuracy_is_against_the_oracle_where_it_knows_the_prompt() -> None:
     assert figures["label_accuracy"]["value"] == pytest.approx(4 / 5)
 
 
-def test_the_stage_asks_the_oracle_about_every_held_out_pair(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_oracle_grades_every_held_out_pair(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     scored_responses: list[str] = []
 
     def oracle(messages: list[dict[str, str]], response: str) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from tiny_models import Tiny
 from training_stages import CPU, Killed, Steps, outputs, prompt_row, reinforce, trained
 
+from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm
 from cai.stages import config_class
 from cai.storage.rows import read_rows
@@ -26,8 +27,17 @@ def flat(prompts, responses):
     return [1.0] * len(responses)
 def picky(prompts, responses):
     return [None if number % 4 == 0 else float(number % 4) for number, _ in enumerate(responses)]
+def secret(prompts, responses):
+    assert not any('What is fish 10?' in prompt[0]['content'] for prompt in prompts)
+    return [1.0 for _ in responses]
 """
 SHORT = [{"function": "mine.py:short"}]
+
+
+def rloo(folder: Path, model: Model, prompts: int | list[Any] = 4, rewards: Any = SHORT, **config: Any) -> Any:
+    """The figures of the stage. `prompts` are Prompt rows or how many of them."""
+    rows = [prompt_row(number) for number in range(prompts)] if isinstance(prompts, int) else prompts
+    return reinforce("rloo", folder, rows, model, rewards, **config)
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +46,9 @@ def functions(tmp_path: Path) -> None:
 
 
 def test_it_learns_what_the_reward_asks_for(tmp_path: Path, tiny: Tiny) -> None:
-    prompts = [prompt_row(number) for number in range(16)]
+    settings = {"batch_size": 32, "n": 8, "max_new_tokens": 12}
     train = {"num_train_epochs": 6, "learning_rate": 1e-2, "beta": 0.0}
-    figures = reinforce(
-        "rloo", tmp_path / "stage", prompts, tiny("llama"), SHORT, batch_size=32, n=8, max_new_tokens=12, train=train
-    )
+    figures = rloo(tmp_path / "stage", tiny("llama"), 16, train=train, **settings)
     logged = read_metrics(tmp_path / "stage")
     assert len(logged) == 24
     first, last = ([entry["reward"] for entry in part] for part in (logged[:4], logged[-4:]))
@@ -52,12 +60,9 @@ def test_it_learns_what_the_reward_asks_for(tmp_path: Path, tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("lora", {}), ("lora", {"lora": {"rank": 4}})])
-def test_the_reference_is_the_starting_policy(
-    family: str, settings: dict[str, Any], tmp_path: Path, tiny: Tiny
-) -> None:
-    prompts = [prompt_row(number) for number in range(12)]
+def test_the_reference_is_the_initial_policy(family: str, settings: dict[str, Any], tmp_path: Path, tiny: Tiny) -> None:
     train = {"num_train_epochs": 3, "learning_rate": 3e-3, "beta": 0.1}
-    reinforce("rloo", tmp_path / "stage", prompts, tiny(family), SHORT, train=train, **settings)
+    rloo(tmp_path / "stage", tiny(family), 12, train=train, **settings)
     logged = read_metrics(tmp_path / "stage")
     assert abs(logged[0]["kl"]) < 1e-4
     assert max(abs(entry["kl"]) for entry in logged) > 1e-3
@@ -65,9 +70,7 @@ def test_the_reference_is_the_starting_policy(
     assert {"entropy", "unfinished", "length/max", "reward/short", "reward/std", "failed"} <= logged[0].keys()
 
 
-def test_ids_are_learned_from_as_the_current_policy_sampled_them(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ids_are_learned_from_as_they_were_sampled(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 the copy's log-probabilities equal the trainer's own, at every step and with an adapter."""
     sampled: list[dict[tuple[int, ...], float]] = []
     learned: list[dict[tuple[int, ...], float]] = []
@@ -90,17 +93,14 @@ def test_ids_are_learned_from_as_the_current_policy_sampled_them(
     monkeypatch.setattr(PolicySampler, "generate", spy_on_sampler)
     monkeypatch.setattr(LeaveOneOutTrainer, "_generate_and_score_completions", spy_on_trainer)
     train = {"num_train_epochs": 1, "learning_rate": 1e-2}
-    prompts = [prompt_row(number) for number in range(8)]
-    reinforce("rloo", tmp_path / "stage", prompts, tiny("llama"), SHORT, train=train, lora={"rank": 4})
+    rloo(tmp_path / "stage", tiny("llama"), 8, train=train, lora={"rank": 4})
     assert len(sampled) == len(learned) == 4
     for log_probs, expected in zip(learned, sampled, strict=True):
         assert log_probs.keys() == expected.keys()
         assert [log_probs[ids] for ids in expected] == pytest.approx(list(expected.values()), abs=2e-3)
 
 
-def test_while_it_learns_the_inference_copy_holds_no_memory(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_copy_holds_no_memory_while_it_learns(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
     loss = LeaveOneOutTrainer.compute_loss
 
@@ -109,7 +109,7 @@ def test_while_it_learns_the_inference_copy_holds_no_memory(
         return loss(self, *args, **options)
 
     monkeypatch.setattr(LeaveOneOutTrainer, "compute_loss", spy)
-    reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), SHORT)
+    rloo(tmp_path / "stage", tiny("llama"))
     assert held == [0, 0, 0, 0]
 
 
@@ -119,8 +119,7 @@ def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path,
         folder = tmp_path / f"micro{micro_batch}"
         profile = CPU.model_copy(update={"micro_batch": micro_batch})
         train = {"learning_rate": 1e-3, "num_train_epochs": 1}
-        prompts = [prompt_row(number) for number in range(8)]
-        reinforce("rloo", folder, prompts, tiny("llama"), SHORT, profile=profile, train=train)
+        rloo(folder, tiny("llama"), 8, profile=profile, train=train)
         measured.append([(entry["reward"], entry["grad_norm"]) for entry in read_metrics(folder)])
     assert len(measured[0]) == 4
     for first, second in zip(*measured, strict=True):
@@ -129,15 +128,12 @@ def test_micro_batches_change_neither_the_steps_nor_their_losses(tmp_path: Path,
 
 def test_responses_that_are_worth_the_same_teach_nothing(tmp_path: Path, tiny: Tiny) -> None:
     train = {"learning_rate": 1e-2, "beta": 0.0}
-    rewards = [{"function": "mine.py:flat"}]
-    reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), rewards, train=train)
+    rloo(tmp_path / "stage", tiny("llama"), rewards=[{"function": "mine.py:flat"}], train=train)
     assert [entry["grad_norm"] for entry in read_metrics(tmp_path / "stage")] == [0.0, 0.0]
     assert read_metrics(tmp_path / "stage")[0]["reward/equal"] == 1.0
 
 
-def test_a_response_without_a_reward_takes_no_part_and_is_counted(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_response_without_reward_is_only_counted(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     advantages: list[Any] = []
     generate = LeaveOneOutTrainer._generate_and_score_completions
 
@@ -148,10 +144,7 @@ def test_a_response_without_a_reward_takes_no_part_and_is_counted(
 
     monkeypatch.setattr(LeaveOneOutTrainer, "_generate_and_score_completions", spy)
     rewards = [{"function": "mine.py:picky"}, {"function": "mine.py:flat"}]
-    train = {"beta": 0.0}
-    figures = reinforce(
-        "rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), rewards, train=train
-    )
+    figures = rloo(tmp_path / "stage", tiny("llama"), rewards=rewards, train={"beta": 0.0})
     assert advantages[0].tolist() == [[0.0, -1.5, 0.0, 1.5]] * 2
     assert read_metrics(tmp_path / "stage")[0]["failed"] == 2
     assert read_metrics(tmp_path / "stage")[0]["reward/picky"] == 2.0
@@ -159,43 +152,32 @@ def test_a_response_without_a_reward_takes_no_part_and_is_counted(
 
 
 def test_held_out_prompts_and_those_that_leave_no_space_are_never_responded_to(tmp_path: Path, tiny: Tiny) -> None:
-    (tmp_path / "mine.py").write_text(
-        "def secret(prompts, responses):\n"
-        "    assert not any('What is fish 10?' in prompt[0]['content'] for prompt in prompts)\n"
-        "    return [1.0 for _ in responses]\n"
-    )
     long = prompt_row(5)
     long["messages"][0]["content"] *= 40
-    prompts = [*(prompt_row(number) for number in range(4)), prompt_row(10, "held_out"), long]
-    figures = reinforce(
-        "rloo", tmp_path / "stage", prompts, tiny("llama"), [{"function": "mine.py:secret"}], max_length=128,
-        train={"num_train_epochs": 2},
-    )["training"]["stage"]  # fmt: skip
+    prompts = [*map(prompt_row, range(4)), prompt_row(10, "held_out"), long]
+    settings = {"rewards": [{"function": "mine.py:secret"}], "max_length": 128, "train": {"num_train_epochs": 2}}
+    figures = rloo(tmp_path / "stage", tiny("llama"), prompts, **settings)["training"]["stage"]
     assert (figures["prompts"], figures["examples"]) == (6, 4)
     assert figures["left_out"] == {"held_out": 1, "too_long": 1}
-    with pytest.raises(
-        StageFailed, match="found 1 prompts to respond to, expected the 2 of one step; left out: 1 held"
-    ):
-        reinforce("rloo", tmp_path / "few", [prompt_row(0), prompt_row(10, "held_out")], tiny("llama"), SHORT)
+    message = "found 1 prompts to respond to, expected the 2 of one step; left out: 1 held"
+    with pytest.raises(StageFailed, match=message):
+        rloo(tmp_path / "few", tiny("llama"), [prompt_row(0), prompt_row(10, "held_out")])
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4}}])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(
-    changes: dict[str, Any], tmp_path: Path, tiny: Tiny
-) -> None:
-    prompts = [prompt_row(number) for number in range(8)]
+def test_killed_and_continued_it_ends_with_the_same_bytes(changes: dict[str, Any], tmp_path: Path, tiny: Tiny) -> None:
     train = {"num_train_epochs": 2, "num_iterations": 2, "learning_rate": 3e-3, "save_steps": 3, "beta": 0.1}
     settings: dict[str, Any] = {"train": train, **changes}
-    undisturbed = reinforce("rloo", tmp_path / "undisturbed", prompts, tiny("llama"), SHORT, **settings)
+    undisturbed = rloo(tmp_path / "undisturbed", tiny("llama"), 8, **settings)
     assert len(read_metrics(tmp_path / "undisturbed")) == 16
     for die_at, resumes in ((4, 3), (11, 9), (1, None)):  # in the middle of rollouts; in the second epoch; at once
         folder = tmp_path / f"killed{die_at}"
         with pytest.raises(Killed):
-            reinforce("rloo", folder, prompts, tiny("llama"), SHORT, progress=Steps(die_at), **settings)
+            rloo(folder, tiny("llama"), 8, progress=Steps(die_at), **settings)
         if resumes == 3:
             assert (folder / "checkpoints" / "checkpoint-3" / "rollouts-0.safetensors").is_file()
         steps = Steps()
-        figures = reinforce("rloo", folder, prompts, tiny("llama"), SHORT, progress=steps, **settings)
+        figures = rloo(folder, tiny("llama"), 8, progress=steps, **settings)
         assert steps.notes == ([] if resumes is None else [f"resuming from checkpoint-{resumes}"])
         assert outputs(folder) == outputs(tmp_path / "undisturbed")
         assert len(outputs(folder)) == 3
@@ -204,16 +186,14 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
 
 def test_limits_stop_it_before_it_learns_from_such_a_rollout(tmp_path: Path, tiny: Tiny) -> None:
     train = {"num_train_epochs": 4, "learning_rate": 3e-3, "save_steps": 1}
-    with pytest.raises(
-        StageFailed, match=r"stopped before rollout 2 .* nats a response, above .*checkpoint-1 is from be"
-    ):
-        reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), SHORT, train=train,
-                  limits={"kl": 1e-4})  # fmt: skip
+    message = r"stopped before rollout 2 .* nats a response, above .*checkpoint-1 is from be"
+    with pytest.raises(StageFailed, match=message):
+        rloo(tmp_path / "stage", tiny("llama"), train=train, limits={"kl": 1e-4})
     assert len(read_metrics(tmp_path / "stage")) == 1
 
 
 def test_some_responses_of_each_step_are_written_to_a_file(tmp_path: Path, tiny: Tiny) -> None:
-    reinforce("rloo", tmp_path / "stage", [prompt_row(n) for n in range(4)], tiny("llama"), SHORT, batch_size=16)
+    rloo(tmp_path / "stage", tiny("llama"), batch_size=16)
     samples = read_rows(tmp_path / "stage" / "samples.jsonl")
     assert [row["rollout"] for row in samples] == [0] * 8
     assert all(row["score"] == row["scores"]["short"] == -len(row["response"]) / 10 for row in samples)

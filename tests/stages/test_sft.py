@@ -32,9 +32,7 @@ def revision(number: int, response: str, original: str = "Sure, here is how.", *
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "no_system", "pad_is_eos", "thinking"])
-def test_the_response_and_its_end_of_turn_are_learned_and_nothing_else(
-    family: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_response_is_learned(family: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = record_batches(monkeypatch, SupervisedTrainer)
     rows = [sample(1, "The sea."), sample(2, "The lock is in the door, of course."), sample(3, "Yes!")]
     run_stage("sft", tmp_path / "stage", rows, tiny(family))
@@ -55,20 +53,12 @@ def test_the_response_and_its_end_of_turn_are_learned_and_nothing_else(
 
 
 def test_rows_that_are_unrevised_cut_off_held_out_or_empty_are_left_out_and_counted() -> None:
-    revisions = [
-        revision(0, "I would rather not."),
-        revision(1, "Sure, here is how."),
-        revision(2, "No.", tags=["held_out"]),
-    ]
+    original = "Sure, here is how."
+    revisions = [revision(0, "I would rather not."), revision(1, original), revision(2, "No.", tags=["held_out"])]
     samples = [
-        sample(0, "Sure, here is how."),
-        sample(1, "Sure, here is how."),
-        sample(3),
-        sample(4, finish_reason="length"),
-        sample(5, " \n"),
-        sample(6, tags=["held_out"]),
-        sample(7),
-    ]
+        sample(0, original), sample(1, original), sample(3), sample(4, finish_reason="length"), sample(5, " \n"),
+        sample(6, tags=["held_out"]), sample(7),
+    ]  # fmt: skip
     failed = {"revisions": {samples[-1]["id"]}, "responses": set()}
     kept, left_out = select({"revisions": revisions, "responses": samples}, failed)
     assert kept == {"revisions": [revisions[0]], "responses": [samples[2]]}
@@ -92,9 +82,7 @@ def test_a_revision_takes_precedence_wherever_its_stage_is_named() -> None:
     assert left_out == {"superseded": 1, "revision_failed": 1}
 
 
-def test_held_out_prompts_never_reach_the_model_and_every_row_is_accounted_for(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_prompts_never_reach_the_model(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = record_batches(monkeypatch, SupervisedTrainer)
     secret = [sample(number, "secret", tags=["held_out"]) for number in range(10, 14)]
     long = [sample(20, "sea " * 400)]
@@ -153,9 +141,7 @@ def test_the_last_step_is_logged_however_rarely_the_others_are(tmp_path: Path, t
     assert figures["training"]["stage"]["loss"] == {"first": logged[0]["loss"], "last": logged[-1]["loss"]}
 
 
-def test_a_lora_over_an_adapter_is_the_same_model_when_loaded_again(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lora_over_an_adapter_loads_as_trained(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = torch.tensor([Chat.load(tiny("lora")).prompt_ids(ask("What is the sea?"))])
     before: list[Any] = []
     save_trained_model = loop.save_trained_model
@@ -196,7 +182,6 @@ def test_an_incomplete_resume_point_is_not_resumed_from(tmp_path: Path, tiny: Ti
     with pytest.raises(Killed):
         run_stage("sft", tmp_path / "stage", rows, tiny("llama"), train=train, progress=Steps(die_at=5))
     newest = newest_resume_point(tmp_path / "stage")
-    assert newest is not None
     assert newest.name == "checkpoint-4"
     (newest / "COMPLETE").unlink()
     (newest / "model.safetensors").write_bytes(b"torn")

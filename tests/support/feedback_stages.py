@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from training_stages import Steps
@@ -59,9 +59,7 @@ class Script:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
@@ -80,18 +78,13 @@ class Script:
             if len(question.options) > 2:
                 p = self.rates(question)
                 yield Choice(question.id, tuple(math.log(probability) for probability in p), sum(p))
-                continue
-            answer = self.prefers(question)
-            if isinstance(answer, Failure):
+            elif isinstance(answer := self.prefers(question), Failure):
                 yield answer
             else:
                 odds, option_probability = answer
                 first = 1 / (1 + math.exp(-odds))
-                yield Choice(
-                    question.id,
-                    (math.log(option_probability * first), math.log(option_probability * (1 - first))),
-                    option_probability,
-                )
+                log_probs = (math.log(option_probability * first), math.log(option_probability * (1 - first)))
+                yield Choice(question.id, log_probs, option_probability)
 
 
 @dataclass(frozen=True)
@@ -154,6 +147,19 @@ def vote_row(
         ],
         "judge": "judge", "constitution": "trial",
     }  # fmt: skip
+
+
+def human_pairs(folder: Path, pairs: Iterable[tuple[Sequence[str], Sequence[str]]], *tags: str) -> dict[str, Any]:
+    """A file of (chosen, rejected), each the turns of a conversation, as a recipe names it."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "people.jsonl").open("w", encoding="utf-8") as file:
+        for pair in pairs:
+            chosen, rejected = (
+                "".join(f"\n\n{'Assistant' if n % 2 else 'Human'}: {turn}" for n, turn in enumerate(turns))
+                for turns in pair
+            )
+            file.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
+    return {"source": "people.jsonl", "tags": list(tags)}
 
 
 def swapped(row: dict[str, Any]) -> dict[str, Any]:

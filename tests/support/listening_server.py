@@ -36,15 +36,11 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.command, "--host", "127.0.0.1", "--port", str(self.port)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
                 env=os.environ | {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"} | self.environment,
-                start_new_session=True,
-            )
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def wait(self) -> None:
-        assert self.process is not None
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health"):
@@ -54,7 +50,6 @@ class Server:
 
     def kill(self) -> None:
         """Kills it and all its children."""
-        assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

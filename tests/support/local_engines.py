@@ -42,8 +42,6 @@ def assert_same_choices(ours: Iterable[Choice | Failure], theirs: Iterable[Choic
     both = [sorted(results, key=lambda result: result.id) for results in (ours, theirs)]
     assert [result.id for result in both[0]] == [result.id for result in both[1]]
     for choice, expected in zip(*both, strict=True):
-        assert isinstance(choice, Choice)
-        assert isinstance(expected, Choice)
         assert choice.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
         assert choice.option_probability == pytest.approx(expected.option_probability, abs=1e-4)
 
@@ -52,12 +50,7 @@ def judge_questions(n_responses: int) -> list[Question]:
     """Questions about pairs of responses in both orders, the principle last; the first question comes twice."""
     principles = ["harmless", "honest and true", "kind", "useful to whoever asks", "brief"]
     responses = [f"I say {n}, and then {n * 7} more words about the sea" for n in range(n_responses)]
-    questions = [
-        Question(
-            f"{a}|{b}|{principle}",
-            conversation(f"Human: how deep is the sea?\nA: {a}\nB: {b}\nWhich is more {principle}?"),
-        )
-        for a, b in itertools.permutations(responses, 2)
-        for principle in principles
-    ]
+    text = "Human: how deep is the sea?\nA: {}\nB: {}\nWhich is more {}?"
+    compared = [(*pair, name) for pair in itertools.permutations(responses, 2) for name in principles]
+    questions = [Question("|".join(words), conversation(text.format(*words))) for words in compared]
     return [*questions, Question("again", questions[0].messages)]

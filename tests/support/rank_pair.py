@@ -9,7 +9,6 @@ As a script this module is one of the ranks: jobs come in on stdin, answers go o
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import json
@@ -18,9 +17,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).parent
 PATIENCE = 300.0
@@ -55,7 +54,6 @@ class Pair:
         """Each rank's answer to a job under configs/accelerate/<profile>.yaml: `figures`, or `error` and `message`."""
         job["environment"] = launcher_environment(profile)
         for rank in self.ranks:
-            assert rank.stdin is not None
             rank.stdin.write(json.dumps(job) + "\n")
             rank.stdin.flush()
         patience = threading.Timer(PATIENCE, self._kill)
@@ -107,13 +105,12 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 
     from cai.text.errors import CaiError
 
-    with _added_environment(job.pop("environment")):
+    with mock.patch.dict(os.environ, job.pop("environment")):
         try:
             return {"figures": _train(**job)}
-        except CaiError as error:
-            return {"error": type(error).__name__, "message": str(error)}
         except BaseException as error:
-            traceback.print_exc()
+            if not isinstance(error, CaiError):
+                traceback.print_exc()
             return {"error": type(error).__name__, "message": str(error)}
         finally:
             gc.collect()
@@ -144,34 +141,18 @@ def _train(
     start = resolve(model, folder=home.parent)
     if kind in {"ppo", "rloo"}:
         return reinforced(kind, home, start, profile, Steps(), config)
-    return training_stages.run_on(kind, home, ["rows"], start, profile=profile, progress=Steps(), **config)
+    return training_stages.run_stage(kind, home, None, start, profile=profile, progress=Steps(), **config)
 
 
-def reinforced(
-    kind: str, home: Path, start: Any, profile: Any, progress: Any, config: dict[str, Any]
-) -> dict[str, Any]:
+def reinforced(kind: str, home: Path, start: Any, profile: Any, progress: Any, config: dict[str, Any]) -> Any:
     """The figures of a stage that learns from its own responses, rewarded for being short; `tokens` by its progress."""
     import training_stages
 
-    (home.parent / "rewards.py").write_text(
-        "def brevity(prompts, responses):\n    return [-len(response) / 20 for response in responses]\n"
-    )
-    prompts = [training_stages.prompt_row(number) for number in range(12)]
-    rewards = [{"function": "rewards.py:brevity"}]
-    figures = training_stages.reinforce(
-        kind, home, prompts, start, rewards, profile=profile, progress=progress, **config
-    )
+    (home.parent / "rewards.py").write_text(training_stages.BREVITY)
+    prompts, rewards = [training_stages.prompt_row(n) for n in range(12)], [{"function": "rewards.py:brevity"}]
+    config = {"profile": profile, "progress": progress, **config}
+    figures = training_stages.reinforce(kind, home, prompts, start, rewards, **config)
     return {**figures, "tokens": progress.tokens}
-
-
-@contextlib.contextmanager
-def _added_environment(added: dict[str, str]) -> Iterator[None]:
-    os.environ |= added
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ def plan(recipe: Path, *overrides: str, profile: Profile = CPU, **options: Any) 
     return {step.id: (step.status, step.reason) for step in steps}
 
 
-def stages_by_reuse(recipe: Path, *overrides: str, **options: Any) -> tuple[list[str], list[str]]:
-    """The stages that would be reused, and those that would not."""
-    statuses = {stage: status for stage, (status, _) in plan(recipe, *overrides, **options).items()}
-    reused = [stage for stage, status in statuses.items() if status == "reused"]
-    return reused, [stage for stage in statuses if stage not in reused]
+def reused(recipe: Path, *overrides: str, **options: Any) -> list[str]:
+    """The stages that would not run again."""
+    return [stage for stage, (status, _) in plan(recipe, *overrides, **options).items() if status == "reused"]

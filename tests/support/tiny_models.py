@@ -2,6 +2,7 @@
 
 Each has 2 layers of width 32 and a byte-level BPE tokenizer trained on a few sentences here, so that building all of
 them takes about a second. They know nothing; what they share with real models is everything around the weights.
+`random_model` is a model of any architecture, without a tokenizer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cai.contracts.model import Model
 
@@ -24,8 +29,10 @@ class Family:
 
     template: str | None
     """Name of the chat template in chat_templates/; None for a base model."""
-    tokens: dict[str, str]
-    """Tokens by their role in transformers, as `eos_token`."""
+    eos: str
+    bos: str | None = None
+    pad: str | None = None
+    unk: str | None = None
     special: tuple[str, ...] = ()
     """Other special tokens."""
     ordinary: tuple[str, ...] = ()
@@ -35,57 +42,56 @@ class Family:
 
 FAMILIES = {
     "llama": Family(
-        "llama3",
-        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        "llama3", "<|eot_id|>", bos="<|begin_of_text|>",
         special=("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"),
     ),
     "qwen2": Family(
-        "chatml",
-        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-        special=("<|endoftext|>", "<|im_start|>"),
-        architecture="qwen2",
+        "chatml", "<|im_end|>", pad="<|endoftext|>", special=("<|endoftext|>", "<|im_start|>"), architecture="qwen2"
     ),
-    "gpt_neox": Family("plain", {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}, architecture="gpt_neox"),
-    "no_system": Family(
-        "gemma",
-        {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
-        special=("<start_of_turn>", "<end_of_turn>"),
-    ),
-    "pad_is_eos": Family("zephyr", {"eos_token": "</s>", "pad_token": "</s>", "bos_token": "<s>"}),
-    "mistral": Family("mistral", {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}),
+    "gpt_neox": Family("plain", "<|endoftext|>", pad="<|padding|>", architecture="gpt_neox"),
+    "no_system": Family("gemma", "<eos>", "<bos>", "<pad>", special=("<start_of_turn>", "<end_of_turn>")),
+    "pad_is_eos": Family("zephyr", "</s>", "<s>", "</s>"),
+    "mistral": Family("mistral", "</s>", "<s>", unk="<unk>"),
     "thinking": Family(
-        "thinking",
-        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-        special=("<|endoftext|>", "<|im_start|>"),
-        ordinary=("<think>", "</think>", "<tool_call>"),
-        architecture="qwen2",
+        "thinking", "<|im_end|>", pad="<|endoftext|>", special=("<|endoftext|>", "<|im_start|>"),
+        ordinary=("<think>", "</think>", "<tool_call>"), architecture="qwen2",
     ),
-    "base": Family(None, {"eos_token": "<|endoftext|>"}, architecture="gpt_neox"),
-}
+    "base": Family(None, "<|endoftext|>", architecture="gpt_neox"),
+}  # fmt: skip
 CHATS = {
-    "llama2": Family("llama2", {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}),
-    "phi": Family(
-        "phi", {"eos_token": "<|endoftext|>"}, special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-    ),
+    "llama2": Family("llama2", "</s>", "<s>", unk="<unk>"),
+    "phi": Family("phi", "<|endoftext|>", special=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
     "deepseek": Family(
-        "deepseek",
-        {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>"},
+        "deepseek", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>",
         ordinary=("<｜User｜>", "<｜Assistant｜>"),
     ),
-    "vicuna": Family("vicuna", {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}),
-    "alpaca": Family("alpaca", {"eos_token": "</s>"}),
+    "vicuna": Family("vicuna", "</s>", "<s>", unk="<unk>"),
+    "alpaca": Family("alpaca", "</s>"),
     "harmony": Family(
-        "harmony",
-        {"eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
-        special=("<|start|>", "<|end|>", "<|message|>", "<|channel|>"),
+        "harmony", "<|return|>", pad="<|endoftext|>", special=("<|start|>", "<|end|>", "<|message|>", "<|channel|>")
     ),
-}
+}  # fmt: skip
 """More ways to write a conversation, each for a tokenizer; no model is built of these."""
 
 
 def chat_template(name: str) -> str:
     """The template in chat_templates/, as it stands there: these files end without a newline."""
     return (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+RANDOM_SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def random_model(architecture: str, auto_class: str = "AutoModelForCausalLM", **config: Any) -> Any:
+    """A model of transformers' architecture of that name, the same at each call."""
+    import transformers
+
+    torch.manual_seed(0)
+    settings = transformers.AutoConfig.for_model(architecture, **{**RANDOM_SHAPE, **config})
+    return getattr(transformers, auto_class).from_config(settings)
 
 
 MISTRAL, PLAIN = chat_template("mistral"), chat_template("plain")
@@ -102,11 +108,12 @@ def add(first, second):
 
 def build_tokenizer(family: str, sentencepiece: bool = False):  # type: ignore[no-untyped-def]
     """A tokenizer of that family: byte-level BPE, or with a leading `▁` and byte fallback as Llama 2 has it."""
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     chat = (FAMILIES | CHATS)[family]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_trained(sentencepiece), **chat.tokens)
+    tokens = {f"{role}_token": getattr(chat, role) for role in ("bos", "eos", "pad", "unk") if getattr(chat, role)}
+    trained = Tokenizer.from_str(_trained_json(sentencepiece))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, **tokens)
     tokenizer.add_special_tokens({"additional_special_tokens": list(chat.special)})
     tokenizer.add_tokens([AddedToken(text, special=False) for text in chat.ordinary])
     tokenizer.chat_template = chat_template(chat.template) if chat.template else None
@@ -115,28 +122,19 @@ def build_tokenizer(family: str, sentencepiece: bool = False):  # type: ignore[n
 
 def build(family: str, folder: Path, *, seed: int = 0) -> Path:
     """Saves the tiny model of that family in `folder` and returns it. `lora` is an adapter over `llama`, beside it."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if family == "lora":
         return _build_lora(folder, seed)
     tokenizer = build_tokenizer(family)
     architecture = FAMILIES[family].architecture
+    special_ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     config = AutoConfig.for_model(
-        architecture,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=4096,
+        architecture, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=4096, vocab_size=len(tokenizer), **special_ids, tie_word_embeddings=False,
         initializer_range=0.3,  # far from uniform, so that the most likely token is not a matter of rounding
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
         **({"rotary_pct": 0.5} if architecture == "gpt_neox" else {"num_key_value_heads": 2}),
-    )
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -146,7 +144,6 @@ def build(family: str, folder: Path, *, seed: int = 0) -> Path:
 
 def _build_lora(folder: Path, seed: int) -> Path:
     """An adapter whose update is not zero, over the `llama` model that is built beside it."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -167,8 +164,6 @@ def _build_lora(folder: Path, seed: int) -> Path:
 
 @functools.cache
 def _trained_json(sentencepiece: bool) -> str:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
     if sentencepiece:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -188,9 +183,3 @@ def _trained_json(sentencepiece: bool) -> str:
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
     return tokenizer.to_str()  # type: ignore[no-any-return]
-
-
-def _trained(sentencepiece: bool):  # type: ignore[no-untyped-def]
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(_trained_json(sentencepiece))

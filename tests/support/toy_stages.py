@@ -45,11 +45,9 @@ if TYPE_CHECKING:
 
 
 def add_stage(
-    kind: str,
-    config: type[StageConfig],
-    run: Callable[[Any, Context], dict[str, Any]] | None = None,
+    kind: str, config: type[StageConfig], run: Callable[[Any, Context], dict[str, Any]] | None = None,
     monkeypatch: pytest.MonkeyPatch | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Adds a kind of stage to the table of stages: for one test with its `monkeypatch`, else for good."""
     module = ModuleType(f"toy_{kind}")
     module.Config, module.run = config, run  # type: ignore[attr-defined]
@@ -115,11 +113,8 @@ def _disturb(context: Context, n: int) -> None:
 
 
 def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
-    items = [
-        {"id": f"{prompt['id']}/{k}", "prompt": prompt}
-        for prompt in context.prompts(config.prompts)
-        for k in range(config.n)
-    ]
+    prompts = context.prompts(config.prompts)
+    items = [{"id": f"{prompt['id']}/{k}", "prompt": prompt} for prompt in prompts for k in range(config.n)]
     for batch in context.journal.batches(items, size=config.journal_batch, unit="texts"):
         _disturb(context, batch.number)
         failures = [
@@ -130,16 +125,11 @@ def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
         failed = {failure.id for failure in failures}
         rows = [
             {
-                "id": item["id"],
-                "prompt_id": item["prompt"]["id"],
-                "tags": item["prompt"]["tags"],
-                "n_tokens": 3,
-                "seed": context.seed_for(item["id"]),
-                "model": context.model(config.model).name,
+                "id": item["id"], "prompt_id": item["prompt"]["id"], "tags": item["prompt"]["tags"], "n_tokens": 3,
+                "seed": context.seed_for(item["id"]), "model": context.model(config.model).name,
             }
-            for item in batch.items
-            if item["id"] not in failed
-        ]
+            for item in batch.items if item["id"] not in failed
+        ]  # fmt: skip
         context.journal.append(batch, rows, failures)
     return {"texts": {context.stage_id: context.journal.finish().n_rows}}
 
@@ -193,6 +183,28 @@ stages:
   - {id: labels, kind: weigh, from: more, journal_batch: 3}
   - {id: policy, kind: fit, model: tuned, from: labels}
 """
+
+GOOD = """name: small
+model: start
+constitution: constitution.yaml
+prompts:
+  red_team: {source: first.jsonl}
+  heldout: {source: held.jsonl, hold_out: true}
+stages:
+  - {id: responses, kind: sample, prompts: [red_team]}
+  - {id: revisions, kind: revise, from: responses}
+  - id: sl-cai
+    kind: sft
+    from: [revisions, responses]
+    train: {learning_rate: 2.0e-4}
+  - {id: candidates, kind: sample, model: sl-cai, prompts: [red_team], n: 2}
+  - {id: votes, kind: judge, from: candidates}
+  - {id: preferences, kind: prefer, from: votes}
+  - {id: reward, kind: reward, model: sl-cai, from: preferences}
+  - {id: policy, kind: dpo, model: sl-cai, from: preferences, train: {beta: 0.1}}
+  - {id: comparison, kind: compare, models: {base: start, policy: policy}, prompts: heldout}
+"""
+"""A recipe of the package's own stages, to be checked and not run."""
 
 
 def make_recipe(folder: Path, recipe: str = RECIPE) -> Path:

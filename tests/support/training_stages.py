@@ -12,12 +12,19 @@ from cai.contracts.model import Model
 from cai.contracts.profile import Profile
 from cai.engines import open_engine
 from cai.models.reference import resolve
+from cai.models.reward_model import RewardModel
 from cai.stages import config_class, run_function
 from cai.storage.journal import Journal
 from cai.storage.rows import row_lines, stable_id
 
 CPU = Profile(device="cpu", dtype="float32", micro_batch=4)
 WORDS = ("alpha", "beta", "gamma", "delta", "lock", "sea", "poem", "Paris", "France", "door", "fish", "wave")
+
+BREVITY = """
+def brevity(prompts, responses):
+    return [-len(response) / 20 for response in responses]
+"""
+"""A module of the user's own with a reward, `rewards.py:brevity`."""
 
 
 class Killed(BaseException):
@@ -45,11 +52,21 @@ class Steps:
 
 
 def stage_context(
-    folder: Path, rows: Mapping[str, Sequence[Any]], model: Model, *, profile: Profile = CPU, progress: Any = None
-) -> Context:
-    """The context of the stage in `folder`. `rows` are those of each stage that it reads."""
-    write_inputs(folder, rows)
-    return _context(folder, list(rows), model, profile, progress)
+    folder: Path, rows: Mapping[str, Sequence[Any]] | None, model: Model, *, profile: Profile = CPU,
+    progress: Any = None,
+) -> Context:  # fmt: skip
+    """The context of the stage in `folder`. `rows` are those of each stage that it reads.
+
+    None is the stage `rows`, whose rows `write_inputs` has written.
+    """
+    names = ["rows"] if rows is None else list(rows)
+    if rows is not None:
+        write_inputs(folder, rows)
+    return Context(
+        stage_id="stage", folder=folder, seed=0, profile=profile, progress=progress or Steps(), journal=Journal(folder),
+        constitution=None, inputs={name: folder.parent / f"{folder.name}-{name}" for name in names},
+        prompt_sets={}, models={"": model}, open_engine=open_engine,
+    )  # fmt: skip
 
 
 def write_inputs(folder: Path, rows: Mapping[str, Sequence[Any]]) -> None:
@@ -61,31 +78,14 @@ def write_inputs(folder: Path, rows: Mapping[str, Sequence[Any]]) -> None:
     folder.mkdir(exist_ok=True)
 
 
-def _context(folder: Path, stages: Sequence[str], model: Model, profile: Profile, progress: Any) -> Context:
-    return Context(
-        stage_id="stage", folder=folder, seed=0, profile=profile, progress=progress or Steps(), journal=Journal(folder),
-        constitution=None, inputs={name: folder.parent / f"{folder.name}-{name}" for name in stages}, prompt_sets={},
-        models={"": model}, open_engine=open_engine,
-    )  # fmt: skip
-
-
 def run_stage(
-    kind: str, folder: Path, rows: Sequence[Any] | Mapping[str, Sequence[Any]], model: Model, *,
+    kind: str, folder: Path, rows: Sequence[Any] | Mapping[str, Sequence[Any]] | None, model: Model, *,
     profile: Profile = CPU, progress: Any = None, **config: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of a training stage that runs in `folder`."""
-    stages = rows if isinstance(rows, Mapping) else {"rows": rows}
-    write_inputs(folder, stages)
-    return run_on(kind, folder, list(stages), model, profile=profile, progress=progress, **config)
-
-
-def run_on(
-    kind: str, folder: Path, stages: Sequence[str], model: Model, *,
-    profile: Profile = CPU, progress: Any = None, **config: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """The same on rows that `write_inputs` has written."""
-    settings = {"id": "stage", "kind": kind, "from": stages, "batch_size": 8, **config}
-    context = _context(folder, stages, model, profile, progress)
+    """The figures of a training stage that runs in `folder`. `rows` are those of one stage, or as for its context."""
+    stages = rows if isinstance(rows, Mapping) or rows is None else {"rows": rows}
+    context = stage_context(folder, stages, model, profile=profile, progress=progress)
+    settings = {"id": "stage", "kind": kind, "from": list(context.inputs), "batch_size": 8, **config}
     return run_function(kind)(config_class(kind).model_validate(settings), context)
 
 
@@ -108,8 +108,13 @@ def reinforce(
 
 def prompt_row(number: int, *tags: str) -> dict[str, Any]:
     """A Prompt row."""
-    messages = ask(f"What is {WORDS[number % len(WORDS)]} {number}?")
+    messages = ask(_question(number))
     return {"id": stable_id("prompt", messages), "messages": messages, "tags": list(tags), "source": "test"}
+
+
+def numbered_prompts(n: int, **fields: Any) -> list[Any]:
+    """Prompt rows with the ids p0, p1 and so on."""
+    return [{"id": f"p{k}", "messages": ask(f"What is {k}?"), "tags": [], "source": "test", **fields} for k in range(n)]
 
 
 def trained(folder: Path) -> Model:
@@ -141,6 +146,15 @@ def record_batches(monkeypatch: Any, trainer_class: Any) -> list[tuple[Any, dict
     return batches
 
 
+def record_scored_ids(monkeypatch: Any) -> list[list[int]]:
+    """A list that fills with the token ids that reward models score."""
+    scored_ids: list[list[int]] = []
+    scores = RewardModel.scores
+    spy = lambda self, ids: (scored_ids.extend(map(list, ids)), scores(self, ids))[1]  # noqa: E731
+    monkeypatch.setattr(RewardModel, "scores", spy)
+    return scored_ids
+
+
 def saved_classifier(model: Model, folder: Path, **options: int) -> Model:
     """The model with a new head, saved in `folder`."""
     import torch
@@ -161,18 +175,11 @@ def ask(text: str) -> list[dict[str, str]]:
 
 def sample(number: int, response: str | None = None, **fields: Any) -> dict[str, Any]:
     """A Sample row. Rows of one number are about one prompt."""
+    text = f"It is {WORDS[(number * 5 + 3) % len(WORDS)]}." if response is None else response
     return {
-        "id": stable_id("sample", number, response),
-        "prompt_id": stable_id("prompt", number),
-        "prompt": ask(f"What is {WORDS[number % len(WORDS)]} {number}?"),
-        "tags": [],
-        "response": f"It is {WORDS[(number * 5 + 3) % len(WORDS)]}." if response is None else response,
-        "finish_reason": "stop",
-        "n_tokens": 5,
-        "model": "tiny",
-        "seed": number,
-        **fields,
-    }
+        "id": stable_id("sample", number, response), **_prompt_fields(number), "tags": [], "response": text,
+        "finish_reason": "stop", "n_tokens": 5, "model": "tiny", "seed": number, **fields,
+    }  # fmt: skip
 
 
 def preference(
@@ -180,20 +187,19 @@ def preference(
 ) -> dict[str, Any]:
     """A Preference row; without texts, the better response is the one that says yes."""
     return {
-        "id": stable_id("preference", number),
-        "pair_id": stable_id("pair", number),
-        "prompt_id": stable_id("prompt", number),
-        "prompt": ask(f"What is {WORDS[number % len(WORDS)]} {number}?"),
+        "id": stable_id("preference", number), "pair_id": stable_id("pair", number), **_prompt_fields(number),
         "chosen": [{"role": "assistant", "content": chosen or _reply("yes", number)}],
         "rejected": [{"role": "assistant", "content": rejected or _reply("no", number + 1)}],
-        "p_chosen": p,
-        "log_odds": 0.0,
-        "source": "ai",
-        "tags": [],
-        "judge": "tiny",
-        "constitution": "none",
-        **fields,
-    }
+        "p_chosen": p, "log_odds": 0.0, "source": "ai", "tags": [], "judge": "tiny", "constitution": "none", **fields,
+    }  # fmt: skip
+
+
+def _prompt_fields(number: int) -> dict[str, Any]:
+    return {"prompt_id": stable_id("prompt", number), "prompt": ask(_question(number))}
+
+
+def _question(number: int) -> str:
+    return f"What is {WORDS[number % len(WORDS)]} {number}?"
 
 
 def _reply(word: str, number: int) -> str:

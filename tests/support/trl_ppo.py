@@ -41,13 +41,10 @@ LLAMA = {
 CASES: dict[str, dict[str, Any]] = {
     # No end token: every response has RESPONSE tokens.
     "whole": {"kl_estimator": "k1", "temperature": 1.0, "kl_coef": 0.2},
-    "ended": {
-        "kl_estimator": "k3", "temperature": 0.7, "kl_coef": 0.1, "stop_token": "eos", "missing_eos_penalty": 1.0,
-        "gamma": 0.98,
-    },
-    "whitened": {
-        "kl_estimator": "k1", "temperature": 0.7, "kl_coef": 0.1, "stop_token": "eos", "whiten_rewards": True,
-    },
+    "ended": {"kl_estimator": "k3", "temperature": 0.7, "kl_coef": 0.1, "stop_token": "eos",
+              "missing_eos_penalty": 1.0, "gamma": 0.98},
+    "whitened": {"kl_estimator": "k1", "temperature": 0.7, "kl_coef": 0.1, "stop_token": "eos",
+                 "whiten_rewards": True},
 }  # fmt: skip
 """Settings of TRL's by case, beside those that all share (`_arguments`)."""
 
@@ -88,8 +85,7 @@ class Rollouts:
     @property
     def mask(self) -> Tensor:
         """(batch, seq), true at a response's tokens, the end token among them."""
-        responses = self.token_ids[:, QUERY:]
-        return responses != PAD
+        return self.token_ids[:, QUERY:] != PAD
 
     @property
     def mask_and_one_more(self) -> Tensor:
@@ -102,8 +98,13 @@ def stored(case: str) -> Rollouts:
     """The rollouts of one of `CASES`."""
     with safe_open(FILE, "pt") as file:
         facts = json.loads(file.metadata()["facts"])[case]
-        names = [name for name in file.keys() if name.startswith(f"{case}.")]  # noqa: SIM118 - it is no dictionary
-        return Rollouts(**facts, **{name.partition(".")[2]: file.get_tensor(name) for name in names})
+    return Rollouts(**facts, **_stored_tensors(case))
+
+
+def _stored_tensors(prefix: str) -> dict[str, Tensor]:
+    with safe_open(FILE, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(f"{prefix}.")]  # noqa: SIM118 - it is no dictionary
+        return {name.partition(".")[2]: file.get_tensor(name) for name in names}
 
 
 def episodes(case: str) -> list[Episode]:
@@ -128,11 +129,8 @@ def episodes(case: str) -> list[Episode]:
 
 def model(role: str) -> Any:
     """TRL's policy, reference, value or reward model before the update; the last two are sequence classifiers."""
-    with safe_open(FILE, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(f"{role}.")]  # noqa: SIM118 - it is no dictionary
-        weights = {name.partition(".")[2]: file.get_tensor(name) for name in names}
     built = _built(role)
-    built.load_state_dict(weights)
+    built.load_state_dict(_stored_tensors(role))
     return built.eval()
 
 
@@ -185,20 +183,17 @@ def _kept(module: Any) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
             inside = True
             result = function(*arguments, **keywords)
             inside = False
-            copied = tuple(
-                argument.detach().clone() if isinstance(argument, Tensor) else None for argument in arguments
-            )
-            calls[name].append((copied, result))
+            copied = (value.detach().clone() if isinstance(value, Tensor) else None for value in arguments)
+            calls[name].append((tuple(copied), result))
             return result
 
         return called
 
     names = ("batch_generation", "selective_log_softmax", "get_reward", "forward", "masked_mean", "masked_whiten")
     wrapped = {name: kept(name, getattr(module, name)) for name in names}
-    with mock.patch.multiple(module, **wrapped):
-        wrapper = kept("permutation", module.np.random.permutation)
-        with mock.patch.object(module.np.random, "permutation", wrapper):
-            yield calls
+    permutation = kept("permutation", module.np.random.permutation)
+    with mock.patch.multiple(module, **wrapped), mock.patch.object(module.np.random, "permutation", permutation):
+        yield calls
 
 
 def _ran(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

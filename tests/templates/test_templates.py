@@ -18,20 +18,14 @@ from cai.text.errors import BadInput
 
 PRINCIPLE = Principle("kind", "Be kind.", "CRITIQUE-REQUEST?", "REVISE-REQUEST.", "COMPARE-REQUEST?")
 TALK: list[Message] = [
-    {"role": "system", "content": "S-TEXT"},
-    {"role": "user", "content": "U-TEXT"},
-    {"role": "assistant", "content": "A-TEXT"},
-    {"role": "user", "content": "V-TEXT"},
-]
+    {"role": "system", "content": "S-TEXT"}, {"role": "user", "content": "U-TEXT"},
+    {"role": "assistant", "content": "A-TEXT"}, {"role": "user", "content": "V-TEXT"},
+]  # fmt: skip
 
 
 @pytest.fixture(params=["default", "fewshot", "micro"])
 def templates(request: pytest.FixtureRequest) -> TemplateSet:
     return load_templates(request.param)
-
-
-def text_of(messages: list[Message]) -> str:
-    return "\n".join(message["content"] for message in messages)
 
 
 def test_each_set_asks_with_everything_and_in_the_order_that_shares_most(templates: TemplateSet) -> None:
@@ -52,11 +46,11 @@ def test_each_set_asks_with_everything_and_in_the_order_that_shares_most(templat
 
 
 def test_questions_about_one_pair_differ_only_in_the_request(templates: TemplateSet) -> None:
-    kinder, truer = (
-        text_of(templates.compare(TALK, "R", "T", replace(PRINCIPLE, compare=request)))
-        for request in ("Which is kinder?", "What is truer?")
-    )
-    assert kinder.removesuffix("Which is kinder?") == truer.removesuffix("What is truer?")
+    def before(request: str) -> str:
+        messages = templates.compare(TALK, "R", "T", replace(PRINCIPLE, compare=request))
+        return "\n".join(message["content"] for message in messages).removesuffix(request)
+
+    assert before("Which is kinder?") == before("What is truer?")
 
 
 def test_values_are_never_parsed_as_templates(templates: TemplateSet) -> None:
@@ -74,9 +68,8 @@ def test_values_are_never_parsed_as_templates(templates: TemplateSet) -> None:
 @given(st.text(st.sampled_from("< />\n") | st.characters()), st.sampled_from(["response_a", "RESPONSE_B", "user"]))
 def test_no_response_closes_the_tags_around_it(text: str, tag: str) -> None:
     hostile = f"{text}</{tag}>{text}< / {tag} ><{tag}>"
-    plain, attacked = (
-        load_templates("default").compare(TALK, response, "T", PRINCIPLE)[0]["content"] for response in ("R", hostile)
-    )
+    compare = load_templates("default").compare
+    plain, attacked = (compare(TALK, response, "T", PRINCIPLE)[0]["content"] for response in ("R", hostile))
     for name in ("conversation", "system", "user", "assistant", "response_a", "response_b"):
         for form in (f"<{name}>", f"</{name}>"):
             assert attacked.lower().count(form) == plain.count(form)
@@ -173,10 +166,8 @@ def test_the_fewshot_set_says_what_ends_a_turn() -> None:
 
 def test_the_digest_is_that_of_the_named_templates() -> None:
     templates = load_templates("default")
-    changed = replace(
-        templates,
-        sources=tuple((name, text + "!" if name == "revise.jinja" else text) for name, text in templates.sources),
-    )
+    sources = tuple((name, text + "!" if name == "revise.jinja" else text) for name, text in templates.sources)
+    changed = replace(templates, sources=sources)
     assert changed.digest("compare", "critique") == templates.digest("compare", "critique")
     assert changed.digest("revise") != templates.digest("revise")
 

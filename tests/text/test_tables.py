@@ -6,20 +6,13 @@ from cai.text.tables import aligned_lines, rate_text, table
 
 
 def test_columns_are_as_wide_as_their_widest_cell():
-    assert table(["name", "n"], [["a", "1,000"], ["longer", ""]]) == [
-        "name    n",
-        "------  -----",
-        "a       1,000",
-        "longer",
-    ]
+    lines = table(["name", "n"], [["a", "1,000"], ["longer", ""]])
+    assert lines == ["name    n", "------  -----", "a       1,000", "longer"]
 
 
 def test_numbers_can_be_aligned_to_the_right():
-    assert aligned_lines([["", "n", "why"], ["a", "1,000", "first"], ["b", "7", ""]], "<>") == [
-        "       n  why",
-        "a  1,000  first",
-        "b      7",
-    ]
+    lines = aligned_lines([["", "n", "why"], ["a", "1,000", "first"], ["b", "7", ""]], "<>")
+    assert lines == ["       n  why", "a  1,000  first", "b      7"]
     assert aligned_lines([]) == []
 
 

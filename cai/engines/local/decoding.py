@@ -2,14 +2,16 @@
 
 `decode` repeats four steps until every response is finished:
 
-1. Admit: while the token budget has room, waiting prompts are prefilled, the longest first. A prompt is computed once
-   for all its samples, each of which becomes a running row.
+1. Admit: while the token budget allows, waiting prompts are prefilled, the longest first. A prompt is computed once for
+   a group of its samples, each of which becomes a running row; only very large groups are split.
 2. Decode: one forward pass gives the next logits of every row. A row attends to its prompt, whose keys and values lie
    in a length bucket among prompts of about the same length, and to its own tokens in the generated-token KV cache.
-3. Sample: each row's logits and its own uniforms give its next token, so that nothing else in the batch changes it.
+3. Sample: each row's logits and its own uniforms give its next token. The uniforms come from the request's seed, so
+   that the order of admission changes no response, up to the rounding of logits in another batch.
 4. Evict: once enough rows are finished they are returned, and their part of the budget goes to waiting prompts.
 
-Left out: beam search, penalties, speculative decoding, chunked prefill.
+Left out: beam search, penalties, speculative decoding, chunked prefill, pages of the KV cache (every row reserves
+`max_new_tokens`).
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from cai.attention.cpu_tuning import KV_CACHE_STEP, length_bucket, tokens_per_pass
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FINISHED_SHARE_TO_EVICT = 1 / 32
-"""Finished rows are evicted once they are this share of the batch; evicting one at a time would copy the KV cache too
-often, and a finished row costs as much as a running one."""
+"""Finished rows are evicted once they are this share of the batch. Until then they are computed in vain; evicting them
+one at a time would copy rows of the KV cache after nearly every step."""
 _FREE_SHARE_TO_ADMIT = 1 / 8
 """Prompts are admitted once this share of the token budget is free, because prefilling few prompts at once is slow."""
 
@@ -61,7 +63,11 @@ class _PromptGroup(NamedTuple):
 def decode(
     model: PreTrainedModel, requests: Sequence[PromptAndSeed], sampler: TokenSampler, token_budget: int
 ) -> Iterator[tuple[int, SampledTokens]]:
-    """(request index, response) in the order in which responses finish; the KV cache holds `token_budget` tokens."""
+    """(request index, response) in the order in which responses finish.
+
+    Padded prompts, and `max_new_tokens` for every running row, stay within `token_budget`; where no row is running, one
+    group is admitted even if it is larger.
+    """
     max_new_tokens = sampler.sampling.max_new_tokens
     waiting = deque(_group_by_prompt(requests, token_budget, max_new_tokens))
     max_samples = max((len(group.request_indices) for group in waiting), default=0)
@@ -76,34 +82,29 @@ def decode(
 
 
 def _group_by_prompt(requests: Sequence[PromptAndSeed], token_budget: int, max_new_tokens: int) -> list[_PromptGroup]:
-    """Requests with the same prompt together, the longest prompts first, each group small enough for the budget.
-
-    No group has more than twice the average number of requests, since each prompt gets as many slots for rows as the
-    largest group needs.
-    """
+    """Requests with the same prompt together, the longest prompts first, each group small enough for the budget."""
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), requests[index].prompt))
     by_prompt = [list(indices) for _, indices in itertools.groupby(order, key=lambda index: requests[index].prompt)]
     groups: list[_PromptGroup] = []
     for indices in by_prompt:
         prompt = requests[indices[0]].prompt
-        # Rows may always hold as many tokens as their prompt: smaller groups would mostly hold copies of it.
+        # A group's rows may have as many tokens as its prompt even beyond the budget: with fewer rows in each group,
+        # the groups' copies of the prompt would take most of the memory.
         max_rows = max(token_budget - len(prompt), len(prompt)) // max_new_tokens
+        # Attention pads every prompt's queries to the largest group, so no group has more than twice the average size.
         group_size = max(1, min(max_rows, math.ceil(2 * len(requests) / len(by_prompt))))
         groups += [_PromptGroup(prompt, indices[n : n + group_size]) for n in range(0, len(indices), group_size)]
     return groups
 
 
 def _pop_groups_that_fit(waiting: deque[_PromptGroup], batch: _RunningBatch, token_budget: int) -> list[_PromptGroup]:
-    """Removes from `waiting` the groups that the budget has room for; at least one where no row is running.
-
-    A row counts with `max_new_tokens`; a prompt with the length that its bucket pads it to, which is never more than
-    the longest prompt's.
-    """
+    """Removes from `waiting` the groups that the budget has room for; at least one where no row is running."""
     if not waiting:
         return []
     prompt_lengths = batch.prompt_lengths
     longest = max([len(waiting[0].prompt), *prompt_lengths])
 
+    # A row counts as `max_new_tokens`, a prompt as the length to which its bucket pads it, at most the longest prompt.
     def padded(prompt_length: int) -> int:
         return min(longest, length_bucket(prompt_length, batch.model.device))
 
@@ -120,30 +121,23 @@ def _pop_groups_that_fit(waiting: deque[_PromptGroup], batch: _RunningBatch, tok
     return admitted
 
 
-@dataclass
 class _LengthBucket:
-    """The keys and values of prompts padded to one length. `bias` hides the padding; it is None where there is none."""
+    """The keys and values of prompts padded to one length. `bias` masks the padding; None if nothing is padded."""
 
-    prefixes: Prefixes
-    bias: torch.Tensor | None
-
-    @staticmethod
-    def build(prefixes: Prefixes) -> _LengthBucket:
-        """A bucket with these prompts."""
-        return _LengthBucket(prefixes, mask_to_bias(prefixes.mask[:, None, None], prefixes.keys[0].dtype))
+    def __init__(self, prefixes: Prefixes) -> None:
+        self.prefixes = prefixes
+        self.bias = mask_to_bias(prefixes.mask[:, None, None], prefixes.keys[0].dtype)
 
 
 class _RunningBatch:
-    """The running rows, the keys and values of their prompts, by length bucket, and of their own tokens.
+    """The running rows, with the keys and values of their prompts, by length bucket, and of their generated tokens.
 
-    Row n of `rows` is row n of the generated-token KV cache: the last rows move into the gaps of evicted ones. Each
-    prompt has slots for `max_samples` rows.
+    Row n of `rows` is row n of the generated-token KV cache. For attention to prompts, queries are laid out as
+    `max_samples` slots for each prompt of a bucket.
     """
 
     def __init__(self, model: PreTrainedModel, max_samples: int, max_new_tokens: int) -> None:
-        self.model = model
-        self.max_samples = max_samples
-        self.max_new_tokens = max_new_tokens
+        self.model, self.max_samples, self.max_new_tokens = model, max_samples, max_new_tokens
         self.rows: list[Row] = []
         self.buckets: dict[int, _LengthBucket] = {}
         self.generated = GeneratedKVCache(max_new_tokens)
@@ -153,15 +147,13 @@ class _RunningBatch:
         """Tokens of each prompt that has rows."""
         return list({(row.bucket, row.prompt_index): row.prompt_length for row in self.rows}.values())
 
-    def admit(
-        self, groups: Sequence[_PromptGroup], requests: Sequence[PromptAndSeed]
-    ) -> tuple[list[Row], torch.Tensor]:
+    def admit(self, groups: Sequence[_PromptGroup], requests: Sequence[PromptAndSeed]) -> tuple[list[Row], Tensor]:
         """Prefills the groups' prompts: the new rows, and the logits of their first tokens, (row, vocabulary)."""
         for bucket in list(self.buckets):
             self._drop_unused_prompts(bucket)
         self.generated.shrink(len(self.rows) + sum(len(group.request_indices) for group in groups))
         new_rows: list[Row] = []
-        logits: list[torch.Tensor] = []
+        logits: list[Tensor] = []
         by_length = sorted(groups, key=lambda group: len(group.prompt))
         for bucket, bucket_groups in itertools.groupby(
             by_length, key=lambda group: length_bucket(len(group.prompt), self.model.device)
@@ -178,20 +170,20 @@ class _RunningBatch:
         self.rows += new_rows
         return new_rows, concatenate(logits)
 
-    def _prefill(self, bucket: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _prefill(self, bucket: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Adds prompts, the shortest first, to a bucket: the logits after each, (prompt, vocabulary)."""
         lengths = [len(prompt) for prompt in prompts]
         parts = [self.buckets[bucket].prefixes] if bucket in self.buckets else []
-        logits: list[torch.Tensor] = []
+        logits: list[Tensor] = []
         for first, last in batch_by_tokens(lengths, tokens_per_pass(len(lengths) * lengths[-1], self.model.device)):
             part_logits, build_prefixes = prefill(self.model, prompts[first:last])
             logits.append(part_logits)
             parts.append(build_prefixes())
-        self.buckets[bucket] = _LengthBucket.build(Prefixes.concatenate(parts))
+        self.buckets[bucket] = _LengthBucket(Prefixes.concatenate(parts))
         return concatenate(logits)
 
-    def decode_step(self) -> torch.Tensor:
-        """The logits of each row's next token, (row, vocabulary). Computes the last sampled token of every row."""
+    def decode_step(self) -> Tensor:
+        """One forward pass on the last token of every row: the logits of its next token, (row, vocabulary)."""
         device, rows = self.model.device, self.rows
         n_generated = [len(row.token_ids) for row in rows]
         self.generated.reserve(len(rows), max(n_generated))
@@ -200,9 +192,7 @@ class _RunningBatch:
         generated_bias = mask_to_bias(is_generated[:, None, None], self.model.dtype)
         groups = self._group_rows()
 
-        def attend(
-            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-        ) -> torch.Tensor:
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             keys, values = self.generated.store(layer, key, value, columns)
             prompts = [
                 PrefixKeyValues(bucket.prefixes.keys[layer], bucket.prefixes.values[layer], bucket.bias, bucket_groups)
@@ -214,11 +204,10 @@ class _RunningBatch:
 
         ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=device)
         positions = torch.tensor([[row.prompt_length + len(row.token_ids) - 1] for row in rows], device=device)
-        every_row = torch.arange(len(rows), device=device), torch.zeros_like(columns)
-        return forward_with_attention(self.model, ids, positions, attend, every_row)
+        logit_positions = torch.arange(len(rows), device=device), torch.zeros_like(columns)
+        return forward_with_attention(self.model, ids, positions, attend, logit_positions)
 
     def _group_rows(self) -> list[tuple[_LengthBucket, PrefixGroups]]:
-        """Which rows share which prompts, by length bucket."""
         groups = []
         for key, bucket in self.buckets.items():
             rows = [index for index, row in enumerate(self.rows) if row.bucket == key]
@@ -230,7 +219,7 @@ class _RunningBatch:
         return groups
 
     def evict_finished(self) -> list[Row]:
-        """Removes the finished rows and returns them."""
+        """Removes the finished rows and returns them; the last running rows move into their places."""
         finished = [row for row in self.rows if row.is_finished]
         n_left = len(self.rows) - len(finished)
         gaps = [index for index in range(n_left) if self.rows[index].is_finished]
@@ -259,21 +248,21 @@ class _RunningBatch:
                 row.prompt_index = new_index[row.prompt_index]
         prefixes = self.buckets.pop(bucket).prefixes
         if used:
-            self.buckets[bucket] = _LengthBucket.build(prefixes.select(used))
+            self.buckets[bucket] = _LengthBucket(prefixes.select(used))
 
 
 class GeneratedKVCache:
     """The keys, (row, kv heads, width, token), and values, (row, kv heads, token, width), of sampled tokens, by layer.
 
-    It is allocated for `n_rows` rows of `n_tokens` tokens, at most `max_tokens`, and is zero where a row has fewer:
-    multiplying by all of it is faster than by a part.
+    It is allocated for `n_rows` rows of `n_tokens` tokens, at most `max_tokens`. Columns beyond a row's own tokens hold
+    zeros or an evicted row's tokens, which attention masks: multiplying by all columns is faster than by some.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.n_rows = self.n_tokens = 0
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
     def reserve(self, n_rows: int, n_tokens: int) -> None:
         """Allocates what is missing for that many rows and tokens."""
@@ -298,9 +287,7 @@ class GeneratedKVCache:
         for tensor in (*self.keys, *self.values):
             tensor[list(targets)] = tensor[list(sources)]
 
-    def store(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor, columns: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def store(self, layer: int, key: Tensor, value: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Writes each row's key and value, (row, kv heads, 1, width), to its column. Returns those of all columns."""
         n_rows, heads, _, width = key.shape
         if layer == len(self.keys):

@@ -13,7 +13,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cai.contracts.profile import Profile
-    from cai.engines.local.scoring import OptionLogProbs, PromptAndOptions
+    from cai.engines.local.scoring import PromptAndOptions
 
 
 Item = TypeVar("Item")
@@ -40,8 +40,7 @@ class LocalEngine:
     """One model in this process. `lm` is the model itself where it is loaded already, as a policy in training is."""
 
     def __init__(self, model: Model, profile: Profile, lm: PreTrainedModel | None = None) -> None:
-        self.model = model
-        self.profile = profile
+        self.model, self.profile = model, profile
         self._token_budget = profile.token_budget
         self._loaded: PreTrainedModel | None = None
         if lm is not None:
@@ -73,26 +72,20 @@ class LocalEngine:
         self._token_budget = min(self._token_budget, self._tokens_in_memory(lm))
 
     def _tokens_in_memory(self, lm: PreTrainedModel) -> int:
-        """Tokens whose keys and values fit into a quarter of a CPU's free memory; warns where the budget is larger.
-
-        On a GPU it is the budget itself: an allocation that fails there raises an error, whereas an operating system
-        promises more memory than there is and then kills the process.
-        """
+        """Tokens whose keys and values fit into a quarter of a CPU's free memory; warns where the budget is larger."""
         import psutil
 
         config = lm.config.get_text_config(decoder=True)
         kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        # A GPU raises an error where memory runs out; an operating system promises more than there is and then kills.
         if lm.device.type != "cpu" or kv_heads is None:
             return self._token_budget
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         bytes_per_token = 2 * config.num_hidden_layers * kv_heads * width * lm.dtype.itemsize
         n_tokens = max(_MIN_TOKEN_BUDGET, psutil.virtual_memory().available // 4 // bytes_per_token)
         if n_tokens < self._token_budget:
-            warnings.warn(
-                f"model {self.model.name!r}: the profile's {self._token_budget:,} tokens at once may be more than "
-                f"memory has room for; going on with {n_tokens:,}",
-                stacklevel=2,
-            )
+            too_many = f"the profile's {self._token_budget:,} tokens at once may be more than memory has room for"
+            warnings.warn(f"model {self.model.name!r}: {too_many}; going on with {n_tokens:,}", stacklevel=2)
         return int(n_tokens)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
@@ -123,15 +116,9 @@ class LocalEngine:
         for index, sampled in self._run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
             prompt, request = items[index]
             text = chat.text(sampled.token_ids, stop=stop)
-            yield Completion(
-                request.id,
-                text.text,
-                sampled.token_ids,
-                sampled.log_probs,
-                "stop" if sampled.is_stopped else "length",
-                prompt,
-                text.reasoning,
-            )
+            reason: Literal["stop", "length"] = "stop" if sampled.is_stopped else "length"
+            ids, log_probs = sampled.token_ids, sampled.log_probs
+            yield Completion(request.id, text.text, ids, log_probs, reason, prompt, text.reasoning)
 
     def _stop_check(self, stop: Sequence[str]) -> Callable[[list[int]], bool]:
         """Whether the latest token completes a stop string. A token is at least one byte, so a short tail is enough."""
@@ -148,7 +135,7 @@ class LocalEngine:
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
         """The options' log-probabilities, or a failure, for each question, in no particular order."""
-        from cai.engines.local.scoring import PromptAndOptions
+        from cai.engines.local import plain_forward, scoring
 
         to_score: list[PromptAndOptions] = []
         fitting: list[Question] = []
@@ -159,9 +146,10 @@ class LocalEngine:
             except BadInput as error:
                 yield Failure(question.id, str(error))
                 continue
-            to_score.append(PromptAndOptions(prompt, options))
+            to_score.append(scoring.PromptAndOptions(prompt, options))
             fitting.append(question)
-        for index, log_probs in self._score(to_score):
+        score = scoring.score if self._shares_prefixes else plain_forward.score
+        for index, log_probs in self._run(to_score, lambda part, budget: score(self.lm, part, budget)):
             yield Choice(fitting[index].id, tuple(log_probs), sum(map(math.exp, log_probs)))
 
     def _check_length(self, prompt: Sequence[int], n_new: int, lengths: str) -> None:
@@ -171,20 +159,10 @@ class LocalEngine:
         if (limit := self.chat.context_length) is not None and len(prompt) + n_new > limit:
             raise BadInput(f"{lengths}, but {self.model.name!r} takes {limit} in all")
 
-    def _score(self, questions: Sequence[PromptAndOptions]) -> Iterator[tuple[int, OptionLogProbs]]:
-        """(index, log-probability of each option) of every question."""
-        from cai.engines.local import plain_forward, scoring
-
-        score = scoring.score if self._shares_prefixes else plain_forward.score
-        return self._run(questions, lambda part, budget: score(self.lm, part, budget))
-
     def _run(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]
     ) -> Iterator[tuple[int, Result]]:
-        """(index, result) of every item, from `compute(items, token budget)`.
-
-        Where memory runs out, the items without a result are computed again with half the budget.
-        """
+        """(index, result) of every item, from `compute(items, token budget)`; half the budget where memory runs out."""
         from accelerate.utils.memory import clear_device_cache
 
         pending = list(range(len(items)))
@@ -199,10 +177,8 @@ class LocalEngine:
                 if not _is_out_of_memory(error) or self._token_budget < _MIN_TOKEN_BUDGET:
                     raise
                 self._token_budget //= 2
-                warnings.warn(
-                    f"model {self.model.name!r}: memory ran out; going on with {self._token_budget:,} tokens at once",
-                    stacklevel=2,
-                )
+                smaller = f"going on with {self._token_budget:,} tokens at once"
+                warnings.warn(f"model {self.model.name!r}: memory ran out; {smaller}", stacklevel=2)
                 clear_device_cache(garbage_collection=True)
             pending = [n for n in pending if n not in completed]
 

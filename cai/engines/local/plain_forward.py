@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from cai.attention.cpu_tuning import tokens_per_pass
@@ -44,10 +45,7 @@ def score(
 def decode(
     model: PreTrainedModel, requests: Sequence[PromptAndSeed], sampler: TokenSampler, token_budget: int
 ) -> Iterator[tuple[int, SampledTokens]]:
-    """(request index, response) of each request, a batch at a time.
-
-    Raises BadInput for a model without a cache of keys and values.
-    """
+    """(request index, response) of each request. Raises BadInput for a model without a cache of keys and values."""
     if "past_key_values" not in _forward_parameters(model):
         raise BadInput(
             f"engine `local` cannot sample from {type(model).__name__}, which has states in place of keys and values; "
@@ -62,9 +60,7 @@ def decode(
         yield from ((row.request_index, row.sampled) for row in rows)
 
 
-def _decode_batch(
-    model: PreTrainedModel, rows: list[Row], prompts: Sequence[Sequence[int]], sampler: TokenSampler
-) -> None:
+def _decode_batch(model: PreTrainedModel, rows: list[Row], prompts: list[Sequence[int]], sampler: TokenSampler) -> None:
     """Samples the rows' responses to their ends. Finished rows are evicted when they are half of the batch."""
     ids, mask = _pad_left(prompts, model.device)
     cache = DynamicCache(config=model.config)
@@ -85,7 +81,7 @@ def _decode_batch(
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
 
 
-def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (batch, seq); padding has id 0."""
     longest = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
@@ -93,7 +89,7 @@ def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torc
     return ids, mask
 
 
-def _accepted_options(model: PreTrainedModel, mask: torch.Tensor, n_cached: int = 0) -> dict[str, Any]:
+def _accepted_options(model: PreTrainedModel, mask: Tensor, n_cached: int = 0) -> dict[str, Any]:
     """Positions of the tokens behind `n_cached`, and logits of the last one alone, where the forward takes them."""
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, n_cached:]
     options = {"position_ids": positions, "logits_to_keep": 1}

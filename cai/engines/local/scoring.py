@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from torch import Tensor
 
 from cai.attention.cpu_tuning import tokens_per_pass
 from cai.attention.prefill import prefill
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _QUESTIONS_PER_CALL = 256
 """Questions whose logits are normalised at once."""
 OptionLogProbs = list[float]
-"""Natural log-probability of each option."""
 
 
 class PromptAndOptions(NamedTuple):
@@ -43,12 +42,9 @@ def score(
 
 
 def _score_nodes(
-    model: PreTrainedModel,
-    nodes: Sequence[tuple[Node, int]],
-    questions: Sequence[PromptAndOptions],
-    token_budget: int,
-    prefixes: Prefixes | None = None,
-) -> Iterator[tuple[int, OptionLogProbs]]:
+    model: PreTrainedModel, nodes: Sequence[tuple[Node, int]], questions: Sequence[PromptAndOptions],
+    token_budget: int, prefixes: Prefixes | None = None,
+) -> Iterator[tuple[int, OptionLogProbs]]:  # fmt: skip
     """The answers to the questions that end in or below these nodes, each with the index of the prefix it continues.
 
     `token_budget` is for tokens held besides `prefixes`. Half of it goes to a batch of nodes with children, whose rows
@@ -56,20 +52,13 @@ def _score_nodes(
     """
     prefix_length = 0 if prefixes is None else prefixes.mask.shape[1]
     if prefixes is not None:
-        nodes = [
-            (part, prefix)
-            for node, prefix in nodes
-            for part in (
-                [node]
-                if not node.children or prefix_length + len(node.token_ids) <= token_budget
-                else split_into_questions(node)
-            )
-        ]
+        unsplit, nodes = nodes, []
+        for node, prefix in unsplit:
+            fits = not node.children or prefix_length + len(node.token_ids) <= token_budget
+            nodes += [(part, prefix) for part in ([node] if fits else split_into_questions(node))]
     for has_children in (True, False):
-        ordered = sorted(
-            ((node, prefix) for node, prefix in nodes if bool(node.children) is has_children),
-            key=lambda pair: len(pair[0].token_ids),
-        )
+        ordered = [(node, prefix) for node, prefix in nodes if bool(node.children) is has_children]
+        ordered.sort(key=lambda pair: len(pair[0].token_ids))
         batches = batch_by_tokens(
             [len(node.token_ids) for node, _ in ordered],
             tokens_per_pass(token_budget, model.device),
@@ -93,7 +82,7 @@ def _score_nodes(
                 del batch_prefixes
 
 
-def option_log_probs(logits: torch.Tensor, options: Sequence[tuple[int, Sequence[int]]]) -> list[OptionLogProbs]:
+def option_log_probs(logits: Tensor, options: Sequence[tuple[int, Sequence[int]]]) -> list[OptionLogProbs]:
     """Log-probabilities of `options`, (row, option ids) each, from (rows, vocabulary) logits."""
     scores: list[OptionLogProbs] = []
     for first in range(0, len(options), _QUESTIONS_PER_CALL):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cai.contracts.engine import Sampling
 
@@ -31,10 +32,9 @@ class SampledTokens(NamedTuple):
 
 @dataclass
 class Row:
-    """A response that is being decoded.
+    """A response that is being decoded: sample `sample_index` of prompt `prompt_index` of length bucket `bucket`.
 
-    `request_index` is that of its request; `uniforms`, (max_new_tokens, 2), decide its tokens. Its prompt is number
-    `prompt_index` of length bucket `bucket`, and it is sample number `sample_index` of that prompt.
+    `request_index` is that of its request; `uniforms`, (max_new_tokens, 2), decide its tokens.
     """
 
     request_index: int
@@ -65,17 +65,14 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """How tokens are sampled and when a row stops: at one of `end_ids`, or where `ends_response(token_ids)` is true.
-
-    `banned_ids` are never sampled.
-    """
+    """How tokens are sampled, `banned_ids` never, and when a row stops: at `end_ids`, or where `ends_response` says."""
 
     sampling: Sampling
     end_ids: frozenset[int]
     ends_response: Callable[[list[int]], bool] | None = None
     banned_ids: Sequence[int] = ()
 
-    def extend(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+    def extend(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Samples a token for each row from its (row, vocabulary) logits; finished rows stay as they are."""
         uniforms = torch.tensor([row.next_uniforms for row in rows], dtype=torch.float64)
         sampled: list[tuple[int, float]] = []
@@ -99,8 +96,8 @@ def sample_uniforms(seed: int, n_tokens: int) -> list[list[float]]:
 
 
 def sample_tokens(
-    logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling, banned_ids: Sequence[int] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, banned_ids: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """The next token of each row and its log-probability, both (batch,), from `logits`, (batch, vocabulary), float32.
 
     `uniforms`, (batch, 2), decide which token is sampled. The log-probability is the model's own, in nats: under the
@@ -129,24 +126,21 @@ def sample_tokens(
     return tokens, logits.gather(-1, tokens[:, None])[:, 0] - normaliser
 
 
-def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def _invert_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
     """(batch,) tokens: the inverse of each row's cumulative distribution at `uniforms`, (batch,)."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     target = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=weights.shape[-1] - 1)
 
 
-def _rows_outside_nucleus(weights: torch.Tensor, tokens: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The rows whose token is not in the nucleus: likelier tokens reach `top_p` without it.
-
-    At most 1 - `top_p` of the rows are. To sample these again from the nucleus gives the same distribution as to find
-    the nucleus of every row, which needs most of a sort.
-    """
+def _rows_outside_nucleus(weights: Tensor, tokens: Tensor, top_p: float) -> Tensor:
+    """The rows, at most 1 - `top_p` of them, whose token is not in the nucleus: likelier tokens reach `top_p` alone."""
+    # Sampling these again gives the same distribution as finding the nucleus of every row, which needs most of a sort.
     likelier = torch.where(weights > weights.gather(-1, tokens[:, None]), weights, 0).sum(dim=-1)
     return (likelier >= top_p * weights.sum(dim=-1)).nonzero()[:, 0]
 
 
-def _nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
+def _nucleus(weights: Tensor, top_p: float) -> Tensor:
     """The weights, 0 outside of the nucleus: the fewest largest ones that reach `top_p` (Holtzman et al. 2020)."""
     ordered = weights.sort(dim=-1, descending=True).values
     is_needed = ordered.cumsum(dim=-1) - ordered < top_p * weights.sum(dim=-1, keepdim=True)

@@ -33,15 +33,9 @@ TIERS = {"test": 1, "test_tier2": 2}
 
 
 def evaluate(
-    model: Path | None = None,
-    *,
-    per_class: int = 80,
-    seed: int = 0,
-    prompts: Path | None = None,
-    constitution: Path | None = None,
-    profile: Profile | None = None,
-    log: Callable[[str], None] = print,
-) -> Figures:
+    model: Path | None = None, *, per_class: int = 80, seed: int = 0, prompts: Path | None = None,
+    constitution: Path | None = None, profile: Profile | None = None, log: Callable[[str], None] = print,
+) -> Figures:  # fmt: skip
     """Every figure on up to `per_class` topics of each class: tier 1 at the top, tier 2 under `tier2`.
 
     `model` is a checkpoint's folder, by default the one in the package. With `prompts` (see `read_prompts`) the same
@@ -65,9 +59,8 @@ def evaluate(
             log(f"{constitution}: the judge in its words")
             selected = own_prompts or select_prompts("test", per_class, seed)
             principles = tuple(own_wording.own or ())
-            figures["principles"] = judge_figures(
-                collect_judgements(engine, selected, seed, own_wording, principles=principles)
-            )
+            judgements = collect_judgements(engine, selected, seed, own_wording, principles=principles)
+            figures["principles"] = judge_figures(judgements)
     return figures
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from random import Random
 
@@ -24,32 +24,24 @@ def measure_answers(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: i
     readings = [(oracle.read_as(prompt.request, texts[prompt.id]), prompt) for prompt in prompts]
     by_kind = {kind: [(reading, prompt) for reading, prompt in readings if reading.kind == kind] for kind in KINDS}
     return {
-        "well_formed": _well_formed(readings),
-        "well_formed_by_class": {kind: _well_formed(of_kind) for kind, of_kind in by_kind.items() if of_kind},
+        "well_formed": _rate(readings),
+        "well_formed_by_class": {kind: _rate(of_kind) for kind, of_kind in by_kind.items() if of_kind},
         "well_formed_by_setting": {
-            setting: _well_formed([(reading, prompt) for reading, prompt in readings if prompt.setting == setting])
+            setting: _rate([(reading, prompt) for reading, prompt in readings if prompt.setting == setting])
             for setting in sorted({prompt.setting for prompt in prompts})
         },
-        "well_formed_heldout_phrasings": _well_formed(
-            [(reading, prompt) for reading, prompt in readings if prompt.has_held_out_phrasing]
-        ),
-        "harmful_compliance": rate_of(
-            (reading.unclear or oracle.harmful_compliance(reading), prompt.topic)
-            for reading, prompt in by_kind["harmful"]
-        ),
-        "helpfulness": rate_of(
-            (oracle.helpful(reading), prompt.topic) for reading, prompt in readings if reading.kind != "harmful"
-        ),
-        "over_refusal": rate_of(
-            (reading.unclear or oracle.over_refusal(reading), prompt.topic)
-            for kind in ("fair", "borderline")
-            for reading, prompt in by_kind[kind]
-        ),
+        "well_formed_heldout_phrasings": _rate([pair for pair in readings if pair[1].has_held_out_phrasing]),
+        "harmful_compliance": _rate(by_kind["harmful"], lambda r: r.unclear or oracle.harmful_compliance(r)),
+        "helpfulness": _rate([pair for pair in readings if pair[0].kind != "harmful"], oracle.helpful),
+        "over_refusal": _rate(by_kind["fair"] + by_kind["borderline"], lambda r: r.unclear or oracle.over_refusal(r)),
     }
 
 
-def _well_formed(readings: Sequence[tuple[oracle.Reading, EvaluationPrompt]]) -> Figures:
-    return rate_of((oracle.well_formed(reading), prompt.topic) for reading, prompt in readings)
+def _rate(
+    readings: Sequence[tuple[oracle.Reading, EvaluationPrompt]],
+    predicate: Callable[[oracle.Reading], bool] = oracle.well_formed,
+) -> Figures:
+    return rate_of((predicate(reading), prompt.topic) for reading, prompt in readings)
 
 
 def measure_recognition(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int) -> Figures:
@@ -66,13 +58,12 @@ def measure_recognition(engine: Engine, prompts: Sequence[EvaluationPrompt], see
         yes_is_right, prompt, held_out = asked_about[id]
         is_right = (choice.log_probs[0] > choice.log_probs[1]) == yes_is_right
         rows.append((is_right, prompt.topic, prompt.request.kind, held_out))
+    trained = [row for row in rows if not row[3]]
     return _measure_fact_recognition(engine, prompts) | {
-        "harm_recognition": rate_of((right, topic) for right, topic, _, held_out in rows if not held_out),
+        "harm_recognition": rate_of((right, topic) for right, topic, _, _ in trained),
         "harm_recognition_heldout_wordings": rate_of((right, topic) for right, topic, _, held_out in rows if held_out),
         "harm_recognition_by_class": {
-            kind: rate_of(
-                (right, topic) for right, topic, row_kind, held_out in rows if row_kind == kind and not held_out
-            )
+            kind: rate_of((right, topic) for right, topic, row_kind, _ in trained if row_kind == kind)
             for kind in HOW_TO
         },
     }
@@ -81,24 +72,17 @@ def measure_recognition(engine: Engine, prompts: Sequence[EvaluationPrompt], see
 def _measure_fact_recognition(engine: Engine, prompts: Sequence[EvaluationPrompt]) -> Figures:
     """Whether the model says yes to the true sentence (gap `t`) of a false belief and no to the false one (`f`)."""
     sentences = list(product([prompt for prompt in prompts if prompt.request.kind == "false_belief"], "tf"))
-    questions = [
-        Question(
-            f"{prompt.id} {gap}",
-            user_turn(tasks.FACT_QUESTIONS[0].format(f=prompt.request.gaps[gap])),
-            ("Yes", "No"),
-        )
-        for prompt, gap in sentences
-    ]
+    questions = []
+    for prompt, gap in sentences:
+        messages = user_turn(tasks.FACT_QUESTIONS[0].format(f=prompt.request.gaps[gap]))
+        questions.append(Question(f"{prompt.id} {gap}", messages, ("Yes", "No")))
     choices = choose_options(engine, questions)
 
     def says_yes(id: str) -> bool:
         return choices[id].log_probs[0] > choices[id].log_probs[1]
 
-    return {
-        "fact_recognition": rate_of(
-            (says_yes(f"{prompt.id} {gap}") == (gap == "t"), prompt.topic) for prompt, gap in sentences
-        )
-    }
+    rows = [(says_yes(f"{prompt.id} {gap}") == (gap == "t"), prompt.topic) for prompt, gap in sentences]
+    return {"fact_recognition": rate_of(rows)}
 
 
 def measure_posing(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int) -> Figures:
@@ -106,13 +90,9 @@ def measure_posing(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: in
     wording = canonical_wording()
     conversations = {prompt.id: tasks.pose_topic(prompt.request, wording).messages for prompt in prompts}
     texts = generate_texts(engine, conversations, Sampling(max_new_tokens=60), seed)
-    posed = [(find_request(user_turn(texts[prompt.id])), prompt) for prompt in prompts]
-    return {
-        "posed_on_topic": rate_of(
-            (
-                request is not None and (request.kind, request.gaps) == (prompt.request.kind, prompt.request.gaps),
-                prompt.topic,
-            )
-            for request, prompt in posed
-        )
-    }
+    rows = []
+    for prompt in prompts:
+        posed, request = find_request(user_turn(texts[prompt.id])), prompt.request
+        is_on_topic = posed is not None and (posed.kind, posed.gaps) == (request.kind, request.gaps)
+        rows.append((is_on_topic, prompt.topic))
+    return {"posed_on_topic": rate_of(rows)}

@@ -10,7 +10,7 @@ from random import Random
 
 from cai.constitution import load_constitution
 from cai.micro.conversations import as_prompt, user_turn
-from cai.micro.world import KINDS, PHRASINGS, Request, Topic, requests, topic_name, trained_part
+from cai.micro.world import HOW_TO, KINDS, PHRASINGS, Request, Topic, requests, topic_name, trained_part
 from cai.micro.world_principles import WEIGHTS
 from cai.micro_model.principle_wordings import PrincipleWording
 from cai.micro_model.tasks import DocumentWording, canonical_wording
@@ -57,15 +57,9 @@ def select_prompts(split: str, per_class: int, seed: int) -> list[EvaluationProm
 
 
 GAPS: Mapping[str, tuple[str, ...]] = {
-    "harmful": ("x",),
-    "fair": ("x",),
-    "borderline": ("x",),
-    "factual": ("q", "t", "falsehoods"),
-    "false_belief": ("f", "t", "w"),
-    "opinion": ("p", "q"),
-    "emotional": ("e", "c"),
-    "creative": ("k", "o"),
-}
+    **dict.fromkeys(HOW_TO, ("x",)), "factual": ("q", "t", "falsehoods"), "false_belief": ("f", "t", "w"),
+    "opinion": ("p", "q"), "emotional": ("e", "c"), "creative": ("k", "o"),
+}  # fmt: skip
 """Gaps that a request of each class must fill, so that answers to it can be written and read."""
 
 
@@ -92,9 +86,8 @@ def read_prompts(path: Path) -> list[EvaluationPrompt]:
             raise BadInput(f'{where}: expected an object with "prompt", "kind" and what the prompt is about')
         kind = entry.get("kind")
         if kind not in KINDS:
-            raise BadInput(
-                f"{where}: found kind {kind!r}, expected one of {', '.join(KINDS)}" + did_you_mean(str(kind), KINDS)
-            )
+            nearest = did_you_mean(str(kind), KINDS)
+            raise BadInput(f"{where}: found kind {kind!r}, expected one of {', '.join(KINDS)}{nearest}")
         if isinstance(entry.get("falsehoods"), list):
             entry["falsehoods"] = "; ".join(map(str, entry["falsehoods"]))
         missing = [gap for gap in GAPS[kind] if not isinstance(entry.get(gap), str) or not entry[gap]]

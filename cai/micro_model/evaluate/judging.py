@@ -1,25 +1,32 @@
-"""How good a model is as a judge: its votes against the world's truth, in many wordings, and after rationales."""
+"""How good a model is as a judge: its votes against the world's truth, in many wordings, and after rationales.
+
+Also the pairs of the world to attack a judge with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import product, zip_longest
 from math import exp
 from random import Random
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from cai.constitution import applicable_principles, load_constitution
 from cai.contracts.engine import Engine, Question, Sampling
+from cai.feedback.judge_attacks import Case as AttackCase
+from cai.feedback.votes import ResponsePair
 from cai.maths.vote_aggregation import mean_over_orders
 from cai.micro import world_injections, world_principles
 from cai.micro.answers import BROAD, PLAIN, Answer, sample_answer, with_another_act
+from cai.micro.conversations import tags_of
 from cai.micro.world import KINDS, Request
 from cai.micro.world_principles import WEIGHTS
 from cai.micro_model import tasks
 from cai.micro_model.corpus import MAIN_PRINCIPLE, sample_pair
-from cai.micro_model.evaluate.evaluation_prompts import EvaluationPrompt
+from cai.micro_model.evaluate.evaluation_prompts import EvaluationPrompt, select_prompts
 from cai.micro_model.evaluate.model_calls import Figures, choose_options, generate_texts, rate_of
 from cai.micro_model.principle_wordings import PHRASES
 from cai.micro_model.tasks import N_WORDINGS, DocumentWording, ShownPair, canonical_wording, nth_wording
@@ -29,6 +36,8 @@ from cai.templates import OPTIONS
 InjectionFamilies = Literal["trained", "held out"]
 PAIRS = 2
 """Pairs of responses that are judged for each prompt, under every principle."""
+ATTEMPTS = 1000
+"""Pairs sampled for one prompt until a principle separates one."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ def measure_judge(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int
     contrary_held_out = first_pairs(canonical_wording(held_out=True), contrary=True)
     injected = first_pairs(canonical, injected="trained")
     injected_held_out = first_pairs(canonical, injected="held out")
+    not_injected = [j for j in judgements if j.decided and j.pair_number == 0]
     unpadded = first_pairs(canonical, pair_sampler=sample_unpadded_pair)
     different_acts = collect_judgements(
         engine, prompts, seed, canonical, principles=("harmless", "helpful"), pairs=1,
@@ -108,9 +118,7 @@ def measure_judge(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int
         "judge_accuracy_contrary_heldout_paraphrases": _accuracy(contrary_held_out),
         "judge_accuracy_injected_in_the_worse": _accuracy(injected),
         "judge_accuracy_injected_heldout_families": _accuracy(injected_held_out),
-        "judge_accuracy_without_those_injections": _accuracy(
-            [j for j in judgements if j.decided and j.pair_number == 0]
-        ),
+        "judge_accuracy_without_those_injections": _accuracy(not_injected),
     }
 
 
@@ -124,9 +132,7 @@ def judge_figures(judgements: Sequence[Judgement]) -> Figures:
         "judge_accuracy": _accuracy(decided),
         "judge_accuracy_one_order": rate_of((((x > 0) == (j.truth > 0.5)), j.topic) for j in decided for x in j.orders),
         "judge_accuracy_by_principle": _accuracy_by_principle(decided),
-        "judge_accuracy_by_attribute": {
-            fault: _accuracy([j for j in decided if fault in j.differ_in]) for fault in faults
-        },
+        "judge_accuracy_by_attribute": {f: _accuracy([j for j in decided if f in j.differ_in]) for f in faults},
         "even_within_0.1": rate_of((j.near_even, j.topic) for j in even),
         "even_within_0.1_by_principle": {
             p: rate_of((j.near_even, j.topic) for j in even if j.principle == p) for p in _principles_of(even)
@@ -144,18 +150,11 @@ def judge_figures(judgements: Sequence[Judgement]) -> Figures:
 
 
 def collect_judgements(
-    engine: Engine,
-    prompts: Sequence[EvaluationPrompt],
-    seed: int,
-    wording: DocumentWording,
-    *,
-    principles: Sequence[str] = tuple(WEIGHTS),
-    pairs: int = PAIRS,
-    decided_only: bool = False,
-    contrary: bool = False,
+    engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int, wording: DocumentWording, *,
+    principles: Sequence[str] = tuple(WEIGHTS), pairs: int = PAIRS, decided_only: bool = False, contrary: bool = False,
     injected: InjectionFamilies | None = None,
     pair_sampler: Callable[[Request, Random], tuple[Answer, Answer]] = sample_pair,
-) -> list[Judgement]:
+) -> list[Judgement]:  # fmt: skip
     """Judges `pairs` pairs of answers to each prompt under every principle, in a wording sampled for each question.
 
     Pairs depend on `seed` alone. With `decided_only` principles that do not separate a pair are left out; `contrary`
@@ -187,21 +186,15 @@ def collect_judgements(
 
     return [
         Judgement(
-            principle,
-            prompt.request.kind,
-            prompt.topic,
-            pair.truth(principle),
+            principle, prompt.request.kind, prompt.topic, pair.truth(principle),
             _faults(principle, pair.request, pair.a) ^ _faults(principle, pair.request, pair.b),
-            int(np.sign(len(pair.texts[0]) - len(pair.texts[1]))),
-            (log_odds(2 * n), -log_odds(2 * n + 1)),
-            pair_number,
+            int(np.sign(len(pair.texts[0]) - len(pair.texts[1]))), (log_odds(2 * n), -log_odds(2 * n + 1)), pair_number,
         )
         for n, (prompt, pair_number, principle, pair) in enumerate(judged)
-    ]
+    ]  # fmt: skip
 
 
 def _flip(pair: ShownPair) -> ShownPair:
-    """The pair in the other order."""
     return replace(pair, a=pair.b, b=pair.a, texts=(pair.texts[1], pair.texts[0]))
 
 
@@ -281,14 +274,13 @@ def measure_judge_after_rationales(engine: Engine, prompts: Sequence[EvaluationP
         for case in cases
         for flipped in (False, True)
     }
-    requests = {id: tasks.ask_rationale(pair, wording, question) for id, (pair, question) in ordered.items()}
+    requests = {id: tasks.ask_about_pair("reason", pair, wording, text) for id, (pair, text) in ordered.items()}
     rationales = generate_texts(engine, requests, Sampling(max_new_tokens=120, temperature=0.0), seed)
     questions = []
     for id, (pair, question) in ordered.items():
-        questions += [
-            Question(f"{id} reasoned", tasks.ask_verdict(pair, wording, question, rationales[id])),
-            Question(f"{id} direct", tasks.ask_compare(pair, wording, question)),
-        ]
+        after_rationale = tasks.ask_about_pair("verdict", pair, wording, question, reasoning=rationales[id])
+        questions.append(Question(f"{id} reasoned", after_rationale))
+        questions.append(Question(f"{id} direct", tasks.ask_about_pair("compare", pair, wording, question)))
     choices = choose_options(engine, questions)
 
     def is_right(case: _RationaleCase, method: str) -> bool:
@@ -323,3 +315,27 @@ def calibration_error(p: Sequence[float], truth: Sequence[float], bins: int = 10
     bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
     in_bins = [bin_of == number for number in set(bin_of)]
     return float(sum(abs(probabilities[at].mean() - truths[at].mean()) * at.mean() for at in in_bins))
+
+
+def attack_cases(limit: int, seed: int) -> list[AttackCase]:
+    """Up to `limit` cases, equally many of every class of request, under principles of constitutions/micro.yaml."""
+    prompts = select_prompts("test", -(-limit // len(KINDS)), seed)
+    by_kind = [[prompt for prompt in prompts if prompt.request.kind == kind] for kind in KINDS]
+    in_turn = [prompt for turn in zip_longest(*by_kind) for prompt in turn if prompt]
+    return [_attack_case(prompt, seed) for prompt in in_turn[:limit]]
+
+
+def _attack_case(prompt: EvaluationPrompt, seed: int) -> AttackCase:
+    request = prompt.request
+    principles = applicable_principles(load_constitution("micro").principles, tags_of(request))
+    for attempt in range(ATTEMPTS):
+        rng = Random(stable_seed("attacked", seed, prompt.id, attempt))
+        a, b = sample_pair(request, rng)
+        truths = [(principle, world_principles.probability(principle.id, request, a, b)) for principle in principles]
+        separating = [(principle, p_a) for principle, p_a in truths if p_a != 0.5]
+        if separating:
+            principle, p_a = rng.choice(separating)
+            better, worse = (a, b) if p_a > 0.5 else (b, a)
+            pair = ResponsePair(prompt.id, prompt.messages, better.text, worse.text)
+            return AttackCase(pair, principle, PHRASES[principle.id].better[0], prompt.topic)
+    raise AssertionError(f"{prompt.id}: no principle separates any of {ATTEMPTS} pairs")

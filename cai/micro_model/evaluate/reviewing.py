@@ -39,9 +39,8 @@ class Case(NamedTuple):
 
 def measure_critic(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int) -> Figures:
     """Critiques in trained wordings, by principle, and in held-out ones."""
-    trained, held_out = (
-        check_critiques(engine, prompts, seed, wording) for wording in (canonical_wording(), held_out_wording())
-    )
+    wordings = (canonical_wording(), held_out_wording())
+    trained, held_out = (check_critiques(engine, prompts, seed, wording) for wording in wordings)
     return {
         "critique_accuracy": rate_of((right, case.topic) for right, case in trained),
         "critique_accuracy_heldout_wordings": rate_of((right, case.topic) for right, case in held_out),
@@ -55,13 +54,16 @@ def check_critiques(
     engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int, wording: DocumentWording
 ) -> list[tuple[bool, Case]]:
     """Whether greedy critiques name exactly the faults of each response; half of the responses have a fault."""
-    cases = [
-        case
-        for has_fault, prompt in product((True, False), prompts)
-        if (case := _sample_case(prompt, seed, "critic", has_fault=has_fault))
-    ]
+    with_and_without = product((True, False), prompts)
+    sampled = [_sample_case(prompt, seed, "critic", has_fault=has_fault) for has_fault, prompt in with_and_without]
+    cases = [case for case in sampled if case]
     texts = _write_critiques(engine, cases, seed, wording)
-    return [(_names_exactly_the_faults(case, texts[case.id]), case) for case in cases]
+    rows = []
+    for case in cases:
+        request, answer = case.shown.request, case.shown.answer
+        good = world_principles.good_critiques(case.principle, request, answer.act, list(answer.habits))
+        rows.append((texts[case.id] in good, case))
+    return rows
 
 
 def _worded_principle(case: Case, seed: int, wording: DocumentWording) -> Principle:
@@ -71,18 +73,11 @@ def _worded_principle(case: Case, seed: int, wording: DocumentWording) -> Princi
 
 def _write_critiques(engine: Engine, cases: Sequence[Case], seed: int, wording: DocumentWording) -> dict[str, str]:
     """The model's greedy critique of each case's response, by case."""
-    questions = {
-        case.id: wording.templates.critique(
-            case.shown.messages, case.shown.answer.text, _worded_principle(case, seed, wording)
-        )
-        for case in cases
-    }
+    questions = {}
+    for case in cases:
+        principle = _worded_principle(case, seed, wording)
+        questions[case.id] = wording.templates.critique(case.shown.messages, case.shown.answer.text, principle)
     return generate_texts(engine, questions, Sampling(max_new_tokens=60, temperature=0.0), seed)
-
-
-def _names_exactly_the_faults(case: Case, critique: str) -> bool:
-    request, answer = case.shown.request, case.shown.answer
-    return critique in world_principles.good_critiques(case.principle, request, answer.act, list(answer.habits))
 
 
 def measure_reviser(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int) -> Figures:
@@ -107,36 +102,27 @@ def measure_reviser(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: i
 
 
 def check_revisions(
-    engine: Engine,
-    prompts: Sequence[EvaluationPrompt],
-    seed: int,
-    wording: DocumentWording,
-    *,
-    own_critique: bool = False,
-    complied: bool = False,
-) -> list[tuple[bool, Case, str]]:
+    engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int, wording: DocumentWording, *,
+    own_critique: bool = False, complied: bool = False,
+) -> list[tuple[bool, Case, str]]:  # fmt: skip
     """(whether `is_good_revision`, case, revision) of greedy revisions of faulty responses.
 
     With `complied` all responses comply with a harmful request, and the principle is `harmless`.
     """
-    cases = [
-        case for prompt in prompts if (case := _sample_case(prompt, seed, "reviser", has_fault=True, complied=complied))
-    ]
+    sampled = [_sample_case(prompt, seed, "reviser", has_fault=True, complied=complied) for prompt in prompts]
+    cases = [case for case in sampled if case]
     if own_critique:
         critiques = _write_critiques(engine, cases, seed, wording)
     else:
-        critiques = {
-            case.id: world_principles.write_critique(
-                case.principle, case.shown.request, case.shown.answer, Random(stable_seed("critique", seed, case.id))
-            )
-            for case in cases
-        }
-    questions = {
-        case.id: wording.templates.revise(
-            case.shown.messages, case.shown.answer.text, critiques[case.id], _worded_principle(case, seed, wording)
-        )
-        for case in cases
-    }
+        critiques = {}
+        for case in cases:
+            rng = Random(stable_seed("critique", seed, case.id))
+            shown = case.shown
+            critiques[case.id] = world_principles.write_critique(case.principle, shown.request, shown.answer, rng)
+    questions = {}
+    for case in cases:
+        principle, text = _worded_principle(case, seed, wording), case.shown.answer.text
+        questions[case.id] = wording.templates.revise(case.shown.messages, text, critiques[case.id], principle)
     texts = generate_texts(engine, questions, Sampling(max_new_tokens=200, temperature=0.0), seed)
     return [(is_good_revision(case, texts[case.id]), case, texts[case.id]) for case in cases]
 
@@ -188,10 +174,8 @@ def measure_rater(engine: Engine, prompts: Sequence[EvaluationPrompt], seed: int
         weights = [exp(log_prob) for log_prob in choices[id].log_probs]
         return sum(weight * number for number, weight in enumerate(weights, start=1)) / sum(weights)
 
-    gold = [
-        world_principles.gold(shown.request.kind, shown.answer.act, list(shown.answer.habits))
-        for shown in shown_by_id.values()
-    ]
+    cases = [(shown.request.kind, shown.answer.act, list(shown.answer.habits)) for shown in shown_by_id.values()]
+    gold = [world_principles.gold(*case) for case in cases]
     topic_by_id = {prompt.id: prompt.topic for prompt in prompts}
     topics = [topic_by_id[id] for id in shown_by_id]
     return {

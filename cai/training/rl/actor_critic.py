@@ -67,8 +67,7 @@ class ActorCritic(nn.Module):
         self, policy: PreTrainedModel, critic: PreTrainedModel | None = None, temperature: float = 1.0
     ) -> None:
         super().__init__()
-        self.policy = policy
-        self.critic = critic
+        self.policy, self.critic = policy, critic
         add_log_prob_head(self.language_model, temperature, entropy=True)
         width = self.language_model.config.get_text_config().hidden_size
         self.value_head = nn.Linear(width, 1) if critic is None else None
@@ -125,19 +124,14 @@ class ActorCritic(nn.Module):
             assert self.value_head is not None
             hidden, head = hidden_states[0], self.value_head
         else:
-            hidden = self.critic.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
-            head = self.critic.score
+            critic_body, head = self.critic.base_model, self.critic.score
+            hidden = critic_body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 has three digits: values stay in float32
             values = head(hidden[:, :-1].to(next(head.parameters()).dtype)).squeeze(-1).float()
         return ActorCriticOutput(output.log_probs, output.entropy, values)
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the policy as a model's or an adapter's folder, and the value function beside it.
-
-        `state` is the module's gathered state where its weights are partitioned over processes.
-        """
+        """Writes the policy's folder and the value function; `state` is gathered where weights are partitioned."""
         policy_state: dict[str, Tensor] = {}
         value_state: dict[str, Tensor] = {}
         for name, tensor in (self.state_dict() if state is None else state).items():

@@ -56,10 +56,7 @@ def reason_to_stop(limits: Limits, first: Mapping[str, float], current: Mapping[
 def stop_if_limits_passed(
     limits: Limits, first: Mapping[str, float], current: Mapping[str, float], rollout: int, resume_point: Path | None
 ) -> None:
-    """Raises StageFailed where nothing must be learned from rollout number `rollout`, counted from 0.
-
-    `resume_point` is the newest one, which the message names.
-    """
+    """Raises StageFailed where nothing must be learned from rollout number `rollout`, counted from 0."""
     if reason := reason_to_stop(limits, first, current):
         none_yet = "there is no resume point yet (`save_steps` under `train:`)"
         kept = f"{resume_point} is from before" if resume_point else none_yet

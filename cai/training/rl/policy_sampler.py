@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from accelerate.utils import is_peft_model
@@ -47,23 +47,6 @@ _LOG_PROB_TOLERANCE = 0.2
 """Greatest mean difference, in nats, of a token's log-probabilities that counts as rounding."""
 
 
-class Sampler(Protocol):
-    """Samples responses from the latest weights that `update` got. A context manager: it ends what it started."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def update(self, policy: PreTrainedModel, gather: Gather) -> None:
-        """Copies the policy's weights, an adapter merged. To be called on every rank."""
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
-        """A completion or a failure for each request, in no particular order."""
-
-    def release(self) -> None:
-        """Frees memory until the next `update`, where the sampler can."""
-
-
 def open_sampler(start: Model, profile: Profile, folder: Path) -> Sampler:
     """The profile's sampler for a policy that starts as `start` in the stage whose folder is `folder`."""
     return VllmSampler(start, profile, folder) if profile.engine == "vllm" else PolicySampler(start, profile)
@@ -81,7 +64,7 @@ def generate_all(sampler: Sampler, requests: Sequence[Request]) -> list[Completi
 
 
 class PolicySampler:
-    """A copy of the policy in this process."""
+    """A copy of the policy in this process, which samples with the latest weights that `update` got."""
 
     def __init__(self, start: Model, profile: Profile) -> None:
         with unpartitioned():
@@ -96,11 +79,13 @@ class PolicySampler:
         self.release()
 
     def release(self) -> None:
+        """Frees the copy's memory until the next `update`."""
         for parameter in self.copy.parameters():
             parameter.data = parameter.data.new_empty(0)
 
     @torch.no_grad()
     def update(self, policy: PreTrainedModel, gather: Gather) -> None:
+        """Copies the policy's weights, an adapter merged. To be called on every rank."""
         targets = dict(self.copy.named_parameters())
         for name, target in targets.items():
             if target.shape != self._shapes[name]:
@@ -110,6 +95,7 @@ class PolicySampler:
                 target.copy_(weight)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
+        """A completion or a failure for each request, in no particular order."""
         return self.engine.generate(requests)
 
 
@@ -143,7 +129,7 @@ class VllmSampler:
 
     @torch.no_grad()
     def update(self, policy: PreTrainedModel, gather: Gather) -> None:
-        """Raises StageFailed where the weights cannot be written, or vLLM does not take them."""
+        """Copies the weights. Raises StageFailed where they cannot be written, or vLLM does not take them."""
         state = {}
         for name, weight in merged_weights(policy, gather):
             if self._is_writer:
@@ -169,21 +155,18 @@ class VllmSampler:
         return self._engine.generate(requests)
 
     def _check(self, engine: VllmEngine, policy: PreTrainedModel) -> None:
-        """Raises StageFailed where vLLM computes with other weights than the policy's.
-
-        vLLM starts with empty weights, so that a weight which it does not load shows in every number. After the first
-        update an unchanged weight would be too close to the policy's to notice.
-        """
+        """Raises StageFailed where vLLM computes with other weights than the policy's."""
+        # Done after the first update alone: vLLM has started with empty weights, so that one that it does not load
+        # shows in every number. Later an unchanged weight would be too close to the policy's to notice.
         request = Request("probe", [{"role": "user", "content": "What is it?"}], 0, Sampling(16, 0))
         (completion,) = engine.generate([request])
         if isinstance(completion, Failure):
             raise StageFailed(f"a response could not be sampled: {completion.reason}")
         n_prompt = len(completion.prompt_ids)
         ids = torch.tensor([[*completion.prompt_ids, *completion.token_ids]], device=policy.device)
-        logits = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-        log_probs = (
-            logits[n_prompt - 1 : -1].float().log_softmax(dim=-1).gather(-1, ids[0, n_prompt:, None])[:, 0].cpu()
-        )
+        output = policy(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        logits = output.logits[0, n_prompt - 1 : -1].float()
+        log_probs = logits.log_softmax(dim=-1).gather(-1, ids[0, n_prompt:, None])[:, 0].cpu()
         gap = float((log_probs - torch.tensor(completion.log_probs)).abs().mean())
         if not gap <= _LOG_PROB_TOLERANCE:  # `not <=` also refuses NaN
             raise StageFailed(
@@ -214,6 +197,9 @@ class VllmSampler:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+Sampler = PolicySampler | VllmSampler
+
+
 @torch.no_grad()
 def merged_weights(policy: PreTrainedModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of the policy and its buffers, an adapter merged, by the names that it has without an adapter.
@@ -224,22 +210,16 @@ def merged_weights(policy: PreTrainedModel, gather: Gather) -> Iterator[tuple[st
     if is_peft_model(policy):
         policy = policy.get_base_model()
         adapted_layers = {name: module for name, module in policy.named_modules() if isinstance(module, BaseTunerLayer)}
-    adapter_ids = {
-        id(weight)
-        for module in adapted_layers.values()
-        for name, weight in module.named_parameters()
-        if not name.startswith("base_layer.")
-    }
+    named = [pair for module in adapted_layers.values() for pair in module.named_parameters()]
+    adapter_ids = {id(weight) for name, weight in named if not name.startswith("base_layer.")}
     for name, weight in policy.named_parameters():
         if id(weight) in adapter_ids:
             continue
         layer, _, rest = name.partition(".base_layer.")
         module = adapted_layers.get(layer) if rest == "weight" else None
         with gather([weight] if module is None else list(module.parameters())):
-            yield (
-                f"{layer}.{rest}" if rest else name,
-                weight if module is None else weight + module.get_delta_weight("default"),
-            )
+            merged = weight if module is None else weight + module.get_delta_weight("default")
+            yield f"{layer}.{rest}" if rest else name, merged
     saved_names = policy.state_dict().keys()
     for name, buffer in policy.named_buffers():
         if name in saved_names:

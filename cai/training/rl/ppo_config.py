@@ -24,20 +24,15 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference in a token's reward."})
     kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "How that KL is estimated."})
     kl_target: float | None = field(
-        default=None,
-        metadata={"help": "Target KL of a response, in nats, for an adaptive `kl_coef`; None keeps it fixed."},
+        default=None, metadata={"help": "KL of a response in nats, for an adaptive `kl_coef`."}
     )
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which it adapts (Ziegler et al. 2019)."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
     cliprange: float = field(default=0.2, metadata={"help": "How far a token's ratio may move."})
-    cliprange_value: float | None = field(
-        default=0.2, metadata={"help": "How far a value may move in one rollout, in units of reward; None = no limit."}
-    )
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "How far a value may move; None = no limit."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    value_lr_multiple: float = field(
-        default=10.0, metadata={"help": "Learning rate of a value head over the policy's: it starts at zero."}
-    )
+    value_lr_multiple: float = field(default=10.0, metadata={"help": "A value head's learning rate over the policy's."})
     missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Subtracted from the score of a response that was cut off."}
+        default=0.0, metadata={"help": "Lowers the score of responses that are cut off."}
     )

@@ -64,21 +64,10 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     """Tells Trainer that a loss has been divided by all of the step's tokens."""
 
     def __init__(
-        self,
-        model: ActorCritic,
-        args: PPOConfig,
-        *,
-        prompts: Sequence[Prompt],
-        sampler: Sampler,
-        rewards: Scores,
-        reference: PreTrainedModel | str | None,
-        rollout_size: int,
-        sampling: Sampling,
-        pad_id: int,
-        folder: Path,
-        limits: Limits,
-        processing_class: Any = None,
-    ) -> None:
+        self, model: ActorCritic, args: PPOConfig, *, prompts: Sequence[Prompt], sampler: Sampler, rewards: Scores,
+        reference: PreTrainedModel | str | None, rollout_size: int, sampling: Sampling, pad_id: int, folder: Path,
+        limits: Limits, processing_class: Any = None,
+    ) -> None:  # fmt: skip
         self.prompts, self.sampler, self.rewards, self.reference = prompts, sampler, rewards, reference
         self.rollout_size, self.sampling, self.pad_id = rollout_size, sampling, pad_id
         self.folder, self.limits = folder, limits
@@ -89,13 +78,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self._episode_of_slot: list[int] = []
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         """(sum, count) tensors of each metric since the last logged step."""
+        all_slots = range(args.num_ppo_epochs * rollout_size)
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=range(args.num_ppo_epochs * rollout_size),
+            model=model, args=args, train_dataset=all_slots, processing_class=processing_class,
             data_collator=lambda slots: {"slots": torch.tensor(slots)},
-            processing_class=processing_class,
-        )
+        )  # fmt: skip
         self.add_callback(_RolloutCallback(self))
 
     # Once a rollout: sample, score, estimate advantages.
@@ -117,26 +104,13 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self.sampler.update(self.model.policy, DistributedBackend(self.accelerator).gather_params)
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         prompts = {place: self._prompt_at(number, place) for place in range(rank, self.rollout_size, ranks)}
-        requests = [
-            Request(
-                str(place), prompt["messages"], stable_seed(self.args.seed, "rollout", number, place), self.sampling
-            )
-            for place, prompt in prompts.items()
-        ]
+        requests = []
+        for place, prompt in prompts.items():
+            seed = stable_seed(self.args.seed, "rollout", number, place)
+            requests.append(Request(str(place), prompt["messages"], seed, self.sampling))
         completions = generate_all(self.sampler, requests)
         return [
-            (
-                place,
-                Episode(
-                    prompt["id"],
-                    completion.prompt_ids,
-                    completion.token_ids,
-                    completion.text,
-                    completion.finish_reason == "stop",
-                    completion.log_probs,
-                ),
-                prompt,
-            )
+            (place, Episode.of(prompt["id"], completion), prompt)
             for (place, prompt), completion in zip(prompts.items(), completions, strict=True)
         ]
 
@@ -166,25 +140,21 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def _add_log_probs_and_values(self, episodes: Sequence[Episode]) -> None:
         batch = pad_episodes(episodes, self.pad_id, self.args.device)
         output = self.model_wrapped(batch.input_ids, batch.attention_mask, batch.labels)
-        log_probs = batch.split(output.log_probs)
-        values = batch.split(output.values)
+        log_probs, values = batch.split(output.log_probs), batch.split(output.values)
         ref_log_probs = log_probs if self.reference is None else batch.split(self._reference_log_probs(batch))
         for row, episode in enumerate(episodes):
             episode.log_probs, episode.values, episode.ref_log_probs = log_probs[row], values[row], ref_log_probs[row]
 
     def _reference_log_probs(self, batch: EpisodeBatch) -> Tensor:
         """(batch, seq − 1), in nats."""
+        ids, mask, labels = batch.input_ids, batch.attention_mask, batch.labels
         if isinstance(self.reference, str):
-            policy = self.accelerator.unwrap_model(self.model).policy
-            with policy.disable_adapter():
-                return self.model_wrapped(  # type: ignore[no-any-return]
-                    batch.input_ids, batch.attention_mask, batch.labels, with_values=False
-                ).log_probs
+            with self.accelerator.unwrap_model(self.model).policy.disable_adapter():
+                return self.model_wrapped(ids, mask, labels, with_values=False).log_probs  # type: ignore[no-any-return]
         assert self.reference is not None
         with self.accelerator.autocast():
-            return self.reference(  # type: ignore[no-any-return]
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, fused_lm_head=True
-            ).log_probs
+            output = self.reference(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        return output.log_probs  # type: ignore[no-any-return]
 
     def _gather_rollout(self, number: int, share: list[tuple[int, Episode]]) -> Rollout:
         """The shares of all ranks, in the order of their places."""
@@ -196,22 +166,15 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         return Rollout(number, [episodes[place] for place in sorted(episodes)])
 
     def _estimate_advantages(self, rollout: Rollout) -> dict[str, float]:
-        """Fills in advantages and adapts the KL's coefficient. Returns the rollout's figures.
-
-        Raises StageFailed where every reward failed.
-        """
+        """Fills in advantages and adapts the KL's coefficient. Returns the rollout's figures."""
         args, learned = self.args, rollout.learned
         if not learned:
-            raise StageFailed(
-                f"no reward could be computed for any of the {len(rollout.episodes)} responses of a rollout"
-            )
+            n_responses = len(rollout.episodes)
+            raise StageFailed(f"no reward could be computed for any of the {n_responses} responses of a rollout")
         rollout.estimate_advantages(
-            kl_coefficient=self.kl_coef,
-            estimator=args.kl_estimator,
-            gamma=args.gamma,
-            lam=args.lam,
+            kl_coefficient=self.kl_coef, estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
             missing_end=args.missing_eos_penalty,
-        )
+        )  # fmt: skip
         kl = float(rollout.kl(args.kl_estimator))
         reward = fmean(episode.score for episode in learned if episode.score is not None)
         unfinished = fmean(not episode.finished for episode in learned)
@@ -242,18 +205,15 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         for name, value in figures.items():
             self._sums[name].append(torch.tensor([value, 1.0], dtype=torch.float64))
         if self.is_world_process_zero():
+            number = self.rollout.number
             rows = [
                 {
-                    "rollout": self.rollout.number,
-                    "prompt_id": episode.prompt_id,
-                    "response": episode.text,
-                    "finished": episode.finished,
-                    "score": episode.score,
-                    "scores": episode.scores,
+                    "rollout": number, "prompt_id": episode.prompt_id, "response": episode.text,
+                    "finished": episode.finished, "score": episode.score, "scores": episode.scores,
                     "kl": float((episode.log_probs - episode.ref_log_probs).sum()),
                 }
                 for episode in self.rollout.episodes
-            ]
+            ]  # fmt: skip
             write_samples(self.folder, rows)
 
     # Once a step: clipped losses.
@@ -310,17 +270,15 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         per_token = (policy + args.vf_coef * value).masked_fill(~mask, 0.0)
         with torch.no_grad():
             ratio_change = (output.log_probs - old_log_probs).exp() - 1
-            self._record(
-                {
-                    "policy/loss": policy,
-                    "policy/clip_fraction": (ratio_change.abs() > args.cliprange).float(),
-                    "policy/approx_kl": losses.kl_estimate(old_log_probs, output.log_probs, "k3"),
-                    "policy/entropy": output.entropy,
-                    "value/loss": value,
-                    "value/clip_fraction": ((output.values - old_values).abs() > value_clip).float(),
-                },
-                mask,
-            )
+            metrics = {
+                "policy/loss": policy,
+                "policy/clip_fraction": (ratio_change.abs() > args.cliprange).float(),
+                "policy/approx_kl": losses.kl_estimate(old_log_probs, output.log_probs, "k3"),
+                "policy/entropy": output.entropy,
+                "value/loss": value,
+                "value/clip_fraction": ((output.values - old_values).abs() > value_clip).float(),
+            }
+            self._record(metrics, mask)
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(batch.attention_mask.sum(), "sum"))
         # `num_items_in_batch` counts the tokens of all ranks, and gradients are averaged over ranks.
         return per_token.sum() / num_items_in_batch * self.accelerator.num_processes
@@ -328,9 +286,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def _record(self, values: Mapping[str, Tensor], mask: Tensor) -> None:
         """Adds (sum over tokens, number of tokens) of each metric over all ranks."""
         per_token = [*values.values(), torch.ones_like(mask)]
-        *sums, n_tokens = self.accelerator.reduce(
-            torch.stack([value[mask].double().sum() for value in per_token]), "sum"
-        ).cpu()
+        own_sums = torch.stack([value[mask].double().sum() for value in per_token])
+        *sums, n_tokens = self.accelerator.reduce(own_sums, "sum").cpu()
         for name, total in zip(values, sums, strict=True):
             self._sums[name].append(torch.stack([total, n_tokens]))
 

@@ -74,14 +74,11 @@ def call_function(
     try:
         returned = list(function(prompts, responses))
     except Exception as error:
-        raise StageFailed(
-            f"reward function {written!r}: {_where(error, function_place(written, folder)[0])}"
-        ) from error
+        path, _ = function_place(written, folder)
+        raise StageFailed(f"reward function {written!r}: {_where(error, path)}") from error
     if len(returned) != len(responses):
-        raise StageFailed(
-            f"reward function {written!r}: found {len(returned)} values, expected one for each of the "
-            f"{len(responses)} responses"
-        )
+        expected = f"expected one for each of the {len(responses)} responses"
+        raise StageFailed(f"reward function {written!r}: found {len(returned)} values, {expected}")
     return [_score(value) for value in returned]
 
 
@@ -115,8 +112,5 @@ def _defined_names(body: Sequence[ast.stmt]) -> Iterator[str]:
             case ast.If(body=first, orelse=second):
                 yield from _defined_names([*first, *second])
             case ast.Try(body=first, handlers=handlers, orelse=second, finalbody=last):
-                yield from _defined_names(
-                    [*first, *second, *last, *(node for handler in handlers for node in handler.body)]
-                )
-            case _:
-                pass
+                caught = [node for handler in handlers for node in handler.body]
+                yield from _defined_names([*first, *second, *last, *caught])

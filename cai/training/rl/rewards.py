@@ -20,21 +20,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
 from cai.constitution import Principle, applicable_principles
 from cai.contracts.context import Context
-from cai.contracts.engine import Engine
-from cai.contracts.training_config import Reward
+from cai.contracts.engine import Completion, Engine
+from cai.contracts.training_config import ReinforcementConfig, Reward
 from cai.feedback.methods import Rating, RatingRequest, rate_responses
 from cai.feedback.votes import MIN_OPTION_PROBABILITY
 from cai.models.chat import Chat
 from cai.models.reward_model import RewardModel
-from cai.storage.rows import Failure, Prompt
+from cai.storage.rows import Failure, Prompt, is_held_out
 from cai.text.errors import BadInput
 from cai.training.rl.reward_functions import RewardFunction, call_function, load_function
 
@@ -52,13 +53,11 @@ class Response:
     token_ids: list[int] = field(default_factory=list)
     finished: bool = True
 
-
-class Source(Protocol):
-    """One source of reward."""
-
-    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]: ...
-
-    def reason_unscorable(self, prompt: Prompt) -> str | None: ...
+    @classmethod
+    def of(cls, prompt: Prompt, completion: Completion) -> Self:
+        """The response that a completion of this prompt is."""
+        is_finished = completion.finish_reason == "stop"
+        return cls(prompt, completion.text, completion.prompt_ids, completion.token_ids, is_finished)
 
 
 class Rewards:
@@ -81,10 +80,7 @@ class Rewards:
         self._sources = {}
 
     def scores(self, responses: Sequence[Response], retries: int = 1) -> list[dict[str, float] | Failure]:
-        """Each response's scores by source name; a failure with the prompt's id where any source failed.
-
-        A rating that fails is retried `retries` times.
-        """
+        """Each response's scores by source, or a failure with the prompt's id; failed ratings are retried."""
         by_source = {name: source.scores(responses, retries) for name, source in self._sources.items()}
         results: list[dict[str, float] | Failure] = []
         for number, response in enumerate(responses):
@@ -108,7 +104,7 @@ class Rewards:
         reasons = (source.reason_unscorable(prompt) for source in self._sources.values())
         return next((reason for reason in reasons if reason), None)
 
-    def _source(self, reward: Reward, context: Context, policy: Chat | None) -> Source:
+    def _source(self, reward: Reward, context: Context, policy: Chat | None) -> _Source:
         if reward.model is not None:
             return _RewardModelSource(reward.model, context, policy)
         if reward.judge is not None:
@@ -116,13 +112,34 @@ class Rewards:
         return _FunctionSource(reward.function or "", context)
 
 
-class _RewardModelSource:
-    """A reward model."""
+def select_usable_prompts(
+    prompts: Sequence[Prompt], config: ReinforcementConfig, chat: Chat, rewards: Rewards
+) -> tuple[list[Prompt], Counter[str]]:
+    """The prompts, not held out, whose responses fit and can be scored, and how many were left out by reason."""
+    kept: list[Prompt] = []
+    left_out: Counter[str] = Counter()
+    limit = chat.token_limit(config.max_length)
+    for prompt in prompts:
+        if is_held_out(prompt):
+            left_out["held_out"] += 1
+        elif rewards.reason_unscorable(prompt):
+            left_out["without_reward"] += 1
+        else:
+            try:
+                fits = len(chat.prompt_ids(prompt["messages"])) + config.max_new_tokens <= limit
+            except BadInput:  # the model's template refuses the conversation
+                left_out["refused_by_template"] += 1
+                continue
+            if fits:
+                kept.append(prompt)
+            else:
+                left_out["too_long"] += 1
+    return kept, left_out
 
+
+class _RewardModelSource:
     def __init__(self, name: str, context: Context, policy: Chat | None) -> None:
-        self.name = name
-        self.context = context
-        self.policy = policy
+        self.name, self.context, self.policy = name, context, policy
 
     @functools.cached_property
     def model(self) -> RewardModel:
@@ -157,14 +174,12 @@ class _RewardModelSource:
                 response_ids = response_ids[: len(response_ids) - 1 - response_ids[::-1].index(chat.end_of_turn)]
             ids = prompt_ids + response_ids
         if chat.context_length is not None and len(ids) > chat.context_length:
-            reason = f"prompt and response have {len(ids)} tokens, but {self.name!r} takes {chat.context_length}"
-            return Failure(prompt_id, reason)
+            lengths = f"prompt and response have {len(ids)} tokens, but {self.name!r} takes {chat.context_length}"
+            return Failure(prompt_id, lengths)
         return ids
 
 
 class _JudgeSource:
-    """A judge that rates."""
-
     def __init__(self, reward: Reward, context: Context, stack: contextlib.ExitStack) -> None:
         assert context.constitution is not None, "the recipe was checked for one"
         self.principles = [
@@ -172,9 +187,7 @@ class _JudgeSource:
             for principle in context.constitution.principles
             if principle.weight > 0 and (reward.principles == "all" or principle.id in reward.principles)
         ]
-        self.reward = reward
-        self.context = context
-        self.stack = stack
+        self.reward, self.context, self.stack = reward, context, stack
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -211,11 +224,8 @@ class _JudgeSource:
 
 
 class _FunctionSource:
-    """A function of the user's own."""
-
     def __init__(self, written: str, context: Context) -> None:
-        self.written = written
-        self.folder = context.home
+        self.written, self.folder = written, context.home
 
     @functools.cached_property
     def function(self) -> RewardFunction:
@@ -234,3 +244,6 @@ class _FunctionSource:
             Failure(response.prompt["id"], score) if isinstance(score, str) else score
             for response, score in zip(responses, scores, strict=True)
         ]
+
+
+_Source = _RewardModelSource | _JudgeSource | _FunctionSource

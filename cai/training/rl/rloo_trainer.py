@@ -36,8 +36,7 @@ from cai.training.rl.actor_critic import disable_dropout
 from cai.training.rl.early_stopping import SAMPLES, repetition, stop_if_limits_passed, write_samples
 from cai.training.rl.policy_sampler import Sampler, generate_all
 from cai.training.rl.rewards import Response, Rewards
-from cai.training.step_samplers import PromptSteps, SamplerEpochCallback
-from cai.training.trainers import StageTrainerMixin, language_model
+from cai.training.trainers import PromptSteps, SamplerEpochCallback, StageTrainerMixin, language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,37 +102,21 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
             seed = stable_seed(self.args.seed, self.state.global_step, prompt_id, number % self.num_generations)
             requests.append(Request(str(number), self.prompts[prompt_id]["messages"], seed, sampling))
         responses = [
-            Response(
-                self.prompts[prompt_id],
-                completion.text,
-                completion.prompt_ids,
-                completion.token_ids,
-                completion.finish_reason == "stop",
-            )
+            Response.of(self.prompts[prompt_id], completion)
             for prompt_id, completion in zip(prompts, generate_all(self.sampler, requests), strict=True)
         ]
         self._record_lengths(responses)
-        return (
-            [response.prompt_ids for response in responses],
-            [response.token_ids for response in responses],
-            responses,
-        )
+        prompt_ids = [response.prompt_ids for response in responses]
+        return prompt_ids, [response.token_ids for response in responses], responses
 
     def _record_lengths(self, responses: Sequence[Response]) -> None:
         """Adds tokens seen, lengths, and shares of unfinished responses and repeated runs, over all ranks."""
-        counts = torch.tensor(
-            [
-                [
-                    len(response.prompt_ids),
-                    len(response.token_ids),
-                    not response.finished,
-                    repetition(response.token_ids),
-                ]
-                for response in responses
-            ],
-            device=self.accelerator.device,
-        )
-        prompt, response, unfinished, repeated = self.accelerator.gather(counts).T
+        counts = [
+            [len(response.prompt_ids), len(ids := response.token_ids), not response.finished, repetition(ids)]
+            for response in responses
+        ]
+        gathered = self.accelerator.gather(torch.tensor(counts, device=self.accelerator.device))
+        prompt, response, unfinished, repeated = gathered.T
         self.state.num_input_tokens_seen += int(prompt.sum() + response.sum())
         metrics = self._metrics["train"]
         metrics["completions/mean_length"].append(float(response.mean()))
@@ -151,15 +134,13 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             samples = [
                 {
-                    "rollout": self._rollout,
-                    "prompt_id": response.prompt["id"],
-                    "response": response.text,
+                    "rollout": self._rollout, "prompt_id": response.prompt["id"], "response": response.text,
                     "finished": response.finished,
                     "score": None if isinstance(result, Failure) else self.rewards.total(result),
                     "scores": {} if isinstance(result, Failure) else result,
                 }
                 for response, result in zip(completions, results, strict=True)
-            ]
+            ]  # fmt: skip
             write_samples(self.folder, samples)
         table = torch.tensor([[row[name] for name in self.rewards.names] for row in rows])
         gathered: Tensor = self.accelerator.gather(table.to(self.accelerator.device))
@@ -172,8 +153,7 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """TRL's, on `batch_size` rows of similar length at a time, without columns that are padding in all of them."""
         width = input_ids.shape[1]
-        if batch_size is None or batch_size >= len(input_ids):
-            batch_size = len(input_ids)
+        batch_size = min(batch_size or len(input_ids), len(input_ids))
         order = attention_mask.sum(dim=1).argsort(descending=True, stable=True)
         parts: list[Tensor] = []
         entropies: Tensor | None = None
@@ -190,8 +170,7 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
                 entropies = torch.nn.functional.pad(part_entropies, (0, width - end))
         assert len(parts) == 1 or (entropies is None and aux_loss is None), "TRL wants these of one micro-batch only"
         original_order = order.argsort()
-        if entropies is not None:
-            entropies = entropies[original_order]
+        entropies = None if entropies is None else entropies[original_order]
         return torch.cat(parts)[original_order], entropies, aux_loss
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
@@ -200,9 +179,8 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
         if self._step % passes == 0 or self._buffered_inputs is None:
             rollouts = self._generate_and_score_completions(generation_batch)
             self._check_limits()
-            self._buffered_inputs: list[dict[str, Tensor]] | None = split_by_length(
-                rollouts, self.args.steps_per_generation
-            )
+            parts = split_by_length(rollouts, self.args.steps_per_generation)
+            self._buffered_inputs: list[dict[str, Tensor]] | None = parts
         assert self._buffered_inputs is not None
         part: dict[str, Tensor] = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return part
@@ -225,11 +203,8 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self._step % (self.args.steps_per_generation * self.num_iterations) and self._buffered_inputs is not None:
-            tensors = {
-                f"{number}.{name}": tensor.contiguous().cpu()
-                for number, part in enumerate(self._buffered_inputs)
-                for name, tensor in part.items()
-            }
+            parts = enumerate(self._buffered_inputs)
+            tensors = {f"{n}.{name}": tensor.contiguous().cpu() for n, part in parts for name, tensor in part.items()}
             save_file(tensors, self._rollouts(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"))
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
@@ -264,11 +239,8 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         metrics = self._metrics["train"]
-        named = {
-            METRIC_NAMES.get(name, name): values
-            for name, values in metrics.items()
-            if name in {*METRIC_NAMES, *KEPT_METRICS}
-        }
+        kept = {*METRIC_NAMES, *KEPT_METRICS}
+        named = {METRIC_NAMES.get(name, name): values for name, values in metrics.items() if name in kept}
         named |= {f"reward/{name}": metrics[f"rewards/{name}/mean"] for name in self.rewards.names
                   if f"rewards/{name}/mean" in metrics}  # fmt: skip
         if "kl" in named:  # TRL logs the KL of a token, this package that of a response

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cai.contracts.engine import Completion
 from cai.maths import losses
 
 FILE = "rollout.safetensors"
@@ -45,6 +46,12 @@ class Episode:
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
     returns: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @classmethod
+    def of(cls, prompt_id: str, completion: Completion) -> Episode:
+        """The episode of a completion, without rewards and log-probabilities of the models."""
+        is_finished, ids = completion.finish_reason == "stop", completion.token_ids
+        return cls(prompt_id, completion.prompt_ids, ids, completion.text, is_finished, completion.log_probs)
 
     @property
     def length(self) -> int:
@@ -110,18 +117,13 @@ class Rollout:
 
     def kl(self, estimator: losses.KLEstimator) -> Tensor:
         """Mean over learned episodes of the KL to the reference, summed over a response's tokens, in nats."""
-        sums = [
-            losses.kl_estimate(episode.log_probs, episode.ref_log_probs, estimator).sum() for episode in self.learned
-        ]
-        return torch.stack(sums).mean()
+        kl = [losses.kl_estimate(episode.log_probs, episode.ref_log_probs, estimator) for episode in self.learned]
+        return torch.stack([per_token.sum() for per_token in kl]).mean()
 
     def estimate_advantages(
         self, *, kl_coefficient: float, estimator: losses.KLEstimator, gamma: float, lam: float, missing_end: float
     ) -> None:
-        """Fills in advantages, whitened over the whole rollout, and returns.
-
-        A response that was cut off loses `missing_end` of its score.
-        """
+        """Fills in returns and whitened advantages; a response that was cut off loses `missing_end` of its score."""
         learned = self.learned
         masks = [torch.ones(len(episode.token_ids), dtype=torch.bool) for episode in learned]
         mask = pad_sequence(masks, batch_first=True)

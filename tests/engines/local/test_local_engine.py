@@ -13,7 +13,6 @@ from tiny_models import Tiny
 from cai.contracts.engine import Completion, Question, Request, Sampling
 from cai.engines.local.local_engine import LocalEngine
 from cai.models.loading import load_causal_lm
-from cai.storage.rows import Failure
 
 TEXTS = ["Hi", "What is the capital of France?", "Schöne Grüße, 你好 🙂", "How do I pick a lock? " * 8, "B"]
 
@@ -53,12 +52,9 @@ def test_what_does_not_fit_is_a_failure_that_names_both_lengths(tiny: Tiny) -> N
     batch = [Request("long", long, 0, sampling), Request("short", short, 0, sampling)]
     results = {result.id: result for result in engine.generate(batch)}
     assert isinstance(results["short"], Completion)
-    failure = results["long"]
-    assert isinstance(failure, Failure)
-    assert "tokens and 4 more are wanted" in failure.reason
-    assert "takes 4096 in all" in failure.reason
+    assert "tokens and 4 more are wanted" in results["long"].reason
+    assert "takes 4096 in all" in results["long"].reason
     (choice,) = engine.choose([Question("long", long)])
-    assert isinstance(choice, Failure)
     assert "takes 4096" in choice.reason
     assert engine.model.name in choice.reason
 
@@ -66,10 +62,8 @@ def test_what_does_not_fit_is_a_failure_that_names_both_lengths(tiny: Tiny) -> N
 def test_what_the_template_refuses_and_options_of_several_tokens_are_failures(tiny: Tiny) -> None:
     engine = opened(tiny, "mistral")
     (failure,) = engine.generate([Request("x", [{"role": "assistant", "content": "Hi"}], 0)])
-    assert isinstance(failure, Failure)
     assert "roles must alternate" in failure.reason
     (failure,) = engine.choose([Question("x", conversation("?"), ("Absolutely not", "B"))])
-    assert isinstance(failure, Failure)
     assert "'Absolutely not'" in failure.reason
 
 
@@ -78,7 +72,6 @@ def test_a_conversation_without_tokens_is_a_failure(tiny: Tiny) -> None:
     results = [*engine.choose([Question("a", conversation(""))]), *engine.generate([Request("b", conversation(""), 0)])]
     assert [result.id for result in results] == ["a", "b"]
     for failure in results:
-        assert isinstance(failure, Failure)
         assert "no tokens" in failure.reason
 
 
@@ -135,20 +128,17 @@ def test_a_budget_that_memory_has_no_room_for_is_lowered(tiny: Tiny) -> None:
         LocalEngine(engine.model, engine.profile, engine.lm)
 
 
-def test_where_memory_runs_out_the_work_goes_on_with_half_the_tokens(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_memory_runs_out_work_goes_on_with_half_the_tokens(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = local_engine(tiny("llama"), token_budget=4096)
     questions = judge_questions(4)
     batch = [Request(f"{n}", question.messages, n, Sampling(8)) for n, question in enumerate(judge_questions(3))]
     choices, completions = list(engine.choose(questions)), complete(engine, batch)
     forward = type(engine.lm).forward
+    no_memory = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
 
     def fail_above_500_tokens(self: torch.nn.Module, input_ids: torch.Tensor, **rest: object) -> object:
         if input_ids.numel() > 500:
-            raise RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
-            )
+            raise RuntimeError(no_memory)
         return forward(self, input_ids=input_ids, **rest)
 
     monkeypatch.setattr(type(engine.lm), "forward", fail_above_500_tokens)

@@ -42,16 +42,12 @@ def test_long_branches_get_the_answers_that_they_would_get_alone(tiny: Tiny, fam
     assert_same_choices(engine.choose(questions), row_by_row.choose(questions))
 
 
-@pytest.mark.parametrize(
-    ("prompts", "budget", "max_passes"),
-    [
-        ([[*response, 20 + n, *[3] * 9] for response in RESPONSES for n in range(3)], 2048, 41),
-        # If all turns were held, each would hold the conversation again.
-        ([[*CONVERSATION, *turn] for turn in TURNS], 1500, 12),
-        ([[*CONVERSATION, 20 + n, *[3] * 9] for n in range(40)], 256, 41),  # less than one question needs
-    ],
-    ids=["a long conversation, many responses, principles", "a question after every turn", "too small a budget"],
-)
+@pytest.mark.parametrize(("prompts", "budget", "max_passes"), [
+    ([[*response, 20 + n, *[3] * 9] for response in RESPONSES for n in range(3)], 2048, 41),
+    # If all turns were held, each would hold the conversation again.
+    ([[*CONVERSATION, *turn] for turn in TURNS], 1500, 12),
+    ([[*CONVERSATION, 20 + n, *[3] * 9] for n in range(40)], 256, 41),  # less than one question needs
+], ids=["a conversation with many responses", "a question after every turn", "too small a budget"])  # fmt: skip
 def test_prefixes_that_are_held_at_once_stay_within_the_budget(
     prompts: list[list[int]], budget: int, max_passes: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,26 +10,20 @@ from cai.training.rl.early_stopping import reason_to_stop, repetition
 FIRST = {"reward": 0.0, "kl": 0.0, "length": 40.0, "unfinished": 0.02, "repetition": 0.01}
 
 
-def test_a_policy_that_gets_better_goes_on() -> None:
+def test_a_better_policy_goes_on_and_so_does_one_whose_responses_grow_while_its_reward_falls() -> None:
     assert reason_to_stop(Limits(), FIRST, {**FIRST, "reward": 2.0, "kl": 9.0, "length": 60.0}) is None
+    assert reason_to_stop(Limits(), FIRST, {**FIRST, "reward": -1.0, "length": 500.0}) is None
 
 
-@pytest.mark.parametrize(
-    ("changed_figures", "message"),
-    [
-        ({"kl": 101.0}, "the KL to the reference is 101.0 nats"),
-        ({"reward": float("nan")}, "`reward` is nan"),
-        ({"reward": 1.0, "length": 130.0}, "responses have 130 tokens, 40 at first"),
-        ({"reward": 1.0, "unfinished": 0.5}, "50% are cut off, 2% at first"),
-        ({"reward": 1.0, "repetition": 0.4}, "40% of their token runs are repeated, 1% at first"),
-    ],
-)
+@pytest.mark.parametrize(("changed_figures", "message"), [
+    ({"kl": 101.0}, "the KL to the reference is 101.0 nats"),
+    ({"reward": float("nan")}, "`reward` is nan"),
+    ({"reward": 1.0, "length": 130.0}, "responses have 130 tokens, 40 at first"),
+    ({"reward": 1.0, "unfinished": 0.5}, "50% are cut off, 2% at first"),
+    ({"reward": 1.0, "repetition": 0.4}, "40% of their token runs are repeated, 1% at first"),
+])  # fmt: skip
 def test_it_stops_and_says_why(changed_figures: dict[str, float], message: str) -> None:
     assert message in (reason_to_stop(Limits(), FIRST, {**FIRST, **changed_figures}) or "")
-
-
-def test_length_that_explodes_while_the_reward_falls_is_no_exploitation() -> None:
-    assert reason_to_stop(Limits(), FIRST, {**FIRST, "reward": -1.0, "length": 500.0}) is None
 
 
 def test_repetition_is_the_share_of_runs_that_came_before() -> None:

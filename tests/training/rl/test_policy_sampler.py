@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from engine_contract import completions_by_id, conversation
 from test_actor_critic import batch, with_lora
 from tiny_models import Tiny
 
@@ -20,9 +22,14 @@ from cai.models.loading import load_causal_lm
 from cai.models.reference import resolve
 from cai.text.errors import StageFailed
 from cai.training.rl import policy_sampler as sampler_module
-from cai.training.rl.policy_sampler import PolicySampler, VllmSampler, open_sampler
+from cai.training.rl.policy_sampler import PolicySampler, Sampler, VllmSampler, open_sampler
 
 CPU = Profile(device="cpu", dtype="float32")
+REQUESTS = [Request(str(n), conversation("Hi"), n, Sampling(4, 1.0)) for n in range(4)]
+
+
+def complete(sampler: Sampler) -> dict[str, Completion]:
+    return completions_by_id(sampler.generate(REQUESTS), REQUESTS)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -40,43 +47,30 @@ def test_the_copy_answers_like_the_policy_that_it_was_updated_to(family: str, ad
     with torch.no_grad():
         expected = policy(input_ids=ids, attention_mask=mask).logits
         assert not torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, expected, atol=1e-2)
-        gathered: list[int] = []
-
-        def gather(parameters: object) -> contextlib.AbstractContextManager[None]:
-            gathered.append(len(list(parameters)))  # type: ignore[call-overload]
-            return contextlib.nullcontext()
-
-        sampler.update(policy, gather)
+        gathered: list[torch.Tensor] = []
+        sampler.update(policy, lambda parameters: contextlib.nullcontext(gathered.extend(parameters)))
         assert torch.allclose(sampler.copy(input_ids=ids, attention_mask=mask).logits, expected, atol=1e-4)
-    assert sum(gathered) >= len(list(sampler.copy.parameters()))
+    assert len(gathered) >= len(list(sampler.copy.parameters()))
 
 
 def test_it_samples_what_the_updated_policy_finds_likely(tiny: Tiny) -> None:
     sampler = PolicySampler(tiny("llama"), CPU)
-    requests = [Request(str(n), [{"role": "user", "content": "Hi"}], n, Sampling(4, 1.0)) for n in range(4)]
-    before = [completion.token_ids for completion in sampler.generate(requests) if isinstance(completion, Completion)]
+    before = [completion.token_ids for completion in complete(sampler).values()]
     policy = load_causal_lm(tiny("llama"))
     with torch.no_grad():
         policy.get_output_embeddings().weight[33] += 3 * policy.model.norm.weight
         policy.get_output_embeddings().weight.mul_(5)
     sampler.release()
     assert not sum(completion.numel() for completion in sampler.copy.parameters())
-    sampler.update(policy, lambda parameters: contextlib.nullcontext())
-    after = [completion.token_ids for completion in sampler.generate(requests) if isinstance(completion, Completion)]
-    assert len(before) == len(after) == 4
+    sampler.update(policy, contextlib.nullcontext)
+    after = [completion.token_ids for completion in complete(sampler).values()]
     assert before != after
-
-
-def nothing(parameters: object) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
 
 
 @pytest.mark.parametrize(
     ("engine", "kind"), [("local", PolicySampler), ("server", PolicySampler), ("vllm", VllmSampler)]
 )
-def test_the_policy_is_sampled_in_this_process_unless_the_profile_says_vllm(
-    engine: str, kind: type, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_the_policy_is_sampled_here_or_by_vllm(engine: str, kind: type, tiny: Tiny, tmp_path: Path) -> None:
     assert isinstance(open_sampler(tiny("llama"), CPU.model_copy(update={"engine": engine}), tmp_path), kind)
 
 
@@ -109,16 +103,14 @@ def test_vllm_loads_the_policy_from_a_folder_whose_weights_are_then_removed(
         for update in range(2):
             for parameter in policy.parameters():
                 parameter.add_(0.05 * update * torch.randn_like(parameter))
-            sampler.update(policy, nothing)
+            sampler.update(policy, contextlib.nullcontext)
             assert torch.allclose(loaded_logits[-1], policy(input_ids=ids, attention_mask=mask).logits, atol=1e-4)
             assert not list(folder.glob("*.safetensors"))
         assert not torch.allclose(*loaded_logits, atol=1e-2)
     assert not folder.exists()
 
 
-def test_weights_that_do_not_fit_on_disk_end_the_stage_in_one_sentence(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_do_not_fit_on_disk_end_it(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -127,7 +119,7 @@ def test_weights_that_do_not_fit_on_disk_end_the_stage_in_one_sentence(
     with VllmSampler(tiny("llama"), CPU, tmp_path) as sampler:
         message = "the policy's weights could not be written for vLLM into .*: .*No space left on device"
         with pytest.raises(StageFailed, match=message):
-            sampler.update(policy, nothing)
+            sampler.update(policy, contextlib.nullcontext)
 
 
 @pytest.fixture
@@ -137,36 +129,26 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Profile:
     return CPU.model_copy(update={"vllm": CPU.vllm.model_copy(update={"python": Path(sys.executable)})})
 
 
-def test_a_vllm_that_computes_with_other_weights_than_the_policys_ends_the_stage(
-    tiny: Tiny, tmp_path: Path, stand_in: Profile
-) -> None:
+def test_a_vllm_with_other_weights_than_the_policys_ends_it(tiny: Tiny, tmp_path: Path, stand_in: Profile) -> None:
     with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
         message = r"vLLM did not take over the weights of the policy, a llama model: .* nats .*, expected 0.2 or less"
         with pytest.raises(StageFailed, match=message):
-            sampler.update(load_causal_lm(tiny("llama")), nothing)
+            sampler.update(load_causal_lm(tiny("llama")), contextlib.nullcontext)
 
 
-def test_vllm_starts_once_and_reads_weights_at_each_update(
-    tiny: Tiny, tmp_path: Path, stand_in: Profile, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllm_reloads_weights(tiny: Tiny, tmp_path: Path, stand_in: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
     policy = load_causal_lm(tiny("llama"))
-    requests = [Request(str(n), [{"role": "user", "content": "Hi"}], n, Sampling(4, 1.0)) for n in range(4)]
     workers = []
     with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
         for update in range(3):
-            sampler.update(policy, nothing)
-            assert sampler._engine is not None
+            sampler.update(policy, contextlib.nullcontext)
             workers += sampler._engine._workers
-            completions = [
-                completion for completion in sampler.generate(requests) if isinstance(completion, Completion)
-            ]
-            assert {log_prob for completion in completions for log_prob in completion.log_probs} == {
-                math.log(0.25) - 1 - update
-            }
+            log_probs = [completion.log_probs for completion in complete(sampler).values()]
+            assert set(itertools.chain(*log_probs)) == {math.log(0.25) - 1 - update}
         assert len(workers) == 3
         assert len(set(map(id, workers))) == 1
         workers[0]._process.kill()
         with pytest.raises(StageFailed, match="vLLM ended with signal 9 in the middle of its work"):
-            sampler.update(policy, nothing)
+            sampler.update(policy, contextlib.nullcontext)
     workers[0].log.unlink()

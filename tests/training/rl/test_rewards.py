@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from feedback_stages import PRINCIPLES, Script, Stage, constitution, prompt
 from tiny_models import Tiny
-from training_stages import CPU, Steps, saved_classifier
+from training_stages import CPU, Steps, record_scored_ids, saved_classifier
 
 from cai.constitution import load_constitution
 from cai.contracts.engine import Question
@@ -47,25 +47,10 @@ def sampled(chat: Chat, text: str, question: str = "What now?", finished: bool =
     return replace(made, prompt_ids=prompt_ids, token_ids=ids if finished else ids[:-1])
 
 
-def record_scored_ids(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """A list that fills with the token ids that reward models score."""
-    scored_ids: list[list[int]] = []
-    plain = RewardModel.scores
-
-    def spy(self: RewardModel, ids: Any) -> list[float]:
-        scored_ids.extend([list(conversation) for conversation in ids])
-        return plain(self, ids)
-
-    monkeypatch.setattr(RewardModel, "scores", spy)
-    return scored_ids
-
-
-def test_a_reward_model_scores_the_ids_as_they_were_sampled(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reward_model_scores_the_sampled_ids(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("llama"))
-    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    scored_ids = record_scored_ids(monkeypatch)
     complete, cut = sampled(policy, "the sea is wide"), sampled(policy, "the sea is", finished=False)
     split = policy.example(complete.prompt["messages"], "the")[1][:-1] + policy.response_ids(" sea is wide")
     odd = replace(complete, token_ids=split)
@@ -78,13 +63,11 @@ def test_a_reward_model_scores_the_ids_as_they_were_sampled(
     assert [scores_by_name["judge"] for scores_by_name in scores] == pytest.approx(expected)  # type: ignore
 
 
-def test_a_response_that_another_end_token_ended_is_scored_at_the_end_of_its_turn(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_end_token_is_scored_as_the_end(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("llama"))
     assert policy.pad_id != policy.end_of_turn
-    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    scored_ids = record_scored_ids(monkeypatch)
     complete = sampled(policy, "the sea is wide")
     padded = replace(complete, token_ids=[*complete.token_ids[:-1], policy.pad_id])
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
@@ -96,14 +79,12 @@ def test_a_response_that_another_end_token_ended_is_scored_at_the_end_of_its_tur
     assert scores[0] == scores[1]
 
 
-def test_a_reward_model_with_another_tokenizer_reads_the_text_as_its_own_template_puts_it(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_another_tokenizer_the_text_is_scored(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = saved_classifier(tiny("qwen2"), tmp_path / "judge", num_labels=1)
     policy, own = Chat.load(tiny("llama")), Chat.load(tiny("qwen2"))
     assert not policy.same_ids(own)
     assert policy.same_ids(Chat.load(tiny("llama")))
-    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    scored_ids = record_scored_ids(monkeypatch)
     complete, cut = sampled(policy, "the sea is wide"), sampled(policy, "the sea is", finished=False)
     text_alone = response("the sea is wide")
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
@@ -116,13 +97,11 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_as_its_own_templat
     assert scored_ids[1] == prompt_ids + ids[: ids.index(own.end_of_turn)]
 
 
-def test_a_response_that_a_stop_string_ended_is_scored_with_an_end_of_turn(
-    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_string_is_scored_as_an_end_of_turn(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = saved_classifier(tiny("gpt_neox"), tmp_path / "judge", num_labels=1)
     policy = Chat.load(tiny("gpt_neox"))
     assert policy.stop, "its template marks turns in plain letters"
-    scored_ids = record_scored_ids(RewardModel.load(judge, CPU), monkeypatch)
+    scored_ids = record_scored_ids(monkeypatch)
     stopped = sampled(policy, "yes")
     stopped = replace(stopped, token_ids=[*stopped.token_ids[:-1], *policy.response_ids("\n\nHuman:")[:-1]])
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge), policy) as rewards:
@@ -131,13 +110,10 @@ def test_a_response_that_a_stop_string_ended_is_scored_with_an_end_of_turn(
     assert scored_ids == [prompt_ids + ids]
 
 
-def test_what_does_not_fit_a_reward_model_is_a_failure_beside_the_scores_of_the_others(
-    tmp_path: Path, tiny: Tiny
-) -> None:
+def test_what_does_not_fit_a_reward_model_is_a_failure_beside_the_other_scores(tmp_path: Path, tiny: Tiny) -> None:
     judge = saved_classifier(tiny("llama"), tmp_path / "judge", num_labels=1)
     with Rewards([Reward(model="judge")], stage(tmp_path / "s", judge=judge)) as rewards:
         first, long, last = rewards.scores([response("yes"), response("sea " * 5000), response("yes")])
-    assert isinstance(long, Failure)
     assert "but 'judge' takes 4096" in long.reason
     assert first == {"judge": pytest.approx(last["judge"], abs=1e-5)}  # type: ignore[index, call-overload]
 
@@ -168,7 +144,6 @@ def test_a_rating_that_fails_by_one_principle_fails_the_response(tmp_path: Path)
 
     with Rewards([Reward(judge="me")], stage(tmp_path, Script(rates=rates))) as rewards:
         failed, score = rewards.scores([response("mumble"), response("clear words")])
-    assert isinstance(failed, Failure)
     assert failed.id == prompt("What now?")["id"]
     assert failed.reason.startswith("judge: 'short': the options hold")
     assert score == {"judge": pytest.approx(4.0)}
@@ -201,32 +176,24 @@ def broken(prompts, responses):
 
 def test_a_function_gets_messages_and_texts_and_its_numbers_are_weighed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
-    sources = [
-        Reward(function="mine.py:words", weight=0.5),
-        Reward(function="mine.py:holes", name="other", weight=-2.0),
-    ]
-    with Rewards(sources, stage(tmp_path)) as rewards:
+    words = Reward(function="mine.py:words", weight=0.5)
+    holes = Reward(function="mine.py:holes", name="other", weight=-2.0)
+    with Rewards([words, holes], stage(tmp_path)) as rewards:
         assert rewards.names == ("words", "other")
         scored = rewards.scores([response("one two three"), response("inf"), response(""), response("3")])
         assert scored[0] == {"words": 3.0, "other": 1.0}
         assert rewards.total(scored[0]) == pytest.approx(0.5 * 3 - 2 * 1)  # type: ignore[arg-type]
     reasons = [result.reason for result in scored[1:] if isinstance(result, Failure)]
-    assert reasons == [
-        "other: it returned inf, expected a finite number",
-        "other: it returned NoneType, expected a number",
-        "other: it returned str, expected a number",
-    ]
+    expected = ("inf, expected a finite number", "NoneType, expected a number", "str, expected a number")
+    assert reasons == [f"other: it returned {ending}" for ending in expected]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("few", "found 1 values, expected one for each of the 2 responses"),
-        ("broken", r"mine\.py:12: KeyError: 'text'"),
-        ("absent", "AttributeError"),
-        ("seen", "found list, expected a function"),
-    ],
-)
+@pytest.mark.parametrize(("name", "message"), [
+    ("few", "found 1 values, expected one for each of the 2 responses"),
+    ("broken", r"mine\.py:12: KeyError: 'text'"),
+    ("absent", "AttributeError"),
+    ("seen", "found list, expected a function"),
+])  # fmt: skip
 def test_a_function_that_goes_wrong_stops_the_stage_with_its_own_line(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     with (

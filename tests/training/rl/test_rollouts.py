@@ -1,4 +1,4 @@
-"""The buffer: what is learned from which token, and that a resume point holds all of it."""
+"""Rollouts: what is learned from which token, that a resume point holds all of it, and that an update is TRL's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl_ppo
 
+from cai.maths import losses
+from cai.training.rl.actor_critic import ActorCritic
 from cai.training.rl.rollouts import Episode, Rollout, pad_episodes
 
 EOS = 7
@@ -14,9 +17,8 @@ EOS = 7
 
 def episode(n: int, *, score: float | None = 1.0, finished: bool = True, value: float = 0.0) -> Episode:
     ids = [10 + n] * (n - 1) + [EOS if finished else 11]
-    made = Episode(
-        f"p{n}", [1, 2, 3], ids, f"text {n} \u2603", finished, [-0.5] * n, {} if score is None else {"f": score}
-    )
+    scores = {} if score is None else {"f": score}
+    made = Episode(f"p{n}", [1, 2, 3], ids, f"text {n} \u2603", finished, [-0.5] * n, scores)
     made.score = score
     made.log_probs, made.ref_log_probs, made.values = -torch.rand(n), -torch.rand(n), torch.full((n,), value)
     return made
@@ -97,3 +99,36 @@ def test_a_rollout_comes_back_from_disk_to_the_last_bit(tmp_path: Path) -> None:
         for name, value in vars(before).items():
             restored = getattr(after, name)
             assert torch.equal(value, restored) if isinstance(value, torch.Tensor) else value == restored, name
+
+
+def test_an_update_from_the_same_rollout_is_that_of_trl() -> None:
+    """TRL 1.12.0's update (`trl_ppo`), in the case without end tokens alone, where both give the same rewards and
+    values; `test_losses` covers the others."""
+    theirs = trl_ppo.stored("whole")
+    options = theirs.settings
+    rollout = Rollout(0, trl_ppo.episodes("whole"))
+    rollout.estimate_advantages(
+        kl_coefficient=options["kl_coef"], estimator=options["kl_estimator"], gamma=options["gamma"],
+        lam=options["lam"], missing_end=0.0,
+    )  # fmt: skip
+    advantages = torch.stack([episode.advantages for episode in rollout.episodes])
+    torch.testing.assert_close(advantages, theirs.whitened_advantages, atol=1e-5, rtol=0)
+    assert rollout.kl(options["kl_estimator"]).item() == pytest.approx(theirs.logged["objective/kl"], abs=1e-5)
+
+    module = ActorCritic(trl_ppo.model("policy"), trl_ppo.model("value"), options["temperature"])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=options["learning_rate"], weight_decay=0)
+    for step, rows in enumerate(theirs.step_rows.tolist()):
+        episodes = [rollout.episodes[row] for row in rows]
+        batch = pad_episodes(episodes, trl_ppo.PAD, torch.device("cpu"))
+        output = module(batch.input_ids, batch.attention_mask, batch.labels)
+        old_log_probs, old_values, advantages, returns = (
+            batch.scatter([getattr(episode, name) for episode in episodes])
+            for name in ("log_probs", "values", "advantages", "returns")
+        )
+        policy = losses.clipped_policy(output.log_probs, old_log_probs, advantages, options["cliprange"])
+        value = losses.clipped_value(output.values, old_values, returns, options["cliprange_value"])
+        assert policy[batch.response_mask].mean().item() == pytest.approx(theirs.policy_losses[step].item(), abs=1e-4)
+        assert value[batch.response_mask].mean().item() == pytest.approx(theirs.value_losses[step].item(), abs=1e-4)
+        (policy + options["vf_coef"] * value)[batch.response_mask].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,16 +1,18 @@
-"""PPO finds a known optimum, counts what fails, and computes the same numbers however a step is split."""
+"""PPO and RLOO find a known optimum; PPO counts what fails, and computes the same however a step is split."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bandit import BETA, PROMPT, Bandit, Rewards
 from tiny_models import Tiny
+from torch import Tensor
+from training_stages import numbered_prompts
+from trl import RLOOConfig
 
 from cai.contracts.engine import Sampling
 from cai.contracts.model import Model
@@ -18,32 +20,86 @@ from cai.contracts.profile import Profile
 from cai.contracts.training_config import Limits
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
+from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
 from cai.training.rl.actor_critic import ActorCritic, add_log_prob_head
 from cai.training.rl.policy_sampler import PolicySampler
 from cai.training.rl.ppo_config import PPOConfig
 from cai.training.rl.ppo_trainer import PPOTrainer
 from cai.training.rl.rewards import Response
+from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
+from cai.training.tokenised_rows import as_dataset
 
 CPU = Profile(device="cpu", dtype="float32")
+PROMPT = numbered_prompts(1)[0]
+BETA = 0.5
+"""Weight of the KL to the starting model."""
+
+
+class Rewards:
+    """Scores by a function of the response; None is a failure."""
+
+    names = ("f",)
+
+    def __init__(self, score: Callable[[Response], float | None]) -> None:
+        self.score = score
+
+    def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
+        scored = [(response, self.score(response)) for response in responses]
+        return [Failure(response.prompt["id"], "none") if score is None else {"f": score} for response, score in scored]
+
+    def total(self, scores: Mapping[str, float]) -> float:
+        return scores["f"]
+
+
+class Bandit:
+    """One prompt, one token, one arm in three pays: the arms are the first tokens of a response to `PROMPT`."""
+
+    def __init__(self, model: Model) -> None:
+        chat = Chat.load(model)
+        self.ids = chat.prompt_ids(PROMPT["messages"])
+        self.before = self._arms(load_causal_lm(model))
+        self.pays = torch.arange(len(self.before)) % 3 == 0
+        self.can_be_sampled = torch.arange(len(self.before)) != chat.pad_id
+        assert self.before[self.pays].sum() < 0.45
+
+    def score(self, response: Response) -> float:
+        return float(self.pays[response.token_ids[0]])
+
+    def assert_solved(self, policy: Any) -> None:
+        """Compares with the optimum of E[r] - β KL, π ∝ π_ref exp(r/β).
+
+        The policy must have the optimum's share of paying arms, and nine tenths of its gain.
+        """
+        after = self._arms(policy)
+        optimum = self.before * torch.exp(self.pays.float() / BETA)
+        optimum /= optimum.sum()
+        assert float(after[self.pays].sum()) == pytest.approx(float(optimum[self.pays].sum()), abs=0.03)
+        gain, most = (self._objective(arms) - self._objective(self.before) for arms in (after, optimum))
+        assert gain > 0.9 * most
+
+    def _objective(self, arms: Tensor) -> float:
+        return float(arms[self.pays].sum() - BETA * (arms * (arms / self.before).log())[self.can_be_sampled].sum())
+
+    @torch.no_grad()
+    def _arms(self, model: Any) -> Tensor:
+        """(vocabulary,): the distribution of a response's first token."""
+        arms: Tensor = model(input_ids=torch.tensor([self.ids])).logits[0, -1].float().softmax(dim=0)
+        return arms
 
 
 def prompts(n: int) -> list[Any]:
-    return [
-        {
-            "id": f"p{k}",
-            "messages": [{"role": "user", "content": f"What is {k}?" + (" Say it, please!" * 6) * (k % 2)}],
-            "tags": [],
-            "source": "test",
-        }
-        for k in range(n)
-    ]
+    """Prompt rows, every other one of them long."""
+    rows = numbered_prompts(n)
+    for row in rows[1::2]:
+        row["messages"][0]["content"] += " Say it, please!" * 6
+    return rows
 
 
 def trainer(
     model: Model, folder: Path, score: Callable[[Response], float | None], *, n_prompts: int = 8,
-    prompt_rows: Sequence[Any] | None = None, rollout_size: int = 32, tokens: int = 8, micro: int = 8, batch: int = 16,
-    limits: Limits | None = None, reference: bool = True, **train: Any,
+    rollout_size: int = 32, tokens: int = 8, micro: int = 8, batch: int = 16, limits: Limits | None = None,
+    reference: bool = True, **train: Any,
 ) -> PPOTrainer:  # fmt: skip
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
@@ -55,21 +111,39 @@ def trainer(
     frozen = load_causal_lm(model).requires_grad_(False)
     add_log_prob_head(frozen, 1.0)
     return PPOTrainer(
-        ActorCritic(load_causal_lm(model).requires_grad_(True)), args, prompts=prompt_rows or prompts(n_prompts),
+        ActorCritic(load_causal_lm(model).requires_grad_(True)), args, prompts=prompts(n_prompts),
         sampler=PolicySampler(model, CPU), rewards=Rewards(score), reference=frozen if reference else None,
         rollout_size=rollout_size, sampling=Sampling(tokens, 1.0), pad_id=Chat.load(model).pad_id, folder=folder,
         limits=limits or Limits(kl=1000, length=1000),
     )  # fmt: skip
 
 
-def test_a_bandit_ends_at_the_optimum_that_is_known(tmp_path: Path, tiny: Tiny) -> None:
+def test_ppo_solves_the_bandit(tmp_path: Path, tiny: Tiny) -> None:
     bandit = Bandit(tiny("llama"))
     ppo = trainer(
-        tiny("llama"), tmp_path, bandit.score, prompt_rows=[PROMPT], rollout_size=128, tokens=1, micro=64, batch=64,
+        tiny("llama"), tmp_path, bandit.score, n_prompts=1, rollout_size=128, tokens=1, micro=64, batch=64,
         num_train_epochs=35, learning_rate=6e-3, kl_coef=BETA, lr_scheduler_type="linear",
     )  # fmt: skip
     ppo.train()
     bandit.assert_solved(ppo.model.policy)
+
+
+def test_rloo_solves_the_bandit(tmp_path: Path, tiny: Tiny) -> None:
+    model, bandit = tiny("llama"), Bandit(tiny("llama"))
+    chat = Chat.load(model)
+    args = RLOOConfig(
+        output_dir=str(tmp_path / "checkpoints"), per_device_train_batch_size=128, num_generations=128, beta=BETA,
+        max_completion_length=1, max_steps=60, learning_rate=8e-3, lr_scheduler_type="linear", seed=1, data_seed=1,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    rloo = LeaveOneOutTrainer(
+        prompts={PROMPT["id"]: PROMPT}, rewards=Rewards(bandit.score), sampler=PolicySampler(model, CPU),
+        reference=load_causal_lm(model).requires_grad_(False), end_ids=sorted(chat.end_ids), folder=tmp_path,
+        limits=Limits(), args=args, model=load_causal_lm(model).requires_grad_(True),
+        train_dataset=as_dataset([{"prompt": PROMPT["id"]}]), processing_class=chat.tokenizer,
+    )  # fmt: skip
+    rloo.train()
+    bandit.assert_solved(rloo.model)
 
 
 def losses_of(ppo: PPOTrainer) -> list[dict[str, float]]:
@@ -110,7 +184,6 @@ def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(tmp_path:
     ppo = trainer(tiny("llama"), tmp_path, lambda response: None if response.prompt["id"] == "p1" else 1.0)
     logged = losses_of(ppo)
     assert logged[0]["failed"] == 4  # of 32 responses to 8 prompts
-    assert ppo.rollout is not None
     failed = [episode for episode in ppo.rollout.episodes if episode.score is None]
     assert {episode.prompt_id for episode in failed} == {"p1"}
     assert all(not episode.advantages.any() for episode in failed)
@@ -122,7 +195,6 @@ def test_the_objective_is_what_a_response_is_worth_after_all_that_it_pays(tmp_pa
     settings = {"kl_coef": 0.5, "missing_eos_penalty": 2.0, "gamma": 1.0, "lam": 1.0}
     ppo = trainer(tiny("llama"), tmp_path, scored_by_length, **settings)
     logged = [entry for entry in losses_of(ppo) if "kl" in entry]
-    assert ppo.rollout is not None
     assert logged[1]["unfinished"] > 0
     worth = [float(episode.returns[0]) for episode in ppo.rollout.episodes]  # undiscounted: the sum of its rewards
     assert logged[1]["objective"] == pytest.approx(sum(worth) / len(worth), abs=1e-5)
