@@ -167,8 +167,8 @@ def test_rloo_stopped_between_passes_is_refused_on_fewer_ranks(pair: Pair, tmp_p
 
 @pytest.mark.parametrize("changes", [{}, ADAPTER], ids=["full", "lora"])
 def test_ppo_stopped_in_a_rollout_continues(changes: dict[str, Any], pair: Pair, tmp_path: Path, tiny: Tiny) -> None:
-    settings = {"learning_rate": 1e-3, "save_strategy": "no", "kl_target": 0.01}
-    config = {"rollouts": 2, "rollout_size": 16, "train": settings, **changes}
+    options = {"learning_rate": 1e-3, "save_strategy": "no", "kl_target": 0.01}
+    config = {"rollouts": 2, "rollout_size": 16, "train": options, **changes}
     train_until(3, pair, "cpu-2-ranks-zero3", "ppo", tmp_path / "stopped", tiny("llama"), config=config)
     for name in ("undisturbed", "stopped"):
         train(pair, "cpu-2-ranks-zero3", "ppo", tmp_path / name, tiny("llama"), config=config)
