@@ -203,9 +203,7 @@ def _follow(children: list[Child], folder: Path, line: StageLine) -> list[int | 
                     offset += len(event)
                     relay(json.loads(event), line)
         if any(codes) or None not in codes or _failed_long_ago(folder):
-            time.sleep(
-                0.1 if None in codes else 0
-            )  # a killed rank may be reaped after one that failed because of it
+            time.sleep(0.1 if None in codes else 0)  # a killed rank may be reaped after one that failed because of it
             return [child.poll() for child in children]
         time.sleep(0.1)
 
