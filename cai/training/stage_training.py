@@ -25,7 +25,6 @@ from cai.contracts.model import Model
 from cai.contracts.training_config import TrainingConfig
 from cai.models import loading, reference
 from cai.models.chat import Chat
-from cai.storage.rows import stable_seed
 from cai.text.errors import BadInput, StageFailed
 from cai.training import loop
 
@@ -45,7 +44,7 @@ class StageTraining:
     @property
     def seed(self) -> int:
         """The seed of all random numbers of the stage, below 2³¹: numpy takes 32 bits."""
-        return stable_seed(self.context.seed, self.context.stage_id) % 2**31
+        return self.context.seed_for() % 2**31
 
     def arguments(self, **overrides: Any) -> TrainingArguments:
         """The stage's `train_class`: `train:` for what is learned, the profile for where, `overrides` for the stage.
