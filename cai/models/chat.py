@@ -20,8 +20,8 @@ A prompt's ids are always a prefix of the ids of prompt and response. Where the 
 merge over the boundary, a turn that looks different once it is answered), the response is encoded by itself, as it
 stands in the template, and ends with the template's end-of-turn token.
 
-Left out: tools, images, tokenizers without tokenizer.json, other reasoning markup than `<think>`, and plain-letter turn
-markers other than tags in brackets and labels with a colon.
+Left out: tools, images, tokenizers without tokenizer.json, other reasoning markup than `<think>`, plain-letter turn
+markers other than tags in brackets and labels with a colon, and dates whose format a template computes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from cai.models.encoding import NONCE, Encoder
@@ -54,8 +55,10 @@ _MARKER = re.compile(r"(?P<tag>[\[<].*[\]>])|.*[:：]")
 """A tag in brackets or a label with a colon. The bare name of a role behind a control token is neither."""
 _BETWEEN_TAGS = re.compile(r"(?<=[\]>])\s+(?=[\[<])")
 _LINE_START = rf"(?:^|(?<=[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]))(?:[^\S\n]|[{INVISIBLE}])*"
-_FIXED_DATE = "26 Jul 2024"
-"""For templates that write the current date, so that the ids of a conversation are the same on every day."""
+_FIXED_DATE = datetime(2024, 7, 26)
+"""For templates that write the current date, so that the ids of a conversation are the same on every day. Some take it
+as `date_string`; others, such as gpt-oss's, call `strftime_now`, which transformers (5.23) lets no caller replace."""
+_DATE_CALL = re.compile(r"""\bstrftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 Shape = tuple[tuple[str, str | None], ...]
 """(role, the content if it is blank, else None) of each message: what the layout of a conversation depends on."""
@@ -108,6 +111,7 @@ class Chat:
         self.tokenizer, self.name, self.context_length = tokenizer, name, context_length
         self.pad_id = int(tokenizer.pad_token_id)
         self.thinks = THINK_END in template or THINK_END in tokenizer.get_added_vocab()
+        self._template = _DATE_CALL.sub(_format_fixed_date, template)
         self._encoder = Encoder(tokenizer, template)
         self._replaces_strings = _REPLACE_CALL.search(template) is not None
         self._option_ids: dict[tuple[str, tuple[str, ...], tuple[int, ...]], list[int] | None] = {}
@@ -315,7 +319,8 @@ class Chat:
 
     def _apply_template(self, roles: Sequence[str], contents: Sequence[str], **options: Any) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=_FIXED_DATE, **options))
+        options |= {"chat_template": self._template, "date_string": f"{_FIXED_DATE:%d %b %Y}", "tokenize": False}
+        return str(self.tokenizer.apply_chat_template(messages, **options))
 
     def _rendered_contents(self, messages: Sequence[Message]) -> list[str]:
         """The contents as the template renders them: unchanged, except for strings that it replaces."""
@@ -366,6 +371,11 @@ class Chat:
         if end := self._encoder.first_control_token(between):
             return int(eos), "", [end[1]], []
         return int(eos), "", [], [between.rstrip(" ")] if between.strip() else []
+
+
+def _format_fixed_date(call: re.Match[str]) -> str:
+    """The string literal that stands in a template for a call of `strftime_now`."""
+    return f"{call['quote']}{_FIXED_DATE.strftime(call['format'])}{call['quote']}"
 
 
 def _last_slot(layout: Layout | str, index: int) -> Slot | None:

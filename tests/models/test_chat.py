@@ -311,6 +311,17 @@ def test_a_base_model_without_a_chat_template_is_refused_with_what_to_do(tiny: T
     assert base_chat.context_length == 4096
 
 
+@pytest.mark.parametrize("content", ["m.content", "m.content | replace('x', 'y')"], ids=["plain", "replacing"])
+def test_a_template_that_asks_for_the_date_gets_the_same_on_every_day(content: str) -> None:
+    tokenizer = tiny_models.build_tokenizer("gpt_neox")
+    turn = f"[{{{{ strftime_now('%Y-%m-%d') }}}}]{{{{ {content} }}}}{{{{ eos_token }}}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    dated_chat = Chat(tokenizer)
+    ids = dated_chat.prompt_ids(conversation("Hi [2024-07-26]"))
+    assert tokenizer.decode(ids) == "[2024-07-26]Hi [2024-07-26 ]<|endoftext|>"
+    assert dated_chat.escape_markers("[2024-07-26] [2024-07-27]") == "[2024-07-26 ] [2024-07-27]"
+
+
 def test_pad_is_never_the_end_of_a_turn(tiny: Tiny) -> None:
     for family in [*FAMILIES, "lora"]:
         family_chat = Chat.load(tiny(family))
