@@ -111,7 +111,9 @@ class LocalEngine:
         stop = (*chat.stop, *sampling.stop)
         banned_ids = [] if chat.pad_id in chat.end_ids else [chat.pad_id]
         sampler = TokenSampler(sampling, chat.end_ids, self._stop_check(stop) if stop else None, banned_ids)
-        decode = decoding.decode if self._shares_prefixes else plain_forward.decode
+        decode = decoding.decode
+        if not self._shares_prefixes:
+            decode = functools.partial(plain_forward.decode, mixes_lengths=self._mixes_lengths)
         to_sample = [PromptAndSeed(prompt, request.seed) for prompt, request in items]
         for index, sampled in self._run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
             prompt, request = items[index]
@@ -148,7 +150,9 @@ class LocalEngine:
                 continue
             to_score.append(scoring.PromptAndOptions(prompt, options))
             fitting.append(question)
-        score = scoring.score if self._shares_prefixes else plain_forward.score
+        score = scoring.score
+        if not self._shares_prefixes:
+            score = functools.partial(plain_forward.score, mixes_lengths=self._mixes_lengths)
         for index, log_probs in self._run(to_score, lambda part, budget: score(self.lm, part, budget)):
             yield Choice(fitting[index].id, tuple(log_probs), sum(map(math.exp, log_probs)))
 
@@ -189,6 +193,15 @@ class LocalEngine:
 
         if obstacle := find_sharing_obstacle(self.lm):
             warnings.warn(f"model {self.model.name!r} computes each row whole: {obstacle}", stacklevel=2)
+        return not obstacle
+
+    @functools.cached_property
+    def _mixes_lengths(self) -> bool:
+        """Whether prompts of different lengths can share a batch where this model computes each row whole."""
+        from cai.engines.local.plain_forward import find_padding_obstacle
+
+        if obstacle := find_padding_obstacle(self.lm):
+            warnings.warn(f"model {self.model.name!r} batches only prompts of equal length: {obstacle}", stacklevel=2)
         return not obstacle
 
 

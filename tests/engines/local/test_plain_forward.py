@@ -1,0 +1,98 @@
+"""Rows computed whole: models with recurrent and linear-attention layers, and models that padding changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from engine_contract import completions_by_id, conversation
+from local_engines import assert_same_choices, local_engine
+from tiny_models import Tiny, random_model
+
+from cai.contracts.engine import Question, Request, Sampling
+from cai.engines.local.local_engine import LocalEngine
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_chunk_size": 8}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+RECURRENT_GEMMA = {
+    "num_hidden_layers": 3, "block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 512,
+    "head_dim": 8,
+}  # fmt: skip
+"""Its recurrent layers see padding, and keep their states outside of the cache."""
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16},
+    "granitemoehybrid": {
+        **MAMBA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2,
+        "shared_intermediate_size": 16,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention"], "head_dim": 8, "mamba_num_heads": 4,
+        "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8, "use_mamba_kernels": False,
+    },
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8},
+}  # fmt: skip
+"""Architectures whose layers keep states beside, or in place of, keys and values."""
+WORDS = ["sea ", "lock ", "poem "]
+TEXTS = ["Hi", "B", "How deep is it?", "the sea", "Ah", *(word * n for n in (5, 12, 40) for word in WORDS)]
+
+
+def tiny_engine(tiny: Tiny, architecture: str, **config: Any) -> LocalEngine:
+    """An engine with a random model of that architecture. One token in eight ends a response."""
+    engine = local_engine(tiny("llama"), token_budget=4096)
+    vocab_size = len(engine.chat.tokenizer)
+    # Rows are padded with id 0, which is no pad token here: a pad token's embedding is zero and would hide mistakes.
+    shape = {"vocab_size": vocab_size, "pad_token_id": 5, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    lm = random_model(architecture, **{**shape, "initializer_range": 0.3, **config}).eval()
+    engine = LocalEngine(engine.model, engine.profile, lm)
+    engine.chat.end_ids = frozenset(range(0, vocab_size, 8))
+    return engine
+
+
+def assert_answers_are_those_of_each_alone(engine: LocalEngine, temperature: float) -> None:
+    """Answers prompts of different lengths, whose responses end at different steps, together and one by one."""
+    sampling = Sampling(max_new_tokens=40, temperature=temperature)
+    requests = [Request(f"{n}", conversation(text), n, sampling) for n, text in enumerate(TEXTS)]
+    completions = completions_by_id(engine.generate(requests), requests)
+    lengths = sorted(len(completion.token_ids) for completion in completions.values())
+    assert len(set(lengths)) > 2
+    assert lengths[len(lengths) // 2] < lengths[-1]  # so that rows are evicted
+    for request in requests:
+        alone = completions_by_id(engine.generate([request]), [request])[request.id]
+        assert completions[request.id].text == alone.text
+        assert completions[request.id].token_ids == alone.token_ids
+        assert completions[request.id].log_probs == pytest.approx(alone.log_probs, abs=1e-3)
+    questions = [Question(text, conversation(text)) for text in TEXTS]
+    assert_same_choices(engine.choose(questions), [next(iter(engine.choose([question]))) for question in questions])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_a_hybrid_model_samples_in_a_batch_what_it_samples_alone(
+    tiny: Tiny, architecture: str, temperature: float
+) -> None:
+    engine = tiny_engine(tiny, architecture, **HYBRIDS[architecture])
+    with pytest.warns(UserWarning, match="computes each row whole") as warnings:
+        assert_answers_are_those_of_each_alone(engine, temperature)
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "recurrent_gemma"])
+def test_a_model_that_padding_changes_batches_prompts_of_equal_length(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    monkeypatch.setattr("transformers.models.lfm2.modeling_lfm2.create_recurrent_attention_mask", lambda **_: None)
+    engine = tiny_engine(tiny, architecture, **{**HYBRIDS, "recurrent_gemma": RECURRENT_GEMMA}[architecture])
+    batch_sizes = []
+    engine.lm.register_forward_hook(lambda _, __, output: batch_sizes.append(len(output.logits)))
+    with pytest.warns(UserWarning, match="equal length: padding changes its logits") as warnings:
+        assert_answers_are_those_of_each_alone(engine, temperature=1.0)
+    assert len(warnings) == 2
+    assert max(batch_sizes) > 2
