@@ -65,7 +65,12 @@ def negative_log_likelihood(
 
 
 KLEstimator = Literal["k1", "k3"]
-"""Estimator of the KL divergence from the reference at each token, named as in Schulman 2020."""
+"""Estimator of the KL divergence from the reference at each token, named as in Schulman 2020.
+
+Both have the KL's value as their mean. In a reward, where only the gradient of the log-probability of the sampled token
+acts, only k1 has the KL's gradient as well: that of k3 is ∇KL(π ‖ π_ref) − ∇KL(π_ref ‖ π), which mostly points away
+from the reference.
+"""
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
@@ -86,7 +91,7 @@ def rewards_at_tokens(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: flo
 
     Ziegler et al. 2019 (arXiv 1909.08593, eq. 2), spread over tokens as in Ouyang et al. 2022 (arXiv 2203.02155).
 
-    scores: (batch,);  kl: (batch, seq), nats;  mask: (batch, seq), at least one token a row
+    scores: (batch,);  kl: (batch, seq), nats, by k1 (see `KLEstimator`);  mask: (batch, seq), at least one token a row
     returns: (batch, seq)
     """
     rewards = (-coefficient * kl).masked_fill(~mask, 0.0)

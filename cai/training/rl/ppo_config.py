@@ -14,6 +14,9 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
 
     `num_train_epochs` counts rollouts: an epoch of the trainer is `num_ppo_epochs` passes over one rollout.
 
+    The KL in a token's reward is always estimated by k1, whose gradient there is the KL's; k3 would push the policy
+    away from the reference. `kl_estimator` sets how the KL is measured: k3 has the lower variance.
+
     `cliprange_value` suits rewards that differ by about 1. Where they differ by more, values need many rollouts to
     reach them: if `value/clip_fraction` stays high, raise it in proportion or switch it off (null). Dropout is off, in
     torch's modules, in `lora:` and in attributes of modules, so that the ratio to the rollout's policy starts at 1;
@@ -22,7 +25,9 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
 
     num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over each rollout."})
     kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference in a token's reward."})
-    kl_estimator: Literal["k1", "k3"] = field(default="k1", metadata={"help": "How that KL is estimated."})
+    kl_estimator: Literal["k1", "k3"] = field(
+        default="k1", metadata={"help": "Of the KL that is logged and that `kl_target` and `limits` see."}
+    )
     kl_target: float | None = field(
         default=None, metadata={"help": "KL of a response in nats, for an adaptive `kl_coef`."}
     )

@@ -172,9 +172,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             n_responses = len(rollout.episodes)
             raise StageFailed(f"no reward could be computed for any of the {n_responses} responses of a rollout")
         rollout.estimate_advantages(
-            kl_coefficient=self.kl_coef, estimator=args.kl_estimator, gamma=args.gamma, lam=args.lam,
-            missing_end=args.missing_eos_penalty,
-        )  # fmt: skip
+            kl_coefficient=self.kl_coef, gamma=args.gamma, lam=args.lam, missing_end=args.missing_eos_penalty
+        )
         kl = float(rollout.kl(args.kl_estimator))
         reward = fmean(episode.score for episode in learned if episode.score is not None)
         unfinished = fmean(not episode.finished for episode in learned)
@@ -183,7 +182,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         figures = {
             "reward": reward,
             **{f"reward/{name}": fmean(episode.scores[name] for episode in learned) for name in sources},
-            "objective": reward - self.kl_coef * kl - args.missing_eos_penalty * unfinished,
+            "objective": reward - self.kl_coef * float(rollout.kl("k1")) - args.missing_eos_penalty * unfinished,
             "kl": kl,
             "kl/coefficient": self.kl_coef,
             "length": fmean(len(episode.token_ids) for episode in learned),

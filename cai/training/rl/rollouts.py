@@ -120,10 +120,12 @@ class Rollout:
         kl = [losses.kl_estimate(episode.log_probs, episode.ref_log_probs, estimator) for episode in self.learned]
         return torch.stack([per_token.sum() for per_token in kl]).mean()
 
-    def estimate_advantages(
-        self, *, kl_coefficient: float, estimator: losses.KLEstimator, gamma: float, lam: float, missing_end: float
-    ) -> None:
-        """Fills in returns and whitened advantages; a response that was cut off loses `missing_end` of its score."""
+    def estimate_advantages(self, *, kl_coefficient: float, gamma: float, lam: float, missing_end: float) -> None:
+        """Fills in returns and whitened advantages; a response that was cut off loses `missing_end` of its score.
+
+        The KL in a token's reward is `k1`, the only estimator whose score-function gradient is that of the KL
+        (`cai.maths.losses.KLEstimator`).
+        """
         learned = self.learned
         masks = [torch.ones(len(episode.token_ids), dtype=torch.bool) for episode in learned]
         mask = pad_sequence(masks, batch_first=True)
@@ -132,7 +134,7 @@ class Rollout:
             for name in ("log_probs", "ref_log_probs", "values")
         )
         scores = torch.tensor([(episode.score or 0.0) - missing_end * (not episode.finished) for episode in learned])
-        kl = losses.kl_estimate(log_probs, ref_log_probs, estimator)
+        kl = losses.kl_estimate(log_probs, ref_log_probs, "k1")
         rewards = losses.rewards_at_tokens(scores, kl, mask, kl_coefficient)
         advantages, returns = losses.generalised_advantages(rewards, values, mask, gamma, lam)
         advantages = losses.whitened(advantages, mask)

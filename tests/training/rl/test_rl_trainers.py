@@ -28,6 +28,7 @@ from cai.training.rl.ppo_config import PPOConfig
 from cai.training.rl.ppo_trainer import PPOTrainer
 from cai.training.rl.rewards import Response
 from cai.training.rl.rloo_trainer import LeaveOneOutTrainer
+from cai.training.rl.rollouts import Episode, Rollout
 from cai.training.tokenised_rows import as_dataset
 
 CPU = Profile(device="cpu", dtype="float32")
@@ -191,8 +192,31 @@ def test_a_response_whose_reward_failed_teaches_nothing_and_is_counted(tmp_path:
         trainer(tiny("llama"), tmp_path / "none", lambda response: None).train()
 
 
+@pytest.mark.parametrize("kl_estimator", ["k1", "k3"])
+def test_the_penalty_in_the_reward_has_the_gradient_of_the_kl(kl_estimator: str, tmp_path: Path, tiny: Tiny) -> None:
+    """On random categoricals with every token sampled once, so that the expectation over the policy is exact."""
+    ppo = trainer(tiny("llama"), tmp_path, lambda response: 0.0, kl_estimator=kl_estimator)
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(8, 6, generator=generator)).requires_grad_()
+    log_probs, ref_log_probs = logits.log_softmax(-1), (2 * torch.randn(8, 6, generator=generator)).log_softmax(-1)
+    episodes = []
+    for log_prob, ref_log_prob in zip(log_probs.detach().flatten(), ref_log_probs.flatten(), strict=True):
+        episode = Episode("p", [1], [2], "", True, [float(log_prob)], {"f": 0.0}, 0.0)
+        episode.log_probs, episode.ref_log_probs, episode.values = log_prob[None], ref_log_prob[None], torch.zeros(1)
+        episodes.append(episode)
+    figures = ppo._estimate_advantages(Rollout(0, episodes))
+    log_ratios = (log_probs - ref_log_probs).detach()
+    measured = log_ratios if kl_estimator == "k1" else torch.expm1(-log_ratios) + log_ratios
+    assert figures["kl"] == pytest.approx(float(measured.mean()), rel=1e-5)
+    advantages = torch.cat([episode.advantages for episode in episodes]).view_as(logits)
+    (of_penalty,) = torch.autograd.grad(-(log_probs.exp().detach() * log_probs * advantages).sum(), logits)
+    (of_kl,) = torch.autograd.grad((logits.softmax(-1) * (logits.log_softmax(-1) - ref_log_probs)).sum(), logits)
+    for row in range(len(logits)):
+        assert torch.cosine_similarity(of_penalty[row], of_kl[row], dim=0) > 0.99
+
+
 def test_the_objective_is_what_a_response_is_worth_after_all_that_it_pays(tmp_path: Path, tiny: Tiny) -> None:
-    settings = {"kl_coef": 0.5, "missing_eos_penalty": 2.0, "gamma": 1.0, "lam": 1.0}
+    settings = {"kl_coef": 0.5, "kl_estimator": "k3", "missing_eos_penalty": 2.0, "gamma": 1.0, "lam": 1.0}
     ppo = trainer(tiny("llama"), tmp_path, scored_by_length, **settings)
     logged = [entry for entry in losses_of(ppo) if "kl" in entry]
     assert logged[1]["unfinished"] > 0

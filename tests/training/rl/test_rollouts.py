@@ -26,7 +26,7 @@ def episode(n: int, *, score: float | None = 1.0, finished: bool = True, value: 
 
 def estimated(episodes: list[Episode], **options: float) -> Rollout:
     rollout = Rollout(3, episodes)
-    settings = {"kl_coefficient": 0.0, "estimator": "k1", "gamma": 1.0, "lam": 1.0, "missing_end": 0.0, **options}
+    settings = {"kl_coefficient": 0.0, "gamma": 1.0, "lam": 1.0, "missing_end": 0.0, **options}
     rollout.estimate_advantages(**settings)  # type: ignore[arg-type]
     return rollout
 
@@ -108,9 +108,8 @@ def test_an_update_from_the_same_rollout_is_that_of_trl() -> None:
     options = theirs.settings
     rollout = Rollout(0, trl_ppo.episodes("whole"))
     rollout.estimate_advantages(
-        kl_coefficient=options["kl_coef"], estimator=options["kl_estimator"], gamma=options["gamma"],
-        lam=options["lam"], missing_end=0.0,
-    )  # fmt: skip
+        kl_coefficient=options["kl_coef"], gamma=options["gamma"], lam=options["lam"], missing_end=0.0
+    )
     advantages = torch.stack([episode.advantages for episode in rollout.episodes])
     torch.testing.assert_close(advantages, theirs.whitened_advantages, atol=1e-5, rtol=0)
     assert rollout.kl(options["kl_estimator"]).item() == pytest.approx(theirs.logged["objective/kl"], abs=1e-5)
