@@ -2,7 +2,7 @@
 
 Rafailov et al. 2023 (arXiv 2305.18290), with the label of a pair as a probability: the loss is its expectation under
 that label (`cai.maths.losses`). The reference is always the stage's starting policy: a frozen copy where all weights
-are trained, the model with its adapter off where `lora:` is set. Dropout is off.
+are trained, the model with its adapter off where `lora:` is set. Dropout is off, that of `lora:` too.
 
 Each step logs the loss and the log-probabilities and lengths of chosen and rejected responses. Two failures do not show
 in the loss: chosen responses become less likely, or the policy prefers the longer response in more pairs than the

@@ -4,7 +4,8 @@ Soft-label Bradley-Terry (`cai.maths.losses`), as for the preference model of Ba
 4) and the reward model of Lee et al. 2023 (arXiv 2309.00267). It learns from AI labels and from people's
 (`source: human`) alike, never from held-out prompts: those tagged so, or where no row is, a share of the prompts that
 is chosen here (`hold_out`). On these it is measured: how often it scores the better response higher, by the oracle's
-gold scores where it has any and by the labels otherwise, with an interval clustered by topic.
+gold scores where it has any and by the labels otherwise, with an interval clustered by topic. Dropout is off, that of
+`lora:` too.
 
 Left out: centring of scores across prompts, ensembles, margins.
 """

@@ -36,6 +36,7 @@ from cai.storage import stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import canonical_json
 from cai.text.errors import StageFailed, Terminated
+from cai.training.dropout import configured_dropout
 from cai.training.metrics import METRICS, NON_METRIC_SUFFIXES, keep_rows, read_metrics
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def save_trained_model(
         if context.constitution is not None:
             facts = {**facts, "constitution": context.constitution.name}
         model = trainer.model.get_submodule(submodule)
-        saving.save_model(context.folder / "model", model, chat.tokenizer, start, facts, state_dict=state)
+        with configured_dropout(trainer.model):
+            saving.save_model(context.folder / "model", model, chat.tokenizer, start, facts, state_dict=state)
         remove_folder(context.folder / RESUME_POINTS)
     trainer.accelerator.wait_for_everyone()
 

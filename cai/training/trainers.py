@@ -28,6 +28,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference as RewardCollat
 
 from cai.attention.cpu_lm_head import add_cpu_lm_head
 from cai.maths import losses
+from cai.training.dropout import configured_dropout, disable_dropout
 
 LENGTH = "length"
 """Column with the tokens of a row, for sorting."""
@@ -47,6 +48,10 @@ class StageTrainerMixin:
 
     def _send_telemetry(self) -> None:
         """TRL reports which trainer runs on which model; this package reports nothing."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with configured_dropout(self.model):  # type: ignore[attr-defined]
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`cai.models.saving` writes the card."""
@@ -99,6 +104,10 @@ class LabelledDPOCollator(_LabelledPairs, DPOCollator):  # type: ignore[misc]
 class SoftRewardTrainer(_MeanOverPairs, RewardTrainer):  # type: ignore[misc]
     """Rows: `chosen_ids` and `rejected_ids`, each a conversation up to its end-of-turn token, and `p_chosen`."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        disable_dropout(self.model)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["chosen_ids", "rejected_ids", "p_chosen"]
 
@@ -123,6 +132,7 @@ class SoftDPOTrainer(_MeanOverPairs, DPOTrainer):  # type: ignore[misc]
         self.sft_weight = sft_weight
         for model in (self.model, self.ref_model):
             if model is not None:
+                disable_dropout(model)
                 add_cpu_lm_head(language_model(self, model))
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:

@@ -40,6 +40,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 def test_the_private_names_of_trl_and_transformers_are_where_they_were() -> None:
     assert parameters(Trainer._get_train_sampler) == ["self", "train_dataset"]
     assert parameters(Trainer._get_num_items_in_batch) == ["self", "batch_samples", "device"]
+    assert parameters(Trainer._save) == ["self", "output_dir", "state_dict"]
     assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
     assert "return self._n_gpu" in inspect.getsource(trl.SFTConfig.n_gpu.fget)
     assert parameters(_BaseTrainer._send_telemetry) == ["self"]

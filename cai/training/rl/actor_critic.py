@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from cai.attention.cpu_lm_head import add_cpu_lm_head
-from cai.attention.token_trees import dropout_attributes
+from cai.training.dropout import configured_dropout, disable_dropout
 
 VALUE_FILE = "value.safetensors"
 """In a resume point: the weights of the value function that are not the policy's."""
@@ -47,17 +47,6 @@ def add_log_prob_head(model: PreTrainedModel, temperature: float, *, entropy: bo
     """Makes `model(…, labels=labels, fused_lm_head=True)` return log-probabilities at `temperature`, and entropy."""
     add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", *(["entropy"] if entropy else [])))
     add_cpu_lm_head(model, entropy=entropy, temperature=temperature)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability of a model and its adapter to zero.
-
-    Reinforcement learning compares log-probabilities with those at the rollout, so equal weights must give equal ones.
-    The model's config, which is saved with it, stays as it is.
-    """
-    for module in model.modules():
-        for name in dropout_attributes(module):
-            setattr(module, name, 0.0)
 
 
 class ActorCritic(nn.Module):
@@ -139,7 +128,8 @@ class ActorCritic(nn.Module):
                 policy_state[name.removeprefix(POLICY_PREFIX)] = tensor
             else:
                 value_state[name] = tensor.detach().contiguous().cpu()
-        self.policy.save_pretrained(folder, state_dict=policy_state)
+        with configured_dropout(self):
+            self.policy.save_pretrained(folder, state_dict=policy_state)
         save_file(value_state, folder / VALUE_FILE, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:

@@ -18,9 +18,9 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     away from the reference. `kl_estimator` sets how the KL is measured: k3 has the lower variance.
 
     `cliprange_value` suits rewards that differ by about 1. Where they differ by more, values need many rollouts to
-    reach them: if `value/clip_fraction` stays high, raise it in proportion or switch it off (null). Dropout is off, in
-    torch's modules, in `lora:` and in attributes of modules, so that the ratio to the rollout's policy starts at 1;
-    only a model that reads a dropout probability from its config at each forward pass keeps it on.
+    reach them: if `value/clip_fraction` stays high, raise it in proportion or switch it off (null).
+
+    Dropout is off, that of `lora:` too, so that the ratio to the rollout's policy starts at 1.
     """
 
     num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over each rollout."})

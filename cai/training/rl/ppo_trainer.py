@@ -35,6 +35,7 @@ from cai.contracts.training_config import Limits
 from cai.maths import losses
 from cai.storage.rows import Failure, Prompt, stable_seed
 from cai.text.errors import StageFailed
+from cai.training.dropout import disable_dropout
 from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
 from cai.training.rl.actor_critic import ActorCritic
@@ -69,6 +70,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         limits: Limits, processing_class: Any = None,
     ) -> None:  # fmt: skip
         self.prompts, self.sampler, self.rewards, self.reference = prompts, sampler, rewards, reference
+        if isinstance(reference, PreTrainedModel):
+            disable_dropout(reference)
         self.rollout_size, self.sampling, self.pad_id = rollout_size, sampling, pad_id
         self.folder, self.limits = folder, limits
         self.rollout: Rollout | None = None

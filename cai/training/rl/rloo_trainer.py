@@ -30,9 +30,9 @@ from cai.contracts.engine import Request, Sampling
 from cai.contracts.training_config import Limits
 from cai.storage.rows import Failure, Prompt, stable_seed
 from cai.text.errors import StageFailed
+from cai.training.dropout import disable_dropout
 from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
-from cai.training.rl.actor_critic import disable_dropout
 from cai.training.rl.early_stopping import SAMPLES, repetition, stop_if_limits_passed, write_samples
 from cai.training.rl.policy_sampler import Sampler, generate_all
 from cai.training.rl.rewards import Response, Rewards
@@ -74,7 +74,9 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
         super().__init__(reward_funcs=reward_funcs, args=args, **options)
         args.beta = self.beta = beta
         self.eos_token_ids = sorted(end_ids)
-        disable_dropout(self.model)
+        for model in (self.model, reference):
+            if model is not None:
+                disable_dropout(model)
         add_cpu_lm_head(language_model(self, self.model), entropy=True, temperature=self.temperature)
         if beta and reference is not None:
             add_fused_lm_head(reference, temperature=self.temperature)
