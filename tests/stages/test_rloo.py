@@ -184,6 +184,24 @@ def test_killed_and_continued_it_ends_with_the_same_bytes(changes: dict[str, Any
         assert figures == undisturbed
 
 
+@pytest.mark.parametrize("micro_batch", [2, 8])
+def test_between_two_passes_it_continues_with_another_micro_batch(micro_batch: int, tmp_path: Path, tiny: Tiny) -> None:
+    train = {"num_train_epochs": 1, "num_iterations": 2, "learning_rate": 3e-5, "save_steps": 3, "beta": 0.1}
+    rloo(tmp_path / "undisturbed", tiny("llama"), 8, train=train)
+    with pytest.raises(Killed):
+        rloo(tmp_path / "killed", tiny("llama"), 8, progress=Steps(4), train=train)
+    steps, profile = Steps(), CPU.model_copy(update={"micro_batch": micro_batch})
+    rloo(tmp_path / "killed", tiny("llama"), 8, progress=steps, profile=profile, train=train)
+    assert steps.notes == ["resuming from checkpoint-3"]
+    undisturbed, continued = read_metrics(tmp_path / "undisturbed"), read_metrics(tmp_path / "killed")
+    assert len(undisturbed) == len(continued) == 8
+    assert undisturbed[3]["grad_norm"] > 1, "clipped, the resumed step says little"
+    for entry, continued_entry in zip(undisturbed, continued, strict=True):
+        measured = [name for name in ("reward", "kl", "grad_norm", "entropy", "loss") if name in entry]
+        expected = {name: entry[name] for name in measured}
+        assert {name: continued_entry[name] for name in measured} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 def test_limits_stop_it_before_it_learns_from_such_a_rollout(tmp_path: Path, tiny: Tiny) -> None:
     train = {"num_train_epochs": 4, "learning_rate": 3e-3, "save_steps": 1}
     message = r"stopped before rollout 2 .* nats a response, above .*checkpoint-1 is from be"

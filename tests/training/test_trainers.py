@@ -28,7 +28,7 @@ from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, load_sequence_classifier
 from cai.stages import config_class, dpo, reward
 from cai.training import tokenised_rows, trainers
-from cai.training.rl.rloo_trainer import split_by_length
+from cai.training.rl.rloo_trainer import join_parts, split_by_length
 from cai.training.stage_training import stage_training
 from cai.training.trainers import LengthSortedSteps, PromptSteps, SoftDPOTrainer, SoftRewardTrainer
 
@@ -259,3 +259,5 @@ def test_a_rollout_split_by_length_holds_the_same_rows_with_less_padding() -> No
     assert parts[1]["prompt_ids"].tolist() == [[21, 21], [0, 31]]
     assert parts[1]["completion_mask"].tolist() == [[1, 1], [1, 0]]
     assert sum(int(part["completion_mask"].sum()) for part in parts) == 8
+    joined = join_parts(parts, pad_id=0)
+    assert all(torch.equal(joined[name], tensor[[1, 0, 2, 3]]) for name, tensor in rollouts.items())

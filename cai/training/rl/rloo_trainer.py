@@ -14,6 +14,7 @@ rollout. tests/training/test_trainers.py checks TRL's private names that are use
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,11 +231,13 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
                 f"with `--from`"
             )
         if (path := self._rollouts(checkpoint)).is_file():
-            parts: list[dict[str, Tensor]] = [{} for _ in range(self.args.steps_per_generation)]
+            parts: dict[int, dict[str, Tensor]] = defaultdict(dict)
             for name, tensor in load_file(path, device=str(self.accelerator.device)).items():
                 number, _, key = name.partition(".")
                 parts[int(number)][key] = tensor
-            self._buffered_inputs = parts
+            # The profile may have changed the micro-batch, and with it the number of parts, since they were written.
+            rollouts = join_parts([parts[number] for number in sorted(parts)], self._tokenizer.pad_token_id)
+            self._buffered_inputs = split_by_length(rollouts, self.args.steps_per_generation)
 
     def _rollouts(self, checkpoint: str) -> Path:
         return Path(checkpoint) / ROLLOUTS.format(self.accelerator.process_index)
@@ -270,6 +273,22 @@ def split_by_length(rollouts: Mapping[str, Tensor], count: int) -> list[dict[str
             part[name] = part[name][:, :response]
         parts.append(part)
     return parts
+
+
+def join_parts(parts: Sequence[Mapping[str, Tensor]], pad_id: int) -> dict[str, Tensor]:
+    """The rollout that `split_by_length` split into these parts, its rows sorted by length."""
+    joined = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
+            width = max(tensor.shape[1] for tensor in tensors)
+            value = pad_id if name.endswith("_ids") else 0
+            for n, tensor in enumerate(tensors):
+                missing = width - tensor.shape[1]
+                side = (missing, 0) if name.startswith("prompt") else (0, missing)
+                tensors[n] = torch.nn.functional.pad(tensor, side, value=value)
+        joined[name] = torch.cat(tensors)
+    return joined
 
 
 def _named_placeholder(name: str) -> Any:
