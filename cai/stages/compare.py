@@ -74,42 +74,26 @@ class Config(CompositeConfig, WritingConfig):
         names = [baseline, *(name for name in self.models if name != baseline)]
         responses = {name: self.part_id(_folder_name(name)) for name in names}
         votes = {name: self.part_id(_folder_name(name), "votes") for name in names[1:]}
-        sampling = {key: getattr(self, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k", "stop")}
-        shared: dict[str, Any] = {"prompts": self.prompts, "n": self.n, "seeds": self.id, "retries": self.retries}
+        sampling = self._fields("max_new_tokens", "temperature", "top_p", "top_k", "stop")
+        shared = self._fields("prompts", "n", "retries", "journal_batch") | {"seeds": self.id}
         stages: list[Mapping[str, Any]] = [
             {"id": responses[name], "kind": "sample", "model": self.models[name], **shared, **sampling}
-            | {"journal_batch": self.journal_batch}
             for name in names
         ]
         for index, name in enumerate(names[1:], 1):
             others = names[:index] if self.pairs == "all" else names[:1]
-            judge = {
-                "from": [responses[name], *(responses[other] for other in others)],
-                "pairs": "against",
-                "prompts": self.prompts,
-                "n_prompts": self.judged,
-                "judge": self.judge,
-                "principles": self.principles,
-                "min_option_probability": self.min_option_probability,
-                "journal_batch": self.pair_batch,
-                "retries": self.retries,
-            }
-            stages.append({"id": votes[name], "kind": "judge", **judge})
-        figures = {
-            "responses": responses,
-            "votes": list(votes.values()),
-            "models": {name: self.models[name] for name in names},
-            "judge": self.judge,
-            "prompts": self.prompts,
-            "n": self.n,
-            "pairs": self.pairs,
-            "judged": self.judged,
-            "principles": self.principles,
-            "tie_below": self.tie_below,
-            "examples": self.examples,
-            "sampling": {key: sampling[key] for key in ("temperature", "top_p", "top_k", "max_new_tokens")},
-        }
-        return [*stages, {"id": self.id, "kind": "comparison", **figures}]
+            compared = [responses[name], *(responses[other] for other in others)]
+            judge = self._fields("prompts", "judge", "principles", "min_option_probability", "retries")
+            judge |= {"n_prompts": self.judged, "journal_batch": self.pair_batch}
+            stages.append({"id": votes[name], "kind": "judge", "from": compared, "pairs": "against", **judge})
+        figures = self._fields("judge", "prompts", "n", "pairs", "judged", "principles", "tie_below", "examples")
+        figures |= {"models": {name: self.models[name] for name in names}}
+        figures |= {"sampling": self._fields("temperature", "top_p", "top_k", "max_new_tokens")}
+        rows = {"responses": responses, "votes": list(votes.values())}
+        return [*stages, {"id": self.id, "kind": "comparison", **rows, **figures}]
+
+    def _fields(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
 
 
 def _folder_name(name: str) -> str:
