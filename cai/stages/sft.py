@@ -25,8 +25,7 @@ from pydantic import Field
 from cai.contracts.context import Context
 from cai.contracts.references import OneOrMore, OutputKind, TextsRef
 from cai.contracts.training_config import TrainingConfig
-from cai.storage.journal import FAILURES
-from cai.storage.rows import Revision, Sample, is_held_out, read_rows
+from cai.storage.rows import Revision, Sample, is_held_out
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
@@ -58,7 +57,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     with stage_training(config, context) as training:
         rows_by_stage = {stage_id: context.rows(stage_id) for stage_id in config.from_}
-        kept, left_out = select(rows_by_stage, {stage_id: _failed_ids(context, stage_id) for stage_id in config.from_})
+        failed_ids = {stage_id: {row["id"] for row in context.failures(stage_id)} for stage_id in config.from_}
+        kept, left_out = select(rows_by_stage, failed_ids)
         limit = training.chat.token_limit(config.max_length)
         examples, unusable = tokenise([row for rows in kept.values() for row in rows], training.chat, limit)
         left_out += unusable
@@ -141,8 +141,3 @@ def tokenise(rows: Sequence[Sample | Revision], chat: Chat, limit: int) -> tuple
             labels = [-100] * len(prompt_ids) + response_ids
             examples.append({"input_ids": ids, "labels": labels, "length": len(ids)})
     return examples, left_out
-
-
-def _failed_ids(context: Context, stage_id: str) -> set[str]:
-    path = context.inputs[stage_id] / FAILURES
-    return {row["id"] for row in read_rows(path)} if path.exists() else set()
