@@ -223,5 +223,6 @@ def make_recipe(folder: Path, recipe: str = RECIPE) -> Path:
 if __name__ == "__main__":
     from cai.cli import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in background
     install()
     main()
