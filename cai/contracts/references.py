@@ -14,7 +14,7 @@ so that a new stage may call its keys whatever it likes.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
@@ -149,9 +149,13 @@ def nested_models(config: BaseModel, kind: type[Config]) -> Iterator[tuple[tuple
     """Every value of a config that is a model of class `kind`, with where it stands."""
     for field, keys, _ in _fields(config):
         value = getattr(config, field)
-        values = enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
-        for index, item in values:
-            place = keys if index is None else (*keys, index)
+        items: Iterable[tuple[Key | None, Any]] = [(None, value)]
+        if isinstance(value, list | tuple):
+            items = enumerate(value)
+        elif isinstance(value, Mapping):
+            items = value.items()
+        for key, item in items:
+            place = keys if key is None else (*keys, key)
             if isinstance(item, kind):
                 yield place, item
             elif isinstance(item, BaseModel):

@@ -42,7 +42,7 @@ def changed_outputs(finished: Finished) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What belongs to a stage's outputs: not `DONE`, journal_paths, or what its processes told each other."""
+    """What belongs to a stage's outputs: not `DONE`, the journal, or what its processes told each other."""
     passed_over = {folder / DONE, *journal_paths(folder)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path not in passed_over and path.relative_to(folder).parts[0] != PROCESS:

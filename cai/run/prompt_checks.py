@@ -60,7 +60,7 @@ def check_prompts(recipe: Recipe, prompts_of: Callable[[str], list[Prompt]]) -> 
 def _human_prompts(recipe: Recipe) -> dict[str, dict[str, bool]]:
     """Whether each conversation of the pairs that people labelled is held out, by the key that names the pairs."""
     return {
-        f"{config.id}.{keys[0]}": {
+        ".".join(map(str, (config.id, *keys))): {
             canonical_json(row["prompt"]): HELD_OUT in row["tags"]
             for row in load_human_pairs(pairs, recipe.folder).preferences
         }

@@ -1,6 +1,6 @@
 """What is refused in a recipe before anything runs: names that nothing answers to, files that are not there.
 
-Every refusal is one sentence with the position, what was found, what was expected and the did_you_mean known name.
+Every refusal is one sentence with the position, what was found, what was expected and the nearest known name.
 """
 
 from __future__ import annotations

@@ -78,9 +78,9 @@ def metrics(recipe: Path, folder: str = "ended") -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
 
 
-def until(true: Callable[[], object], child: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], object], child: subprocess.Popen[str]) -> None:
     """Waits until a condition is true while the child runs."""
-    while not true():
+    while not condition():
         assert child.poll() is None, child.communicate()[1]
         time.sleep(0.02)
 

@@ -22,6 +22,7 @@ from cai.contracts.references import (
     PromptSetRef,
     TagRef,
     TextsRef,
+    nested_models,
 )
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
 from cai.run.recipe import load_recipe
@@ -149,3 +150,16 @@ def test_a_wrong_name_is_refused_where_it_stands(recipe: Path, old: str, new: st
         load_recipe(recipe)
     assert str(refusal.value).startswith(f"{recipe}:{place} "), refusal.value
     assert words in str(refusal.value)
+
+
+class Exam(BaseModel):
+    first: Criterion
+    others: list[Criterion]
+    by_name: dict[str, Criterion]
+
+
+def test_the_models_in_a_field_a_list_and_a_mapping_are_found_where_they_stand() -> None:
+    first, second, third = (Criterion(principle=name) for name in ("kind", "honest", "brief"))
+    exam = Exam(first=first, others=[second], by_name={"last": third})
+    expected = [(("first",), first), (("others", 0), second), (("by_name", "last"), third)]
+    assert list(nested_models(exam, Criterion)) == expected

@@ -579,9 +579,9 @@ def wait_for_batch(recipe: Path, stage: str) -> Path:
     return Path("/proc") / waiting.read_text()
 
 
-def until(true) -> None:
-    """Waits for something to become true."""
+def until(condition) -> None:
+    """Waits at most 30 seconds until a condition is true."""
     end = time.monotonic() + 30
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)

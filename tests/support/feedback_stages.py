@@ -50,7 +50,7 @@ class Script:
 
     writes: Callable[[Request], str | Completion | Failure] = lambda request: "a text"
     prefers: Callable[[Question], tuple[float, float] | Failure] = lambda question: (0.0, 1.0)
-    """(log-odds of the first option, option_probability of both)."""
+    """(log-odds of the first option, probability of both together)."""
     rates: Callable[[Question], Sequence[float]] = lambda question: [1 / len(question.options)] * len(question.options)
     """The probability of each option, where there are more than two."""
     requests: list[Request] = field(default_factory=list)
