@@ -119,6 +119,14 @@ class Config(FeedbackConfig):
             raise ValueError("found `draws` without `verdicts: text`, expected both")
         return self
 
+    @model_validator(mode="after")
+    def _of_the_pairs(self) -> Self:
+        if self.pairs == "against" and "cut_off" in self.model_fields_set:
+            raise ValueError("found `cut_off` with `pairs: against`, which pairs cut-off responses like all others")
+        if self.n_prompts is not None and not self.prompts:
+            raise ValueError("found `n_prompts` without `prompts`, expected both")
+        return self
+
 
 METHOD_OF_SETTING = dict.fromkeys(("rationales", "max_new_tokens", "temperature"), "reasoned") | {"scale": "rating"}
 """Settings that only one method has."""

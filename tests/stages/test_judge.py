@@ -237,6 +237,8 @@ def test_human_pairs_stand_beside_sampled_ones_and_too_long_ones_are_counted(tmp
         ({"scale": 10}, "expected it with `method: rating` alone"),
         ({"verdicts": "text", "method": "rating"}, "found `verdicts: text` with `method: rating`"),
         ({"draws": 3}, "found `draws` without `verdicts: text`"),
+        ({"pairs": "against", "cut_off": "keep"}, "found `cut_off` with `pairs: against`"),
+        ({"n_prompts": 3}, "found `n_prompts` without `prompts`"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, reason):
