@@ -125,6 +125,8 @@ class Config(FeedbackConfig):
             raise ValueError("found `cut_off` with `pairs: against`, which pairs cut-off responses like all others")
         if self.n_prompts is not None and not self.prompts:
             raise ValueError("found `n_prompts` without `prompts`, expected both")
+        if self.pairs != "random" and "n_pairs" in self.model_fields_set:
+            raise ValueError(f"found `n_pairs` with `pairs: {self.pairs}`, expected it with `pairs: random` alone")
         return self
 
 

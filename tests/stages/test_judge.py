@@ -239,6 +239,7 @@ def test_human_pairs_stand_beside_sampled_ones_and_too_long_ones_are_counted(tmp
         ({"draws": 3}, "found `draws` without `verdicts: text`"),
         ({"pairs": "against", "cut_off": "keep"}, "found `cut_off` with `pairs: against`"),
         ({"n_prompts": 3}, "found `n_prompts` without `prompts`"),
+        ({"n_pairs": 2}, "found `n_pairs` with `pairs: disjoint`"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, reason):
