@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cai.contracts.model import SERVED
 from cai.document import error_at, load_document, validate
-from cai.document.shipped import find_file
+from cai.document.shipped import find_beside, find_file
 from cai.text.errors import BadInput
 
 DEFAULT = "cpu"
@@ -109,7 +109,9 @@ class Profile(BaseModel):
     )
     processes: int = Field(1, ge=1, description="Processes of a training or feedback stage; on GPUs one for each.")
     accelerate: Path | None = Field(
-        None, description="accelerate config file for several processes, relative to the profile; absent = none."
+        None,
+        description="accelerate config file for several processes, relative to the profile or to the shipped ones; "
+        "absent = none.",
     )
     fork: bool = Field(
         False,
@@ -124,7 +126,8 @@ class Profile(BaseModel):
     launcher: tuple[str, ...] = Field(
         (),
         description="Command that runs the command after it once on each node, with the node's number from 0 in "
-        "CAI_NODE or SLURM_NODEID. Words that name files are relative to the profile.",
+        "CAI_NODE or SLURM_NODEID. Words that name files are relative to the profile or to the "
+        "shipped ones.",
     )
     address: str | None = Field(
         None, description="What other nodes call the first, where `cai run` is started; absent = its host name."
@@ -204,10 +207,11 @@ def load_profile(name: str | None = None) -> Profile:
             raise error_at(document, ("vllm", "python"), f"no such file: {python}")
         profile = profile.model_copy(update={"vllm": profile.vllm.model_copy(update={"python": python})})
     if profile.accelerate is not None:
-        accelerate = (path.parent / profile.accelerate).resolve()
-        if not accelerate.is_file():
-            raise error_at(document, ("accelerate",), f"no such file: {accelerate}")
-        profile = profile.model_copy(update={"accelerate": accelerate})
+        accelerate = find_beside(profile.accelerate, path.parent, "configs")
+        if accelerate is None:
+            path_beside = (path.parent / profile.accelerate).resolve()
+            raise error_at(document, ("accelerate",), f"no such file: {path_beside}, and none that is shipped")
+        profile = profile.model_copy(update={"accelerate": accelerate.resolve()})
     elif profile.processes > 1 and not profile.fork:
         raise error_at(
             document,
@@ -224,7 +228,10 @@ def load_profile(name: str | None = None) -> Profile:
     if (profile.nodes > 1) != bool(profile.launcher):
         at = ("nodes",) if profile.nodes > 1 else ("launcher",)
         raise error_at(document, at, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither")
-    words = [str(file.resolve()) if (file := path.parent / word).is_file() else word for word in profile.launcher]
+    words = [
+        str(file.resolve()) if (file := find_beside(word, path.parent, "configs")) else word
+        for word in profile.launcher
+    ]
     return profile.model_copy(update={"launcher": tuple(words)})
 
 

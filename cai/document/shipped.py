@@ -5,11 +5,12 @@ In a checkout these folders are beside the package; in a wheel they are inside o
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cai.text.errors import BadInput, did_you_mean
 
-STARTER = ("recipes/quickstart.yaml", "configs/cpu.yaml")
+STARTER = ("recipes/quickstart.yaml", "configs/cpu.yaml", "configs/multi-node/2x8gpu-zero3.sbatch")
 SCHEMA = "constitution/schema.json"
 _PACKAGE = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ def shipped_names(folder: str) -> list[str]:
 
 
 def copy_starter(folder: Path) -> list[Path]:
-    """Copies the constitutions with their schema, a recipe and a profile to `folder`; returns the new files.
+    """Copies the constitutions with their schema, a recipe, a profile and a Slurm script to `folder`; the new files.
 
     Raises BadInput, before anything is copied, where one of the files exists already.
     """
@@ -44,6 +45,15 @@ def copy_starter(folder: Path) -> list[Path]:
         text = source.read_text(encoding="utf-8")
         path.write_text(text.replace(f"$schema=../cai/{SCHEMA}", "$schema=schema.json", 1), encoding="utf-8")
     return list(sources)
+
+
+def find_beside(name: str | Path, home: Path, folder: str) -> Path | None:
+    """The file that a document in `home` calls `name`: relative to `home`, else to the shipped folder; None if neither.
+
+    So a copy of a shipped document, in any folder, still finds the shipped files that it names.
+    """
+    paths = (Path(os.path.normpath(start / name)) for start in (home, shipped_folder(folder)))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def find_file(name: str, folder: str, kind: str) -> Path:

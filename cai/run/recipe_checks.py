@@ -27,6 +27,7 @@ from cai.contracts.references import (
 )
 from cai.contracts.stage_config import StageConfig
 from cai.document import Document, error_at
+from cai.document.shipped import find_beside
 from cai.prompt_sets import MICRO, PairSet, read_prompt_set
 from cai.run.recipe_document import OWN, SELF, RecipeDocument
 from cai.storage.rows import HELD_OUT, TOPIC
@@ -193,6 +194,8 @@ def _constitution(document: Document, written: RecipeDocument, configs: Sequence
                     f"{config.kind} asks about principles, but the recipe names no `constitution:`",
                 )
         return None
+    if (file := find_beside(written.constitution, document.path.parent, "recipes")) is not None:
+        return load_constitution(file)
     path = Path(os.path.normpath(document.path.parent / written.constitution))
     if not path.exists() and Path(written.constitution).suffix:
         neighbours = [neighbour.name for neighbour in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -121,6 +121,7 @@ def test_init_copies_what_runs_and_overwrites_nothing(tmp_path):
     assert recipe.constitution == load_constitution(tmp_path / "mine" / "constitutions" / "micro.yaml")
     assert recipe.constitution.path.is_relative_to(tmp_path)
     load_profile(str(tmp_path / "mine" / "configs" / "cpu.yaml"))
+    assert (tmp_path / "mine" / "configs" / "multi-node" / "2x8gpu-zero3.sbatch").is_file()
     for name in ("assistant", "harmlessness", "helpful-honest", "micro"):
         path = tmp_path / "mine" / "constitutions" / f"{name}.yaml"
         assert load_constitution(path).principles == load_constitution(name).principles
