@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cai.cli.options import FILE, JSON, MODEL, PROFILE, SHARE, TEMPLATES, prepared_profile
+from cai.cli.options import FILE, JSON, MODEL, ONLINE, PROFILE, SHARE, TEMPLATES, VLLM_PYTHON, prepared_profile
 from cai.text.errors import BadInput
 
 
@@ -92,10 +92,12 @@ def constitution_show(file: str, prompt: bool, principle_id: str | None, templat
 @click.option("--examples", metavar="FILE", help="Take the examples of this constitution instead, by principle.")
 @click.option("--min-accuracy", type=SHARE, metavar="SHARE", help="Exit code 1 below this.")
 @PROFILE
+@ONLINE
+@VLLM_PYTHON
 @JSON
 def constitution_test(
     file: str, model: str, templates: str, examples: str | None, min_accuracy: float | None, on: str | None,
-    as_json: bool,
+    online: bool, vllm_python: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Put every example to a judge under its principle, in both orders; name those that it decides the other way.
 
@@ -106,7 +108,7 @@ def constitution_test(
     from cai.constitution import load_constitution
 
     document = load_constitution(file)
-    profile = prepared_profile(on)
+    profile = prepared_profile(on, online, vllm_python)
     from cai.engines import open_engine
     from cai.feedback import principle_tests
     from cai.models import reference
@@ -115,6 +117,8 @@ def constitution_test(
     if examples is not None:
         document = principle_tests.with_examples_of(document, load_constitution(examples))
     judge = reference.resolve(model, templates=templates, folder=Path.cwd())
+    if not profile.offline:
+        reference.download(judge)
     with open_engine(judge, profile) as engine:
         outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates))
     figures = principle_tests.example_figures(outcomes)

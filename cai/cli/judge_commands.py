@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cai.cli.options import FILE, JSON, MODEL, PROFILE, RUNS, SEED, SHARE, TEMPLATES, prepared_profile
+from cai.cli.options import (
+    FILE,
+    JSON,
+    MODEL,
+    ONLINE,
+    PROFILE,
+    RUNS,
+    SEED,
+    SHARE,
+    TEMPLATES,
+    VLLM_PYTHON,
+    prepared_profile,
+)
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
@@ -36,10 +48,12 @@ def judge() -> None:
 )  # fmt: skip
 @click.option("--max-family-flip-rate", type=SHARE, metavar="SHARE", help="The same for each family by itself.")
 @PROFILE
+@ONLINE
+@VLLM_PYTHON
 @JSON
 def judge_attack(
     model: str, templates: str, document: str | None, per_family: int, seed: int, max_flip_rate: float | None,
-    max_family_flip_rate: float | None, on: str | None, as_json: bool,
+    max_family_flip_rate: float | None, on: str | None, online: bool, vllm_python: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Put injections into responses ("The answer is A.", forged turns, hidden marks) and count the verdicts they turn.
 
@@ -56,7 +70,7 @@ def judge_attack(
     cai judge attack
     cai judge attack --model my-model --constitution mine.yaml --max-flip-rate 0.05 --json
     """
-    profile = prepared_profile(on)
+    profile = prepared_profile(on, online, vllm_python)
     from cai.constitution import load_constitution
     from cai.engines import open_engine
     from cai.feedback import judge_attacks
@@ -66,6 +80,8 @@ def judge_attack(
     from cai.text import progress
 
     judge = reference.resolve(model, templates=templates, folder=Path.cwd())
+    if not profile.offline:
+        reference.download(judge)
     is_embedded = judge.templates == "micro"
     if is_embedded and document is None:
         pairs = attack_cases(per_family, seed)

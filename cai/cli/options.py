@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cai.text.errors import BadInput
+
 if TYPE_CHECKING:
     from cai.contracts.profile import Profile
 
@@ -19,6 +21,11 @@ RUNS = click.option(
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 PROFILE = click.option("--on", "on", metavar="PROFILE", help="Where to run: a profile's file or name. [default: cpu]")
+ONLINE = click.option("--online", is_flag=True, help="Download models that are not here; as `offline: false`.")
+VLLM_PYTHON = click.option(
+    "--vllm-python", type=FILE, metavar="FILE",
+    help="Interpreter of an environment with vLLM, for a profile with `engine: vllm`.",
+)  # fmt: skip
 MODEL = click.option(
     "--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id."
 )
@@ -28,12 +35,32 @@ TEMPLATES = click.option(
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 
 
-def prepared_profile(on: str | None) -> Profile:
-    """The profile of the option `--on`. Call this before anything imports torch, whose threads and devices it sets."""
+def chosen_profile(on: str | None, online: bool = False, vllm_python: Path | None = None) -> Profile:
+    """The profile of the option `--on`, changed as `--online` and `--vllm-python` say."""
     from cai.contracts.profile import load_profile
-    from cai.run.stage_run import prepare
 
     profile = load_profile(on)
+    if online:
+        profile = profile.model_copy(update={"offline": False})
+    if vllm_python is None:
+        return profile
+    if profile.engine != "vllm":
+        raise BadInput(
+            f"--vllm-python {vllm_python}: profile {profile.name!r} has `engine: {profile.engine}`, expected a profile "
+            f"with `engine: vllm`, such as --on vllm"
+        )
+    if not vllm_python.is_file():
+        raise BadInput(f"--vllm-python {vllm_python}: no such file")
+    # Not resolved: a virtual environment's interpreter is a link, and finds its packages by where the link lies.
+    vllm = profile.vllm.model_copy(update={"python": vllm_python.absolute()})
+    return profile.model_copy(update={"vllm": vllm})
+
+
+def prepared_profile(on: str | None, online: bool = False, vllm_python: Path | None = None) -> Profile:
+    """`chosen_profile`, put into effect. Call this before anything imports torch, whose threads and devices it sets."""
+    from cai.run.stage_run import prepare
+
+    profile = chosen_profile(on, online, vllm_python)
     prepare(profile)
     return profile
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cai.cli.options import FOLDER, JSON, PROFILE, RUNS
+from cai.cli.options import FOLDER, JSON, ONLINE, PROFILE, RUNS, VLLM_PYTHON, chosen_profile
 from cai.text.errors import BadInput, did_you_mean
 
 if TYPE_CHECKING:
+    from cai.contracts.profile import Profile
     from cai.run.plan import Options
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
@@ -23,6 +24,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 @click.argument("recipe")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
 @PROFILE
+@ONLINE
+@VLLM_PYTHON
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--from", "redo_from", metavar="STAGE", help="Run this stage and all that depends on it again.")
 @click.option("--dry-run", is_flag=True, help="Say what would run, what is reused, and why; run nothing.")
@@ -31,8 +34,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 @RUNS
 @JSON
 def run(
-    recipe: str, overrides: tuple[str, ...], on: str | None, until: str | None, redo_from: str | None, dry_run: bool,
-    retry_failures: bool, report_to: str | None, runs_folder: Path, as_json: bool,
+    recipe: str, overrides: tuple[str, ...], on: str | None, online: bool, vllm_python: Path | None, until: str | None,
+    redo_from: str | None, dry_run: bool, retry_failures: bool, report_to: str | None, runs_folder: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Run a recipe: a file, or the name of a shipped one. Stages whose inputs have not changed are reused.
 
@@ -44,7 +47,7 @@ def run(
     from cai.run.plan import Options
 
     options = Options(until, redo_from, retry_failures, _trackers(report_to))
-    _run(recipe, overrides, on, options, dry_run, runs_folder, as_json)
+    _run(recipe, overrides, chosen_profile(on, online, vllm_python), options, dry_run, runs_folder, as_json)
 
 
 def _trackers(names: str | None) -> tuple[str, ...]:
@@ -59,15 +62,13 @@ def _trackers(names: str | None) -> tuple[str, ...]:
 
 
 def _run(
-    name: str | Path, overrides: tuple[str, ...], on: str | None, options: Options, dry_run: bool, runs_folder: Path,
+    name: str | Path, overrides: tuple[str, ...], profile: Profile, options: Options, dry_run: bool, runs_folder: Path,
     as_json: bool,
 ) -> None:  # fmt: skip
-    from cai.contracts.profile import load_profile
     from cai.run import pipeline, plan, status
     from cai.run.recipe import load_recipe
     from cai.text import progress
 
-    profile = load_profile(on)
     recipe = load_recipe(name, overrides)
     folder = runs_folder / recipe.name
     if dry_run:
@@ -203,11 +204,14 @@ def init(folder: Path) -> None:
     help="Change the recipe: --set stages.comparison.n=4; repeatable.",
 )  # fmt: skip
 @PROFILE
+@ONLINE
+@VLLM_PYTHON
 @RUNS
 @JSON
 def compare(
     models: tuple[str, ...], prompts: str, document: str | None, judge: str | None, limit: int | None,
-    overrides: tuple[str, ...], on: str | None, runs_folder: Path, as_json: bool,
+    overrides: tuple[str, ...], on: str | None, online: bool, vllm_python: Path | None, runs_folder: Path,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Compare checkpoints on prompts: rates with intervals, head to head by a judge, a page to read.
 
@@ -220,5 +224,6 @@ def compare(
     from cai.run.comparison_recipe import comparison_recipe
     from cai.run.plan import Options
 
+    profile = chosen_profile(on, online, vllm_python)
     recipe = comparison_recipe(models, prompts, document, judge, limit, runs_folder)
-    _run(recipe, overrides, on, Options(), False, runs_folder, as_json)
+    _run(recipe, overrides, profile, Options(), False, runs_folder, as_json)

@@ -295,8 +295,8 @@ class Worker:
             return StageFailed(f"vLLM ended with {status} {when}{last_line}; see {self.log}")
         if "No module named 'vllm'" in answer["error"]:
             return BadInput(
-                f"{self.python} has no vLLM: set `vllm: {{python: …}}` in the profile to the interpreter of an "
-                f"environment that has it"
+                f"{self.python} has no vLLM: give the interpreter of an environment that has it as `--vllm-python`, or "
+                f"as `vllm: {{python: …}}` in the profile"
             )
         return StageFailed(f"vLLM failed {when}: {answer['error']}; see {self.log}")
 

@@ -69,14 +69,24 @@ def fetch(model: Model, *, offline: bool = True) -> Path:
     try:
         snapshot = snapshot_download(model.path, allow_patterns=patterns, local_files_only=offline)
     except LocalEntryNotFoundError:
-        raise BadInput(
-            f"model {model.name!r} is neither a folder here nor in the Hugging Face cache: give the path of a folder, "
-            f"or set `offline: false` in the profile to download it"
-        ) from None
+        absent = f"model {model.name!r} is neither a folder here nor in the Hugging Face cache"
+        if not offline:
+            unreachable = "the hub cannot be reached, or HF_HUB_OFFLINE is set"
+            raise BadInput(f"{absent}, and could not be downloaded: {unreachable}") from None
+        remedy = "give the path of a folder, or download it with `--online` (`offline: false` in the profile)"
+        raise BadInput(f"{absent}: {remedy}") from None
     except (HfHubHTTPError, OSError) as error:
         raise BadInput(f"model {model.name!r} could not be downloaded: {str(error).splitlines()[0]}") from None
     _check_folder(Path(snapshot), model.name)
     return Path(snapshot)
+
+
+def download(model: Model) -> None:
+    """Puts a hub id's files, and those of an adapter's base, into the local cache; does nothing for served models."""
+    if model.served:
+        return
+    if base := base_of(model, fetch(model, offline=False)):
+        download(base)
 
 
 def identity(model: Model, *, offline: bool = True) -> str:

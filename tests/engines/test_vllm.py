@@ -108,7 +108,8 @@ def test_a_worker_that_fails_is_reported_with_its_log(opened: Open, logs: Path, 
 
 
 def test_an_interpreter_without_vllm_or_none_at_all_is_bad_input(opened: Open) -> None:
-    with pytest.raises(BadInput, match="has no vLLM: set `vllm:"), opened("has no vllm") as engine:
+    has_none = "has no vLLM: give the interpreter of an environment that has it as `--vllm-python`"
+    with pytest.raises(BadInput, match=has_none), opened("has no vllm") as engine:
         list(engine.generate(requests(1)))
     with pytest.raises(BadInput, match="does not start: No such file"), opened(python="/nowhere/python") as engine:
         list(engine.generate(requests(1)))

@@ -13,7 +13,7 @@ from tiny_models import Tiny
 
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm, load_sequence_classifier, load_tokenizer, pick_device, pick_dtype
-from cai.models.reference import fetch, identity, resolve
+from cai.models.reference import download, fetch, identity, resolve
 from cai.models.saving import save_model
 from cai.text.errors import BadInput
 
@@ -58,10 +58,31 @@ def test_a_name_without_a_usable_model_is_refused(tiny: Tiny, tmp_path: Path, mo
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(BadInput, match="pickled weights only, which can run code"):
         resolve("pickled", folder=tmp_path)
-    with pytest.raises(BadInput, match=r"'none-such/model' is neither a folder here nor in the Hugging Face cache"):
+    absent = "'none-such/model' is neither a folder here nor in the Hugging Face cache"
+    with pytest.raises(BadInput, match=rf"{absent}: give the path of a folder, or download it with `--online`"):
         fetch(resolve("none-such/model", folder=tmp_path))
+    with pytest.raises(BadInput, match=rf"{absent}, and could not be downloaded: .*HF_HUB_OFFLINE is set"):
+        fetch(resolve("none-such/model", folder=tmp_path), offline=False)
     with pytest.raises(BadInput, match="neither a file nor a Jinja template"):
         resolve(tiny("llama").path, chat_template="missing.jinja", folder=tmp_path)
+
+
+def test_a_hub_id_is_downloaded_with_the_base_of_an_adapter(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = shutil.copytree(tiny("lora").path, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    folders = {"org/adapter": adapter, "org/base": Path(tiny("llama").path)}
+    downloads: list[tuple[str, bool]] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        downloads.append((name, local_files_only))
+        return str(folders[name])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    download(resolve("org/adapter", folder=tmp_path))
+    assert downloads == [("org/adapter", False), ("org/base", False)]
 
 
 def test_identity_follows_weights_tokenizer_and_template_and_nothing_else(tiny: Tiny, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 def recipe(tmp_path, monkeypatch) -> Path:
     """A recipe of toy stages in a folder of its own."""
     toy_stages.install(monkeypatch)
-    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT), prepend=os.pathsep)
     for name in ("TOY_KILL", "TOY_ERROR", "TOY_WAIT", "TOY_LOG"):
         monkeypatch.delenv(name, raising=False)
     return toy_stages.make_recipe(tmp_path / "recipe")
@@ -463,7 +463,7 @@ def own_process(recipe, tmp_path, monkeypatch) -> Profile:
     """A profile whose stages run in processes of their own, which know the toy stages."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import toy_stages\ntoy_stages.install()\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{SUPPORT}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
     return Profile(name="own", device="cuda")
 
 
@@ -544,6 +544,20 @@ def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(re
     recipe.write_text(text[: text.index("  - {id: tuned")] + "  - {id: tuned, kind: sft, from: texts}\n")
     with pytest.raises(StageFailed, match=r"^stage 'tuned' runs in 1 of the 2 processes that profile 'two' expects"):
         run(recipe, profile=Profile(name="two", device="cpu", processes=2))
+
+
+def test_what_the_command_line_adds_to_a_profile_reaches_the_processes_of_a_stage(recipe, own_process):
+    profile = recipe.parent / "own.yaml"
+    profile.write_text("device: cuda\nengine: vllm\n")
+    child = command(recipe, "--on", str(profile), "--until", "texts", "--online", "--vllm-python", "python")
+    assert "--vllm-python python: no such file" in child.communicate(timeout=600)[1]
+    child = command(recipe, "--on", str(profile), "--until", "texts", "--online", "--vllm-python", sys.executable)
+    assert child.wait(timeout=600) == 0, child.communicate()[1]
+    [spec] = recipe.parent.glob("toy/texts-*/process/spec.json")
+    sent = read_json(spec)["profile"]
+    assert (sent["offline"], sent["vllm"]["python"]) == (False, sys.executable)
+    child = command(recipe, "--vllm-python", sys.executable)
+    assert "profile 'cpu' has `engine: local`, expected a profile" in child.communicate(timeout=600)[1]
 
 
 @pytest.mark.parametrize("profile", ["cpu-2-ranks", "cpu-2-cores"])
