@@ -1,6 +1,7 @@
 # make quickstart   environment and the main job: constitution -> compared checkpoints on the embedded model
 # make test         environment, then linters, types and all tests
 # make lint         environment, then linters and types alone
+# make vllm-env     environment of vLLM for GPUs (.venv-vllm, 4 GB to download), for profiles with `engine: vllm`
 # make test-servers environment of real servers on the CPU (.venv-servers, 2.5 GB), then all engines against them
 
 PYTHON ?= python3
@@ -8,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SERVERS := .venv-servers
+VLLM := .venv-vllm
 
-.PHONY: quickstart test lint test-servers
+.PHONY: quickstart test lint test-servers vllm-env
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -34,6 +36,14 @@ $(STAMP): requirements.lock pyproject.toml
 
 test-servers: $(STAMP) $(SERVERS)/.installed
 	$(BIN)/python -m pytest tests/servers
+
+vllm-env: $(VLLM)/.installed
+	@echo "give it to a run: --on vllm --vllm-python $(VLLM)/bin/python"
+
+$(VLLM)/.installed: requirements-vllm.lock
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock
+	touch $@
 
 # vLLM asks for its own version by the name of `vllm`, and takes from "cpu" in it what it was built for.
 $(SERVERS)/.installed: requirements-servers.lock
