@@ -141,8 +141,16 @@ class Profile(BaseModel):
     token_budget: int = Field(
         16384, ge=256, description="Tokens whose keys and values an engine holds at once, new ones included."
     )
+    items_in_flight: int = Field(
+        256,
+        ge=1,
+        description="Items of a feedback stage that a process hands to its engine, and then writes, at once; where the "
+        "stage states no `journal_batch`.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
-    offline: bool = Field(True, description="Use only models that are on this machine; false = may download.")
+    offline: bool = Field(
+        True, description="Use only models that are on this machine; false = may download, as `--online`."
+    )
     threads: int | None = Field(
         None,
         ge=1,

@@ -66,7 +66,12 @@ class FeedbackConfig(StageConfig):
     Each of the profile's processes runs the stage: the journal gives it its share, and lets rank 0 alone past `finish`.
     """
 
-    journal_batch: int = Field(256, ge=1, description="Items that are computed and written together.")
+    journal_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Items that are computed and written together; absent = as many as each process has, up to the "
+        "profile's `items_in_flight`.",
+    )
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
 
     def attempts(self, batch: Batch) -> int:

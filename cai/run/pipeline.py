@@ -94,7 +94,7 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
     facts = stage.facts()
     write_json(folder / run_folder.STAGE, facts)
     line = display.begin_stage(step.id)
-    journal = Journal(folder, line)
+    journal = Journal(folder, line, in_flight=stage.profile.items_in_flight)
     start_time = time.monotonic()
     try:
         with stopping.at_resume_point(folder) if stage.trains else contextlib.nullcontext():

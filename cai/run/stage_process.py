@@ -105,7 +105,7 @@ def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
     prepare(profile)
     stage = _stage_run(spec, recipe, profile)
-    return stage.work(line, Journal(stage.folder, line, rank, ranks))
+    return stage.work(line, Journal(stage.folder, line, rank, ranks, profile.items_in_flight))
 
 
 def _stage_run(spec: Spec, recipe: Recipe, profile: Profile) -> StageRun:

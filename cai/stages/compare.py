@@ -48,7 +48,9 @@ class Config(CompositeConfig, WritingConfig):
     min_option_probability: float = Field(
         0.1, ge=0, le=1, description="Probability the options must hold; less is a failure."
     )
-    pair_batch: int = Field(64, ge=1, description="Pairs that are judged and written together.")
+    pair_batch: int | None = Field(
+        None, ge=1, description="Pairs that are judged and written together; absent = as for `journal_batch`."
+    )
     examples: int = Field(12, ge=0, description="Prompts whose responses the page shows side by side.")
 
     @field_validator("models")

@@ -26,7 +26,7 @@ stages:
   - {id: responses, kind: sample, prompts: [red_team], n: 2, max_new_tokens: 24, journal_batch: 3}
   - {id: votes, kind: judge, from: responses, cut_off: keep, journal_batch: 2}
   - {id: comparison, kind: compare, models: {base: model, other: OTHER}, prompts: red_team, max_new_tokens: 8,
-     journal_batch: 2}
+     journal_batch: 2, pair_batch: 2}
   - {id: tuned, kind: sft, from: responses, batch_size: 4, train: {max_steps: 2}}
 """
 FEEDBACK = ("responses", "votes", "comparison.base", "comparison.other", "comparison.other.votes")

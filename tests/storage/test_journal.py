@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cai.storage.journal import FAILURES, JOURNAL, RECORDS, Journal, ShareDone, journal_paths, reopen
+from cai.storage.journal import FAILURES, JOURNAL, RECORDS, Batch, Journal, ShareDone, journal_paths, reopen
 from cai.storage.rows import Failure, read_rows
 from cai.text.errors import StageFailed
 
 ITEMS = [{"id": f"item-{n}"} for n in range(7)]
 
 
-def run(folder: Path, items=ITEMS, failing=("item-3",), size=2, stop_after=None, rank=0, ranks=1) -> list[int]:
-    """A stage: two rows for even items, none for odd ones, failures as asked. Returns the batches computed."""
-    journal = Journal(folder, rank=rank, ranks=ranks)
+def run(
+    folder: Path, items=ITEMS, failing=("item-3",), size: int | None = 2, stop_after=None, rank=0, ranks=1,
+    in_flight: int | None = None,
+) -> list[int]:  # fmt: skip
+    """A stage: two rows for even items, none for odd ones, failures as asked. Returns the batches computed, of each
+    portion the first one."""
+    journal = Journal(folder, rank=rank, ranks=ranks, in_flight=in_flight)
     computed = []
     for batch in journal.batches(items, size=size):
         if len(computed) == stop_after:
@@ -157,6 +162,75 @@ def test_a_reopened_stage_computes_failures_again_on_all_ranks_despite_files_of_
     assert run_ranks(tmp_path, 2, size=1, failing=()) == [[], [3]]
     assert json.loads((tmp_path / "plan.json").read_text())["attempts"] == {"3": 1}
     assert read_rows(tmp_path / FAILURES) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("per_rank", [16, 40, 1000])
+def test_without_a_size_no_rank_idles_and_none_holds_more_in_flight_than_it_may(tmp_path, ranks, per_rank):
+    items = [{"id": f"{n}"} for n in range(per_rank * ranks)]
+    computed: list[int] = []
+    shares = []
+    for rank in range(ranks):
+        journal = Journal(tmp_path, rank=rank, ranks=ranks, in_flight=100)
+        share = []
+        for batch in journal.batches(items):
+            assert 0 < len(batch.items) <= max(100, len(items) // 64)
+            share += [int(item["id"]) for item in batch.items]
+            journal.append(batch, [], [])
+        shares.append(len(share))
+        computed += share
+    assert sorted(computed) == list(range(len(items)))
+    assert max(shares) - min(shares) <= per_rank / 4, "the shares are about equal"
+
+
+def test_a_portion_is_as_large_as_the_profile_lets_it_be_and_one_batch_where_the_stage_states_a_size(tmp_path):
+    items = [{"id": f"item-{n}"} for n in range(200)]
+
+    def sizes(in_flight: int | None, size: int | None = None) -> list[int]:
+        folder = tmp_path / f"{in_flight}-{size}"
+        folder.mkdir()
+        return [len(batch.items) for batch in appended(Journal(folder, in_flight=in_flight), size)]
+
+    def appended(journal: Journal, size: int | None) -> Iterator[Batch]:
+        for batch in journal.batches(items, size):
+            journal.append(batch, [], [])
+            yield batch
+
+    assert sizes(in_flight=None) == sizes(in_flight=1000) == [200]
+    assert sizes(in_flight=60) == [48, 51, 51, 50]
+    assert sizes(in_flight=60, size=150) == [150, 50]
+    assert sizes(in_flight=1) == [3] * 66 + [2]
+
+
+def test_portions_cut_anywhere_end_with_the_same_bytes_on_as_many_ranks_or_others(tmp_path):
+    items = [{"id": f"item-{n}"} for n in range(40)]
+    options = {"items": items, "size": None, "in_flight": 8}
+    (tmp_path / "whole").mkdir()
+    portions = run(tmp_path / "whole", **options)
+    assert len(portions) == 5
+    for ranks in (1, 2, 3):
+        folder = tmp_path / f"{ranks}"
+        folder.mkdir()
+        assert run(folder, stop_after=2, **options) == portions[:2]
+        journal = (folder / JOURNAL).read_bytes()
+        (folder / JOURNAL).write_bytes(journal[:-5])
+        again = [number for share in run_ranks(folder, ranks, **options) for number in share]
+        if ranks == 1:
+            assert again == portions[1:], "the torn portion is computed again as a whole"
+        assert not set(again) & set(range(portions[1])), "what is on the disk is not computed again"
+        assert outputs(folder)[RECORDS] == outputs(tmp_path / "whole")[RECORDS]
+
+
+def test_reopening_computes_whole_portions_with_failures(tmp_path):
+    items = [{"id": f"item-{n}"} for n in range(40)]
+    options = {"items": items, "size": None, "in_flight": 8}
+    portions = run(tmp_path, failing=("item-12",), **options)
+    n_rows = outputs(tmp_path)[RECORDS].count(b"\n")
+    Journal(tmp_path).discard()
+    assert reopen(tmp_path) == 1
+    assert run(tmp_path, failing=(), **options) == [portions[1]]
+    assert outputs(tmp_path)[RECORDS].count(b"\n") == n_rows + 2
+    assert reopen(tmp_path) == 0
 
 
 def test_progress_is_that_of_all_ranks(tmp_path):
