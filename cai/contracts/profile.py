@@ -148,6 +148,12 @@ class Profile(BaseModel):
         "stage states no `journal_batch`.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
+    resume_point_minutes: float = Field(
+        30,
+        ge=0,
+        description="Minutes of training after which a resume point is written even where the recipe's `save_steps` "
+        "asks for none yet.",
+    )
     offline: bool = Field(
         True, description="Use only models that are on this machine; false = may download, as `--online`."
     )

@@ -5,6 +5,9 @@ complete resume point, or from its start where there is none. On one CPU process
 byte for byte, and the same `metrics.jsonl` as an undisturbed run; where vLLM samples the responses, vLLM's rounding,
 which depends on its batches, is the exception. A stage that is asked to stop (`cai.storage.stopping`) writes a resume
 point after the current step and logs that step, which adds a line of metrics between two that `logging_steps` asks for.
+Besides those that the recipe's `save_steps` asks for, a resume point is written when the profile's
+`resume_point_minutes` have passed since the last one: after a step that is logged anyway, so that no result depends on
+the time.
 
 Training keeps weights in float32 and computes in the profile's precision (autocast). Under DeepSpeed weights are in the
 profile's precision and the optimizer's copies in float32. Under ZeRO-3 a model is partitioned while it is loaded, so
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,16 +109,24 @@ def save_trained_model(
     trainer.accelerator.wait_for_everyone()
 
 
+CONTINUE, SAVE, STOP = range(3)
+"""What all processes do after a step: go on, write a resume point and go on, or write one and stop."""
+
+
 class StageCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes `metrics.jsonl`, advances the progress display, marks resume points complete, stops where asked to."""
+    """Writes `metrics.jsonl`, advances the progress display, has resume points written and marks them complete, stops
+    where asked to."""
 
     def __init__(self, context: Context, accelerator: Accelerator) -> None:
         self.context, self.accelerator = context, accelerator
         self.metrics_path = context.folder / METRICS
         self.stopped, self.n_tokens_reported = False, 0
+        self.last_save = time.monotonic()
+        """When the last resume point was written, or training began."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.n_tokens_reported = state.num_input_tokens_seen
+        self.last_save = time.monotonic()
         if state.is_world_process_zero:
             keep_rows(self.metrics_path, lambda entry: entry["step"] <= state.global_step)
             self.context.progress.start(total=state.max_steps, unit="steps", finished=state.global_step)
@@ -126,18 +138,25 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         self.n_tokens_reported = n_tokens
         if state.global_step >= state.max_steps:
             control.should_log = True  # a run shorter than `logging_steps` has a loss too
-        elif self._is_asked_to_stop():
-            self.stopped = control.should_save = control.should_training_stop = True
+        elif action := self._action(is_logged=control.should_log):
+            control.should_save = True
+            self.stopped = control.should_training_stop = action == STOP
         self._adjust_saving(state, control)
 
-    def _is_asked_to_stop(self) -> bool:
-        """The first process looks and broadcasts the answer, so that all processes stop after the same step."""
-        requested = self.accelerator.is_main_process and stopping.requested(self.context.folder)
+    def _action(self, is_logged: bool) -> int:
+        """CONTINUE, SAVE or STOP: the first process decides and broadcasts, so that all do the same after this step."""
+        action = CONTINUE
+        if self.accelerator.is_main_process:
+            minutes = (time.monotonic() - self.last_save) / 60
+            if stopping.requested(self.context.folder):
+                action = STOP
+            elif is_logged and minutes >= self.context.profile.resume_point_minutes:
+                action = SAVE
         if self.accelerator.num_processes == 1:
-            return requested
-        flag = torch.tensor(requested, dtype=torch.int32, device=self.accelerator.device)
-        torch.distributed.broadcast(flag, src=0)
-        return bool(flag)
+            return action
+        agreed = torch.tensor(action, dtype=torch.int32, device=self.accelerator.device)
+        torch.distributed.broadcast(agreed, src=0)
+        return int(agreed)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._adjust_saving(state, control)
@@ -165,6 +184,7 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.accelerator.wait_for_everyone()  # each process has then written its part
+        self.last_save = time.monotonic()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / COMPLETE, process_layout(self.accelerator))
