@@ -88,3 +88,18 @@ def test_all_load_by_name_from_a_package_that_holds_them_as_a_wheel_does(foreign
         assert Path(path).is_relative_to(installed)
     for profile in loaded["profiles"].values():
         assert profile["accelerate"] is None or Path(profile["accelerate"]).is_relative_to(installed)
+
+
+def test_the_slurm_script_hands_its_cpus_to_srun_and_its_arguments_to_cai(foreign_folder):
+    """With a stand-in for `cai` on the path, which prints what it was started with."""
+    script = shipped_folder("configs") / "multi-node" / "2x8gpu-zero3.sbatch"
+    options = [line.split()[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"--requeue", "--cpus-per-task=64", "--signal=B:TERM@600"} <= set(options)
+    stand_in = foreign_folder / "cai"
+    stand_in.write_text('#!/bin/bash\necho "$SRUN_CPUS_PER_TASK" "$@"\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{foreign_folder}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "64"}
+    process = subprocess.run(
+        ["bash", str(script), "mine.yaml", "--online"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert process.stdout == "64 run --on 2x8gpu-zero3 mine.yaml --online\n"
