@@ -44,6 +44,68 @@ def test_interval_covers_the_truth_whatever_topics_share(p: float, rho: float, t
         assert coverage >= (0.93 if topics > 5 and rho < 1 else 0.89), (coverage, sizes)
 
 
+def log_normal_sizes(topics: int, sigma: float, seed: int) -> np.ndarray:
+    """Rows of each topic, around 8."""
+    drawn = 8 * np.exp(np.random.default_rng(1000 * seed + topics).normal(0, sigma, topics))
+    return np.maximum(1, np.round(drawn)).astype(int)
+
+
+UNEQUAL_SIZES = {
+    "one of 100 among twos": np.array([100] + [2] * 199),
+    **{f"sigma 1, {topics}": log_normal_sizes(topics, 1.0, seed=0) for topics in (40, 200)},
+    **{f"sigma 1.5, {topics}": log_normal_sizes(topics, 1.5, seed=1) for topics in (40, 200)},
+    **{f"sigma 2, {topics}": log_normal_sizes(topics, 2.0, seed=1) for topics in (40, 200)},
+}
+
+
+@pytest.mark.parametrize("sizes", UNEQUAL_SIZES.values(), ids=UNEQUAL_SIZES)
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_interval_covers_the_truth_where_some_topics_are_much_larger(p: float, sizes: np.ndarray) -> None:
+    repeats = 3000
+    assert sizes.sum() ** 2 / (sizes**2).sum() > 10, "effective topics"
+    for rho in (0.0, 0.5, 1.0):
+        sums = clustered_sums(p, rho, sizes, repeats, seed=len(sizes))
+        low, high = statistics.score_interval(sums, sums.sum(-1), sizes)
+        coverage = float(((low <= p) & (p <= high)).mean())
+        assert coverage >= 0.93 - 2 * (0.93 * 0.07 / repeats) ** 0.5, (coverage, rho)
+
+
+@pytest.mark.parametrize("name", ["sigma 1, 40", "sigma 1.5, 40", "sigma 2, 40"])
+def test_differences_and_lengths_cover_the_truth_where_some_topics_are_much_larger(name: str) -> None:
+    """Half of the pairs are ties, a third are won; lengths are Gaussian with half of their variance between topics."""
+    sizes = UNEQUAL_SIZES[name]
+    generator = np.random.default_rng(0)
+    repeats = 200
+    topics = np.repeat(np.arange(len(sizes)), sizes)
+    clusters = [str(topic) for topic in topics]
+    counts = {"difference": 0, "length": 0}
+    for _ in range(repeats):
+        by_topic = generator.dirichlet([1 / 3, 1 / 2, 1 / 6], len(sizes)).cumsum(axis=1)[topics]
+        outcomes = (generator.random((len(topics), 1)) < by_topic).sum(axis=1) - 1  # 2 where a won, 1 for a tie
+        won, lost = (outcomes == 2).astype(float), (outcomes == 0).astype(float)
+        low, high = statistics.paired_difference(list(won), list(lost), clusters).interval
+        counts["difference"] += low <= 1 / 3 - 1 / 6 <= high
+        lengths = generator.normal(0, 1, len(sizes))[topics] + generator.normal(0, 1, len(topics))
+        low, high = statistics.mean(list(lengths), clusters).interval
+        counts["length"] += low <= 0 <= high
+    assert min(counts.values()) / repeats >= 0.93 - 2 * (0.93 * 0.07 / repeats) ** 0.5, counts
+
+
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=8), st.floats(0, 1))
+def test_degrees_of_freedom_are_those_of_the_covariance_matrix(rows: list[int], rho: float) -> None:
+    sizes = np.array(rows, dtype=float)
+    topics = np.repeat(np.arange(len(rows)), rows)
+    n = len(topics)
+    covariance = np.where(topics[:, None] == topics[None, :], rho, 0.0) + (1 - rho) * np.eye(n)
+    sums = (topics == np.arange(len(rows))[:, None]).astype(float)
+    residual_sums = sums @ (np.eye(n) - 1 / n) / np.sqrt(1 - sizes / n)[:, None]
+    of_sums = residual_sums @ covariance @ residual_sums.T
+    expected = max(1.0, np.trace(of_sums) ** 2 / (of_sums**2).sum())
+    assert statistics.degrees_of_freedom(sizes, np.float64(rho)) == pytest.approx(expected)
+    equal = statistics.degrees_of_freedom(np.full(len(rows), sizes[0]), np.float64(rho))
+    assert equal == pytest.approx(len(rows) - 1)
+
+
 def test_interval_is_not_so_wide_as_to_say_nothing() -> None:
     sizes = np.full(40, 8)
     sums = clustered_sums(0.5, 0.1, sizes, 500, seed=1)
@@ -167,7 +229,7 @@ def standard_error(values: list[float], clusters: list[str] | None = None) -> fl
 
 def test_standard_error_of_topics_is_the_formula_by_hand() -> None:
     # Sums of residuals: topic a 1 - 2 * 0.4, topic b 1 - 3 * 0.4.
-    by_hand = (2 / 1 * (0.2**2 + (-0.2) ** 2)) ** 0.5 / 5
+    by_hand = (0.2**2 / (1 - 2 / 5) + (-0.2) ** 2 / (1 - 3 / 5)) ** 0.5 / 5
     assert standard_error([1, 0, 1, 0, 0], list("aabbb")) == pytest.approx(by_hand)
 
 
