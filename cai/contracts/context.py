@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai.storage.journal import FAILURES, RECORDS, Journal
+from cai.storage.journal import RECORDS, Journal, read_failures
 from cai.storage.rows import Prompt, read_rows, stable_seed
 
 if TYPE_CHECKING:
@@ -65,9 +65,12 @@ class Context:
         return chosen
 
     def failures(self, stage: str) -> list[Any]:
-        """What failed in an input stage, `{"id", "reason"}` each."""
-        path = self.inputs[stage] / FAILURES
-        return read_rows(path) if path.exists() else []
+        """What failed in an input stage, `{"id", "reason"}` each. Its reference says `failures="reasons"`."""
+        return read_failures(self.inputs[stage])
+
+    def failed_ids(self, stage: str) -> set[str]:
+        """The items that failed in an input stage. Its reference says `failures="ids"`."""
+        return {failure["id"] for failure in self.failures(stage)}
 
     def model(self, name: str | None) -> Model:
         """The model of that name in the recipe; the recipe's own for None."""

@@ -33,6 +33,8 @@ class StageReference:
     """A stage whose rows are read: one that gives one of `takes`."""
 
     takes: tuple[OutputKind, ...]
+    failures: Literal["ids", "reasons"] | None = None
+    """What is read of the items that failed in it: which ones, or also why. Part of the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ class FileReference:
 Target = StageReference | ModelReference | PromptSetReference | PrincipleReference | TagReference | FileReference
 
 TextsRef = Annotated[str, StageReference(("texts",))]
-VotesRef = Annotated[str, StageReference(("votes",))]
+TextsAndFailedRef = Annotated[str, StageReference(("texts",), failures="ids")]
+TextsAndReasonsRef = Annotated[str, StageReference(("texts",), failures="reasons")]
+VotesAndFailedRef = Annotated[str, StageReference(("votes",), failures="ids")]
+VotesAndReasonsRef = Annotated[str, StageReference(("votes",), failures="reasons")]
 PreferencesRef = Annotated[str, StageReference(("preferences",))]
 ModelRef = Annotated[str, ModelReference()]
 WriterRef = Annotated[str, ModelReference(absent="model", writes=True)]

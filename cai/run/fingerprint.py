@@ -1,8 +1,8 @@
 """Fingerprints: everything that a stage's output depends on, by name, and what of it has changed, in words.
 
-A fingerprint covers the resolved config, the outputs of the stages that are read, what of the principles and templates
-reaches a model, the rows of prompt sets, the files that are named, the identity of the models, and the seed. It leaves
-out where the stage runs.
+A fingerprint covers the resolved config, the outputs of the stages that are read, their failures where a stage reads
+those too, what of the principles and templates reaches a model, the rows of prompt sets, the files that are named, the
+identity of the models, and the seed. It leaves out where the stage runs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cai.contracts.model import Model
-from cai.contracts.references import FileReference, PrincipleReference, references
+from cai.contracts.references import FileReference, PrincipleReference, StageReference, references
 from cai.contracts.stage_config import StageConfig
 from cai.models.reference import identity, resolve
 from cai.prompt_sets.prompt_rows import read_prompt_set
 from cai.run.recipe import Recipe
 from cai.run.recipe_names import inputs_of, models_of, prompt_sets_of
 from cai.storage.files import file_digest
+from cai.storage.journal import read_failures
 from cai.storage.rows import Prompt, stable_id
 from cai.storage.run_folder import Finished
 from cai.templates import load_templates
@@ -71,6 +72,11 @@ class Fingerprints:
         parts: Parts = {"revision": config.revision, "seed": self.recipe.seed}
         parts |= _flat("config", config.model_dump(mode="json", by_alias=True))
         parts |= {f"input.{name}": done[name].digest for name in inputs_of(config)}
+        parts |= {
+            f"failures.{name}": _failures_digest(done[name].folder, with_reasons=target.failures == "reasons")
+            for _, target, name in references(config, StageReference)
+            if target.failures
+        }
         for name in prompt_sets_of(config):
             self.prompts(name)
             parts[f"prompts.{name}"] = self._prompt_digests[name]
@@ -145,7 +151,14 @@ def changes_in_words(changed: set[str], before: Parts, parts: Parts) -> list[str
         phrases.append("principles came, went or moved")
     if "constitution" in groups:
         phrases.append("constitution has another name")
-    nouns = {"input": "input", "model": "model", "prompts": "prompt set", "file": "file", "template": "template"}
+    nouns = {
+        "input": "input",
+        "failures": "failures of",
+        "model": "model",
+        "prompts": "prompt set",
+        "file": "file",
+        "template": "template",
+    }
     for kind, noun in nouns.items():
         if kind in groups:
             phrases.append(f"{noun} {first_few(groups[kind])} changed")
@@ -163,6 +176,12 @@ def _path_digest(path: Path) -> str:
     """What lies at a path that a recipe names: a file, a folder's files, or nothing."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return stable_id([(str(file.relative_to(path)), file_digest(file)) for file in files if file.is_file()])
+
+
+def _failures_digest(folder: Path, *, with_reasons: bool) -> str:
+    """Which items of a finished stage failed, and why where that is read: another reason alone retrains no model."""
+    failures = read_failures(folder)
+    return stable_id(sorted((failure["id"], failure["reason"] if with_reasons else "") for failure in failures))
 
 
 def _plain(value: object) -> object:

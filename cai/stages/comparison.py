@@ -24,8 +24,8 @@ from cai.contracts.references import (
     OutputKind,
     PrincipleRef,
     PromptSetRef,
-    TextsRef,
-    VotesRef,
+    TextsAndReasonsRef,
+    VotesAndReasonsRef,
 )  # fmt: skip
 from cai.contracts.stage_config import PrincipleField, StageConfig
 from cai.feedback.explain import Explanation, explain
@@ -44,10 +44,10 @@ class Config(StageConfig):
     gives: ClassVar[OutputKind] = "comparison"
 
     kind: Literal["comparison"] = "comparison"
-    responses: dict[str, TextsRef] = Field(
+    responses: dict[str, TextsAndReasonsRef] = Field(
         min_length=1, description="`sample` stage of each checkpoint by its name in the figures, the baseline first."
     )
-    votes: OneOrMore[VotesRef] = Field([], description="`judge` stages with `pairs: against`.")
+    votes: OneOrMore[VotesAndReasonsRef] = Field([], description="`judge` stages with `pairs: against`.")
     models: dict[str, ModelRef] = Field(description="What answered, by checkpoint.")
     judge: JudgeRef | None = Field(None, description="What judged.")
     prompts: OneOrMore[PromptSetRef] = Field(min_length=1, description="Prompt sets; figures are given for each.")

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cai.constitution import Constitution
 from cai.contracts.context import Context
-from cai.contracts.references import OneOrMore, OutputKind, PrincipleTagRef, TagRef, VotesRef
+from cai.contracts.references import OneOrMore, OutputKind, PrincipleTagRef, TagRef, VotesAndFailedRef
 from cai.contracts.stage_config import PrincipleField, StageConfig
 from cai.feedback import mixing
 from cai.feedback.judge_calibration import FittedTemperature, fit_and_measure_temperature
@@ -88,7 +88,7 @@ class Config(StageConfig):
     revision: ClassVar[int] = 3
 
     kind: Literal["prefer"] = "prefer"
-    from_: OneOrMore[VotesRef] = Field([], alias="from", description="Stages whose votes become labels.")
+    from_: OneOrMore[VotesAndFailedRef] = Field([], alias="from", description="Stages whose votes become labels.")
     pairs: PairSet | None = Field(None, description="Pairs that people labelled, such as {source: hh.jsonl.gz}.")
     mix: Mix | None = Field(None, description="Which labels are people's where there are `from:` and `pairs:`.")
     tag_weights: dict[PrincipleTagRef, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(

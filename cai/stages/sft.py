@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.references import OneOrMore, OutputKind, TextsRef
+from cai.contracts.references import OneOrMore, OutputKind, TextsAndFailedRef
 from cai.contracts.training_config import TrainingConfig
 from cai.storage.rows import Revision, Sample, is_held_out
 from cai.text.errors import BadInput
@@ -46,7 +46,7 @@ class Config(TrainingConfig):
     }
 
     kind: Literal["sft"] = "sft"
-    from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
+    from_: OneOrMore[TextsAndFailedRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
     with stage_training(config, context) as training:
         rows_by_stage = {stage_id: context.rows(stage_id) for stage_id in config.from_}
-        failed_ids = {stage_id: {row["id"] for row in context.failures(stage_id)} for stage_id in config.from_}
+        failed_ids = {stage_id: context.failed_ids(stage_id) for stage_id in config.from_}
         kept, left_out = select(rows_by_stage, failed_ids)
         limit = training.chat.token_limit(config.max_length)
         examples, unusable = tokenise([row for rows in kept.values() for row in rows], training.chat, limit)

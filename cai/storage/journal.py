@@ -257,6 +257,12 @@ def portions(n_batches: int, most: int, ranks: int) -> list[range]:
     return [range(k * n_batches // n_portions, (k + 1) * n_batches // n_portions) for k in range(n_portions)]
 
 
+def read_failures(folder: Path) -> list[dict[str, Any]]:
+    """What failed in a finished stage, `{"id", "reason", "batch"}` each; empty for a stage without a journal."""
+    path = folder / FAILURES
+    return read_rows(path) if path.exists() else []
+
+
 def journal_paths(folder: Path) -> list[Path]:
     """The journal files of all ranks of an unfinished stage."""
     return sorted(folder.glob(f"{Path(JOURNAL).stem}*.jsonl"))
@@ -270,7 +276,7 @@ def reopen(folder: Path) -> int:
     """
     if (plan := read_json(folder / PLAN)) is None:
         return 0
-    failed = {failure["batch"] for failure in read_rows(folder / FAILURES)}
+    failed = {failure["batch"] for failure in read_failures(folder)}
     if not failed:
         return 0
     starts = list(itertools.accumulate(plan["batches"], initial=0))

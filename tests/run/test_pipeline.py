@@ -20,12 +20,13 @@ from recipe_runs import plan, reused, run
 
 from cai.contracts.profile import Profile
 from cai.run import launch, pipeline, stage_run
+from cai.run.fingerprint import changes_in_words
 from cai.run.plan import Planner
 from cai.run.prompt_checks import check_prompts
 from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.storage.files import read_json, remove_folder, write_json
-from cai.storage.rows import read_rows
+from cai.storage.rows import read_rows, row_lines
 from cai.templates import load_templates
 from cai.text.errors import BadInput, StageFailed
 
@@ -416,6 +417,38 @@ def test_weights_and_their_factors_by_tag_are_part_of_what_labels_are_made_of(tm
     changed = parts("stages.labels.tag_weights={style: 3}")
     assert changed["config.tag_weights.style"] == 3
     assert changed["principle.kind.tags"] == ["style"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "read_stage", "reasons_are_read"),
+    [
+        ("sl-cai", "revisions", False),
+        ("preferences", "votes", False),
+        ("comparison", "comparison.policy", True),
+        ("comparison", "comparison.policy.votes", True),
+    ],
+)
+def test_what_failed_in_a_stage_is_part_of_what_a_stage_that_reads_it_computed(
+    tmp_path, stage, read_stage, reasons_are_read
+):
+    recipe = toy_stages.make_recipe(tmp_path, toy_stages.GOOD)
+    folders = {id: tmp_path / "runs" / id for id in load_recipe(recipe).stages}
+    for folder in folders.values():
+        toy_stages.make_model(folder / "model", "weights")
+    done = {id: run_folder.Finished(folder, DIGEST) for id, folder in folders.items()}
+
+    def parts(*failures: tuple[str, str]) -> dict[str, object]:
+        rows = row_lines({"id": id, "reason": reason, "batch": 0} for id, reason in failures)
+        (folders[read_stage] / "failures.jsonl").write_text("".join(rows))
+        planner = Planner(load_recipe(recipe), tmp_path / "runs")
+        return planner.fingerprints.parts(planner.recipe.stages[stage], done)
+
+    before = parts()
+    one_failed = parts(("1", "no ink"))
+    changed = {name for name in before if before[name] != one_failed[name]}
+    assert changed == {f"failures.{read_stage}"}
+    assert changes_in_words(changed, before, one_failed) == [f"failures of {read_stage} changed"]
+    assert (one_failed != parts(("1", "no paper"))) == reasons_are_read
 
 
 def test_a_set_that_is_learned_from_and_compared_on_is_noted(tmp_path):
