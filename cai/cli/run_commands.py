@@ -83,6 +83,8 @@ def _run(
     if lines := status.figure_lines(summary):
         click.echo("\n".join(lines))
     _echo_comparison(summary)
+    if lines := status.left_out_lines(summary):
+        click.echo("\n".join([*lines, ""]))
     click.echo("\n".join(status.result_lines(folder, summary)))
 
 
@@ -119,8 +121,11 @@ def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"run": str(folder), "stages": status.stage_statuses(folder)}))
         return
+    summary = read_json(folder / SUMMARY) or {}
     click.echo("\n".join(status.status_lines(folder)))
-    _echo_comparison(read_json(folder / SUMMARY) or {})
+    _echo_comparison(summary)
+    if lines := status.left_out_lines(summary):
+        click.echo("\n".join(["", *lines]))
 
 
 @click.command()

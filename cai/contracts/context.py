@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai.storage.files import read_json
 from cai.storage.journal import RECORDS, Journal, read_failures
 from cai.storage.rows import Prompt, read_rows, stable_seed
+from cai.storage.run_folder import STAGE
 
 if TYPE_CHECKING:
     from cai.constitution import Constitution
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from cai.contracts.profile import Profile
 
 from cai.templates import TemplateSet, load_templates
+from cai.text.left_out import LeftOut, cut_off_reason, left_out_sentence
 from cai.text.progress import Progress
 
 
@@ -41,6 +44,8 @@ class Context:
     report_to: tuple[str, ...] = ()
     home: Path = Path()
     """The recipe's folder, from which relative paths start."""
+    left_out: list[str] = field(default_factory=list)
+    """What `report_left_out` has told the user, for the end of the run."""
 
     def rows(self, stages: str | Iterable[str]) -> list[Any]:
         """The records of one or several input stages, in the order named."""
@@ -71,6 +76,22 @@ class Context:
     def failed_ids(self, stage: str) -> set[str]:
         """The items that failed in an input stage. Its reference says `failures="ids"`."""
         return {failure["id"] for failure in self.failures(stage)}
+
+    def report_left_out(self, n_input: int, unit: str, reasons: Iterable[LeftOut]) -> None:
+        """Tells the user where the stage leaves out more than a tenth of its input, and why."""
+        if sentence := left_out_sentence(n_input, unit, reasons):
+            self.left_out.append(sentence)
+            self.progress.note(sentence)
+
+    def cut_off_reason(self, n: int, rows_by_stage: Mapping[str, Iterable[Any]], or_else: str = "") -> LeftOut:
+        """`n` responses that were cut off, with the input stages that they are from; `or_else` is another remedy."""
+        stages = [id for id, rows in rows_by_stage.items() if any(row["finish_reason"] == "length" for row in rows)]
+        return cut_off_reason(n, {id: self._max_new_tokens(id) for id in stages}, or_else)
+
+    def _max_new_tokens(self, stage: str) -> int | None:
+        """Tokens at which an input stage cut its texts off; None where it wrote none."""
+        limit: int | None = (read_json(self.inputs[stage] / STAGE) or {"config": {}})["config"].get("max_new_tokens")
+        return limit
 
     def model(self, name: str | None) -> Model:
         """The model of that name in the recipe; the recipe's own for None."""

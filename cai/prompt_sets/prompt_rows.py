@@ -11,6 +11,7 @@ from cai.prompt_sets.prompt_set_config import MICRO, PairSet, PromptSet
 from cai.prompt_sets.row_formats import open_rows, row_messages, row_tags, transcript_messages, transcript_prompt
 from cai.storage.rows import HELD_OUT, TOPIC, Message, Preference, Prompt, stable_id
 from cai.text.errors import BadInput, did_you_mean
+from cai.text.left_out import LeftOut
 
 CERTAIN = 40.0
 """Log-odds of a human's choice, in nats: the first multiple of ten whose logistic function is 1 in double precision."""
@@ -67,12 +68,26 @@ def _tag_held_out(prompts: list[Prompt], config: PromptSet) -> list[Prompt]:
     ]
 
 
+ABOVE_LIMIT = "above the limit"
+"""Reason of pairs that `limit` leaves out."""
+
+
 class HumanPairs(NamedTuple):
     """Human preferences, the number of the file's pairs, and the counts of those left out, by reason."""
 
     preferences: list[Preference]
     rows: int
     left_out: dict[str, int]
+
+    @property
+    def n_wanted(self) -> int:
+        """The file's pairs but for those above the `limit`."""
+        return self.rows - self.left_out.get(ABOVE_LIMIT, 0)
+
+    @property
+    def unusable(self) -> list[LeftOut]:
+        """The pairs of `n_wanted` that are left out, by reason."""
+        return [LeftOut(n, f"({reason})") for reason, n in self.left_out.items() if reason != ABOVE_LIMIT]
 
 
 def load_human_pairs(config: PairSet, folder: Path) -> HumanPairs:
@@ -100,7 +115,7 @@ def load_human_pairs(config: PairSet, folder: Path) -> HumanPairs:
             preferences_by_id[preference["id"]] = preference
     selected = config.select(list(preferences_by_id.values()))
     if n_above_limit := len(preferences_by_id) - len(selected):
-        left_out["above the limit"] += n_above_limit
+        left_out[ABOVE_LIMIT] += n_above_limit
     for preference in selected:
         if config.holds_out(preference["prompt_id"]):
             preference["tags"].append(HELD_OUT)

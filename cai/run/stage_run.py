@@ -96,7 +96,8 @@ class StageRun:
         )
         _reset_randomness(stable_seed(recipe.seed, config.id, "stage") % 2**32, self.trains)
         try:
-            return run_function(config.kind)(config, context)
+            figures = run_function(config.kind)(config, context)
+            return figures | {"left_out": {config.id: context.left_out}} if context.left_out else figures
         finally:
             if self.trains:
                 gc.collect()  # a trainer and its model refer to each other; both go before the next model is loaded

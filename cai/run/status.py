@@ -10,6 +10,7 @@ from cai.contracts.stage_config import FeedbackConfig
 from cai.run.recipe_names import models_of
 from cai.storage import run_folder
 from cai.storage.files import read_json
+from cai.text.formatting import printable
 from cai.text.progress import duration
 from cai.text.tables import aligned_lines, is_rate, rate_text, table
 
@@ -66,6 +67,12 @@ def figure_lines(summary: Mapping[str, Any]) -> list[str]:
         if kl is not None:
             rows.append([f"{stage_id} KL", f"{kl:.2f} nats a response from where it started"])
     return aligned_lines(rows)
+
+
+def left_out_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What each stage left out of its input where that was much, and what to change."""
+    sentences = summary.get("left_out", {}).items()
+    return [printable(f"{stage_id}: {sentence}") for stage_id, of_stage in sentences for sentence in of_stage]
 
 
 def result_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:

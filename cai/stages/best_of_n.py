@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,6 +30,7 @@ from cai.feedback.votes import is_empty
 from cai.storage.journal import RECORDS
 from cai.storage.rows import Failure, Sample, ScoredSample, read_rows, stable_id
 from cai.text.errors import StageFailed
+from cai.text.left_out import LeftOut, failure_reasons
 
 if TYPE_CHECKING:
     from cai.training.rl.rewards import Rewards
@@ -63,6 +64,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             rows, failures = choose(batch.items, rewards, config.attempts(batch))
             context.journal.append(batch, rows, failures)
     _, failed = context.journal.finish()
+    report_left_out(context, by_prompt, items, left_out, failed)
     chosen: list[ScoredSample] = read_rows(context.folder / RECORDS)
     if not chosen:
         raise StageFailed(f"none of {len(items)} prompts has a response with a reward; {failed[0].reason}")
@@ -75,6 +77,24 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "failed_prompts": len(items) - len(chosen),
     }
     return {"best_of_n": {context.stage_id: counts | measure(chosen)}}
+
+
+def report_left_out(
+    context: Context, by_prompt: Mapping[str, list[Sample]], items: Sequence[Mapping[str, Any]],
+    left_out: Mapping[str, int], failed: Sequence[Failure],
+) -> None:  # fmt: skip
+    """Tells the user where many responses were not among those that the best was chosen from."""
+    n_usable, n_scored = (sum(map(len, rows)) for rows in (by_prompt.values(), [item["rows"] for item in items]))
+    n_responses_of_prompt = {item["id"]: len(item["rows"]) for item in items}  # a prompt that fails fails them all
+    reasons = [failure.reason for failure in failed for _ in range(n_responses_of_prompt.get(failure.id, 1))]
+    cut_off = context.cut_off_reason(left_out["cut_off"], {stage: context.rows(stage) for stage in context.inputs})
+    others = [
+        LeftOut(left_out["empty"], "empty"),
+        LeftOut(n_usable - n_scored, "without a principle that applies", "let a principle apply to their tags"),
+    ]
+    context.report_left_out(
+        n_usable + sum(left_out.values()), "responses", [cut_off, *others, *failure_reasons(reasons)]
+    )
 
 
 def candidates(responses: Sequence[Sample]) -> tuple[dict[str, list[Sample]], dict[str, int]]:

@@ -38,6 +38,7 @@ from cai.report.pictures import draw_rates
 from cai.report.summary import comparison_summary
 from cai.storage.rows import Prompt, stable_id
 from cai.text.errors import StageFailed
+from cai.text.left_out import RETRY, LeftOut
 
 
 class Config(StageConfig):
@@ -88,6 +89,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise StageFailed(f"no response of {', '.join(silent)} came about: {reason}")
     failed_samples = [key for key in sample_keys if key not in samples]
     failed_votes = [key for key in verdict_keys if key not in verdicts]
+    missing = LeftOut(len(failed_votes), "without a vote, or without one of the responses", RETRY)
+    context.report_left_out(len(verdict_keys), "verdicts", [missing])
     rows = ComparisonRows(prompts, samples, verdicts, failed_samples, failed_votes)
     return _write_up(config, context, rows, principles, reasons)
 

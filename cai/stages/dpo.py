@@ -74,6 +74,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         held_out.sort(key=lambda pair: pair.length)  # evaluated in this order, so that batches hold little padding
         left_out["held_out"] += len(held_out_rows)
         training.require(pairs, "no pair to learn from", left_out)
+        training.report_left_out("pairs", len(rows), left_out)
 
         args = training.arguments(max_length=None)
         model = training.load_language_model()

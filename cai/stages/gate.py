@@ -30,6 +30,7 @@ from cai.maths.statistics import rate
 from cai.storage.files import write_json
 from cai.templates import TemplateSet
 from cai.text.errors import BadInput, GateFailed
+from cai.text.left_out import failure_reasons
 
 PADDING = "That is what there is to say about it here."
 """Says nothing: the same response with it is longer and no better."""
@@ -62,6 +63,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         figures["ece"] = principle_tests.example_calibration_error(outcomes)
         figures |= _against_itself(context.constitution, engine, templates, config.retries)
     write_json(context.folder / FIGURES, figures)
+    unanswered = [outcome.reason for outcome in outcomes if outcome.log_odds is None]
+    context.report_left_out(len(outcomes), "examples", failure_reasons(unanswered, remedy="name another `judge:`"))
     short = list(_below(figures, config.bars))
     if short:
         sentence = f"the judge {context.model(config.judge).name!r} is below the gate: {'; '.join(short)}"

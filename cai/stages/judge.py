@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self, TypedDict
 
@@ -42,8 +42,19 @@ from cai.maths.statistics import worst_case
 from cai.maths.vote_aggregation import mean_over_orders
 from cai.prompt_sets import PairSet, load_human_pairs
 from cai.storage.journal import RECORDS
-from cai.storage.rows import Candidate, Message, Preference, PrincipleVote, Sample, Vote, read_rows, stable_id
+from cai.storage.rows import (
+    Candidate,
+    Failure,
+    Message,
+    Preference,
+    PrincipleVote,
+    Sample,
+    Vote,
+    read_rows,
+    stable_id,
+)  # fmt: skip
 from cai.text.errors import BadInput, StageFailed
+from cai.text.left_out import LeftOut, failure_reasons
 
 
 class Config(FeedbackConfig):
@@ -160,14 +171,20 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     else:
         complete, left_out = select([row for rows in stages for row in rows], config.cut_off)
         planned, counts = plan(complete, config, context)
+        report_unpaired(config, context, stages, left_out, counts)
     if config.human is not None:
         people = load_human_pairs(config.human, context.home)
         planned += human_items(people.preferences, Path(config.human.source).name, context.stage_id)
         counts["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
+        context.report_left_out(people.n_wanted, "labelled pairs", people.unusable)
     principles = {
         item["id"]: sample_principles(context.constitution, item, config.principles, context) for item in planned
     }
     items = [item for item in planned if principles[item["id"]]]
+    unprincipled = LeftOut(
+        len(planned) - len(items), "without a principle that applies", "let a principle apply to their tags"
+    )
+    context.report_left_out(len(planned), "pairs", [unprincipled])
     if not items and config.pairs != "against":
         raise StageFailed(
             f"nothing to judge among {sum(map(len, stages))} responses: {left_out['cut_off']} cut off and "
@@ -213,6 +230,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "left_out": left_out,
     }
     n_asked = sum(len(principles[item["id"]]) for item in items)
+    context.report_left_out(n_asked, "votes", failure_reasons(missing_votes(all_failures, principles)))
     return {"votes": {context.stage_id: figures | counts | vote_figures(judged, n_asked, config.method)}}
 
 
@@ -228,6 +246,36 @@ def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dic
         else:
             kept.append(row)
     return kept, {reason: left_out[reason] for reason in ("cut_off", "empty")}
+
+
+def report_unpaired(
+    config: Config, context: Context, stages: Sequence[Sequence[Sample]], left_out: Mapping[str, int],
+    counts: Mapping[str, int],
+) -> None:  # fmt: skip
+    """Tells the user where many responses are in no pair, but for those that `pairs: random` does not ask for."""
+    rows_by_stage = dict(zip(config.from_, stages, strict=True))
+    reasons = [
+        context.cut_off_reason(left_out["cut_off"], rows_by_stage, " or set `cut_off: keep`"),
+        LeftOut(left_out["empty"], "empty"),
+        LeftOut(counts["same_text"], "with the text of another", "sample at a higher `temperature`"),
+        LeftOut(0 if config.pairs == "random" else counts["unpaired"], "without another one to their prompt"),
+    ]
+    context.report_left_out(sum(map(len, stages)), "responses", reasons)
+
+
+def missing_votes(failures: Sequence[Failure], principles: Mapping[str, Sequence[Principle]]) -> Iterator[str]:
+    """The reason why each vote of a pair and a principle is missing; `principles` are those asked about each pair.
+
+    A failure is a pair's, for all its principles, or a question's, whose id begins with pair, order and principle.
+    """
+    missing: set[str] = set()
+    for failure in failures:
+        pair, _, question = failure.id.partition("/")
+        votes = question.split("/")[1:2] or [principle.id for principle in principles[pair]]
+        for vote in (f"{pair}/{principle}" for principle in votes):
+            if vote not in missing:
+                missing.add(vote)
+                yield failure.reason
 
 
 def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple[list[Item], dict[str, Any]]:

@@ -46,6 +46,7 @@ from cai.storage.files import replacing
 from cai.storage.journal import RECORDS
 from cai.storage.rows import Preference, canonical_json, is_held_out, stable_id, topic_of
 from cai.text.errors import BadInput, StageFailed
+from cai.text.left_out import LeftOut
 
 MIN_PROMPTS_TO_FIT = 20
 """Prompts from which one source of truth is enough to fit a temperature."""
@@ -147,8 +148,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     log_odds = rule.aggregate(log_odds_by_principle, votes.principles)
     pairs, human, counts, agreement = select(config.mix, rule, votes, log_odds, people.preferences)
     figures: dict[str, Any] = dict(counts)
+    report_unlabelled(config, context, counts)
     if config.pairs is not None:
         figures["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
+        context.report_left_out(people.n_wanted, "labelled pairs", people.unusable)
     if not len(pairs) + len(human):
         raise StageFailed(f"none of the pairs gets a label: {figures}")
     human = relabelled(human, with_labels(rule, config.labels or "soft"))
@@ -276,6 +279,18 @@ def select(
         pairs, human = pairs[keep_ai], list(itertools.compress(human, keep_human))
         counts |= {"mixed_out_ai": int((~keep_ai).sum()), "mixed_out_human": int((~keep_human).sum())}
     return Selection(pairs, human, counts, agreement)
+
+
+def report_unlabelled(config: Config, context: Context, counts: Mapping[str, int]) -> None:
+    """Tells the user where many judged pairs get no label, but for those that `mix` leaves to people."""
+    unsure = f"nearer to even than min_confidence {config.min_confidence:g}"
+    abstained = f"on which every principle is nearer to even than abstain_below {config.abstain_below:g} nats"
+    reasons = [
+        LeftOut(counts["abstained"], abstained, "lower `abstain_below`"),
+        LeftOut(counts["dropped"], unsure, "lower `min_confidence`"),
+        LeftOut(counts["even"], "exactly even", "set `labels: soft`"),
+    ]
+    context.report_left_out(counts["votes"], "pairs", reasons)
 
 
 def write_preferences(

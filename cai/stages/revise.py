@@ -37,6 +37,7 @@ from cai.storage.journal import RECORDS
 from cai.storage.rows import TOPIC, Failure, Message, Revision, Round, Sample, read_rows, stable_id, stable_seed
 from cai.templates import TemplateSet
 from cai.text.errors import BadInput, StageFailed, did_you_mean
+from cai.text.left_out import LeftOut, failure_reasons
 
 
 class Config(WritingConfig):
@@ -114,6 +115,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             rows = [to_row(item, context.stage_id, model_name) for item in items if item.failure is None]
             context.journal.append(batch, rows, [item.failure for item in items if item.failure is not None])
     _, failures = context.journal.finish()
+    unprincipled = LeftOut(
+        len(selected) - len(to_revise), "without a principle that applies", "let a principle apply to their tags"
+    )
+    reasons = [unprincipled, *failure_reasons(failure.reason for failure in failures)]
+    context.report_left_out(len(selected), "responses", reasons)
     figures = {
         "failed": len(failures),
         "not_selected": len(responses) - len(selected),

@@ -66,6 +66,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"stage {config.id!r}: of {len(rows)} pairs {len(learned)} can be learned from and {len(held_out)} are "
                 f"held out, expected some of each; left out: {describe_left_out(left_out)}"
             )
+        training.report_left_out("pairs", len(rows), left_out)
 
         args = training.arguments(max_length=None)
         model = training.load_classifier()

@@ -20,6 +20,7 @@ from cai.engines.retry import generate_all
 from cai.storage.journal import RECORDS
 from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id, stable_seed
 from cai.text.errors import StageFailed
+from cai.text.left_out import failure_reasons
 
 
 class Config(WritingConfig):
@@ -72,6 +73,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     responses: list[Sample] = read_rows(context.folder / RECORDS)
     if not responses:
         raise StageFailed(f"none of {len(items)} responses came about; {all_failures[0].reason}")
+    context.report_left_out(len(items), "responses", failure_reasons(failure.reason for failure in all_failures))
     figures = {
         "prompts": len(prompts),
         "responses": len(responses),

@@ -63,6 +63,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         examples, unusable = tokenise([row for rows in kept.values() for row in rows], training.chat, limit)
         left_out += unusable
         training.require(examples, "no response to learn from", left_out)
+        cut_off = context.cut_off_reason(left_out["cut_off"], rows_by_stage)
+        training.report_left_out("responses", sum(map(len, rows_by_stage.values())), left_out, cut_off)
 
         args = training.arguments(max_length=None)
         model = training.load_language_model()

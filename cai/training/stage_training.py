@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,20 @@ from cai.contracts.training_config import TrainingConfig
 from cai.models import loading, reference
 from cai.models.chat import Chat
 from cai.text.errors import BadInput, StageFailed
+from cai.text.left_out import RETRY, LeftOut
 from cai.training import loop
+
+LEFT_OUT_ON_PURPOSE = ("held_out", "superseded")
+"""Reasons for which a recipe keeps rows from being learned."""
+LEFT_OUT_WORDS = {
+    "empty": ("empty",),
+    "identical": ("with two equal responses",),
+    "refused_by_template": ("refused by the model's chat template", "name another `chat_template:`"),
+    "revision_failed": ("whose revision failed", RETRY),
+    "not_revised": ("that no revision changed", "more `rounds:` or another `model:` of the stage that revises"),
+    "without_reward": ("without a principle that applies", "let a principle of the rewards apply to their tags"),
+}
+"""How a reason is called, and what to change."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -128,6 +141,21 @@ class StageTraining:
                     head_name = f"`lora: {{target_modules: …}}` names {name!r}, the language-model head or tied to it"
                     raise BadInput(f"{head_name}, which takes no adapter; {expected}")
         return config
+
+    def report_left_out(
+        self, unit: str, n_input: int, left_out: Mapping[str, int], cut_off: LeftOut | None = None
+    ) -> None:
+        """Tells the user where more than a tenth of what could be learned from was left out, by reason.
+
+        `left_out` may count what is kept out on purpose, which is no part of it.
+        """
+        limit = self.chat.token_limit(self.config.max_length)
+        is_own_limit = limit == self.config.max_length
+        remedy = "raise `max_length`" if is_own_limit else "train a model with a longer context"
+        too_long = LeftOut(left_out.get("too_long", 0), f"with more than {limit} tokens", remedy)
+        others = [LeftOut(left_out.get(name, 0), *in_words) for name, in_words in LEFT_OUT_WORDS.items()]
+        on_purpose = sum(left_out.get(name, 0) for name in LEFT_OUT_ON_PURPOSE)
+        self.context.report_left_out(n_input - on_purpose, unit, [too_long, *others, *([cut_off] if cut_off else [])])
 
     def require(self, rows: Sequence[object], missing: str, left_out: Counter[str]) -> None:
         """Raises StageFailed where there are no rows, with what was left out and why."""

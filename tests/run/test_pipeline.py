@@ -24,6 +24,7 @@ from cai.run.fingerprint import changes_in_words
 from cai.run.plan import Planner
 from cai.run.prompt_checks import check_prompts
 from cai.run.recipe import load_recipe
+from cai.run.status import left_out_lines
 from cai.storage import run_folder
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import read_rows, row_lines
@@ -334,6 +335,15 @@ def test_failures_are_counted_and_asked_again_only_on_request(recipe):
     assert run(recipe, failing, retry_failures=True)["failures"]["texts"] == 0
     assert len(read_rows(folder_of(recipe, "texts") / "records.jsonl")) == 12
     assert folder_of(recipe, "more") != more, "what learned from fewer texts is redone"
+
+
+def test_what_a_stage_left_out_is_told_when_it_happens_and_at_the_end_of_every_run(recipe, capsys):
+    sentence = "3 of 12 texts left out: 3 failed: no ink; `cai run --retry-failures` asks again"
+    summary = run(recipe, "stages.texts.fail=['how?']")
+    assert f"texts: {sentence}" in capsys.readouterr().err
+    assert summary["left_out"] == {"texts": [sentence]}
+    again = run(recipe, "stages.texts.fail=['how?']")
+    assert left_out_lines(again) == [f"texts: {sentence}"]
 
 
 def test_a_stage_that_fails_is_named_and_what_it_computed_stays(recipe, monkeypatch):

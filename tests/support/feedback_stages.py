@@ -105,6 +105,8 @@ class Outcome:
     failures: list[Any]
     figures: dict[str, Any]
     folder: Path
+    left_out: list[str]
+    """What the stage has told the user about its input."""
 
     @property
     def bytes(self) -> bytes:
@@ -206,4 +208,4 @@ def run_stage(
     figures = run_function(kind)(config_class(kind).model_validate(config), context)
     failures = read_rows(folder / FAILURES) if (folder / FAILURES).exists() else []
     rows = read_rows(folder / RECORDS) if (folder / RECORDS).exists() else []
-    return Outcome(rows, failures, figures, folder)
+    return Outcome(rows, failures, figures, folder, context.left_out)

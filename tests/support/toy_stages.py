@@ -39,6 +39,7 @@ from cai.contracts.stage_config import FeedbackConfig, PrincipleField, StageConf
 from cai.stages import STAGES
 from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
+from cai.text.left_out import failure_reasons
 
 if TYPE_CHECKING:
     import pytest
@@ -131,7 +132,9 @@ def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
             for item in batch.items if item["id"] not in failed
         ]  # fmt: skip
         context.journal.append(batch, rows, failures)
-    return {"texts": {context.stage_id: context.journal.finish().n_rows}}
+    finished = context.journal.finish()
+    context.report_left_out(len(items), "texts", failure_reasons(failure.reason for failure in finished.failures))
+    return {"texts": {context.stage_id: finished.n_rows}}
 
 
 def run_weigh(config: WeighConfig, context: Context) -> dict[str, Any]:
