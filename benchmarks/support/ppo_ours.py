@@ -74,7 +74,7 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
             sampling=Sampling(spec["new_tokens"], spec["temperature"]),
             pad_id=model.chat.pad_id,
             folder=Path(folder),
-            limits=Limits(kl=1e9, length=1e9, unfinished=1.0, repetition=1.0),
+            limits=Limits(kl=1e9, length=1e9, unfinished=1.0, repetition=1.0, failed=1.0),
         )
         trainer.add_callback(timer)
         with float32_attention(trainer.args.device):

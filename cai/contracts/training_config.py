@@ -22,7 +22,7 @@ from cai.contracts.stage_config import PrincipleField, StageConfig
 
 
 class Limits(BaseModel):
-    """How far a policy may go from where it started before the stage stops."""
+    """How far a policy may go from where it started, and how many rewards may fail, before the stage stops."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +30,10 @@ class Limits(BaseModel):
     length: float = Field(3.0, gt=1, description="Mean length, as a multiple of the first rollout's.")
     unfinished: float = Field(0.4, gt=0, le=1, description="Rise of the share of responses that were cut off.")
     repetition: float = Field(0.3, gt=0, le=1, description="Rise of the share of repeated runs of four tokens.")
+    failed: float = Field(
+        0.2, ge=0, le=1,
+        description="Share of a rollout's responses without a reward; the policy learns from the others alone.",
+    )  # fmt: skip
 
 
 class LoRA(BaseModel):

@@ -20,6 +20,7 @@ from cai.contracts.engine import Sampling
 from cai.contracts.references import ModelRef
 from cai.contracts.training_config import ReinforcementConfig
 from cai.text.errors import BadInput
+from cai.text.left_out import failure_reasons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +76,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         open_sampler(training.start, context.profile, context.folder) as sampler,
     ):
         chat = training.chat
-        prompts, left_out = select_usable_prompts(context.prompts(config.prompts), config, chat, rewards)
+        all_prompts = context.prompts(config.prompts)
+        prompts, left_out = select_usable_prompts(all_prompts, config, chat, rewards)
         training.require(prompts, "no prompt to respond to", left_out)
+        training.report_left_out("prompts", len(all_prompts), left_out)
 
         args = training.arguments(num_train_epochs=config.rollouts, include_num_input_tokens_seen="no")
         policy = training.load_language_model()
@@ -104,6 +107,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             limits=config.limits, processing_class=chat.tokenizer,
         )  # fmt: skip
         figures = training.train(trainer)
+        context.report_left_out(trainer.n_scored, "responses", failure_reasons(trainer.reward_failures, remedy=""))
         training.save(trainer, submodule="policy")
     if trainer.is_world_process_zero():
         reward_lines = {f"reward/{name}": name for name in rewards.names}

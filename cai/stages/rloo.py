@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from cai.contracts.context import Context
 from cai.contracts.training_config import ReinforcementConfig
 from cai.text.errors import StageFailed
+from cai.text.left_out import failure_reasons
 
 CURVE_PANELS = {
     "KL from the reference, nats a response": {"kl": "KL"},
@@ -83,6 +84,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"stage {config.id!r}: found {len(prompts)} prompts to respond to, expected the "
                 f"{config.batch_size // config.n} of one step; left out: {describe_left_out(left_out)}"
             )
+        training.report_left_out("prompts", len(all_prompts), left_out)
         with open_sampler(training.start, context.profile, context.folder) as sampler:
             args = training.arguments(
                 num_generations=config.n,
@@ -100,6 +102,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 processing_class=training.chat.tokenizer, peft_config=training.adapter("CAUSAL_LM", model),
             )  # fmt: skip
             figures = training.train(trainer)
+            context.report_left_out(trainer.n_scored, "responses", failure_reasons(trainer.reward_failures, remedy=""))
             training.save(trainer, prompts=len(prompts))
     steps = metrics.read_metrics(context.folder)
     if trainer.is_world_process_zero():

@@ -23,6 +23,11 @@ from cai.text.errors import BadInput, StageFailed
 from cai.training.metrics import read_metrics
 
 SILENCE = """
+calls = 0
+def tiring(prompts, responses):
+    global calls
+    calls += 1
+    return [None if calls > 1 and number % 2 else -len(text) for number, text in enumerate(responses)]
 def silence(prompts, responses):
     return [None for _ in responses]
 """
@@ -144,6 +149,23 @@ def test_limits_stop_the_stage_with_its_last_good_resume_point_on_disk(tmp_path:
     AutoModelForCausalLM.from_pretrained(kept[0].parent)
 
 
+def test_a_rollout_in_which_too_many_rewards_failed_is_not_learned_from(tmp_path: Path, tiny: Tiny) -> None:
+    message = (
+        r"before rollout 2 was learned from: 8 of 16 responses have no reward, above `limits: {failed: 0.2}`: "
+        r"8 failed: tiring: it returned NoneType, expected a number; .*checkpoint-4 is from before"
+    )
+    rewards = [{"function": "rewards.py:tiring"}]
+    with pytest.raises(StageFailed, match=message):
+        ppo(tmp_path / "stage", tiny("llama"), rewards=rewards, train={"save_steps": 1})
+    context = context_of(tmp_path / "lenient", tiny("llama"), progress=Steps())
+    ppo(tmp_path / "lenient", tiny("llama"), context=context, rewards=rewards, limits={"failed": 0.5})
+    assert (
+        context.left_out
+        == context.progress.notes
+        == ["16 of 48 responses left out: 16 failed: tiring: it returned NoneType, expected a number"]
+    )
+
+
 def test_a_critic_that_reads_other_ids_is_refused(tmp_path: Path, tiny: Tiny) -> None:
     context = context_of(tmp_path / "stage", tiny("llama"), models={"": tiny("llama"), "other": tiny("qwen2")})
     with pytest.raises(BadInput, match="the critic 'other' reads other token ids than the policy"):
@@ -163,5 +185,5 @@ def test_a_horizon_shorter_than_a_rollout_is_refused() -> None:
 
 
 def test_rewards_that_all_fail_stop_the_stage(tmp_path: Path, tiny: Tiny) -> None:
-    with pytest.raises(StageFailed, match="no reward could be computed for any of the 16 responses"):
+    with pytest.raises(StageFailed, match="16 of 16 responses have no reward, above"):
         ppo(tmp_path / "stage", tiny("llama"), rewards=[{"function": "rewards.py:silence"}])

@@ -144,7 +144,10 @@ def test_a_response_without_reward_is_only_counted(tmp_path: Path, tiny: Tiny, m
 
     monkeypatch.setattr(LeaveOneOutTrainer, "_generate_and_score_completions", spy)
     rewards = [{"function": "mine.py:picky"}, {"function": "mine.py:flat"}]
-    figures = rloo(tmp_path / "stage", tiny("llama"), rewards=rewards, train={"beta": 0.0})
+    progress = Steps()
+    settings = {"train": {"beta": 0.0}, "limits": {"failed": 0.25}, "progress": progress}
+    figures = rloo(tmp_path / "stage", tiny("llama"), rewards=rewards, **settings)
+    assert progress.notes == ["4 of 16 responses left out: 4 failed: picky: it returned NoneType, expected a number"]
     assert advantages[0].tolist() == [[0.0, -1.5, 0.0, 1.5]] * 2
     assert read_metrics(tmp_path / "stage")[0]["failed"] == 2
     assert read_metrics(tmp_path / "stage")[0]["reward/picky"] == 2.0
@@ -208,6 +211,12 @@ def test_limits_stop_it_before_it_learns_from_such_a_rollout(tmp_path: Path, tin
     with pytest.raises(StageFailed, match=message):
         rloo(tmp_path / "stage", tiny("llama"), train=train, limits={"kl": 1e-4})
     assert len(read_metrics(tmp_path / "stage")) == 1
+
+
+def test_a_step_in_which_too_many_rewards_failed_is_not_learned_from(tmp_path: Path, tiny: Tiny) -> None:
+    message = r"before rollout 1 .*: 2 of 8 responses have no reward, above `limits: {failed: 0.2}`: 2 failed: picky: "
+    with pytest.raises(StageFailed, match=message):
+        rloo(tmp_path / "stage", tiny("llama"), rewards=[{"function": "mine.py:picky"}])
 
 
 def test_some_responses_of_each_step_are_written_to_a_file(tmp_path: Path, tiny: Tiny) -> None:

@@ -2,7 +2,8 @@
 
 A policy that over-optimises its reward gets a rising reward while its responses grow, repeat themselves or do not end
 (Gao et al. 2023, arXiv 2210.10760, describe the effect; these signs are what a person would look for). Each rollout is
-compared with the first one before anything is learned from it, and some of its responses are written to a file.
+compared with the first one before anything is learned from it, and some of its responses are written to a file. So is a
+rollout refused in which the rewards of too many responses failed.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cai.contracts.training_config import Limits
 from cai.storage.rows import row_lines
 from cai.text.errors import StageFailed
+from cai.text.left_out import MAX_REASONS, failure_reasons
 
 SAMPLES = "samples.jsonl"
 """Some responses of each rollout, with their scores."""
@@ -25,6 +27,24 @@ def repetition(token_ids: Sequence[int], n: int = 4) -> float:
     """Share of a response's runs of `n` tokens that have occurred in it before; 0 where it is shorter."""
     runs = [tuple(token_ids[start : start + n]) for start in range(len(token_ids) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def stop_if_rewards_failed(
+    limits: Limits, n_responses: int, failures: Sequence[str], rollout: int, resume_point: Path | None
+) -> None:
+    """Raises StageFailed where too many responses of rollout number `rollout` have no reward, or all of them.
+
+    `failures` are the reasons of those that have none. A policy that learns from the others alone learns from whatever
+    the rewards happen to be able to score.
+    """
+    if len(failures) > limits.failed * n_responses or len(failures) == n_responses:
+        counted = ", ".join(f"{reason.n:,} {reason.reason}" for reason in failure_reasons(failures)[:MAX_REASONS])
+        _stop(
+            rollout,
+            f"{len(failures):,} of {n_responses:,} responses have no reward, above `limits: {{failed: "
+            f"{limits.failed:g}}}`: {counted}",
+            resume_point,
+        )
 
 
 def reason_to_stop(limits: Limits, first: Mapping[str, float], current: Mapping[str, float]) -> str | None:
@@ -58,9 +78,13 @@ def stop_if_limits_passed(
 ) -> None:
     """Raises StageFailed where nothing must be learned from rollout number `rollout`, counted from 0."""
     if reason := reason_to_stop(limits, first, current):
-        none_yet = "there is no resume point yet (`save_steps` under `train:`)"
-        kept = f"{resume_point} is from before" if resume_point else none_yet
-        raise StageFailed(f"stopped before rollout {rollout + 1} was learned from: {reason}; {kept}")
+        _stop(rollout, reason, resume_point)
+
+
+def _stop(rollout: int, reason: str, resume_point: Path | None) -> NoReturn:
+    none_yet = "there is no resume point yet (`save_steps` under `train:`)"
+    kept = f"{resume_point} is from before" if resume_point else none_yet
+    raise StageFailed(f"stopped before rollout {rollout + 1} was learned from: {reason}; {kept}")
 
 
 def write_samples(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

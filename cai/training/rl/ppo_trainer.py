@@ -34,12 +34,17 @@ from cai.contracts.engine import Request, Sampling
 from cai.contracts.training_config import Limits
 from cai.maths import losses
 from cai.storage.rows import Failure, Prompt, stable_seed
-from cai.text.errors import StageFailed
 from cai.training.dropout import disable_dropout
 from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
 from cai.training.rl.actor_critic import ActorCritic
-from cai.training.rl.early_stopping import SAMPLES, repetition, stop_if_limits_passed, write_samples
+from cai.training.rl.early_stopping import (
+    SAMPLES,
+    repetition,
+    stop_if_limits_passed,
+    stop_if_rewards_failed,
+    write_samples,
+)
 from cai.training.rl.policy_sampler import Sampler, generate_all
 from cai.training.rl.ppo_config import PPOConfig
 from cai.training.rl.rewards import Response
@@ -78,6 +83,10 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         self.kl_coef = args.kl_coef
         self.first_figures: dict[str, float] | None = None
         """Figures of the first rollout, which later ones are compared with."""
+        self.n_scored = 0
+        """Responses of this process's rollouts, over all ranks; those before a resume point are not among them."""
+        self.reward_failures: list[str] = []
+        """Why some of these have no reward."""
         self._episode_of_slot: list[int] = []
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         """(sum, count) tensors of each metric since the last logged step."""
@@ -94,10 +103,14 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         """Makes rollout `number`, unless a resume point has brought it, and checks it against the limits."""
         if self.rollout is None or self.rollout.number != number:
             self.rollout = self._gather_rollout(number, self._score_share(self._sample_share(number)))
+            failures = [episode.failure for episode in self.rollout.episodes if episode.failure is not None]
+            resume_point = newest_resume_point(self.folder)
+            stop_if_rewards_failed(self.limits, self.rollout_size, failures, number, resume_point)
+            self.reward_failures += failures
+            self.n_scored += self.rollout_size
             figures = self._estimate_advantages(self.rollout)
             self.first_figures = self.first_figures or figures
             self._log_rollout(figures)
-            resume_point = newest_resume_point(self.folder)
             stop_if_limits_passed(self.limits, self.first_figures, figures, number, resume_point)
         self._episode_of_slot = self._order_episodes(self.rollout)
 
@@ -129,7 +142,9 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             for _, episode, prompt in share
         ]
         for (_, episode, _), scores in zip(share, self.rewards.scores(responses), strict=True):
-            if not isinstance(scores, Failure):
+            if isinstance(scores, Failure):
+                episode.failure = scores.reason
+            else:
                 episode.scores, episode.score = dict(scores), self.rewards.total(scores)
         # Every rank computes equally many batches of a fixed number of rows: ZeRO-3 gathers weights in each of them.
         by_length = sorted((episode for _, episode, _ in share), key=lambda episode: -episode.length)
@@ -171,9 +186,6 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def _estimate_advantages(self, rollout: Rollout) -> dict[str, float]:
         """Fills in advantages and adapts the KL's coefficient. Returns the rollout's figures."""
         args, learned = self.args, rollout.learned
-        if not learned:
-            n_responses = len(rollout.episodes)
-            raise StageFailed(f"no reward could be computed for any of the {n_responses} responses of a rollout")
         rollout.estimate_advantages(
             kl_coefficient=self.kl_coef, gamma=args.gamma, lam=args.lam, missing_end=args.missing_eos_penalty
         )

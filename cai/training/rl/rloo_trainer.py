@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl import RLOOTrainer
@@ -34,7 +35,13 @@ from cai.text.errors import StageFailed
 from cai.training.dropout import disable_dropout
 from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
-from cai.training.rl.early_stopping import SAMPLES, repetition, stop_if_limits_passed, write_samples
+from cai.training.rl.early_stopping import (
+    SAMPLES,
+    repetition,
+    stop_if_limits_passed,
+    stop_if_rewards_failed,
+    write_samples,
+)
 from cai.training.rl.policy_sampler import Sampler, generate_all
 from cai.training.rl.rewards import Response, Rewards
 from cai.training.trainers import PromptSteps, SamplerEpochCallback, StageTrainerMixin, language_model
@@ -69,6 +76,10 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         self.prompts, self.rewards, self.sampler = prompts, rewards, sampler
         self.folder, self.limits = folder, limits
+        self.n_scored = 0
+        """Responses of this process's rollouts, over all ranks; those before a resume point are not among them."""
+        self.reward_failures: list[str] = []
+        """Why some of these have no reward."""
         beta = args.beta
         args.beta = 0.0  # else TRL 1.16 loads a reference by the model's name, without the adapters merged into it
         reward_funcs = [_named_placeholder(name) for name in rewards.names]
@@ -147,7 +158,12 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
             write_samples(self.folder, samples)
         table = torch.tensor([[row[name] for name in self.rewards.names] for row in rows])
         gathered: Tensor = self.accelerator.gather(table.to(self.accelerator.device))
-        self._metrics["train"]["failed"].append(float(gathered.isnan().all(dim=1).sum()))
+        failures = gather_object([result.reason for result in results if isinstance(result, Failure)])
+        resume_point = newest_resume_point(self.folder)
+        stop_if_rewards_failed(self.limits, len(gathered), failures, self._rollout, resume_point)
+        self.reward_failures += failures
+        self.n_scored += len(gathered)
+        self._metrics["train"]["failed"].append(float(len(failures)))
         return gathered
 
     def _get_per_token_logps_and_entropies(

@@ -28,8 +28,8 @@ FILE = "rollout.safetensors"
 class Episode:
     """One response. The tensors are (tokens,) each; log-probabilities and values are of the models at the rollout.
 
-    `scores` has each source's reward by name and `score` their weighted sum. Where a reward failed, `score` is None and
-    nothing is learned from the episode.
+    `scores` has each source's reward by name and `score` their weighted sum. Where a reward failed, `score` is None,
+    `failure` says why, and nothing is learned from the episode.
     """
 
     prompt_id: str
@@ -41,6 +41,7 @@ class Episode:
     """As the engine reports them, in its precision."""
     scores: dict[str, float] = field(default_factory=dict)
     score: float | None = None
+    failure: str | None = None
     log_probs: Tensor = field(default_factory=lambda: torch.zeros(0))
     ref_log_probs: Tensor = field(default_factory=lambda: torch.zeros(0))
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -177,4 +178,5 @@ class Rollout:
 
 
 _TENSOR_FIELDS = ("log_probs", "ref_log_probs", "values", "advantages", "returns")
-_JSON_FIELDS = ("prompt_id", "prompt_ids", "token_ids", "text", "finished", "sampled_log_probs", "scores", "score")
+_JSON_FIELDS = ("prompt_id", "prompt_ids", "token_ids", "text", "finished", "sampled_log_probs", "scores", "score",
+                "failure")  # fmt: skip
