@@ -5,13 +5,14 @@ A config is *what* a stage computes and part of its fingerprint; the stage's `ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cai.contracts.engine import Sampling
 from cai.contracts.references import OutputKind
+from cai.storage.rows import NATS
 
 if TYPE_CHECKING:
     from cai.storage.journal import Batch
@@ -37,6 +38,17 @@ class StageConfig(BaseModel):
 
     id: str = Field(description="Name of the stage in the recipe.")
     kind: str = Field(description="Which stage this is.")
+
+    def vote_unit(self) -> str:
+        """The unit of the votes that the stage gives, if it gives any."""
+        return NATS
+
+    def check_vote_units(self, units: Collection[str]) -> None:
+        """Raises ValueError where the stage cannot read votes of these units."""
+        if points := sorted({*units} - {NATS}):
+            raise ValueError(
+                f"found votes in {' and in '.join(points)}, expected votes in {NATS}, of judges that compare"
+            )
 
     def template_names(self) -> tuple[str, ...]:
         """Templates that reach a model here."""

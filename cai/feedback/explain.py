@@ -5,8 +5,8 @@ A vote is a principle's log-odds (nats) that response *a* is better, the mean of
 exchanging *a* and *b* of a pair flips the signs of all its votes, which changes a correlation about the mean but not
 this one. Two principles are compared on the pairs that both voted on.
 
-Votes of a judge that rates are points, not nats, and so are figures of strength. They have no order, so there are no
-figures about positions and flips.
+Votes of a judge that rates are converted from points by the rule of the labels (`points_per_nat`). They have no order,
+so there are no figures about positions and flips.
 
 The labels without a principle are those with its weight set to 0. That is no causal claim about a judge that would be
 asked in other words.

@@ -222,7 +222,7 @@ def calibrate_labels(votes: LabelledVotes, kind: TruthKind | None = None) -> Lab
         },
         "against_chance": _against_chance(*figures["accuracy"]["interval"]),
         "stage_temperature": votes.rule.temperature,
-        "stage_temperature_fitted": votes.rule.is_temperature_fitted,
+        "stage_temperature_fitted": votes.rule.is_temperature_fitted or votes.rule.is_points_per_nat_fitted,
         **figures,
     }
 

@@ -37,6 +37,10 @@ class LabelRule:
     """T; None divides by the sum of weights."""
     is_temperature_fitted: bool = False
     """Whether T was fitted, on prompts that are not held out."""
+    points_per_nat: float | None = None
+    """What votes of a judge that rates, in points, are divided by before they are aggregated; None without any."""
+    is_points_per_nat_fitted: bool = False
+    """Whether that was fitted, on prompts that are not held out."""
     abstain_below: float = 0.0
     """Nats from even below which a principle's log-odds do not count."""
     min_confidence: float = 0.5
@@ -83,7 +87,7 @@ class LabelRule:
 
 @dataclass(frozen=True)
 class LabelledVotes:
-    """Votes on pairs. `ab` and `ba` are log-odds by order, (pairs, principles), NaN where a principle did not vote."""
+    """Votes on pairs. `ab` and `ba` are log-odds by order in nats, (pairs, principles), NaN without a vote."""
 
     name: str
     """Name of the run, or RUN/STAGE."""
@@ -131,7 +135,7 @@ def load_labelled_votes(name: str, runs_folder: Path) -> LabelledVotes:
         raise BadInput(f"{name}: {stage_id} has labels of people alone, and no votes to explain")
     rule = LabelRule.read(folder)
     votes = read_votes(judge_folder / RECORDS for judge_folder in judge_folders)
-    ab, ba = votes.log_odds_by_order()
+    ab, ba = votes.log_odds_by_order(rule.points_per_nat)
     return LabelledVotes(name, list(votes.parsed_rows()), votes.principles, ab, ba, rule, judge_folders)
 
 

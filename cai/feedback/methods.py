@@ -4,8 +4,8 @@
 `reasoned`: several rationales are sampled first, and the options are read after each. The probability that the first
 response is better is the mean over the rationales. A thinking model's rationales are its own reasoning.
 `rating`: each response alone, on a scale from 1; its score is the expectation over the scale's tokens (direct RLAIF,
-section 2.2.2 of the same paper), and the vote is the difference of two scores, in points instead of nats. Ratings have
-no order: the same vote is recorded for both.
+section 2.2.2 of the same paper), and the vote is the difference of two scores, in points: how many of them are worth a
+nat is `prefer`'s to say. Ratings have no order: the same vote is recorded for both.
 
 `pairwise` also works with servers that give no log-probabilities: `verdicts: text` samples short answers and counts
 those that name an option, with half a count added to each, so that a few samples never amount to certainty.

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cai.maths.vote_aggregation import Floats, VoteColumns, log_odds_by_order
+from cai.maths.vote_aggregation import Bools, Floats, VoteColumns, log_odds_by_order
+from cai.storage.rows import vote_unit
+from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +30,10 @@ class StoredVotes(NamedTuple):
     unparsed_rows: list[bytes]
     methods: frozenset[str]
     """How the judges were asked."""
+    units: frozenset[str]
+    """Units of the votes (`cai.storage.rows.vote_unit`)."""
+    is_rated: Bools
+    """Whether the judge of the pair rates, so that its votes are in points, (pairs,)."""
     human: Floats
     """Probability that *a* is better by people, (pairs,); NaN where nobody labelled the pair."""
     principles: list[str]
@@ -37,9 +43,22 @@ class StoredVotes(NamedTuple):
     def n_pairs(self) -> int:
         return len(self.unparsed_rows)
 
-    def log_odds_by_order(self) -> tuple[Floats, Floats]:
-        """Log-odds with *a* and with *b* shown first, each (pairs, principles); NaN without a vote in both orders."""
-        return log_odds_by_order(self.columns, self.n_pairs, len(self.principles))
+    def log_odds_by_order(self, points_per_nat: float | None = None) -> tuple[Floats, Floats]:
+        """Log-odds with *a* and with *b* shown first, each (pairs, principles); NaN without a vote in both orders.
+
+        Points of a judge that rates are divided by `points_per_nat`. Raises BadInput where votes are in points and
+        nothing says how many are worth a nat.
+        """
+        columns = self.columns
+        if self.is_rated.any():
+            if points_per_nat is None:
+                raise BadInput(
+                    "found votes in points, expected a `prefer` stage with `points_per_nat`; an earlier version made "
+                    "this one: run the recipe again"
+                )
+            in_nats = np.where(self.is_rated[columns.pair], columns.log_odds / points_per_nat, columns.log_odds)
+            columns = columns._replace(log_odds=in_nats)
+        return log_odds_by_order(columns, self.n_pairs, len(self.principles))
 
     def parsed_rows(self) -> Iterator[dict[str, Any]]:
         """The rows without their votes, parsed a few at a time: holding 100,000 dictionaries would be slow."""
@@ -49,24 +68,30 @@ class StoredVotes(NamedTuple):
 
 def read_votes(paths: Iterable[Path]) -> StoredVotes:
     """The votes of several files of vote rows."""
-    unparsed_rows, methods, numbers = list[bytes](), set[str](), dict[str, int]()
+    unparsed_rows, methods, units, numbers = list[bytes](), set[str](), set[str](), dict[str, int]()
     no_ints = np.zeros(0, dtype=np.int64)
     parts = [VoteColumns(no_ints, no_ints, no_ints.astype(bool), no_ints.astype(float))]
-    human = [no_ints.astype(float)]
+    human, is_rated = [no_ints.astype(float)], [no_ints.astype(bool)]
     for path in paths:
         with path.open("rb") as file:
             while lines := file.read(READ_BYTES) + file.readline():
                 table = _parse_votes(lines)
                 parts.append(_vote_columns(table["votes"].chunk(0), len(unparsed_rows), numbers))
                 human.append(table["human"].chunk(0).to_numpy(zero_copy_only=False).astype(float))
-                methods |= {method or "pairwise" for method in table["method"].unique().to_pylist()}
+                kinds = list(zip(*(table[name].to_pylist() for name in ("method", "scale")), strict=True))
+                methods |= {method or "pairwise" for method, _ in set(kinds)}
+                units |= {vote_unit(method, scale) for method, scale in set(kinds)}
+                is_rated.append(np.array([method == "rating" for method, _ in kinds], dtype=bool))
                 unparsed_rows += _rows_before_votes(lines)
     principles = sorted(numbers)
     # Alphabetical columns make sums equal to the last bit whatever the order of rows.
     column_of_number = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
     pair, principle, swapped, log_odds = (np.concatenate(column) for column in zip(*parts, strict=True))
     columns = VoteColumns(pair, column_of_number[principle], swapped, log_odds)
-    return StoredVotes(unparsed_rows, frozenset(methods), np.concatenate(human), principles, columns)
+    return StoredVotes(
+        unparsed_rows, frozenset(methods), frozenset(units), np.concatenate(is_rated), np.concatenate(human),
+        principles, columns,
+    )  # fmt: skip
 
 
 def _rows_before_votes(lines: bytes) -> Iterator[bytes]:
@@ -83,7 +108,9 @@ def _parse_votes(lines: bytes) -> pa.Table:
     from pyarrow import json as arrow_json
 
     vote = pa.struct([("principle", pa.string()), ("order", pa.string()), ("log_odds", pa.float64())])
-    schema = pa.schema([("votes", pa.list_(vote)), ("method", pa.string()), ("human", pa.float64())])
+    schema = pa.schema(
+        [("votes", pa.list_(vote)), ("method", pa.string()), ("scale", pa.int64()), ("human", pa.float64())]
+    )
     return arrow_json.read_json(
         pa.BufferReader(lines),
         arrow_json.ReadOptions(use_threads=False, block_size=len(lines)),

@@ -45,6 +45,7 @@ def check(document: Document, written: RecipeDocument, configs: Sequence[StageCo
         _check_id(document, stage, config, configs, written)
         for name in references(config):
             _check_reference(document, _place(document, stage, name), name, config, by_id, written)
+        _check_vote_units(document, stage, config, by_id)
     if written.judge != SELF:
         _check_model_name(document, ("judge",), written.judge, by_id, MODEL_KINDS)
     if written.templates not in (sets := ["auto", *template_set_names()]):
@@ -137,6 +138,17 @@ def _check_reference(
             raise error_at(document, place, f"found {name.name!r}, expected a `reward` stage or a reward model")
         case ModelReference(gives=gives):
             _check_model_name(document, place, name.name, by_id, gives)
+
+
+def _check_vote_units(
+    document: Document, stage: tuple[Key, ...], config: StageConfig, by_id: Mapping[str, StageConfig]
+) -> None:
+    """Refuses votes that a stage cannot read, or cannot read together."""
+    judges = [by_id[name] for _, _, name in references(config, StageReference) if by_id[name].gives == "votes"]
+    try:
+        config.check_vote_units({judge.vote_unit() for judge in judges})
+    except ValueError as error:
+        raise error_at(document, (*stage, "kind"), str(error)) from None
 
 
 def _check_model_name(

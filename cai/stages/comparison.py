@@ -36,8 +36,8 @@ from cai.report.figures import ComparisonRows, SampleKey, VerdictKey, VerdictRul
 from cai.report.page import choose_examples, render_page
 from cai.report.pictures import draw_rates
 from cai.report.summary import comparison_summary
-from cai.storage.rows import Prompt, stable_id
-from cai.text.errors import StageFailed
+from cai.storage.rows import Prompt, stable_id, vote_unit
+from cai.text.errors import BadInput, StageFailed
 from cai.text.left_out import RETRY, LeftOut
 
 
@@ -124,7 +124,12 @@ def _votes(
 ) -> dict[frozenset[str], dict[str, Any]]:
     """The votes of the principles that count, by the ids of the two responses; without those that none are left of."""
     votes: dict[frozenset[str], dict[str, Any]] = {}
-    for row in context.rows(config.votes):
+    rows = context.rows(config.votes)
+    try:
+        config.check_vote_units({vote_unit(row.get("method"), row.get("scale")) for row in rows})
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    for row in rows:
         counted = [vote for vote in row["votes"] if vote["principle"] in principles]
         if counted:
             votes[frozenset((row["a"]["id"], row["b"]["id"]))] = {**row, "votes": counted}

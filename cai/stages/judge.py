@@ -1,7 +1,7 @@
 """Asks a judge which of two responses to one prompt is better, principle by principle, in both orders.
 
 RLAIF's labels (Bai et al. 2022, arXiv 2212.08073, section 4; Lee et al. 2023, arXiv 2309.00267): by `method`, the
-judge's log-odds that *a* is better, at once or after a rationale, or the difference of two ratings
+judge's log-odds that *a* is better, at once or after a rationale, or the difference of two ratings, in points
 (`cai.feedback.methods`). Each principle is asked with *a* shown first and with *b* shown first, so that `prefer` can
 cancel a position bias. Every vote is kept; how votes become labels, weights included, is decided in `prefer`.
 
@@ -52,6 +52,7 @@ from cai.storage.rows import (
     Vote,
     read_rows,
     stable_id,
+    vote_unit,
 )  # fmt: skip
 from cai.text.errors import BadInput, StageFailed
 from cai.text.left_out import LeftOut, failure_reasons
@@ -59,7 +60,7 @@ from cai.text.left_out import LeftOut, failure_reasons
 
 class Config(FeedbackConfig):
     gives: ClassVar[OutputKind] = "votes"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     kind: Literal["judge"] = "judge"
     from_: OneOrMore[TextsRef] = Field([], alias="from", description="Stages whose responses are compared.")
@@ -104,6 +105,9 @@ class Config(FeedbackConfig):
         description="Probability that the options must hold together. A judge that understood the question puts nearly "
         "all of it there; below a tenth it was about to say something else, and the ratio of the options is noise.",
     )  # fmt: skip
+
+    def vote_unit(self) -> str:
+        return vote_unit(self.method, self.scale)
 
     def template_names(self) -> tuple[str, ...]:
         return TEMPLATE_NAMES[self.method]
@@ -215,7 +219,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 votes, vote_failures = votes_by_pair[item["id"]]
                 failures += vote_failures
                 if votes:
-                    rows.append(to_row(item, votes, judge_name, context.constitution.name, config.method))
+                    rows.append(to_row(item, votes, judge_name, context.constitution.name, config))
             context.journal.append(batch, rows, failures)
     _, all_failures = context.journal.finish()
     judged: list[Vote] = read_rows(context.folder / RECORDS)
@@ -376,11 +380,16 @@ def sample_principles(
     return [applicable[index] for index in sorted(indices)]
 
 
-def to_row(item: Item, votes: list[PrincipleVote], judge: str, constitution: str, method: Method) -> Vote:
-    """The pair with its votes; the row of a `pairwise` judge does not name the method."""
-    row: Vote = {**item, "votes": votes, "judge": judge, "constitution": constitution, "method": method}
-    if method == "pairwise":
+def to_row(item: Item, votes: list[PrincipleVote], judge: str, constitution: str, config: Config) -> Vote:
+    """The pair with its votes, and the method where it is not `pairwise`, with the scale of ratings."""
+    row: Vote = {
+        **item, "votes": votes, "judge": judge, "constitution": constitution, "method": config.method,
+        "scale": config.scale,
+    }  # fmt: skip
+    if config.method == "pairwise":
         del row["method"]
+    if config.method != "rating":
+        del row["scale"]
     return row
 
 
@@ -389,7 +398,7 @@ def vote_figures(rows: Sequence[Vote], n_asked: int, method: Method) -> dict[str
 
     `flip_rate` is the share whose verdict changes with the order; its `bounds` are the shares if none or all of the
     failed ones did. `position_bias` is the mean log-odds (nats) that being shown first adds. Ratings have no order, so
-    both are None.
+    both are None, and their `mean_strength` is in points.
     """
     if not rows:
         return {"pairs": 0, "votes": 0}

@@ -11,6 +11,10 @@ A principle abstains on a pair without a vote of it, or with one nearer to even 
 every principle abstains gets no label, and an even pair no hard label; both are left out and counted. With an even soft
 label a hash of the two responses, never their position, decides which one is called chosen.
 
+Where a judge rates, votes are points, which are no log-odds. They are divided by `points_per_nat`, stated or fitted,
+before anything else: thresholds and labels are in nats on any scale, and rated pairs can stand beside compared ones.
+Without it, or with two scales, such votes are refused.
+
 `temperature: fitted` fits the labels to the truth where it is known, from people or from the embedded world's oracle
 (`cai.feedback.judge_calibration`). Held-out prompts take no part in the fit, since figures are measured on them.
 
@@ -23,7 +27,7 @@ Left out: learning how far each principle can be trusted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -44,7 +48,7 @@ from cai.maths.vote_aggregation import Floats, Ints, mean_over_orders, sigmoid
 from cai.prompt_sets import HumanPairs, PairSet, load_human_pairs
 from cai.storage.files import replacing
 from cai.storage.journal import RECORDS
-from cai.storage.rows import Preference, canonical_json, is_held_out, stable_id, topic_of
+from cai.storage.rows import NATS, Preference, canonical_json, is_held_out, stable_id, topic_of
 from cai.text.errors import BadInput, StageFailed
 from cai.text.left_out import LeftOut
 
@@ -106,6 +110,11 @@ class Config(StageConfig):
         description="What the weighted sum of log-odds is divided by: the sum of weights, a number, or the number that "
         "is fitted to pairs whose truth is known, by people (`human:` of the judge stage) or the oracle of micro.",
     )
+    points_per_nat: Literal["fitted"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Points that are worth one nat where judges rate (`method: rating`): a number, or the number that "
+        "is fitted to pairs whose truth is known. Such judges need it, and all must use one scale.",
+    )
     abstain_below: float = Field(0.0, ge=0, description="Nats from even below which a principle has no say on a pair.")
     min_confidence: float = Field(
         0.5, ge=0.5, le=1, description="Pairs whose probability, before clamping, is nearer to even are left out."
@@ -113,6 +122,19 @@ class Config(StageConfig):
 
     def principle_fields(self) -> tuple[PrincipleField, ...]:
         return ("weight",) if self.from_ else ()
+
+    def check_vote_units(self, units: Collection[str]) -> None:
+        points = sorted({*units} - {NATS})
+        units_in_words = f"found votes in {' and in '.join(sorted(units))}"
+        if len(points) > 1:
+            raise ValueError(f"{units_in_words}, expected one scale of ratings; make a `prefer` stage for each")
+        if points and self.points_per_nat is None:
+            raise ValueError(
+                f"{units_in_words}, expected `points_per_nat`, the points that are worth one nat of log-odds: a "
+                "number, or `fitted` where it is known of some pairs which response is better"
+            )
+        if self.points_per_nat is not None and not points:
+            raise ValueError("found `points_per_nat`, expected it with votes of judges that rate (`method: rating`)")
 
     @model_validator(mode="after")
     def _has_input(self) -> Self:
@@ -142,9 +164,13 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise StageFailed(f"`mix` found no pair that people labelled: {people.rows} rows, left out {people.left_out}")
     judge_folders = [context.inputs[stage_id] for stage_id in config.from_]
     votes = read_votes(folder / RECORDS for folder in judge_folders)
-    log_odds_by_principle = mean_over_orders(*votes.log_odds_by_order())
-    rule, fitted = label_rule(config, context.constitution, votes, log_odds_by_principle)
+    try:
+        config.check_vote_units(votes.units)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    rule, fitted = label_rule(config, context.constitution, votes)
     rule.write(context.folder)
+    log_odds_by_principle = mean_over_orders(*votes.log_odds_by_order(rule.points_per_nat))
     log_odds = rule.aggregate(log_odds_by_principle, votes.principles)
     pairs, human, counts, agreement = select(config.mix, rule, votes, log_odds, people.preferences)
     figures: dict[str, Any] = dict(counts)
@@ -158,22 +184,20 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     statistics = write_preferences(context, votes, pairs, log_odds, rule, human)
     if agreement:
         figures["agreement_with_people"] = agreement
-    if fitted:
-        figures["temperature"] = asdict(fitted)
-        _note_temperature_bound(fitted, context)
+    for name, value in fitted.items():
+        figures[name] = asdict(value)
+        _note_bound(name, value, context)
     return {"labels": figures | statistics.figures(votes.principles, log_odds_by_principle[pairs], judge_folders)}
 
 
 def label_rule(
-    config: Config, constitution: Constitution | None, votes: StoredVotes, log_odds: Floats
-) -> tuple[LabelRule, FittedTemperature | None]:
-    """The rule of these labels, and the temperature that was fitted for it, if any.
-
-    `log_odds` are those of the principles, (pairs, principles).
-    """
+    config: Config, constitution: Constitution | None, votes: StoredVotes
+) -> tuple[LabelRule, dict[str, FittedTemperature]]:
+    """The rule of these labels, and what was fitted for it by name: `points_per_nat`, then `temperature`."""
     rule = LabelRule(
         weights=principle_weights(votes.principles, constitution, config.tag_weights),
         temperature=config.temperature if isinstance(config.temperature, float) else None,
+        points_per_nat=config.points_per_nat if isinstance(config.points_per_nat, float) else None,
         abstain_below=config.abstain_below,
         min_confidence=config.min_confidence,
         methods=tuple(sorted(votes.methods)),
@@ -181,10 +205,17 @@ def label_rule(
     # A judge that reasons is overconfident, and the paper found a clamp to 40 to 60 % best for it.
     default_labels: Literal["soft"] | Clamp = Clamp(clamp=(0.4, 0.6)) if votes.methods == {"reasoned"} else "soft"
     rule = with_labels(rule, config.labels or default_labels)
-    if config.temperature != "fitted":
-        return rule, None
-    fitted = fit_temperature(list(votes.parsed_rows()), log_odds, votes.principles, rule)
-    return replace(rule, temperature=fitted.value, is_temperature_fitted=True), fitted
+    fitted: dict[str, FittedTemperature] = {}
+    if config.points_per_nat == "fitted":
+        fitted["points_per_nat"] = scale = fit_points_per_nat(votes, rule)
+        rule = replace(rule, points_per_nat=scale.value, is_points_per_nat_fitted=True)
+    if config.temperature == "fitted":
+        log_odds = mean_over_orders(*votes.log_odds_by_order(rule.points_per_nat))
+        fitted["temperature"] = temperature = fit_temperature(
+            list(votes.parsed_rows()), log_odds, votes.principles, rule
+        )
+        rule = replace(rule, temperature=temperature.value, is_temperature_fitted=True)
+    return rule, fitted
 
 
 def principle_weights(
@@ -208,16 +239,34 @@ def with_labels(rule: LabelRule, labels: Literal["soft", "hard"] | Clamp) -> Lab
     return replace(rule, labels=labels, clamp=None)
 
 
+def fit_points_per_nat(votes: StoredVotes, rule: LabelRule) -> FittedTemperature:
+    """The points that are worth one nat: the divisor of the rated pairs' points that makes the truth likeliest.
+
+    Every principle counts, since what is nearer to even than `abstain_below` nats follows from this number. The errors
+    without it are those of points taken for nats.
+    """
+    points = mean_over_orders(*votes.log_odds_by_order(1.0))
+    points = np.where(votes.is_rated[:, None], points, np.nan)
+    means = replace(rule, abstain_below=0.0).aggregate(points, votes.principles)
+    return fit_divisor("points_per_nat", list(votes.parsed_rows()), means, means)
+
+
 def fit_temperature(
     rows: Sequence[Mapping[str, Any]], log_odds: Floats, principles: Sequence[str], rule: LabelRule
 ) -> FittedTemperature:
-    """The temperature that makes the known truth likeliest, and its errors on prompts that it was not fitted on.
-
-    The truth comes from people if they labelled pairs of at least `MIN_PROMPTS_TO_FIT` prompts that are not held out,
-    else from the oracle if it covers so many prompts, else from the source that covers more. Held-out pairs are passed
-    on to be measured, not fitted. Raises StageFailed where there is no truth.
-    """
+    """The divisor of summed log-odds, (pairs, principles) before, that makes the truth likeliest."""
     sums = replace(rule, temperature=1.0).aggregate(log_odds, principles)
+    return fit_divisor("temperature", rows, sums, rule.aggregate(log_odds, principles))
+
+
+def fit_divisor(name: str, rows: Sequence[Mapping[str, Any]], sums: Floats, log_odds: Floats) -> FittedTemperature:
+    """The divisor of `sums` that makes the known truth likeliest, and its errors on prompts that it was not fitted on.
+
+    `sums` and the `log_odds` that are made without it are (pairs,). The truth comes from people if they labelled pairs
+    of at least `MIN_PROMPTS_TO_FIT` prompts that are not held out, else from the oracle if it covers so many prompts,
+    else from the source that covers more. Held-out pairs are passed on to be measured, not fitted. Raises StageFailed
+    where there is no truth.
+    """
     held_out = np.array([is_held_out(row) for row in rows], dtype=bool)
     truths = available_truths(rows).values()  # people's first
     usable = {truth.kind: truth.is_decided & ~held_out & ~np.isnan(sums) for truth in truths}
@@ -228,28 +277,27 @@ def fit_temperature(
     truth = max(truths, key=lambda truth: min(n_prompts[truth.kind], MIN_PROMPTS_TO_FIT), default=None)
     if truth is None or not n_prompts[truth.kind]:
         raise StageFailed(
-            "`temperature: fitted` found no truth outside of held-out prompts, expected judged pairs that people "
+            f"`{name}: fitted` found no truth outside of held-out prompts, expected judged pairs that people "
             "labelled (`human:` of the judge stage) or prompts of source micro"
         )
     pairs = np.flatnonzero(truth.is_decided & ~np.isnan(sums))
-    means = rule.aggregate(log_odds, principles)
     return fit_and_measure_temperature(
         truth.kind,
         sums[pairs],
-        means[pairs],
+        log_odds[pairs],
         truth.p_a_better[pairs],
         [topic_of(rows[i]["tags"], rows[i]["prompt_id"]) for i in pairs.tolist()],
         held_out[pairs],
     )
 
 
-def _note_temperature_bound(fitted: FittedTemperature, context: Context) -> None:
-    """Notes a fitted temperature at one of its bounds, where the judge is always right or right by chance."""
+def _note_bound(name: str, fitted: FittedTemperature, context: Context) -> None:
+    """Notes a fitted divisor at one of its bounds, where the judge is always right or right by chance."""
     if fitted.at_bound:
         accuracy = "always right" if fitted.value < sum(fitted.bounds) / 2 else "right no more often than by chance"
         context.progress.note(
-            f"the fitted temperature ran into its bound, {fitted.value:.3g}: by what is known of {fitted.pairs:,} "
-            f"pairs the judge is {accuracy}"
+            f"the fitted {name.replace('_', ' ')} ran into its bound, {fitted.value:.3g}: by what is known of "
+            f"{fitted.pairs:,} pairs the judge is {accuracy}"
         )
 
 

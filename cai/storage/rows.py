@@ -121,6 +121,8 @@ class Vote(TypedDict):
     """Probability that *a* is better according to the people who labelled the pair, if any; judges never see it."""
     method: NotRequired[str]
     """The judge's method where it is not pairwise."""
+    scale: NotRequired[int]
+    """The highest rating of a judge that rates; the lowest is 1."""
 
 
 class Preference(TypedDict):
@@ -141,6 +143,15 @@ class Preference(TypedDict):
     tags: list[str]
     judge: str
     constitution: str
+
+
+NATS = "nats"
+"""Unit of the votes of every judge but one that rates."""
+
+
+def vote_unit(method: str | None, scale: int | None) -> str:
+    """The unit of a judge's votes; `scale` is the highest rating. Points of two scales are two units."""
+    return f"points from 1 to {scale}" if method == "rating" else NATS
 
 
 def stable_id(*parts: object) -> str:

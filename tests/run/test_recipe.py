@@ -49,6 +49,9 @@ BROKEN = [
     ("learning_rate: 2.0e-4", "save_total_limit: 1", 13, "1", "expected at least 2"),
     ("learning_rate: 2.0e-4", "output_dir: here", 13, "output_dir", "is the stage's folder"),
     ("beta: 0.1", "lr_scheduler_type: cosin", 18, "cosin", "did you mean 'cosine'"),
+    ("from: candidates}", "from: candidates, method: rating}", 16, "prefer,",
+     "found votes in points from 1 to 7, expected `points_per_nat`"),
+    ("from: votes}", "from: votes, points_per_nat: 2.0}", 16, "prefer,", "expected it with votes of judges that rate"),
     ("kind: judge,", "kind: judge, pairs: some,", 15, "some", "expected one of disjoint, all, random"),
     ("kind: judge,", "kind: judge, pair: all,", 15, "pair:", "did you mean 'pairs'"),
     ("first.jsonl", "frist.jsonl", 5, "frist", "did you mean 'first.jsonl'"),
@@ -99,6 +102,14 @@ def test_a_broken_recipe_is_one_sentence_with_a_position(recipe, old, new, line,
     assert int(sentence[1]) == line
     assert recipe.read_text().splitlines()[line - 1][int(sentence[2]) - 1 :].startswith(at)
     assert words in sentence[3]
+
+
+def test_a_comparison_reads_no_votes_in_points(recipe):
+    votes = "{id: ratings, kind: judge, from: [candidates, responses], judge: start, pairs: against, method: rating}"
+    figures = "{id: rated, kind: comparison, responses: {a: candidates}, votes: ratings, models: {a: sl-cai}"
+    figures += ", judge: start, prompts: red_team}"
+    recipe.write_text(GOOD + f"  - {votes}\n  - {figures}\n")
+    assert "found votes in points from 1 to 7, expected votes in nats" in refusal()
 
 
 def test_a_tag_that_no_principle_has_gets_no_weight_but_the_nearest_name(recipe):

@@ -346,6 +346,7 @@ def test_a_rating_votes_by_the_difference_of_expected_scores(tmp_path):
         assert vote["scores"] == pytest.approx(expected)
         assert vote["log_odds"] == pytest.approx(expected[0] - expected[1])
     assert {vote["order"] for vote in row["votes"]} == {"ab", "ba"}
+    assert (row["method"], row["scale"]) == ("rating", 7), "points of two scales are not the same"
     assert result.figures["votes"]["judge"]["flip_rate"] is None, "what has no order cannot turn with it"
 
 

@@ -20,6 +20,7 @@ from cai.constitution import load_constitution
 from cai.feedback import stored_votes
 from cai.feedback.labelled_votes import LABEL_RULE, LabelledVotes, LabelRule
 from cai.feedback.stored_votes import read_votes
+from cai.maths.calibration import fit_temperature
 from cai.maths.vote_aggregation import sigmoid
 from cai.micro.oracle import gold_score
 from cai.stages.prefer import Clamp, Config
@@ -526,7 +527,7 @@ def vote_files(draw) -> list[dict]:
         row["a"]["text"], row["b"]["text"] = draw(TEXTS), draw(TEXTS)
         row["prompt"][0]["content"] = draw(TEXTS)
         if draw(st.booleans()):
-            row["method"] = "rating"
+            row |= {"method": "rating", "scale": 7}
             for principle_vote in row["votes"]:
                 principle_vote["scores"] = [1.0, 2]
         rows.append(row)
@@ -539,9 +540,16 @@ def test_preferences_equal_a_second_writing_whatever_stands_in_the_votes(rows, r
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_votes, "READ_BYTES", read_bytes)
         patch.setattr(stored_votes, "PARSE_ROWS", 3)
-        result = prefer(Path(folder), rows)
+        has_points = any("scale" in row for row in rows)
+        result = prefer(Path(folder), rows, **{"points_per_nat": 2.5} if has_points else {})
         written = result.bytes
-    assert result.rows == labelled_in_plain_python([json.loads(json.dumps(row)) for row in rows])
+    in_nats = [
+        {**row, "votes": [{**vote, "log_odds": vote["log_odds"] / 2.5} for vote in row["votes"]]}
+        if "scale" in row
+        else row
+        for row in rows
+    ]
+    assert result.rows == labelled_in_plain_python([json.loads(json.dumps(row)) for row in in_nats])
     assert written == b"".join(
         json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         for row in result.rows
@@ -573,6 +581,76 @@ def test_a_temperature_of_one_topic_is_fitted_and_not_measured(tmp_path):
     fitted = fitted_temperature(tmp_path, rows)
     assert fitted["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
     assert (fitted["ece_after_temperature"], fitted["brier_after_temperature"]) == (None, None)
+
+
+def rated(rows: list[dict], scale: int = 7) -> list[dict]:
+    """The same numbers as points of a judge that rates."""
+    return [
+        {**row, "method": "rating", "scale": scale,
+         "votes": [{**vote, "log_odds": expected_vote(row, vote["principle"])} for vote in row["votes"]]}
+        for row in rows
+    ]  # fmt: skip
+
+
+def expected_vote(row: dict, principle: str) -> float:
+    return sum(vote["log_odds"] for vote in row["votes"] if vote["principle"] == principle) / 2
+
+
+def test_points_become_nats_before_any_threshold_and_rated_pairs_stand_beside_compared_ones(tmp_path):
+    compared = [vote_row(n, {"calm": (odds, odds)}) for n, odds in enumerate((1.0, 3.0))]
+    points = rated([vote_row(n + 2, {"calm": (odds, odds)}) for n, odds in enumerate((1.0, 3.0))])
+    result = prefer(tmp_path, compared + points, points_per_nat=2.0, abstain_below=0.6)
+    p = {row["pair_id"]: row["p_chosen"] for row in result.rows}
+    sigmoid_of = {odds: pytest.approx(1 / (1 + math.exp(-odds))) for odds in (1.0, 1.5, 3.0)}
+    assert p == {"pair-0": sigmoid_of[1.0], "pair-1": sigmoid_of[3.0], "pair-3": sigmoid_of[1.5]}
+    strength = result.figures["labels"]["principles"]["calm"]["mean_strength"]
+    assert strength == pytest.approx((1 + 3 + 1.5) / 3), "in nats"
+
+
+def test_the_fitted_points_per_nat_are_the_temperature_of_rated_pairs_alone(tmp_path):
+    rows = by_people(400)
+    compared, points = rows[:100], rated(rows[100:])
+    result = prefer(tmp_path / "mixed", compared + points, points_per_nat="fitted", abstain_below=0.1)
+    alone = prefer(tmp_path / "alone", points, points_per_nat="fitted")
+    fitted = result.figures["labels"]["points_per_nat"]
+    assert fitted == alone.figures["labels"]["points_per_nat"]
+    means, truth = np.array([(expected_log_odds(row), row["human"]) for row in points]).T
+    assert fitted["value"] == pytest.approx(fit_temperature(means, truth), rel=1e-6)
+    assert fitted["pairs"] == 300
+    rule = LabelRule.read(result.folder)
+    assert (rule.points_per_nat, rule.is_points_per_nat_fitted) == (fitted["value"], True)
+    assert fitted["ece_after_temperature"] < fitted["ece"]
+
+
+@pytest.mark.parametrize(
+    ("scales", "config", "message"),
+    [
+        ((7,), {}, "found votes in points from 1 to 7, expected `points_per_nat`"),
+        ((7, None), {}, "found votes in nats and in points from 1 to 7, expected `points_per_nat`"),
+        ((7, 10), {"points_per_nat": 1.0}, "expected one scale of ratings; make a `prefer` stage for each"),
+        ((None,), {"points_per_nat": 1.0}, "found `points_per_nat`, expected it with votes of judges that rate"),
+    ],
+)
+def test_points_are_never_taken_for_nats(tmp_path, scales, config, message):
+    rows = []
+    for number, scale in enumerate(scales):
+        row = vote_row(number, {"calm": (1.0, 1.0)})
+        rows += [row] if scale is None else rated([row], scale)
+    with pytest.raises(BadInput, match=message):
+        prefer(tmp_path, rows, **config)
+
+
+def test_the_labels_of_rated_pairs_are_explained_in_nats_and_an_earlier_rule_is_refused(tmp_path):
+    result = prefer(tmp_path, rated(by_people(30)), points_per_nat=2.0)
+    rule = LabelRule.read(result.folder)
+    votes = read_votes([tmp_path / "prefer-reads-votes" / RECORDS])
+    rows = list(votes.parsed_rows())
+    labels = LabelledVotes("run", rows, votes.principles, *votes.log_odds_by_order(rule.points_per_nat), rule).labels()
+    assert {row["pair_id"]: row["log_odds"] for row in result.rows} == {
+        row["id"]: abs(label) for row, label in zip(rows, labels, strict=True)
+    }
+    with pytest.raises(BadInput, match="found votes in points, expected a `prefer` stage with `points_per_nat`"):
+        votes.log_odds_by_order()
 
 
 def test_a_temperature_that_ran_into_its_bound_is_said_to(tmp_path):
