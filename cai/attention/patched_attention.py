@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from cai.attention.cpu_tuning import pad_to_multiple
+from cai.attention.rotary_rows import length_dependences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,8 +35,12 @@ _NAME = "cai_patched"
 _PATCH: ContextVar[Attention] = ContextVar("patch")
 _UNSUPPORTED_OPTIONS = ("softcap", "s_aux", "position_bias")
 """Options of attention functions that change the result. `find_layout_obstacle` looks for windows itself."""
-_WINDOW_SETTINGS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
-"""What configs call the number of tokens that attention reaches back."""
+_WINDOW_NAME = re.compile(r"window|chunk|block|local_att|index_")
+"""In the names by which configs call the number of tokens that attention reaches back, or selects."""
+_WINDOWS_OF_LAYER_TYPES = ("sliding_window", "attention_chunk_size")
+"""Windows of layers that `layer_types` names; without such a layer they are not in use."""
+_LONGEST_TRIED_WINDOW = 128
+"""Tokens. Trials are longer than shorter windows. A number below this may also count something else, such as layers."""
 
 
 @contextlib.contextmanager
@@ -56,6 +62,8 @@ def _call_patch(
     """What transformers calls in each layer. It builds no mask, because none is registered under the same name."""
     if unsupported := [name for name in _UNSUPPORTED_OPTIONS if options.get(name) is not None]:
         raise NotImplementedError(f"its attention has {unsupported[0]!r}")
+    if attention_mask is not None:
+        raise NotImplementedError("its attention has a mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
     return _PATCH.get()(layer, query, key, value, scale).transpose(1, 2).contiguous(), None
@@ -110,24 +118,46 @@ def find_layout_obstacle(model: PreTrainedModel) -> str | None:
     layer_types = set(getattr(config, "layer_types", None) or [])
     if unsupported := sorted(layer_types - {"full_attention"}):
         return f"it has layers of the kind {', '.join(unsupported)}"
-    if not layer_types and (window := _window(config)):
-        return f"its attention reaches back {window} tokens, which what is shared would outgrow"
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if (rope := parameters.get("rope_type") or parameters.get("type")) in {"dynamic", "longrope"}:
-        return f"its rotary positions ({rope}) depend on the longest row of a pass"
+    windows = _named_windows(config)
+    if layer_types:
+        windows = _without_windows_of_layer_types(windows)
+    for name, window in windows.items():
+        if window > _LONGEST_TRIED_WINDOW:
+            return f"its attention reaches back {window} tokens ({name}), which what is shared would outgrow"
+    if length_dependences(config):
+        return "its rotary frequencies depend on the length of a text"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "its forward pass takes no positions"
     return None
 
 
-def _window(config: PreTrainedConfig) -> int | None:
-    """Tokens that attention reaches back, where the model takes longer texts."""
+def longest_tried_window(model: PreTrainedModel) -> int:
+    """Tokens of the longest window in the config that a trial can exceed; 0 where there is none."""
+    windows = _named_windows(model.config.get_text_config(decoder=True)).values()
+    return max((window for window in windows if window <= _LONGEST_TRIED_WINDOW), default=0)
+
+
+def shortest_untried_window(model: PreTrainedModel) -> float:
+    """Tokens of the shortest window that no trial exceeds and transformers' own masks do not make; inf without one."""
+    windows = _without_windows_of_layer_types(_named_windows(model.config.get_text_config(decoder=True))).values()
+    return min((window for window in windows if window > _LONGEST_TRIED_WINDOW), default=math.inf)
+
+
+def _without_windows_of_layer_types(windows: dict[str, int]) -> dict[str, int]:
+    return {name: window for name, window in windows.items() if name not in _WINDOWS_OF_LAYER_TYPES}
+
+
+def _named_windows(config: PreTrainedConfig) -> dict[str, int]:
+    """The numbers of a config that may be windows, in tokens, where the model takes longer texts."""
     longest = getattr(config, "max_position_embeddings", None) or math.inf
-    windows = [getattr(config, name, None) for name in _WINDOW_SETTINGS]
-    return min((window for window in windows if isinstance(window, int) and 0 < window < longest), default=None)
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if _WINDOW_NAME.search(name) and type(value) is int and 0 < value < longest
+    }
 
 
-def is_rounding(difference: float, difference_if_wrong: float) -> bool:
-    """Whether two computations agree up to rounding, where a mistake would make `difference_if_wrong`."""
-    # In float32 rounding changes next to nothing, in bfloat16 far less than a mistake.
-    return difference <= max(1e-3, 0.2 * difference_if_wrong)
+def is_rounding(difference: float, difference_if_wrong: float, dtype: torch.dtype) -> bool:
+    """Whether two computations in `dtype` agree up to rounding, where a mistake would make `difference_if_wrong`."""
+    # In float32 rounding changes next to nothing, so that a mistake in a part of the tokens shows as well.
+    return difference <= max(1e-3, (1e-3 if dtype == torch.float32 else 0.2) * difference_if_wrong)

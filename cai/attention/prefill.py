@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cai.attention.patched_attention import TRIAL_ERRORS, find_layout_obstacle, forward_with_attention, is_rounding
+from cai.attention.patched_attention import (
+    TRIAL_ERRORS,
+    find_layout_obstacle,
+    forward_with_attention,
+    is_rounding,
+    longest_tried_window,
+)
 from cai.attention.shared_prefixes import (
     OwnKeyValues,
     Prefixes,
@@ -166,7 +172,8 @@ def find_sharing_obstacle(model: PreTrainedModel) -> str | None:
     """
     if obstacle := find_layout_obstacle(model):
         return obstacle
-    long_prefix, rows = [1 + (7 * n) % 50 for n in range(12)], [[9, 4, 7, 8], [2, 30, 11], [17, 6, 40, 21, 13]]
+    long_prefix = [1 + (7 * n) % 50 for n in range(12 + longest_tried_window(model))]
+    rows = [[9, 4, 7, 8], [2, 30, 11], [17, 6, 40, 21, 13]]
     prefixes = [long_prefix, long_prefix[::-1][:7]]
     prefix_of_row = [0, 0, 1]
     try:
@@ -178,13 +185,16 @@ def find_sharing_obstacle(model: PreTrainedModel) -> str | None:
                 ]
                 for assignment in (prefix_of_row, [1 - prefix for prefix in prefix_of_row])
             )
-        shared, _ = prefill(model, rows, prefill(model, prefixes)[1](), prefix_of_row)
+        computed_prefixes = prefill(model, prefixes)[1]()
+        if not computed_prefixes.keys:
+            return "its attention is none that can be replaced"
+        shared, _ = prefill(model, rows, computed_prefixes, prefix_of_row)
     except TRIAL_ERRORS as error:
         return f"it does not take attention to shared prefixes: {str(error).splitlines()[0]}"
     difference, difference_if_wrong = (
         max(float((ours - theirs).float().abs().max()) for ours, theirs in zip(shared, plain, strict=True))
         for plain in (expected, wrong)
     )
-    if not is_rounding(difference, difference_if_wrong):
+    if not is_rounding(difference, difference_if_wrong, model.dtype):
         return f"attention to shared prefixes changes its logits by {difference:.2g}"
     return None

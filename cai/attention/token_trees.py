@@ -23,7 +23,13 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from cai.attention.cpu_tuning import causal_attention, matmul_dtype, pad_to_multiple
-from cai.attention.patched_attention import TRIAL_ERRORS, find_layout_obstacle, is_rounding, patched_attention
+from cai.attention.patched_attention import (
+    TRIAL_ERRORS,
+    find_layout_obstacle,
+    is_rounding,
+    longest_tried_window,
+    patched_attention,
+)
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -147,10 +153,14 @@ def _supports_token_trees(body: PreTrainedModel) -> bool:
         or any(getattr(module, name) > 0 for module in body.modules() for name in dropout_attributes(module))
     ):
         return False
-    # Two rows differ after three tokens; the third continues another beginning as the first does, and what that
-    # beginning changes is the measure of how much the two ways may differ, whatever the precision.
-    ids = torch.tensor([[4, 9, 6, 8, 7, 5], [4, 9, 6, 5, 0, 0], [9, 4, 4, 8, 7, 5]], device=body.device)
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], device=body.device)
+    # Two rows differ after a beginning; the third continues another beginning as the first does. What that beginning
+    # changes is the measure of how much the two ways may differ, whatever the precision.
+    beginning = [4, 9, *(6 + (7 * n) % 50 for n in range(1 + longest_tried_window(body)))]
+    rows = [[*beginning, 8, 7, 5], [*beginning, 5, 0, 0], [*beginning[1:], 4, 8, 7, 5]]
+    ids = torch.tensor(rows, device=body.device)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    n = len(beginning)
     for uses_bfloat16 in (False, True):  # `causal_attention` takes another way in bfloat16, in which most train
         try:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16):
@@ -159,9 +169,10 @@ def _supports_token_trees(body: PreTrainedModel) -> bool:
         except TRIAL_ERRORS:
             return False
         difference = (plain - tree)[mask.bool()].abs().max()
-        from_later_tokens = (plain[0, :3] - plain[1, :3]).abs().max()  # 0 if attention is causal
-        from_beginning = (plain[0, 3:] - plain[2, 3:]).abs().max()
-        if not is_rounding(float(torch.maximum(difference, from_later_tokens)), float(from_beginning)):
+        from_later_tokens = (plain[0, :n] - plain[1, :n]).abs().max()  # 0 if attention is causal
+        from_beginning = (plain[0, n:] - plain[2, n:]).abs().max()
+        dtype = torch.bfloat16 if uses_bfloat16 else body.dtype
+        if not is_rounding(float(torch.maximum(difference, from_later_tokens)), float(from_beginning), dtype):
             return False
     return True
 

@@ -100,6 +100,8 @@ def load_sequence_classifier(model: Model, dtype: str = "float32", device: str =
     """
     from transformers import AutoModelForSequenceClassification
 
+    from cai.attention.rotary_rows import use_frequencies_of_each_row
+
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
     folder = fetch(model)
@@ -117,6 +119,7 @@ def load_sequence_classifier(model: Model, dtype: str = "float32", device: str =
         body.config.num_labels = 1
         loaded = AutoModelForSequenceClassification.from_config(body.config)
         loaded.base_model.load_state_dict(body.base_model.state_dict())
+        use_frequencies_of_each_row(loaded)
     _fit_to_tokenizer(loaded, tokenizer)
     return loaded.to(device=torch_device, dtype=torch_dtype).eval()
 
@@ -168,13 +171,17 @@ def _merge_adapter(base: PreTrainedModel, folder: Path, model: Model) -> PreTrai
 def _from_pretrained(loader: Any, folder: Path, model: Model, **options: object) -> PreTrainedModel:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from cai.attention.rotary_rows import use_frequencies_of_each_row
+
     model_type = read_json_object(folder / "config.json").get("model_type")
     if model_type not in CONFIG_MAPPING:
         unknown = f"this version of transformers does not know the type {model_type!r} in config.json"
         raise BadInput(f"model {model.name!r}: {unknown}")
     safely = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     with silence_transformers():
-        return loader.from_pretrained(folder, **safely, **options)
+        loaded = loader.from_pretrained(folder, **safely, **options)
+    use_frequencies_of_each_row(loaded)
+    return loaded
 
 
 @contextlib.contextmanager

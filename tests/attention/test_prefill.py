@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from architectures import build_causal_lm
 from engine_contract import conversation
 from local_engines import assert_same_choices, judge_questions, local_engine, with_and_without_shared_prefixes
 from tiny_models import Tiny
@@ -51,18 +53,20 @@ def test_a_model_with_sliding_windows_computes_each_row_whole() -> None:
     assert "sliding" in str(find_sharing_obstacle(transformers.Qwen2ForCausalLM(config)))
 
 
+@pytest.mark.parametrize(("window", "reason"), [(32, "changes its logits"), (200, r"200 tokens \(sliding_window\)")])
 @pytest.mark.parametrize("architecture", ["Mistral", "Starcoder2", "Phi3"])
-def test_a_window_that_no_layer_type_tells_is_kept(tmp_path: Path, architecture: str) -> None:
+def test_a_window_that_no_layer_type_tells_is_kept(tmp_path: Path, architecture: str, window: int, reason: str) -> None:
+    """A short one shows in the trial, which is longer; a long one is taken from the config."""
     tokenizer = tiny_models.build_tokenizer("llama")
     shape = {**SHAPE, "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": 0.3}
     shape |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 4096}
-    config = getattr(transformers, f"{architecture}Config")(**shape, sliding_window=32)
+    config = getattr(transformers, f"{architecture}Config")(**shape, sliding_window=window)
     torch.manual_seed(0)
     getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model = Model(architecture, str(tmp_path))
     engine, row_by_row = with_and_without_shared_prefixes(model, token_budget=2048)
-    with pytest.warns(UserWarning, match="reaches back 32 tokens") as warnings:
+    with pytest.warns(UserWarning, match=reason) as warnings:
         results = [list(engine.choose(judge_questions(2))) for _ in range(2)]
     assert len(warnings) == 1
     assert_same_choices(results[0], row_by_row.choose(judge_questions(2)))
@@ -81,7 +85,19 @@ def test_a_window_that_is_off_or_never_full_keeps_nothing_from_sharing() -> None
 def test_rotary_positions_that_depend_on_the_longest_row_are_not_shared() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope, max_position_embeddings=64)
-    assert "depend on the longest row" in str(find_sharing_obstacle(transformers.LlamaForCausalLM(config)))
+    assert "depend on the length" in str(find_sharing_obstacle(transformers.LlamaForCausalLM(config)))
+
+
+@pytest.mark.parametrize(("architecture", "config", "reason"), [
+    ("doge", {"keep_window_size": 16}, "has a mask of its own"),
+    ("doge", {"keep_window_size": 2048}, r"2048 tokens \(keep_window_size\)"),
+    ("openai-gpt", {}, "none that can be replaced"),
+])  # fmt: skip
+def test_attention_that_is_more_than_keys_and_values_is_not_shared(
+    architecture: str, config: dict[str, int], reason: str
+) -> None:
+    """With random weights these masks change nothing, or so little that it could be rounding."""
+    assert re.search(reason, str(find_sharing_obstacle(build_causal_lm(architecture, 64, **config))))
 
 
 def test_a_model_that_keeps_states_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -90,7 +106,7 @@ def test_a_model_that_keeps_states_is_refused_in_one_sentence(tmp_path: Path) ->
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     engine = local_engine(Model("mamba", str(tmp_path)))
-    with pytest.warns(UserWarning, match="computes each row whole"), pytest.raises(BadInput, match="has states"):
+    with pytest.warns(UserWarning, match="computes each row whole"), pytest.raises(BadInput, match="takes no cache"):
         list(engine.generate([Request("a", conversation("a"), 0, Sampling(4))]))
 
 
@@ -110,7 +126,7 @@ def test_attention_of_many_kinds_can_be_shared(architecture: str) -> None:
 def test_a_model_that_takes_no_other_attention_is_found_out() -> None:
     config = transformers.GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4, vocab_size=64, initializer_range=0.3)
     torch.manual_seed(0)
-    assert "changes its logits" in str(find_sharing_obstacle(transformers.GPTJForCausalLM(config).eval()))
+    assert "none that can be replaced" in str(find_sharing_obstacle(transformers.GPTJForCausalLM(config).eval()))
 
 
 def test_a_model_with_eager_attention_shares_and_is_left_as_it_was(tiny: Tiny) -> None:

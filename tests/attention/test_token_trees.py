@@ -73,6 +73,9 @@ def test_logits_and_gradients_are_unchanged(family: str, kind: str, config: dict
     ("llama", {"attention_dropout": 0.1}),
     ("gpt2", {"resid_pdrop": 0.1}),
     ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}),
+    ("mistral", {"sliding_window": 20, "num_key_value_heads": 2}),  # more than the rows here have, not than the trial's
+    ("doge", {"keep_window_size": 16, "num_key_value_heads": 2, "hidden_dropout": 0.0}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
     ("bloom", {}),
     ("electra", {"is_decoder": False, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
 ])  # fmt: skip

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cai.contracts.profile import Profile
+    from cai.engines.local.plain_forward import Padding
     from cai.engines.local.scoring import PromptAndOptions
 
 
@@ -68,6 +69,9 @@ class LocalEngine:
 
     def _use(self, lm: PreTrainedModel) -> None:
         """Answers with this model from now on, with a token budget that fits into memory."""
+        from cai.attention.rotary_rows import use_frequencies_of_each_row
+
+        use_frequencies_of_each_row(lm)
         self._loaded = lm
         self._token_budget = min(self._token_budget, self._tokens_in_memory(lm))
 
@@ -76,12 +80,14 @@ class LocalEngine:
         import psutil
 
         config = lm.config.get_text_config(decoder=True)
-        kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
         # A GPU raises an error where memory runs out; an operating system promises more than there is and then kills.
-        if lm.device.type != "cpu" or kv_heads is None:
+        if lm.device.type != "cpu" or not getattr(config, "num_attention_heads", None):
             return self._token_budget
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        bytes_per_token = 2 * config.num_hidden_layers * kv_heads * width * lm.dtype.itemsize
+        bytes_per_token = 0
+        for layer in config.per_layer_config:  # as Gemma 4's, layers may differ
+            kv_heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+            width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+            bytes_per_token += 2 * kv_heads * width * lm.dtype.itemsize
         n_tokens = max(_MIN_TOKEN_BUDGET, psutil.virtual_memory().available // 4 // bytes_per_token)
         if n_tokens < self._token_budget:
             too_many = f"the profile's {self._token_budget:,} tokens at once may be more than memory has room for"
@@ -113,7 +119,7 @@ class LocalEngine:
         sampler = TokenSampler(sampling, chat.end_ids, self._stop_check(stop) if stop else None, banned_ids)
         decode = decoding.decode
         if not self._shares_prefixes:
-            decode = functools.partial(plain_forward.decode, mixes_lengths=self._mixes_lengths)
+            decode = functools.partial(plain_forward.decode, padding=self._padding)
         to_sample = [PromptAndSeed(prompt, request.seed) for prompt, request in items]
         for index, sampled in self._run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
             prompt, request = items[index]
@@ -152,7 +158,7 @@ class LocalEngine:
             fitting.append(question)
         score = scoring.score
         if not self._shares_prefixes:
-            score = functools.partial(plain_forward.score, mixes_lengths=self._mixes_lengths)
+            score = functools.partial(plain_forward.score, padding=self._padding)
         for index, log_probs in self._run(to_score, lambda part, budget: score(self.lm, part, budget)):
             yield Choice(fitting[index].id, tuple(log_probs), sum(map(math.exp, log_probs)))
 
@@ -196,13 +202,14 @@ class LocalEngine:
         return not obstacle
 
     @functools.cached_property
-    def _mixes_lengths(self) -> bool:
-        """Whether prompts of different lengths can share a batch where this model computes each row whole."""
-        from cai.engines.local.plain_forward import find_padding_obstacle
+    def _padding(self) -> Padding:
+        """How this model takes rows of different lengths where it computes each row whole."""
+        from cai.engines.local.plain_forward import try_padding
 
-        if obstacle := find_padding_obstacle(self.lm):
+        padding = try_padding(self.lm)
+        if obstacle := padding.obstacle:
             warnings.warn(f"model {self.model.name!r} batches only prompts of equal length: {obstacle}", stacklevel=2)
-        return not obstacle
+        return padding
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from engine_contract import completions_by_id, conversation
 from local_engines import assert_same_choices, local_engine
 from tiny_models import Tiny, random_model
 
 from cai.contracts.engine import Question, Request, Sampling
 from cai.engines.local.local_engine import LocalEngine
+from cai.engines.local.plain_forward import _batches
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_chunk_size": 8}
 LINEAR = {
@@ -96,3 +98,42 @@ def test_a_model_that_padding_changes_batches_prompts_of_equal_length(
         assert_answers_are_those_of_each_alone(engine, temperature=1.0)
     assert len(warnings) == 2
     assert max(batch_sizes) > 2
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24,
+    "short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 8.0, 2.0],
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*computes each row whole")
+@pytest.mark.parametrize(("architecture", "config"), [
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}),
+    ("llama", {"rope_parameters": LONGROPE}),
+    ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
+], ids=["phi3 longrope", "llama longrope", "llama dynamic"])  # fmt: skip
+def test_rotary_frequencies_are_those_of_each_rows_length_while_it_grows(
+    tiny: Tiny, architecture: str, config: dict[str, Any]
+) -> None:
+    """Prompts of 16 to 58 tokens; some rows grow past the 24 at which frequencies change."""
+    engine = tiny_engine(tiny, architecture, **config)
+    prompts = [engine.chat.prompt_ids(conversation(text)) for text in TEXTS]
+    assert min(map(len, prompts)) < 20 < 28 < max(map(len, prompts))
+    assert_answers_are_those_of_each_alone(engine, temperature=0.0)
+    requests = [Request(f"{n}", conversation(text), n, Sampling(12, temperature=0.0)) for n, text in enumerate(TEXTS)]
+    for completion in completions_by_id(engine.generate(requests), requests).values():
+        for n, log_prob in enumerate(completion.log_probs):
+            ids = torch.tensor([[*completion.prompt_ids, *completion.token_ids[:n]]])
+            with torch.no_grad():
+                engine.lm(input_ids=torch.tensor([[7]]))  # dynamic NTK forgets longer rows
+                log_probs = engine.lm(input_ids=ids).logits[0, -1].log_softmax(dim=-1)
+            assert log_prob == pytest.approx(float(log_probs[completion.token_ids[n]]), abs=1e-3)
+
+
+def test_rows_longer_than_a_window_that_no_trial_reaches_are_not_padded(tiny: Tiny) -> None:
+    engine = tiny_engine(tiny, "doge", keep_window_size=2048)
+    assert engine._padding.longest_row == 2048
+    prompts = [[7] * length for length in (5, 2050, 9, 2049, 2050)]
+    assert list(_batches(prompts, 0, 1 << 20, engine._padding)) == [[0, 2], [3], [1, 4]]
+    assert tiny_engine(tiny, "mistral", sliding_window=2048)._padding.longest_row == float("inf")
