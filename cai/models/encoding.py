@@ -1,7 +1,7 @@
 """Text to token ids in which only a template can write a control token, and ids back to text.
 
 A control token is a special token, or an added one that works like one: written by the chat template, or markup such as
-`<|…|>`, `<think>`, `<tool_call>`. Texts are encoded by a copy of the tokenizer in which each control token has a name
+`<|…|>`, `<think>`, `[TOOL_CALLS]`. Texts are encoded by a copy of the tokenizer in which each control token has a name
 with a random part that no text can contain; `name_control_tokens` puts the names into a template's own text. Everything
 else is the tokenizer's own work on the whole string, so that merges, prefixes and added words are as always.
 """
@@ -25,7 +25,7 @@ NONCE = secrets.token_hex(8)
 _BREAK = f"\ue000{NONCE}|\ue001"
 """A token of the copy that separates two texts and is then dropped."""
 _NAME = re.compile(f"\ue000{NONCE}#(\\d+)\ue001")
-_MARKUP = re.compile(r"<\|.*\|>|<｜.*｜>|</?think>|</?tool_call>", re.DOTALL)
+_MARKUP = re.compile(r"<\|.*\|>|<｜.*｜>|</?think>|</?tool_call>|\[/?[A-Z][A-Z0-9_]*\]", re.DOTALL)
 
 
 class Encoder:

@@ -303,6 +303,17 @@ def test_a_vocabulary_that_spells_its_special_tokens_out_is_not_fooled() -> None
     assert ids[-1] == tokenizer.eos_token_id
 
 
+def test_an_added_token_in_brackets_is_written_by_no_text() -> None:
+    """Mistral's vocabulary has some that are not marked as special, as `[REFERENCE_DOC_0]`."""
+    tokenizer = tiny_models.build_tokenizer("mistral")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens(["[REFERENCE_DOC_0]", "[sic]"])
+    ids = Chat(tokenizer).prompt_ids(conversation("See [REFERENCE_DOC_0] [sic]"))
+    assert tokenizer.convert_tokens_to_ids("[REFERENCE_DOC_0]") not in ids
+    assert tokenizer.convert_tokens_to_ids("[sic]") in ids
+    assert "See [REFERENCE_DOC_0] [sic]" in tokenizer.decode(ids)
+
+
 def test_a_base_model_without_a_chat_template_is_refused_with_what_to_do(tiny: Tiny) -> None:
     with pytest.raises(BadInput, match=r"no chat template: set `chat_template:`.*`templates: fewshot`"):
         Chat.load(tiny("base"))
