@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import gpu_paths
 import pytest
 import tiny_models
 import torch
 
 from cai.contracts.model import Model
 from cai.models.reference import resolve
+
+gpu_paths.install()
 
 # Test processes share two cores, where threads that wait for each other take several times as long.
 torch.set_num_threads(1)

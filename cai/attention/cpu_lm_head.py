@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from trl.trainer.utils import FusedCausalLMOutput
 
+from cai.attention import cpu_tuning
 from cai.attention.cpu_tuning import matmul_dtype, pad_to_multiple
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_cpu_lm_head(model: PreTrainedModel, *, entropy: bool = False, temperatur
     `add_fused_lm_head`, whose contract it keeps: the output has `log_probs` in nats, `label_mask` and, with `entropy`,
     `entropy` and `is_top1`, each (batch, seq - 1) and zero where there is no label.
     """
-    if model.device.type != "cpu" or model.config.get_text_config().vocab_size > MAX_VOCABULARY:
+    if not cpu_tuning.applies_to(model.device) or model.config.get_text_config().vocab_size > MAX_VOCABULARY:
         return
     trl_forward = model.forward
 

@@ -1,8 +1,9 @@
 """Everything that is tuned for CPUs, with the reason for each number. Nothing here changes a result beyond rounding.
 
-Sizes: `pad_to_multiple`, `length_bucket`, `tokens_per_pass`, `KV_CACHE_STEP`. Attention: `float32_attention` for whole
-models, `causal_attention` for the token trees of training. Memory: `return_freed_memory`. The language-model head for
-CPUs is `cai.attention.cpu_lm_head`. On other devices these functions return their input or do nothing.
+`applies_to` decides for all of it. Sizes: `pad_to_multiple`, `length_bucket`, `tokens_per_pass`, `KV_CACHE_STEP`.
+Attention: `float32_attention` for whole models, `causal_attention` for the token trees of training
+(`cai.attention.token_trees`). Memory: `return_freed_memory`. The language-model head for CPUs is
+`cai.attention.cpu_lm_head`. On other devices these functions return their input or do nothing.
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ _SHORTEST_BUCKET = 32
 """Tokens, a power of two: padding prompts up to this length costs little."""
 
 
+def applies_to(device: torch.device) -> bool:
+    """Whether what is computed on this device is tuned for CPUs; the tests run it untuned on a CPU, as on a GPU."""
+    return device.type == "cpu"
+
+
 def tokens_per_pass(token_budget: int, device: torch.device) -> int:
     """Tokens that are best computed in one forward pass where `token_budget` of them may be held."""
-    return min(token_budget, _MAX_TOKENS_PER_PASS) if device.type == "cpu" else token_budget
+    return min(token_budget, _MAX_TOKENS_PER_PASS) if applies_to(device) else token_budget
 
 
 def length_bucket(n_tokens: int, device: torch.device) -> int:
@@ -42,7 +48,7 @@ def length_bucket(n_tokens: int, device: torch.device) -> int:
     On a CPU padding costs more than additional kernel calls, so that lengths in one bucket differ by less than a factor
     of two. On other devices additional calls cost more, so that one bucket takes all prompts.
     """
-    return max(_SHORTEST_BUCKET, 1 << (n_tokens - 1).bit_length()) if device.type == "cpu" else sys.maxsize
+    return max(_SHORTEST_BUCKET, 1 << (n_tokens - 1).bit_length()) if applies_to(device) else sys.maxsize
 
 
 def pad_to_multiple(size: int, dtype: torch.dtype, device: torch.device, multiple: int = 32) -> int:
@@ -59,7 +65,7 @@ def prefers_padded_sizes(dtype: torch.dtype, device: torch.device) -> bool:
     model. And an AVX-512 vector holds 32 numbers: a softmax over rows of 190 takes twice the time of one over 192,
     because the rest of each row is computed number by number.
     """
-    return device.type == "cpu" and dtype == torch.bfloat16
+    return applies_to(device) and dtype == torch.bfloat16
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,7 +80,7 @@ def float32_attention(device: torch.device) -> Iterator[None]:
     The backward pass of torch's attention takes two to three times as long in bfloat16 as in float32 for sequences of
     up to some 200 tokens; for longer ones both take the same time.
     """
-    if device.type != "cpu":
+    if not applies_to(device):
         yield
         return
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _float32_attention  # hides the library's entry until it is deleted
@@ -118,12 +124,14 @@ def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) ->
         return (scores.softmax(dim=-1) @ value.flatten(0, 1)).view(*query.shape[:-1], -1)
 
 
-def return_freed_memory() -> None:
-    """Makes the C library return blocks of 4 MiB and more to the operating system when they are freed.
+def return_freed_memory(device: torch.device) -> None:
+    """Where models are on a CPU, makes the C library return freed blocks of 4 MiB and more to the operating system.
 
     glibc raises that threshold to 32 MiB by itself and keeps smaller blocks. Batches of changing lengths then leave
     gaps that no later batch fits into: a fifth of a PPO run's memory on a model of 50 million parameters. Returning
     them costs 5 % of the run's time there and 10 % on a model of 4 million, so that only trainers that need it do.
     """
+    if not applies_to(device):
+        return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from cai.attention import cpu_tuning
 from cai.attention.cpu_tuning import causal_attention, matmul_dtype, pad_to_multiple
 from cai.attention.patched_attention import (
     TRIAL_ERRORS,
@@ -145,7 +146,7 @@ def _supports_token_trees(body: PreTrainedModel) -> bool:
     """Whether the body computes the same either way, as far as config, modules and a trial tell."""
     config = body.config.get_text_config(decoder=True)
     if (
-        body.device.type != "cpu"
+        not cpu_tuning.applies_to(body.device)
         or any(hasattr(parameter, "ds_id") for parameter in body.parameters())  # partitioned by ZeRO-3
         or find_layout_obstacle(body)
         or getattr(config, "output_router_logits", False)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_paths
+
 HERE = Path(__file__).parent
 PATIENCE = 300.0
 """Seconds for one job; compiling an operation of DeepSpeed's may take a minute or more of them."""
@@ -42,7 +44,7 @@ class Pair:
             **os.environ,
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": f"{HERE}",
+            "PYTHONPATH": os.pathsep.join(map(str, (gpu_paths.SITE, HERE, HERE.parent.parent))),
         }  # fmt: skip
         with self.log.open("ab") as log:
             return subprocess.Popen(
@@ -120,9 +122,13 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    kind: str, folder: str, model: str, config: dict[str, Any], stop_at: int | None = None, dtype: str = "float32"
-) -> dict[str, Any]:
-    """The stage's figures. `stop_at` is a step during which the stage is asked to stop."""
+    kind: str, folder: str, model: str, config: dict[str, Any], stop_at: int | None = None,
+    named: dict[str, str] | None = None, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The stage's figures. `stop_at` is a step during which the stage is asked to stop; `settings` are a profile's.
+
+    `named` are the paths of the models that a stage with rewards names.
+    """
     import training_stages
 
     from cai.contracts.profile import Profile
@@ -137,10 +143,14 @@ def _train(
             if self.n_finished == stop_at:
                 (home / stopping.STOP).touch()
 
-    profile = Profile.model_validate({"device": "cpu", "dtype": dtype, "micro_batch": 4, "processes": 2})
+    processes = int(os.environ["WORLD_SIZE"])
+    defaults = {"device": "cpu", "dtype": "float32", "micro_batch": 4, "processes": processes,
+                "gradient_checkpointing": gpu_paths.is_on()}  # fmt: skip
+    profile = Profile.model_validate({**defaults, **settings})
     start = resolve(model, folder=home.parent)
     if kind in {"ppo", "rloo"}:
-        return reinforced(kind, home, start, profile, Steps(), config)
+        models = {name: resolve(path, folder=home.parent) for name, path in (named or {}).items()}
+        return reinforced(kind, home, start, profile, Steps(), {"named": models, **config})
     return training_stages.run_stage(kind, home, None, start, profile=profile, progress=Steps(), **config)
 
 

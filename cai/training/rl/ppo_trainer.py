@@ -353,8 +353,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """Trains; from a resume point, with the rollout that it belongs to."""
-        if self.args.device.type == "cpu":
-            return_freed_memory()
+        return_freed_memory(self.args.device)
         if resume_from_checkpoint:
             self.rollout, numbers = Rollout.load(Path(resume_from_checkpoint))
             self.kl_coef = numbers.pop("kl_coef")
