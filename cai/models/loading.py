@@ -30,14 +30,15 @@ ADDED_PAD = "<|pad|>"
 
 @contextlib.contextmanager
 def unpartitioned() -> Iterator[None]:
-    """Models loaded within the block are whole in every process, even while transformers partitions new ones (ZeRO-3).
+    """Models loaded or called within the block are whole in every process, even while ZeRO-3 partitions trained ones.
 
     A frozen model, such as a reference or a reward model, has no optimizer state to share. Partitioned, it would have
     its layers gathered at every forward pass, and all processes would have to make the same passes.
     """
     from transformers.integrations import deepspeed
 
-    # transformers 5.23 keeps its DeepSpeed config in a module variable, and has no public way to read it.
+    # transformers 5.23 keeps its DeepSpeed config in a module variable, and has no public way to read it. By it
+    # transformers decides whether to partition, and TRL's language-model head (1.16) whether to gather its weight.
     active = deepspeed._hf_deepspeed_config_weak_ref
     config = None if active is None else active()
     deepspeed.unset_hf_deepspeed_config()
@@ -86,7 +87,8 @@ def load_causal_lm(model: Model, dtype: str = "float32", device: str = "cpu") ->
     if (folder / ADAPTER).is_file():
         base = base_of(model, folder)
         assert base is not None
-        loaded = _merge_adapter(load_causal_lm(base), folder, model).to(torch_dtype)
+        loaded = _merge_adapter(load_causal_lm(base), folder, model)
+        cast_weights(loaded, torch_dtype)
     else:
         loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype=torch_dtype)
     _fit_to_tokenizer(loaded, load_tokenizer(model))
@@ -121,7 +123,19 @@ def load_sequence_classifier(model: Model, dtype: str = "float32", device: str =
         loaded.base_model.load_state_dict(body.base_model.state_dict())
         use_frequencies_of_each_row(loaded)
     _fit_to_tokenizer(loaded, tokenizer)
-    return loaded.to(device=torch_device, dtype=torch_dtype).eval()
+    cast_weights(loaded, torch_dtype)
+    return loaded.to(torch_device).eval()
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Casts a model's weights, not its buffers: rotary frequencies in bfloat16 are wrong by radians at 1,000 tokens.
+
+    Weights that ZeRO-3 has partitioned stay as they are: their precision is that of DeepSpeed's config, and a cast
+    would change only what they say of themselves.
+    """
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -64,7 +64,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cai.models.chat import Chat
     from cai.report.pictures import draw_training_curves
     from cai.training import metrics
-    from cai.training.rl.actor_critic import ActorCritic
+    from cai.training.rl.actor_critic import ActorCritic, with_adapter
     from cai.training.rl.policy_sampler import open_sampler
     from cai.training.rl.ppo_trainer import PPOTrainer
     from cai.training.rl.rewards import Rewards, select_usable_prompts
@@ -85,9 +85,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         policy = training.load_language_model()
         reference: PreTrainedModel | str | None = None
         if config.lora is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, training.adapter("CAUSAL_LM", policy))
+            policy = with_adapter(policy, training.adapter("CAUSAL_LM", policy))
         if config.reference == "start":
             is_adapter = config.lora is not None
             reference = "adapter off" if is_adapter else _frozen_copy(training.start, context, config.temperature)

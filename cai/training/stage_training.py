@@ -111,10 +111,29 @@ class StageTraining:
 
     def _load(self, load: Callable[..., PreTrainedModel], start: Model) -> PreTrainedModel:
         set_seed(self.seed)
-        # An adapter's base must be whole for the merge.
-        with contextlib.nullcontext() if reference.base_of(start) is None else loading.unpartitioned():
-            model = load(start, device=self.context.profile.device)
+        device = self.context.profile.device
+        if reference.base_of(start) is None:
+            model = load(start, device=device)
+        else:
+            with loading.unpartitioned():  # an adapter's base must be whole for the merge
+                model = load(start, device=device)
+            self._partition(model)
         return model.requires_grad_(True)  # merging an adapter leaves its base frozen
+
+    def _partition(self, model: PreTrainedModel) -> None:
+        """Under ZeRO-3, partitions a whole model as transformers does while it loads one.
+
+        DeepSpeed (0.19) would do so when training begins, in another precision than that of models loaded partitioned,
+        and takes no module with both, such as a policy with a critic.
+        """
+        from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            profile = self.context.profile
+            loading.cast_weights(model, loading.pick_dtype(profile.dtype, loading.pick_device(profile.device)))
+            deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
 
     def adapter(self, task: str, model: PreTrainedModel, trained_modules: Sequence[str] = ()) -> Any:
         """peft's config for the stage's `lora:` on `model`, None where all weights are trained.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,20 @@ def test_a_reward_adapter_carries_its_head(tiny: Tiny, tmp_path: Path) -> None:
     torch.manual_seed(99)
     reloaded = load_sequence_classifier(resolve("reward", folder=tmp_path))
     torch.testing.assert_close(logits(reloaded), scores, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("load", "start"),
+    [(load_causal_lm, "llama"), (load_causal_lm, "lora"), (load_sequence_classifier, "llama"),
+     (load_sequence_classifier, "lora")],
+)  # fmt: skip
+def test_bfloat16_is_the_precision_of_weights_and_not_of_rotary_frequencies(
+    load: Callable[..., torch.nn.Module], start: str, tiny: Tiny
+) -> None:
+    model, expected = load(tiny(start), dtype="bfloat16"), load(tiny(start))
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    frequencies = dict(model.named_buffers())["model.rotary_emb.inv_freq"]
+    torch.testing.assert_close(frequencies, dict(expected.named_buffers())["model.rotary_emb.inv_freq"])
 
 
 def test_dtypes_and_devices_are_those_of_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -49,6 +49,16 @@ def add_log_prob_head(model: PreTrainedModel, temperature: float, *, entropy: bo
     add_cpu_lm_head(model, entropy=entropy, temperature=temperature)
 
 
+def with_adapter(model: PreTrainedModel, config: PeftConfig) -> Any:
+    """The model with a new adapter, in float32 except where weights are partitioned."""
+    return get_peft_model(model, config, autocast_adapter_dtype=not _is_partitioned(model))
+
+
+def _is_partitioned(model: PreTrainedModel) -> bool:
+    """Whether ZeRO-3 partitions the model. It then takes one precision for all trained weights (deepspeed#8072)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 class ActorCritic(nn.Module):
     """`policy` is a causal language model, or one with an adapter; `critic` a sequence classifier with one label."""
 
@@ -64,9 +74,8 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(self.language_model.device)
-            weight = next(self.language_model.parameters())
-            if hasattr(weight, "ds_id"):  # ZeRO-3 partitions all weights in one buffer of one dtype
-                self.value_head.to(weight.dtype)
+            if _is_partitioned(self.language_model):
+                self.value_head.to(next(self.language_model.parameters()).dtype)
         disable_dropout(self)
 
     @property

@@ -33,6 +33,7 @@ from cai.attention.cpu_tuning import return_freed_memory
 from cai.contracts.engine import Request, Sampling
 from cai.contracts.training_config import Limits
 from cai.maths import losses
+from cai.models.loading import unpartitioned
 from cai.storage.rows import Failure, Prompt, stable_seed
 from cai.training.dropout import disable_dropout
 from cai.training.loop import newest_resume_point
@@ -170,7 +171,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             with self.accelerator.unwrap_model(self.model).policy.disable_adapter():
                 return self.model_wrapped(ids, mask, labels, with_values=False).log_probs  # type: ignore[no-any-return]
         assert self.reference is not None
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), unpartitioned():
             output = self.reference(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
         return output.log_probs  # type: ignore[no-any-return]
 
