@@ -1,6 +1,8 @@
 # make quickstart   environment and the main job: constitution -> compared checkpoints on the embedded model
 # make test         environment, then linters, types and all tests
 # make lint         environment, then linters and types alone
+# make test-gpu-paths  environment, then what GPUs would run, on the CPU: tests/gpu_paths and tests that must not depend
+#                   on tuning for CPUs; bfloat16, gradient checkpointing, ZeRO, eight ranks
 # make vllm-env     environment of vLLM for GPUs (.venv-vllm, 4 GB to download), for profiles with `engine: vllm`
 # make test-servers environment of real servers on the CPU (.venv-servers, 2.5 GB), then all engines against them
 
@@ -11,7 +13,7 @@ STAMP := $(VENV)/.installed
 SERVERS := .venv-servers
 VLLM := .venv-vllm
 
-.PHONY: quickstart test lint test-servers vllm-env
+.PHONY: quickstart test lint test-gpu-paths test-servers vllm-env
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -19,6 +21,11 @@ quickstart: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Of tests/distributed, those that compare two ranks with one process; the others are about stopping and starting.
+test-gpu-paths: $(STAMP)
+	CAI_TEST_GPU_PATHS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		-k "gpu_paths or learn" tests/gpu_paths tests/distributed/test_two_ranks.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import gpu_paths
 import pytest
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def requires_gpu_paths() -> None:
     if not gpu_paths.is_on():
         pytest.skip(f"runs what a GPU would run: set {gpu_paths.VARIABLE}=1, as `make test-gpu-paths` does")
