@@ -80,17 +80,13 @@ def load_causal_lm(model: Model, dtype: str = "float32", device: str = "cpu") ->
     """The language model in evaluation mode, its adapters merged. `dtype` and `device` as in a profile."""
     from transformers import AutoModelForCausalLM
 
-    torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device)
     folder = fetch(model)
-    if (folder / ADAPTER).is_file():
-        base = base_of(model, folder)
-        assert base is not None
-        loaded = _merge_adapter(load_causal_lm(base), folder, model).to(torch_dtype)
+    if (base := base_of(model, folder)) is not None:
+        loaded = _merge_adapter(load_causal_lm(base, dtype, device), folder, model)
     else:
-        loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype=torch_dtype)
+        loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype, device)
     _fit_to_tokenizer(loaded, load_tokenizer(model))
-    return loaded.to(torch_device).eval()
+    return loaded.eval()
 
 
 def load_sequence_classifier(model: Model, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -100,25 +96,18 @@ def load_sequence_classifier(model: Model, dtype: str = "float32", device: str =
     """
     from transformers import AutoModelForSequenceClassification
 
-    torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device)
     folder = fetch(model)
     tokenizer = load_tokenizer(model)
-    if not (folder / ADAPTER).is_file():
-        loaded = _from_pretrained(AutoModelForSequenceClassification, folder, model, dtype=torch_dtype, num_labels=1)
+    if (base := base_of(model, folder)) is None:
+        loaded = _from_pretrained(AutoModelForSequenceClassification, folder, model, dtype, device, num_labels=1)
     elif read_json_object(folder / ADAPTER).get("task_type") == "SEQ_CLS":
-        base = base_of(model, folder)
-        assert base is not None
-        loaded = load_sequence_classifier(base)
+        loaded = load_sequence_classifier(base, dtype, device)
         _fit_to_tokenizer(loaded, tokenizer)
         loaded = _merge_adapter(loaded, folder, model)
     else:
-        body = load_causal_lm(model)
-        body.config.num_labels = 1
-        loaded = AutoModelForSequenceClassification.from_config(body.config)
-        loaded.base_model.load_state_dict(body.base_model.state_dict())
+        loaded = _under_new_score(load_causal_lm(model, dtype, device))
     _fit_to_tokenizer(loaded, tokenizer)
-    return loaded.to(device=torch_device, dtype=torch_dtype).eval()
+    return loaded.eval()
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -156,25 +145,56 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _merge_adapter(base: PreTrainedModel, folder: Path, model: Model) -> PreTrainedModel:
-    """`base`, in float32, with the adapter in `folder` merged into its weights."""
+    """`base` with the adapter in `folder` merged into its weights, where they lie and in their own precision.
+
+    An update is computed in float32 for one matrix at a time and rounded once, when it is added.
+    """
     from peft import PeftModel
 
     if not any(folder.glob("*.safetensors")):
         raise BadInput(f"model {model.name!r}: the adapter in {folder} has no .safetensors file")
     _fit_to_tokenizer(base, load_tokenizer(model))
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    dtype = base.dtype
+    merged = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).merge_and_unload()
+    for (
+        parameter
+    ) in merged.parameters():  # a head that was saved with the adapter; not the buffers: positions are float32
+        parameter.data = parameter.data.to(dtype)
+    return merged
 
 
-def _from_pretrained(loader: Any, folder: Path, model: Model, **options: object) -> PreTrainedModel:
+def _under_new_score(language_model: PreTrainedModel) -> PreTrainedModel:
+    """A sequence classifier that takes over the weights of the language model's body and has a new head."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    body, config = language_model.base_model, language_model.config
+    config.num_labels = 1
+    with torch.device("meta"):
+        classifier_class = type(AutoModelForSequenceClassification.from_config(config))
+    state = body.state_dict(prefix=f"{language_model.base_model_prefix}.")
+    with silence_transformers():
+        classifier = classifier_class.from_pretrained(None, config=config, state_dict=state, dtype=language_model.dtype)
+    return classifier.to(language_model.device)  # where the new head belongs too
+
+
+def _from_pretrained(
+    loader: Any, folder: Path, model: Model, dtype: str, device: str, **options: object
+) -> PreTrainedModel:
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = read_json_object(folder / "config.json").get("model_type")
     if model_type not in CONFIG_MAPPING:
         unknown = f"this version of transformers does not know the type {model_type!r} in config.json"
         raise BadInput(f"model {model.name!r}: {unknown}")
-    safely = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    torch_device = pick_device(device)
+    options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    if not is_deepspeed_zero3_enabled():  # which partitions weights while they are read
+        options["device_map"] = {"": torch_device}  # else they would all be read into the machine's memory first
     with silence_transformers():
-        return loader.from_pretrained(folder, **safely, **options)
+        loaded = loader.from_pretrained(folder, dtype=pick_dtype(dtype, torch_device), **options)
+    return loaded.to(torch_device)
 
 
 @contextlib.contextmanager
