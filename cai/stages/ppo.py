@@ -24,8 +24,6 @@ from cai.text.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cai.contracts.model import Model
-
 
 class Config(ReinforcementConfig):
     train_class: ClassVar[str] = "cai.training.rl.ppo_config:PPOConfig"
@@ -63,7 +61,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cai.models.chat import Chat
     from cai.report.pictures import draw_training_curves
     from cai.training import metrics
-    from cai.training.rl.actor_critic import ActorCritic
+    from cai.training.rl.actor_critic import ActorCritic, add_log_prob_head
     from cai.training.rl.policy_sampler import open_sampler
     from cai.training.rl.ppo_trainer import PPOTrainer
     from cai.training.rl.rewards import Rewards, select_usable_prompts
@@ -86,8 +84,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
             policy = get_peft_model(policy, training.adapter("CAUSAL_LM", policy))
         if config.reference == "start":
-            is_adapter = config.lora is not None
-            reference = "adapter off" if is_adapter else _frozen_copy(training.start, context, config.temperature)
+            reference = "adapter off"
+            if config.lora is None:
+                reference = training.load_reference(whole=True)
+                add_log_prob_head(reference, config.temperature)
         critic = None
         if config.critic is not None:
             critic_start = context.model(config.critic)
@@ -133,14 +133,3 @@ CURVE_PANELS = {
 
 TREND_METRICS = ("reward", "kl", "length", "unfinished", "value/explained_variance")
 """Metrics that the stage reports for its first and last rollout."""
-
-
-def _frozen_copy(start: Model, context: Context, temperature: float) -> PreTrainedModel:
-    """The starting policy as the frozen reference, whole in each process, in the profile's precision."""
-    from cai.models import loading
-    from cai.training.rl.actor_critic import add_log_prob_head
-
-    with loading.unpartitioned():
-        model = loading.load_causal_lm(start, context.profile.dtype, context.profile.device).requires_grad_(False)
-    add_log_prob_head(model, temperature)
-    return model

@@ -93,7 +93,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             model = training.load_language_model()
             needs_frozen_copy = config.lora is None and args.beta != 0
             trainer = LeaveOneOutTrainer(
-                model=model, reference=training.load_language_model() if needs_frozen_copy else None, args=args,
+                model=model, reference=training.load_reference() if needs_frozen_copy else None, args=args,
                 sampler=sampler, rewards=rewards, prompts={prompt["id"]: prompt for prompt in prompts},
                 end_ids=sorted(training.chat.end_ids), folder=context.folder, limits=config.limits,
                 train_dataset=as_dataset([{"prompt": prompt["id"]} for prompt in prompts]),
