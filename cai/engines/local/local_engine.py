@@ -13,8 +13,9 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self
 
+from cai.attention.token_budget import MIN_TOKENS, TokenBudget
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
 from cai.models.chat import Chat
@@ -29,19 +30,12 @@ if TYPE_CHECKING:
     from cai.engines.local.scoring import PromptAndOptions
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-_MIN_TOKEN_BUDGET = 512
-"""Tokens. A machine whose memory does not hold these is too small for the model."""
-
-
 class LocalEngine:
     """One model in this process. `lm` is the model itself where it is loaded already, as a policy in training is."""
 
     def __init__(self, model: Model, profile: Profile, lm: PreTrainedModel | None = None) -> None:
         self.model, self.profile = model, profile
-        self._token_budget = profile.token_budget
+        self._budget = TokenBudget(profile.token_budget, f"model {model.name!r}")
         self._loaded: PreTrainedModel | None = None
         if lm is not None:
             self._use(lm)
@@ -69,7 +63,7 @@ class LocalEngine:
     def _use(self, lm: PreTrainedModel) -> None:
         """Answers with this model from now on, with a token budget that fits into memory."""
         self._loaded = lm
-        self._token_budget = min(self._token_budget, self._tokens_in_memory(lm))
+        self._budget.n_tokens = min(self._budget.n_tokens, self._tokens_in_memory(lm))
 
     def _tokens_in_memory(self, lm: PreTrainedModel) -> int:
         """Tokens whose keys and values fit into a quarter of a CPU's free memory; warns where the budget is larger."""
@@ -79,12 +73,12 @@ class LocalEngine:
         kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
         # A GPU raises an error where memory runs out; an operating system promises more than there is and then kills.
         if lm.device.type != "cpu" or kv_heads is None:
-            return self._token_budget
+            return self._budget.n_tokens
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         bytes_per_token = 2 * config.num_hidden_layers * kv_heads * width * lm.dtype.itemsize
-        n_tokens = max(_MIN_TOKEN_BUDGET, psutil.virtual_memory().available // 4 // bytes_per_token)
-        if n_tokens < self._token_budget:
-            too_many = f"the profile's {self._token_budget:,} tokens at once may be more than memory has room for"
+        n_tokens = max(MIN_TOKENS, psutil.virtual_memory().available // 4 // bytes_per_token)
+        if n_tokens < self._budget.n_tokens:
+            too_many = f"the profile's {self._budget.n_tokens:,} tokens at once may be more than memory has room for"
             warnings.warn(f"model {self.model.name!r}: {too_many}; going on with {n_tokens:,}", stacklevel=2)
         return int(n_tokens)
 
@@ -115,7 +109,7 @@ class LocalEngine:
         if not self._shares_prefixes:
             decode = functools.partial(plain_forward.decode, mixes_lengths=self._mixes_lengths)
         to_sample = [PromptAndSeed(prompt, request.seed) for prompt, request in items]
-        for index, sampled in self._run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
+        for index, sampled in self._budget.run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
             prompt, request = items[index]
             text = chat.text(sampled.token_ids, stop=stop)
             reason: Literal["stop", "length"] = "stop" if sampled.is_stopped else "length"
@@ -153,7 +147,7 @@ class LocalEngine:
         score = scoring.score
         if not self._shares_prefixes:
             score = functools.partial(plain_forward.score, mixes_lengths=self._mixes_lengths)
-        for index, log_probs in self._run(to_score, lambda part, budget: score(self.lm, part, budget)):
+        for index, log_probs in self._budget.run(to_score, lambda part, budget: score(self.lm, part, budget)):
             yield Choice(fitting[index].id, tuple(log_probs), sum(map(math.exp, log_probs)))
 
     def _check_length(self, prompt: Sequence[int], n_new: int, lengths: str) -> None:
@@ -162,29 +156,6 @@ class LocalEngine:
             raise BadInput("the conversation has no tokens at all")
         if (limit := self.chat.context_length) is not None and len(prompt) + n_new > limit:
             raise BadInput(f"{lengths}, but {self.model.name!r} takes {limit} in all")
-
-    def _run(
-        self, items: Sequence[Item], compute: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]
-    ) -> Iterator[tuple[int, Result]]:
-        """(index, result) of every item, from `compute(items, token budget)`; half the budget where memory runs out."""
-        from accelerate.utils.memory import clear_device_cache
-
-        pending = list(range(len(items)))
-        while pending:
-            completed: set[int] = set()
-            try:
-                for index, result in compute([items[n] for n in pending], self._token_budget):
-                    completed.add(pending[index])
-                    yield pending[index], result
-                assert len(completed) == len(pending), "some items got no result"
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or self._token_budget < _MIN_TOKEN_BUDGET:
-                    raise
-                self._token_budget //= 2
-                smaller = f"going on with {self._token_budget:,} tokens at once"
-                warnings.warn(f"model {self.model.name!r}: memory ran out; {smaller}", stacklevel=2)
-                clear_device_cache(garbage_collection=True)
-            pending = [n for n in pending if n not in completed]
 
     @functools.cached_property
     def _shares_prefixes(self) -> bool:
@@ -203,10 +174,3 @@ class LocalEngine:
         if obstacle := find_padding_obstacle(self.lm):
             warnings.warn(f"model {self.model.name!r} batches only prompts of equal length: {obstacle}", stacklevel=2)
         return not obstacle
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    # oneDNN, which multiplies on CPUs, raises "could not create a primitive" (and the like) where it gets no memory.
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "could not create a" in str(error)
