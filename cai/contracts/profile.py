@@ -83,7 +83,7 @@ class Vllm(BaseModel):
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
     cpu_cache_gib: int = Field(4, ge=1, description="GiB for keys and values where vLLM runs on a CPU.")
-    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; absent = the model's.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; absent = as requests need.")
     extra: dict[str, Any] = Field(default_factory=dict, description="More arguments of vLLM's `EngineArgs`, by name.")
 
     @field_validator("extra")

@@ -70,7 +70,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     with (
         stage_training(config, context) as training,
         Rewards(config.rewards, context, training.chat) as rewards,
-        open_sampler(training.start, context.profile, context.folder) as sampler,
+        open_sampler(training.start, context.profile, context.folder, config.max_length) as sampler,
     ):
         chat = training.chat
         prompts, left_out = select_usable_prompts(context.prompts(config.prompts), config, chat, rewards)

@@ -83,7 +83,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"stage {config.id!r}: found {len(prompts)} prompts to respond to, expected the "
                 f"{config.batch_size // config.n} of one step; left out: {describe_left_out(left_out)}"
             )
-        with open_sampler(training.start, context.profile, context.folder) as sampler:
+        with open_sampler(training.start, context.profile, context.folder, config.max_length) as sampler:
             args = training.arguments(
                 num_generations=config.n,
                 max_completion_length=config.max_new_tokens,

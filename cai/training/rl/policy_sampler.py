@@ -47,9 +47,12 @@ _LOG_PROB_TOLERANCE = 0.2
 """Greatest mean difference, in nats, of a token's log-probabilities that counts as rounding."""
 
 
-def open_sampler(start: Model, profile: Profile, folder: Path) -> Sampler:
-    """The profile's sampler for a policy that starts as `start` in the stage whose folder is `folder`."""
-    return VllmSampler(start, profile, folder) if profile.engine == "vllm" else PolicySampler(start, profile)
+def open_sampler(start: Model, profile: Profile, folder: Path, longest: int) -> Sampler:
+    """The profile's sampler for a policy that starts as `start` in the stage whose folder is `folder`.
+
+    No prompt and response have more than `longest` tokens together.
+    """
+    return VllmSampler(start, profile, folder, longest) if profile.engine == "vllm" else PolicySampler(start, profile)
 
 
 def generate_all(sampler: Sampler, requests: Sequence[Request]) -> list[Completion]:
@@ -107,8 +110,8 @@ class VllmSampler:
     that is run again removes what a killed one left.
     """
 
-    def __init__(self, start: Model, profile: Profile, folder: Path) -> None:
-        self.start, self.profile = start, profile
+    def __init__(self, start: Model, profile: Profile, folder: Path, longest: int) -> None:
+        self.start, self.profile, self.longest = start, profile, longest
         name = f"cai-policy-{stable_id(str(folder.resolve()))}"
         self._folders = [parent / name for parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())) if parent.is_dir()]
         self._is_writer = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -140,7 +143,8 @@ class VllmSampler:
         _barrier()
         if self._engine is None:
             folder = next(folder for folder in self._folders if folder.is_dir())
-            self._engine = VllmEngine(replace(self.start, path=str(folder)), self.profile, dummy_weights=True)
+            model = replace(self.start, path=str(folder))
+            self._engine = VllmEngine(model, self.profile, dummy_weights=True, longest=self.longest)
             self._engine.reload()
             self._check(self._engine, policy)
         else:
