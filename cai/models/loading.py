@@ -3,7 +3,7 @@
 Every tokenizer gets a pad token other than eos: a trainer masks padding, so with pad = eos a model never learns to
 stop. The pad token is one that the tokenizer already reserves; where it has none, one is added and the embeddings grow.
 
-Left out: quantised loading, remote code, pickled weights.
+Left out: remote code, pickled weights.
 """
 
 from __future__ import annotations
@@ -76,36 +76,46 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(model: Model, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """The language model in evaluation mode, its adapters merged. `dtype` and `device` as in a profile."""
+def load_causal_lm(model: Model, dtype: str = "float32", device: str = "cpu", *, nf4: bool = False) -> PreTrainedModel:
+    """The language model in evaluation mode, its adapters merged. `dtype` and `device` as in a profile.
+
+    With `nf4`, matrices are quantised to 4 bits (`cai.models.quantised`), after the merge of adapters.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = fetch(model)
-    if (base := base_of(model, folder)) is not None:
-        loaded = _merge_adapter(load_causal_lm(base, dtype, device), folder, model)
+    if (base := base_of(model, folder)) is None:
+        loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype, device, nf4=nf4)
     else:
-        loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype, device)
+        loaded = _merge_adapter(load_causal_lm(base, dtype, "cpu" if nf4 else device), folder, model)
+        if nf4:
+            loaded = _from_weights(type(loaded), loaded, dtype, device, nf4=True)
     _fit_to_tokenizer(loaded, load_tokenizer(model))
     return loaded.eval()
 
 
-def load_sequence_classifier(model: Model, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_sequence_classifier(
+    model: Model, dtype: str = "float32", device: str = "cpu", *, nf4: bool = False
+) -> PreTrainedModel:
     """The model with one score as its output, in evaluation mode: a reward model, or a language model under a new head.
 
-    A new head is initialised from torch's global generator, which the caller seeds.
+    A new head is initialised from torch's global generator, which the caller seeds. `nf4` as for `load_causal_lm`.
     """
     from transformers import AutoModelForSequenceClassification
 
     folder = fetch(model)
     tokenizer = load_tokenizer(model)
     if (base := base_of(model, folder)) is None:
-        loaded = _from_pretrained(AutoModelForSequenceClassification, folder, model, dtype, device, num_labels=1)
+        auto_class = AutoModelForSequenceClassification
+        loaded = _from_pretrained(auto_class, folder, model, dtype, device, nf4=nf4, num_labels=1)
     elif read_json_object(folder / ADAPTER).get("task_type") == "SEQ_CLS":
-        loaded = load_sequence_classifier(base, dtype, device)
+        loaded = load_sequence_classifier(base, dtype, "cpu" if nf4 else device)
         _fit_to_tokenizer(loaded, tokenizer)
         loaded = _merge_adapter(loaded, folder, model)
+        if nf4:
+            loaded = _from_weights(type(loaded), loaded, dtype, device, nf4=True)
     else:
-        loaded = _under_new_score(load_causal_lm(model, dtype, device))
+        loaded = _under_new_score(load_causal_lm(model, dtype, "cpu" if nf4 else device), dtype, device, nf4=nf4)
     _fit_to_tokenizer(loaded, tokenizer)
     return loaded.eval()
 
@@ -163,38 +173,55 @@ def _merge_adapter(base: PreTrainedModel, folder: Path, model: Model) -> PreTrai
     return merged
 
 
-def _under_new_score(language_model: PreTrainedModel) -> PreTrainedModel:
+def _under_new_score(language_model: PreTrainedModel, dtype: str, device: str, *, nf4: bool) -> PreTrainedModel:
     """A sequence classifier that takes over the weights of the language model's body and has a new head."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    body, config = language_model.base_model, language_model.config
-    config.num_labels = 1
+    language_model.config.num_labels = 1
     with torch.device("meta"):
-        classifier_class = type(AutoModelForSequenceClassification.from_config(config))
-    state = body.state_dict(prefix=f"{language_model.base_model_prefix}.")
+        classifier_class = type(AutoModelForSequenceClassification.from_config(language_model.config))
+    return _from_weights(classifier_class, language_model, dtype, device, nf4=nf4)
+
+
+def _from_weights(
+    model_class: type[PreTrainedModel], model: PreTrainedModel, dtype: str, device: str, *, nf4: bool
+) -> PreTrainedModel:
+    """A model of this class that takes over the weights of `model`, without a copy where they are on the device."""
+    options = _placement(dtype, pick_device(device), nf4)
     with silence_transformers():
-        classifier = classifier_class.from_pretrained(None, config=config, state_dict=state, dtype=language_model.dtype)
-    return classifier.to(language_model.device)  # where the new head belongs too
+        return model_class.from_pretrained(None, config=model.config, state_dict=model.state_dict(), **options)
 
 
 def _from_pretrained(
-    loader: Any, folder: Path, model: Model, dtype: str, device: str, **options: object
+    auto_class: Any, folder: Path, model: Model, dtype: str, device: str, *, nf4: bool, **options: object
 ) -> PreTrainedModel:
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = read_json_object(folder / "config.json").get("model_type")
     if model_type not in CONFIG_MAPPING:
         unknown = f"this version of transformers does not know the type {model_type!r} in config.json"
         raise BadInput(f"model {model.name!r}: {unknown}")
+    safely = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     torch_device = pick_device(device)
-    options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
-    if not is_deepspeed_zero3_enabled():  # which partitions weights while they are read
-        options["device_map"] = {"": torch_device}  # else they would all be read into the machine's memory first
     with silence_transformers():
-        loaded = loader.from_pretrained(folder, dtype=pick_dtype(dtype, torch_device), **options)
-    return loaded.to(torch_device)
+        loaded = auto_class.from_pretrained(folder, **safely, **_placement(dtype, torch_device, nf4), **options)
+    return loaded if nf4 else loaded.to(torch_device)
+
+
+def _placement(dtype: str, device: torch.device, nf4: bool) -> dict[str, Any]:
+    """Options of `from_pretrained` that say where weights are read to, and as what."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from cai.models.quantised import nf4_config
+
+    torch_dtype = pick_dtype(dtype, device)
+    options: dict[str, Any] = {"dtype": torch_dtype}
+    if nf4:
+        options["quantization_config"] = nf4_config(torch_dtype)
+    if not is_deepspeed_zero3_enabled():  # which partitions weights while they are read
+        options["device_map"] = {"": device}  # else they would all be read into the machine's memory first
+    return options
 
 
 @contextlib.contextmanager

@@ -94,7 +94,10 @@ class StageTraining:
         return args
 
     def load_language_model(self) -> PreTrainedModel:
-        """The starting model to train: in float32 and trainable, or for `lora:` frozen and in the profile's dtype."""
+        """The starting model to train: in float32 and trainable, or for `lora:` frozen and in the profile's dtype.
+
+        With `lora: {base: nf4}` its matrices have 4 bits a weight.
+        """
         return self._load(loading.load_causal_lm, self.start, is_trained=self.config.lora is None)
 
     def load_classifier(self, model: Model | None = None) -> PreTrainedModel:
@@ -142,7 +145,12 @@ class StageTraining:
         profile = self.context.profile
         if not is_deepspeed_zero3_enabled():
             dtype = "float32" if is_trained else profile.dtype
-            return load(start, dtype, profile.device).requires_grad_(is_trained)
+            nf4 = self.config.quantises_base and not is_trained
+            model = load(start, dtype, profile.device, nf4=nf4)
+            return model if nf4 else model.requires_grad_(is_trained)
+        if self.config.quantises_base:  # also where the plan could not tell that ZeRO-3 would be on
+            wish = f"stage {self.config.id!r}: found `lora: {{base: nf4}}`"
+            raise BadInput(f"{wish}, but ZeRO-3 cannot partition such weights: leave `base` out")
         if reference.base_of(start) is None:  # DeepSpeed's own config says what partitioned weights are kept in
             return load(start, "float32", profile.device).requires_grad_(True)
         with loading.unpartitioned():  # an adapter's base must be whole for the merge

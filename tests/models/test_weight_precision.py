@@ -61,7 +61,7 @@ def test_weights_are_read_to_their_device_and_an_adapter_is_merged_in_place(
 
 def test_a_classifier_takes_over_the_weights_of_a_language_model_without_a_copy(tiny: Tiny) -> None:
     language_model = load_causal_lm(tiny("lora"))
-    classifier = loading._under_new_score(language_model)
+    classifier = loading._under_new_score(language_model, "float32", "cpu", nf4=False)
     taken = dict(classifier.base_model.named_parameters())
     for name, weight in language_model.base_model.named_parameters():
         assert taken[name].data_ptr() == weight.data_ptr(), name

@@ -11,51 +11,21 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import Tiny
 from torch import nn
-from training_stages import BREVITY, CPU, numbered_prompts, preference, reinforce, run_stage, sample
+from training_stages import BFLOAT16, CPU, TRAINING_KINDS, record_trainers, train_briefly
 
-from cai.contracts.model import Model
-from cai.training import loop
-
-BFLOAT16 = CPU.model_copy(update={"dtype": "bfloat16"})
-KINDS = ["sft", "reward", "dpo", "ppo", "rloo"]
 ADAPTER = {"lora": {"rank": 4}}
-
-
-def train(kind: str, folder: Path, model: Model, **settings: Any) -> list[float]:
-    """Runs a stage of that kind for a few steps; the logged losses."""
-    settings = {"train": {"learning_rate": 1e-3, "num_train_epochs": 1}, "profile": BFLOAT16, **settings}
-    if kind == "ppo":
-        settings |= {"rollouts": 2, "rollout_size": 8, "train": {"learning_rate": 1e-3}}
-    if kind in {"ppo", "rloo"}:
-        (folder.parent / "rewards.py").write_text(BREVITY)
-        rewards = [{"function": "rewards.py:brevity"}]
-        reinforce(kind, folder, numbered_prompts(8), model, rewards, **settings)
-    else:
-        row = sample if kind == "sft" else preference
-        run_stage(kind, folder, [row(number) for number in range(20)], model, **settings)
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in metrics if "loss" in entry]
-
-
-@pytest.fixture
-def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Fills with the trainer of each stage that trains."""
-    trainers: list[Any] = []
-    train_or_resume = loop.train_or_resume
-    spy = lambda trainer, context: (trainers.append(trainer), train_or_resume(trainer, context))[1]  # noqa: E731
-    monkeypatch.setattr(loop, "train_or_resume", spy)
-    return trainers
 
 
 def dtypes(parameters: Any) -> set[torch.dtype]:
     return {parameter.dtype for parameter in parameters}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINING_KINDS)
 def test_an_adapter_and_its_head_are_float32_over_a_bfloat16_base(
-    kind: str, tmp_path: Path, tiny: Tiny, trainers: list[Any]
+    kind: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(kind, tmp_path / "stage", tiny("lora"), **ADAPTER)
+    trainers = record_trainers(monkeypatch)
+    train_briefly(kind, tmp_path / "stage", tiny("lora"), **ADAPTER)
     (trainer,) = trainers
     parameters = list(trainer.model.parameters())
     assert dtypes(parameter for parameter in parameters if parameter.requires_grad) == {torch.float32}
@@ -67,11 +37,12 @@ def test_an_adapter_and_its_head_are_float32_over_a_bfloat16_base(
     assert all(weight.abs().max() > 0 for weight in saved.values()), "learned"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINING_KINDS)
 def test_trained_in_full_all_weights_are_float32_and_the_reference_mostly_bfloat16(
-    kind: str, tmp_path: Path, tiny: Tiny, trainers: list[Any]
+    kind: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(kind, tmp_path / "stage", tiny("lora"))
+    trainers = record_trainers(monkeypatch)
+    train_briefly(kind, tmp_path / "stage", tiny("lora"))
     (trainer,) = trainers
     assert dtypes(trainer.model.parameters()) == {torch.float32}
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
@@ -89,15 +60,15 @@ def test_trained_in_full_all_weights_are_float32_and_the_reference_mostly_bfloat
 def test_before_the_first_step_a_policy_is_its_reference_to_the_last_bit(
     kind: str, metric: str, settings: dict[str, Any], tmp_path: Path, tiny: Tiny
 ) -> None:
-    train(kind, tmp_path / "stage", tiny("llama"), **settings)
+    train_briefly(kind, tmp_path / "stage", tiny("llama"), **settings)
     first = json.loads((tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()[0])
     assert first[metric] == 0
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
 def test_an_adapter_over_a_bfloat16_base_learns_as_over_a_float32_one(kind: str, tmp_path: Path, tiny: Tiny) -> None:
-    losses = train(kind, tmp_path / "bfloat16", tiny("llama"), **ADAPTER)
-    expected = train(kind, tmp_path / "float32", tiny("llama"), profile=CPU, **ADAPTER)
+    losses = train_briefly(kind, tmp_path / "bfloat16", tiny("llama"), **ADAPTER)
+    expected = train_briefly(kind, tmp_path / "float32", tiny("llama"), profile=CPU, **ADAPTER)
     assert expected[-1] != expected[0]
     assert losses == pytest.approx(expected, rel=0.05)
 
@@ -107,7 +78,7 @@ def test_recomputed_activations_of_an_adapter_over_a_bfloat16_base_change_nothin
     kind: str, tmp_path: Path, tiny: Tiny
 ) -> None:
     recomputing = BFLOAT16.model_copy(update={"gradient_checkpointing": True})
-    kept = train(kind, tmp_path / "kept", tiny("llama"), **ADAPTER)
-    recomputed = train(kind, tmp_path / "recomputed", tiny("llama"), profile=recomputing, **ADAPTER)
+    kept = train_briefly(kind, tmp_path / "kept", tiny("llama"), **ADAPTER)
+    recomputed = train_briefly(kind, tmp_path / "recomputed", tiny("llama"), profile=recomputing, **ADAPTER)
     assert kept[-1] != kept[0]
     assert recomputed == pytest.approx(kept, abs=0.03)

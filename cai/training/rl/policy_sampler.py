@@ -37,6 +37,7 @@ from cai.contracts.profile import Profile
 from cai.engines.local.local_engine import LocalEngine
 from cai.engines.vllm import VllmEngine
 from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype, unpartitioned
+from cai.models.quantised import dequantise
 from cai.storage.rows import Failure, stable_id
 from cai.text.errors import StageFailed
 
@@ -208,6 +209,8 @@ Sampler = PolicySampler | VllmSampler
 def merged_weights(policy: PreTrainedModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of the policy and its buffers, an adapter merged, by the names that it has without an adapter.
 
+    A quantised base is the matrix that it is computed with, so that responses are sampled from the policy that learns.
+
     Each weight stays gathered until the next one is requested. Under ZeRO-3 every rank must consume the whole iterator.
     """
     adapted_layers = {}
@@ -222,7 +225,8 @@ def merged_weights(policy: PreTrainedModel, gather: Gather) -> Iterator[tuple[st
         layer, _, rest = name.partition(".base_layer.")
         module = adapted_layers.get(layer) if rest == "weight" else None
         with gather([weight] if module is None else list(module.parameters())):
-            merged = weight if module is None else weight + module.get_delta_weight("default")
+            dense = dequantise(weight)
+            merged = dense if module is None else dense + module.get_delta_weight("default")
             yield f"{layer}.{rest}" if rest else name, merged
     saved_names = policy.state_dict().keys()
     for name, buffer in policy.named_buffers():
