@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import DistributedType, PartialState
 from accelerate.utils.memory import clear_device_cache
 from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -138,7 +137,8 @@ class StageTraining:
 
     @property
     def _uses_deepspeed(self) -> bool:
-        return bool(PartialState().distributed_type == DistributedType.DEEPSPEED)
+        """As accelerate decides it, which knows only once a model is prepared."""
+        return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"true", "1"}
 
     def _load(self, load: Callable[..., PreTrainedModel], start: Model, *, is_trained: bool) -> PreTrainedModel:
         set_seed(self.seed)

@@ -42,7 +42,7 @@ class Pair:
             **os.environ,
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": f"{HERE}",
+            "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }  # fmt: skip
         with self.log.open("ab") as log:
             return subprocess.Popen(
