@@ -88,7 +88,7 @@ def make_questions(shape: Shape, vocabulary: int) -> tuple[list[list[int]], list
 def score_ours(engine: LocalEngine, questions: Sequence[list[int]], options: list[int]) -> list[float]:
     """Log-odds of each question's two options, by the engine."""
     pairs = [PromptAndOptions(question, options) for question in questions]
-    scores = dict(engine._run(pairs, lambda part, budget: score(engine.lm, part, budget)))
+    scores = dict(engine._budget.run(pairs, lambda part, budget: score(engine.lm, part, budget)))
     return [scores[n][0] - scores[n][1] for n in range(len(questions))]
 
 

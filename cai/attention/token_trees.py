@@ -162,7 +162,10 @@ def _supports_token_trees(body: PreTrainedModel) -> bool:
     mask = torch.ones_like(ids)
     mask[1, -2:] = 0
     n = len(beginning)
-    for uses_bfloat16 in (False, True):  # `causal_attention` takes another way in bfloat16, in which most train
+    # `causal_attention` takes another way in bfloat16, in which most train. Weights of several precisions, as a frozen
+    # reference has them, are for autocast alone.
+    has_one_precision = len({weight.dtype for weight in body.parameters() if weight.is_floating_point()}) == 1
+    for uses_bfloat16 in (False, True) if has_one_precision else (True,):
         try:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16):
                 plain = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()

@@ -9,6 +9,7 @@ stage's fingerprint: another engine computes the same and rounds otherwise.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class Vllm(BaseModel):
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory that vLLM takes.")
     cpu_cache_gib: int = Field(4, ge=1, description="GiB for keys and values where vLLM runs on a CPU.")
-    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; absent = the model's.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; absent = as requests need.")
     extra: dict[str, Any] = Field(default_factory=dict, description="More arguments of vLLM's `EngineArgs`, by name.")
 
     @field_validator("extra")
@@ -192,6 +193,30 @@ class Profile(BaseModel):
                     f"profile {self.name!r}: found `vllm: {{{key}: {n_gpus}}}`, but stage {stage!r} samples its "
                     f"responses with one vLLM beside each training process, on its GPU: expected 1, or another profile"
                 )
+
+    def check_quantised_base(self, stage: str, *, is_sampled: bool) -> None:
+        """Raises BadInput where a stage's adapter cannot be trained over a base of 4 bits a weight.
+
+        `is_sampled` tells whether the stage samples from the model in training.
+        """
+        wish = f"stage {stage!r}: found `lora: {{base: nf4}}`"
+        if not self.uses_gpu:
+            raise BadInput(f"{wish}, which needs a GPU, and profile {self.name!r} has none: leave `base` out")
+        if self.partitions_weights:
+            instead = "use a profile without it, or leave `base` out"
+            raise BadInput(f"{wish}, but ZeRO-3 of profile {self.name!r} cannot partition such weights: {instead}")
+        if is_sampled and self.engine == "vllm":
+            instead = "sample with `engine: local`, or leave `base` out"
+            raise BadInput(f"{wish}, but vLLM of profile {self.name!r} does not take over such weights: {instead}")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise BadInput(f"{wish}, which needs the package bitsandbytes: install `constitutional-ai[qlora]`")
+
+    @property
+    def partitions_weights(self) -> bool:
+        """Whether the accelerate file asks for ZeRO-3."""
+        settings = None if self.accelerate is None else load_document(self.accelerate).value
+        deepspeed = settings.get("deepspeed_config") if isinstance(settings, dict) else None
+        return isinstance(deepspeed, dict) and deepspeed.get("zero_stage") == 3
 
     def accumulation(self, batch_size: int) -> tuple[int, int]:
         """(micro-batch, accumulation steps) with `batch_size` = processes x micro-batch x steps.

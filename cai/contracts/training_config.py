@@ -45,6 +45,11 @@ class LoRA(BaseModel):
     alpha: float = Field(32.0, gt=0, description="Scale: the update is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter.")
+    base: Literal["nf4"] | None = Field(
+        None,
+        description="Precision of the frozen base in training: `nf4` = 4 bits a weight (QLoRA, arXiv 2305.14314), on a "
+        "GPU with bitsandbytes; absent = the profile's.",
+    )
 
 
 class TrainingConfig(StageConfig):
@@ -66,6 +71,11 @@ class TrainingConfig(StageConfig):
     train: dict[str, Any] = Field(
         default_factory=dict, validate_default=True, description="Fields of the trainer's own config class."
     )
+
+    @property
+    def quantises_base(self) -> bool:
+        """Whether the frozen base of the stage's adapter has 4 bits a weight."""
+        return self.lora is not None and self.lora.base == "nf4"
 
     @field_validator("train")
     @classmethod

@@ -41,6 +41,8 @@ Line = dict[str, Any]
 Results: TypeAlias = "queue.SimpleQueue[tuple[Worker, Line | None]]"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes as the highest rank of an adapter."""
+_SHORTEST_LIMIT = 2048
+"""Tokens of a sequence that vLLM always takes: starting it again costs more than their keys and values."""
 _REMOVED_VARIABLES = (
     "PYTHONPATH", "PYTHONHOME",
     "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_",
@@ -51,20 +53,42 @@ _GRACE_SECONDS = 20.0
 
 
 class VllmEngine:
-    """One model in `vllm: {data_parallel: …}` processes. With `dummy_weights` no weights are read until `reload`."""
+    """One model in `vllm: {data_parallel: …}` processes. With `dummy_weights` no weights are read until `reload`.
 
-    def __init__(self, model: Model, profile: Profile, *, dummy_weights: bool = False) -> None:
+    Unless the profile says it, the workers take sequences of as many tokens as the requests need, rounded up: a model's
+    own limit may ask for more keys and values than memory holds. Longer requests start the workers again, which those
+    with dummy weights cannot be: `longest` says in advance how long requests are.
+    """
+
+    def __init__(self, model: Model, profile: Profile, *, dummy_weights: bool = False, longest: int = 0) -> None:
         self.model, self.profile, self.dummy_weights = model, profile, dummy_weights
-        self._resources = contextlib.ExitStack()
+        self._merged, self._started = contextlib.ExitStack(), contextlib.ExitStack()
+        self._max_tokens = profile.vllm.max_model_len
+        if longest:
+            self._make_room(longest)
         self._n_sent = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._resources.close()
+        self._stop_workers()
+        self._merged.close()
+        self.__dict__.pop("_folders", None)
+
+    def _stop_workers(self) -> None:
+        self._started.close()
         for name in ("_workers", "_results"):
             self.__dict__.pop(name, None)
+
+    def _make_room(self, n_tokens: int) -> None:
+        """Makes sure that the workers, which start on first use, take sequences of `n_tokens`."""
+        if self.profile.vllm.max_model_len is not None or n_tokens <= (self._max_tokens or 0):
+            return
+        assert not (self.dummy_weights and "_workers" in self.__dict__), "their weights would be lost"
+        self._stop_workers()
+        rounded = max(_SHORTEST_LIMIT, 1 << (n_tokens - 1).bit_length())
+        self._max_tokens = min(rounded, self.chat.context_length or rounded)
 
     @functools.cached_property
     def chat(self) -> Chat:
@@ -152,6 +176,7 @@ class VllmEngine:
 
     def _answers(self, lines: Sequence[Line]) -> Iterator[tuple[int, Line]]:
         """(index, answer) of every line, as they come."""
+        self._make_room(max((len(line["prompt"]) + line["sampling"]["max_tokens"] for line in lines), default=0))
         order = sorted(range(len(lines)), key=lambda index: lines[index]["prompt"])
         pending: dict[str, int] = {}
         for number, worker in enumerate(self._workers if lines else []):
@@ -190,7 +215,7 @@ class VllmEngine:
         """The processes, once they have loaded the model."""
         python, first_line = self.profile.vllm.python or Path(sys.executable), self._first_line()
         workers = [
-            self._resources.enter_context(Worker(python, environment, first_line, self._results))
+            self._started.enter_context(Worker(python, environment, first_line, self._results))
             for environment in _environments(self.profile)
         ]
         for _ in workers:
@@ -205,18 +230,17 @@ class VllmEngine:
     def _first_line(self) -> Line:
         """The first line that a worker is sent: vLLM's arguments, and an adapter."""
         options = self.profile.vllm
-        dtype = "bfloat16" if self.profile.uses_gpu else str(pick_dtype("auto", pick_device("cpu"))).split(".")[1]
-        folder, adapter = self._weights_and_adapter()
+        folder, adapter = self._folders
         arguments: Line = {
             "model": str(folder),
-            "dtype": dtype if self.profile.dtype == "auto" else self.profile.dtype,
+            "dtype": self._dtype,
             "load_format": "dummy" if self.dummy_weights else "safetensors",
             "trust_remote_code": False,
             "generation_config": "vllm",  # sampling settings come from the request alone
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "tensor_parallel_size": options.tensor_parallel,
-            "max_model_len": options.max_model_len,
+            "max_model_len": self._max_tokens,
         }
         if self.profile.uses_gpu:
             arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
@@ -227,15 +251,23 @@ class VllmEngine:
             arguments |= {"enable_lora": True, "max_lora_rank": next(limit for limit in _LORA_RANKS if limit >= rank)}
         return {"arguments": arguments | options.extra, "adapter": adapter and str(adapter)}
 
-    def _weights_and_adapter(self) -> tuple[Path, Path | None]:
+    @property
+    def _dtype(self) -> str:
+        """The profile's precision on vLLM's device, which need not be torch's here."""
+        if self.profile.dtype != "auto":
+            return self.profile.dtype
+        return "bfloat16" if self.profile.uses_gpu else str(pick_dtype("auto", pick_device("cpu"))).split(".")[1]
+
+    @functools.cached_property
+    def _folders(self) -> tuple[Path, Path | None]:
         """(folder of a full model, folder of the adapter on top of it or None)."""
         folder, base = fetch(self.model), base_of(self.model)
         if base is None:
             return folder, None
         if base_of(base) is None and _is_supported(read_json_object(folder / ADAPTER)):
             return fetch(base), folder
-        merged = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="cai-merged-")))
-        load_causal_lm(self.model, self.profile.dtype).save_pretrained(merged)
+        merged = Path(self._merged.enter_context(tempfile.TemporaryDirectory(prefix="cai-merged-")))
+        load_causal_lm(self.model, self._dtype).save_pretrained(merged)
         load_tokenizer(self.model).save_pretrained(merged)
         return merged, None
 

@@ -3,7 +3,7 @@
 Every tokenizer gets a pad token other than eos: a trainer masks padding, so with pad = eos a model never learns to
 stop. The pad token is one that the tokenizer already reserves; where it has none, one is added and the embeddings grow.
 
-Left out: quantised loading, remote code, pickled weights.
+Left out: remote code, pickled weights.
 """
 
 from __future__ import annotations
@@ -77,54 +77,48 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(model: Model, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """The language model in evaluation mode, its adapters merged. `dtype` and `device` as in a profile."""
+def load_causal_lm(model: Model, dtype: str = "float32", device: str = "cpu", *, nf4: bool = False) -> PreTrainedModel:
+    """The language model in evaluation mode, its adapters merged. `dtype` and `device` as in a profile.
+
+    With `nf4`, matrices are quantised to 4 bits (`cai.models.quantised`), after the merge of adapters.
+    """
     from transformers import AutoModelForCausalLM
 
-    torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device)
     folder = fetch(model)
-    if (folder / ADAPTER).is_file():
-        base = base_of(model, folder)
-        assert base is not None
-        loaded = _merge_adapter(load_causal_lm(base), folder, model)
-        cast_weights(loaded, torch_dtype)
+    if (base := base_of(model, folder)) is None:
+        loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype, device, nf4=nf4)
     else:
-        loaded = _from_pretrained(AutoModelForCausalLM, folder, model, dtype=torch_dtype)
+        loaded = _merge_adapter(load_causal_lm(base, dtype, "cpu" if nf4 else device), folder, model)
+        if nf4:
+            loaded = _from_weights(type(loaded), loaded, dtype, device, nf4=True)
     _fit_to_tokenizer(loaded, load_tokenizer(model))
-    return loaded.to(torch_device).eval()
+    return loaded.eval()
 
 
-def load_sequence_classifier(model: Model, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_sequence_classifier(
+    model: Model, dtype: str = "float32", device: str = "cpu", *, nf4: bool = False
+) -> PreTrainedModel:
     """The model with one score as its output, in evaluation mode: a reward model, or a language model under a new head.
 
-    A new head is initialised from torch's global generator, which the caller seeds.
+    A new head is initialised from torch's global generator, which the caller seeds. `nf4` as for `load_causal_lm`.
     """
     from transformers import AutoModelForSequenceClassification
 
-    from cai.attention.rotary_rows import use_frequencies_of_each_row
-
-    torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device)
     folder = fetch(model)
     tokenizer = load_tokenizer(model)
-    if not (folder / ADAPTER).is_file():
-        loaded = _from_pretrained(AutoModelForSequenceClassification, folder, model, dtype=torch_dtype, num_labels=1)
+    if (base := base_of(model, folder)) is None:
+        auto_class = AutoModelForSequenceClassification
+        loaded = _from_pretrained(auto_class, folder, model, dtype, device, nf4=nf4, num_labels=1)
     elif read_json_object(folder / ADAPTER).get("task_type") == "SEQ_CLS":
-        base = base_of(model, folder)
-        assert base is not None
-        loaded = load_sequence_classifier(base)
+        loaded = load_sequence_classifier(base, dtype, "cpu" if nf4 else device)
         _fit_to_tokenizer(loaded, tokenizer)
         loaded = _merge_adapter(loaded, folder, model)
+        if nf4:
+            loaded = _from_weights(type(loaded), loaded, dtype, device, nf4=True)
     else:
-        body = load_causal_lm(model)
-        body.config.num_labels = 1
-        loaded = AutoModelForSequenceClassification.from_config(body.config)
-        loaded.base_model.load_state_dict(body.base_model.state_dict())
-        use_frequencies_of_each_row(loaded)
+        loaded = _under_new_score(load_causal_lm(model, dtype, "cpu" if nf4 else device), dtype, device, nf4=nf4)
     _fit_to_tokenizer(loaded, tokenizer)
-    cast_weights(loaded, torch_dtype)
-    return loaded.to(torch_device).eval()
+    return loaded.eval()
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -173,16 +167,48 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _merge_adapter(base: PreTrainedModel, folder: Path, model: Model) -> PreTrainedModel:
-    """`base`, in float32, with the adapter in `folder` merged into its weights."""
+    """`base` with the adapter in `folder` merged into its weights, where they lie and in their own precision.
+
+    An update is computed in float32 for one matrix at a time and rounded once, when it is added.
+    """
     from peft import PeftModel
 
     if not any(folder.glob("*.safetensors")):
         raise BadInput(f"model {model.name!r}: the adapter in {folder} has no .safetensors file")
     _fit_to_tokenizer(base, load_tokenizer(model))
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    dtype = base.dtype
+    merged = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).merge_and_unload()
+    cast_weights(merged, dtype)  # a head that was saved with the adapter
+    return merged
 
 
-def _from_pretrained(loader: Any, folder: Path, model: Model, **options: object) -> PreTrainedModel:
+def _under_new_score(language_model: PreTrainedModel, dtype: str, device: str, *, nf4: bool) -> PreTrainedModel:
+    """A sequence classifier that takes over the weights of the language model's body and has a new head."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    language_model.config.num_labels = 1
+    with torch.device("meta"):
+        classifier_class = type(AutoModelForSequenceClassification.from_config(language_model.config))
+    return _from_weights(classifier_class, language_model, dtype, device, nf4=nf4)
+
+
+def _from_weights(
+    model_class: type[PreTrainedModel], model: PreTrainedModel, dtype: str, device: str, *, nf4: bool
+) -> PreTrainedModel:
+    """A model of this class that takes over the weights of `model`, without a copy where they are on the device."""
+    from cai.attention.rotary_rows import use_frequencies_of_each_row
+
+    options = _placement(dtype, pick_device(device), nf4)
+    with silence_transformers():
+        loaded = model_class.from_pretrained(None, config=model.config, state_dict=model.state_dict(), **options)
+    use_frequencies_of_each_row(loaded)
+    return loaded
+
+
+def _from_pretrained(
+    auto_class: Any, folder: Path, model: Model, dtype: str, device: str, *, nf4: bool, **options: object
+) -> PreTrainedModel:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from cai.attention.rotary_rows import use_frequencies_of_each_row
@@ -192,10 +218,26 @@ def _from_pretrained(loader: Any, folder: Path, model: Model, **options: object)
         unknown = f"this version of transformers does not know the type {model_type!r} in config.json"
         raise BadInput(f"model {model.name!r}: {unknown}")
     safely = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    torch_device = pick_device(device)
     with silence_transformers():
-        loaded = loader.from_pretrained(folder, **safely, **options)
+        loaded = auto_class.from_pretrained(folder, **safely, **_placement(dtype, torch_device, nf4), **options)
     use_frequencies_of_each_row(loaded)
-    return loaded
+    return loaded if nf4 else loaded.to(torch_device)
+
+
+def _placement(dtype: str, device: torch.device, nf4: bool) -> dict[str, Any]:
+    """Options of `from_pretrained` that say where weights are read to, and as what."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from cai.models.quantised import nf4_config
+
+    torch_dtype = pick_dtype(dtype, device)
+    options: dict[str, Any] = {"dtype": torch_dtype}
+    if nf4:
+        options["quantization_config"] = nf4_config(torch_dtype)
+    if not is_deepspeed_zero3_enabled():  # which partitions weights while they are read
+        options["device_map"] = {"": device}  # else they would all be read into the machine's memory first
+    return options
 
 
 @contextlib.contextmanager

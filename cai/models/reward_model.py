@@ -7,13 +7,14 @@ conversation's own last token. The stage `reward` trains reward models.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
 
 from cai.attention.cpu_tuning import tokens_per_pass
 from cai.attention.token_batches import batch_by_tokens
+from cai.attention.token_budget import TokenBudget
 from cai.attention.token_trees import compute_shared_tokens_once
 from cai.contracts.model import Model
 from cai.models.chat import Chat
@@ -31,7 +32,9 @@ class RewardModel:
     """A frozen sequence classifier with one score, and the chat that makes its token ids."""
 
     def __init__(self, model: PreTrainedModel, chat: Chat, profile: Profile) -> None:
-        self.model, self.chat, self.profile = model.requires_grad_(False), chat, profile
+        self.model, self.chat, self.profile = model.requires_grad_(False).eval(), chat, profile
+        self.model.config.get_text_config().use_cache = False  # no token is generated after those that are scored
+        self._budget = TokenBudget(profile.token_budget, "the reward model")
 
     @classmethod
     def load(cls, model: Model, profile: Profile) -> Self:
@@ -50,29 +53,29 @@ class RewardModel:
             return cls(load_sequence_classifier(model, profile.dtype, profile.device), Chat.load(model), profile)
 
     def scores(self, ids: Sequence[Sequence[int]]) -> list[float]:
-        """The score of each conversation, in the order given."""
-        return score_sequences(self.model, ids, self.chat.pad_id, self.profile)
+        """The score of each token sequence, in the order given, computed within the profile's token budget."""
+        scores = [0.0] * len(ids)
+        device, dtype = self.model.device, pick_dtype(self.profile.dtype, self.model.device)
+        with (
+            compute_shared_tokens_once([self.model]),
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            for index, score in self._budget.run(ids, self._score_batches):
+                scores[index] = score
+        return scores
 
-
-def score_sequences(model: PreTrainedModel, ids: Sequence[Sequence[int]], pad_id: int, profile: Profile) -> list[float]:
-    """The score of each token sequence, computed in batches of similar length within the profile's token budget."""
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    sizes = [len(ids[index]) for index in order]
-    scores = torch.zeros(len(ids))
-    dtype = pick_dtype(profile.dtype, model.device)
-    model.eval()
-    with (
-        compute_shared_tokens_once([model]),
-        torch.inference_mode(),
-        torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32),
-    ):
-        for first, last in batch_by_tokens(sizes, tokens_per_pass(profile.token_budget, model.device)):
+    def _score_batches(self, ids: Sequence[Sequence[int]], max_tokens: int) -> Iterator[tuple[int, float]]:
+        """(index, score) of each token sequence, in batches of similar length."""
+        device = self.model.device
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        sizes = [len(ids[index]) for index in order]
+        for first, last in batch_by_tokens(sizes, tokens_per_pass(max_tokens, device)):
             batch = order[first:last]
-            padded = torch.full((len(batch), sizes[last - 1]), pad_id)
+            padded = torch.full((len(batch), sizes[last - 1]), self.chat.pad_id)
             mask = torch.zeros_like(padded)
             for row, index in enumerate(batch):
                 padded[row, : len(ids[index])] = torch.tensor(ids[index])
                 mask[row, : len(ids[index])] = 1
-            logits = model(input_ids=padded.to(model.device), attention_mask=mask.to(model.device)).logits
-            scores[batch] = logits.squeeze(-1).float().cpu()
-    return scores.tolist()
+            logits = self.model(input_ids=padded.to(device), attention_mask=mask.to(device)).logits
+            yield from zip(batch, logits.squeeze(-1).float().tolist(), strict=True)

@@ -99,6 +99,8 @@ def selected_stages(recipe: Recipe, options: Options, profile: Profile) -> list[
     for config in configs:
         if isinstance(config, TrainingConfig):
             profile.accumulation(config.batch_size)
+            if config.quantises_base:
+                profile.check_quantised_base(config.id, is_sampled=isinstance(config, ReinforcementConfig))
         if isinstance(config, ReinforcementConfig):
             profile.check_rollouts(config.id)
             _check_judges(config, profile)

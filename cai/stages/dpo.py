@@ -80,7 +80,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         model = training.load_language_model()
         needs_frozen_copy = config.lora is None and not args.precompute_ref_log_probs
         trainer = SoftDPOTrainer(
-            model=model, ref_model=training.load_language_model() if needs_frozen_copy else None, args=args,
+            model=model, ref_model=training.load_reference() if needs_frozen_copy else None, args=args,
             data_collator=LabelledDPOCollator(pad_token_id=chat.pad_id),
             train_dataset=as_dataset([trainer_row(pair) for pair in pairs]),
             eval_dataset=as_dataset([trainer_row(pair) for pair in held_out]) if held_out else None,

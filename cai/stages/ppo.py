@@ -25,8 +25,6 @@ from cai.text.left_out import failure_reasons
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cai.contracts.model import Model
-
 
 class Config(ReinforcementConfig):
     train_class: ClassVar[str] = "cai.training.rl.ppo_config:PPOConfig"
@@ -64,7 +62,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     from cai.models.chat import Chat
     from cai.report.pictures import draw_training_curves
     from cai.training import metrics
-    from cai.training.rl.actor_critic import ActorCritic, with_adapter
+    from cai.training.rl.actor_critic import ActorCritic, add_log_prob_head, with_adapter
     from cai.training.rl.policy_sampler import open_sampler
     from cai.training.rl.ppo_trainer import PPOTrainer
     from cai.training.rl.rewards import Rewards, select_usable_prompts
@@ -73,7 +71,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     with (
         stage_training(config, context) as training,
         Rewards(config.rewards, context, training.chat) as rewards,
-        open_sampler(training.start, context.profile, context.folder) as sampler,
+        open_sampler(training.start, context.profile, context.folder, config.max_length) as sampler,
     ):
         chat = training.chat
         all_prompts = context.prompts(config.prompts)
@@ -87,8 +85,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if config.lora is not None:
             policy = with_adapter(policy, training.adapter("CAUSAL_LM", policy))
         if config.reference == "start":
-            is_adapter = config.lora is not None
-            reference = "adapter off" if is_adapter else _frozen_copy(training.start, context, config.temperature)
+            reference = "adapter off"
+            if config.lora is None:
+                reference = training.load_reference(whole=True)
+                add_log_prob_head(reference, config.temperature)
         critic = None
         if config.critic is not None:
             critic_start = context.model(config.critic)
@@ -135,14 +135,3 @@ CURVE_PANELS = {
 
 TREND_METRICS = ("reward", "kl", "length", "unfinished", "value/explained_variance")
 """Metrics that the stage reports for its first and last rollout."""
-
-
-def _frozen_copy(start: Model, context: Context, temperature: float) -> PreTrainedModel:
-    """The starting policy as the frozen reference, whole in each process, in the profile's precision."""
-    from cai.models import loading
-    from cai.training.rl.actor_critic import add_log_prob_head
-
-    with loading.unpartitioned():
-        model = loading.load_causal_lm(start, context.profile.dtype, context.profile.device).requires_grad_(False)
-    add_log_prob_head(model, temperature)
-    return model

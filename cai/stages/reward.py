@@ -4,8 +4,9 @@ Soft-label Bradley-Terry (`cai.maths.losses`), as for the preference model of Ba
 4) and the reward model of Lee et al. 2023 (arXiv 2309.00267). It learns from AI labels and from people's
 (`source: human`) alike, never from held-out prompts: those tagged so, or where no row is, a share of the prompts that
 is chosen here (`hold_out`). On these it is measured: how often it scores the better response higher, by the oracle's
-gold scores where it has any and by the labels otherwise, with an interval clustered by topic. Dropout is off, that of
-`lora:` too.
+gold scores where it has any and by the labels otherwise, with an interval clustered by topic. That is done when the
+model is saved and the trainer's memory is free again; a run that ends in the middle of it has lost no training. Dropout
+is off, that of `lora:` too.
 
 Left out: centring of scores across prompts, ensembles, margins.
 """
@@ -26,6 +27,7 @@ from cai.storage.rows import Preference, held_out_rank, is_held_out, row_lines, 
 from cai.text.errors import StageFailed
 
 if TYPE_CHECKING:
+    from cai.training.stage_training import StageTraining
     from cai.training.tokenised_rows import TokenisedPair
 
 EVALUATION = "evaluation.jsonl"
@@ -49,10 +51,9 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Trains on pairs that are not held out, measures on those that are. Raises StageFailed where there are none."""
-    from cai.models import reward_model
+    from cai.models.reward_model import RewardModel
     from cai.training import tokenised_rows
     from cai.training.stage_training import describe_left_out, stage_training
-    from cai.training.trainers import LabelledRewardCollator, SoftRewardTrainer
 
     with stage_training(config, context) as training:
         chat = training.chat
@@ -68,22 +69,31 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             )
         training.report_left_out("pairs", len(rows), left_out)
 
-        args = training.arguments(max_length=None)
-        model = training.load_classifier()
-        trainer = SoftRewardTrainer(
-            model=model, args=args, data_collator=LabelledRewardCollator(pad_token_id=chat.pad_id),
-            train_dataset=tokenised_rows.as_dataset([trainer_row(pair) for pair in learned]),
-            processing_class=chat.tokenizer,
-            peft_config=training.adapter("SEQ_CLS", model, trained_modules=("score",)),
-        )  # fmt: skip
-        figures = training.train(trainer)
+        if not training.is_saved:  # else an earlier run came to its end while it scored held-out pairs
+            _train(training, learned)
         conversations = [pair.prompt_ids + ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
-        scores = reward_model.score_sequences(trainer.model, conversations, chat.pad_id, context.profile)
+        scores = RewardModel(training.load_saved_classifier(), chat, context.profile).scores(conversations)
         scored = list(map(_scored_row, held_out, scores[::2], scores[1::2]))
-        training.save(trainer, examples=len(learned))
     (context.folder / EVALUATION).write_text("".join(row_lines(scored)), encoding="utf-8")
     counts = {"pairs": len(rows), "examples": len(learned), "held_out": len(held_out), "left_out": +left_out}
-    return {"training": {config.id: {**figures, **counts}}, "reward": {**measure(scored), **counts}}
+    return {"training": {config.id: {**training.figures(), **counts}}, "reward": {**measure(scored), **counts}}
+
+
+def _train(training: StageTraining, learned: Sequence[TokenisedPair]) -> None:
+    """Trains and saves the model. All memory that training takes is free afterwards."""
+    from cai.training import tokenised_rows
+    from cai.training.trainers import LabelledRewardCollator, SoftRewardTrainer
+
+    args = training.arguments(max_length=None)
+    model = training.load_classifier()
+    trainer = SoftRewardTrainer(
+        model=model, args=args, data_collator=LabelledRewardCollator(pad_token_id=training.chat.pad_id),
+        train_dataset=tokenised_rows.as_dataset([trainer_row(pair) for pair in learned]),
+        processing_class=training.chat.tokenizer,
+        peft_config=training.adapter("SEQ_CLS", model, trained_modules=("score",)),
+    )  # fmt: skip
+    training.train(trainer)
+    training.save(trainer, examples=len(learned))
 
 
 def held_out_prompts(rows: Sequence[Preference], share: float) -> set[str]:

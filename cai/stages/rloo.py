@@ -85,7 +85,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"{config.batch_size // config.n} of one step; left out: {describe_left_out(left_out)}"
             )
         training.report_left_out("prompts", len(all_prompts), left_out)
-        with open_sampler(training.start, context.profile, context.folder) as sampler:
+        with open_sampler(training.start, context.profile, context.folder, config.max_length) as sampler:
             args = training.arguments(
                 num_generations=config.n,
                 max_completion_length=config.max_new_tokens,
@@ -95,7 +95,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             model = training.load_language_model()
             needs_frozen_copy = config.lora is None and args.beta != 0
             trainer = LeaveOneOutTrainer(
-                model=model, reference=training.load_language_model() if needs_frozen_copy else None, args=args,
+                model=model, reference=training.load_reference() if needs_frozen_copy else None, args=args,
                 sampler=sampler, rewards=rewards, prompts={prompt["id"]: prompt for prompt in prompts},
                 end_ids=sorted(training.chat.end_ids), folder=context.folder, limits=config.limits,
                 train_dataset=as_dataset([{"prompt": prompt["id"]} for prompt in prompts]),

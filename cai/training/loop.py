@@ -9,13 +9,12 @@ Besides those that the recipe's `save_steps` asks for, a resume point is written
 `resume_point_minutes` have passed since the last one: after a step that is logged anyway, so that no result depends on
 the time.
 
-Training keeps weights in float32 and computes in the profile's precision (autocast). Under DeepSpeed weights are in the
-profile's precision and the optimizer's copies in float32. Under ZeRO-3 a model is partitioned while it is loaded, so
-that no process holds all of it; a model that starts from an adapter is whole in each process until the adapter is
-merged.
+Trained weights are float32, and the profile's precision is that of the arithmetic (autocast). Frozen weights, an
+adapter's base or a reference, are in the profile's precision. Under DeepSpeed all weights are in the profile's
+precision and the optimizer's copies in float32. Under ZeRO-3 a model is partitioned while it is loaded, so that no
+process holds all of it; a model that starts from an adapter is whole in each process until the adapter is merged.
 
-Left out: loading weights in half precision, quantised bases, continuing from DeepSpeed's resume points with another
-number of processes.
+Left out: continuing from DeepSpeed's resume points with another number of processes.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from cai.models import saving
 from cai.storage import stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import canonical_json
+from cai.storage.run_folder import MODEL
 from cai.text.errors import StageFailed, Terminated
 from cai.training.dropout import configured_dropout
 from cai.training.metrics import METRICS, NON_METRIC_SUFFIXES, keep_rows, read_metrics
@@ -57,7 +57,7 @@ COMPLETE = "COMPLETE"
 
 
 def train_or_resume(trainer: Trainer, context: Context) -> dict[str, Any]:
-    """Trains, from the newest complete resume point if there is one. Returns the first and the last logged loss.
+    """Trains, from the newest complete resume point if there is one. Returns `training_figures`.
 
     Raises StageFailed where the loss stops being a number or these processes cannot continue from the resume point,
     Terminated where the stage is asked to stop before its end.
@@ -77,8 +77,13 @@ def train_or_resume(trainer: Trainer, context: Context) -> dict[str, Any]:
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
     if callback.stopped:
         raise Terminated
-    losses = [entry["loss"] for entry in read_metrics(context.folder) if "loss" in entry]
-    return {"steps": trainer.state.global_step, "loss": {"first": losses[0], "last": losses[-1]}}
+    return training_figures(context.folder)
+
+
+def training_figures(folder: Path) -> dict[str, Any]:
+    """The number of steps, and the first and the last logged loss, of the stage in `folder`."""
+    entries = [entry for entry in read_metrics(folder) if "loss" in entry]  # the last step is always logged
+    return {"steps": entries[-1]["step"], "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]}}
 
 
 @contextlib.contextmanager
@@ -93,7 +98,10 @@ def cpu_kernels(trainer: Trainer) -> Iterator[None]:
 def save_trained_model(
     trainer: Trainer, context: Context, chat: Chat, start: Model, facts: Mapping[str, object], submodule: str = ""
 ) -> None:
-    """Writes `<stage folder>/model`: the `submodule` of that name, or all. Removes the resume points."""
+    """Writes `<stage folder>/model`: the `submodule` of that name, or all. Removes the resume points.
+
+    The folder `model` is complete where it exists, also after a kill at any time.
+    """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
     if state is not None and submodule:
         prefix = f"{submodule}."
@@ -103,8 +111,12 @@ def save_trained_model(
         if context.constitution is not None:
             facts = {**facts, "constitution": context.constitution.name}
         model = trainer.model.get_submodule(submodule)
+        incomplete, complete = context.folder / "model.incomplete", context.folder / MODEL
+        remove_folder(incomplete)
         with configured_dropout(trainer.model):
-            saving.save_model(context.folder / "model", model, chat.tokenizer, start, facts, state_dict=state)
+            saving.save_model(incomplete, model, chat.tokenizer, start, facts, state_dict=state)
+        remove_folder(complete)
+        incomplete.rename(complete)
         remove_folder(context.folder / RESUME_POINTS)
     trainer.accelerator.wait_for_everyone()
 

@@ -13,18 +13,22 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from cai.contracts.context import Context
 from cai.contracts.model import Model
 from cai.contracts.training_config import TrainingConfig
 from cai.models import loading, reference
+from cai.models.autocast_weights import convert_as_autocast
 from cai.models.chat import Chat
+from cai.storage.run_folder import MODEL
 from cai.text.errors import BadInput, StageFailed
 from cai.text.left_out import RETRY, LeftOut
 from cai.training import loop
@@ -102,23 +106,70 @@ class StageTraining:
         return args
 
     def load_language_model(self) -> PreTrainedModel:
-        """The starting model in float32, all of it trainable."""
-        return self._load(loading.load_causal_lm, self.start)
+        """The starting model to train: in float32 and trainable, or for `lora:` frozen and in the profile's dtype.
+
+        With `lora: {base: nf4}` its matrices have 4 bits a weight.
+        """
+        return self._load(loading.load_causal_lm, self.start, is_trained=self.config.lora is None)
 
     def load_classifier(self, model: Model | None = None) -> PreTrainedModel:
-        """`model`, or the starting model, with one score, in float32 and trainable. A new head has the stage's seed."""
-        return self._load(loading.load_sequence_classifier, model or self.start)
+        """As `load_language_model`, with one score; a new head has the stage's seed. `model` is trained in full."""
+        is_trained = model is not None or self.config.lora is None
+        return self._load(loading.load_sequence_classifier, model or self.start, is_trained=is_trained)
 
-    def _load(self, load: Callable[..., PreTrainedModel], start: Model) -> PreTrainedModel:
+    def load_reference(self, *, whole: bool = False) -> PreTrainedModel:
+        """The starting model, frozen: equal to the model that is trained in full, before its first step.
+
+        Without DeepSpeed it computes under autocast alone, and takes about half the memory of the trained one
+        (`cai.models.autocast_weights`). Under ZeRO-3 it is partitioned, unless it is to be `whole` in each process.
+        """
+        profile = self.context.profile
+        if self._uses_deepspeed:
+            with loading.unpartitioned() if whole else contextlib.nullcontext():
+                return self._load(loading.load_causal_lm, self.start, is_trained=False).requires_grad_(False)
+        frozen = self._load(loading.load_causal_lm, self.start, is_trained=True).requires_grad_(False)
+        convert_as_autocast(frozen, loading.pick_dtype(profile.dtype, frozen.device))
+        return frozen
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the stage's model is trained and saved."""
+        return (self.context.folder / MODEL).is_dir()
+
+    def load_saved_classifier(self) -> PreTrainedModel:
+        """The stage's saved model, whole in each process, as precise as it was trained, an adapter merged."""
+        clear_device_cache(garbage_collection=True)  # of the trainer
+        model = replace(self.start, path=str(self.context.folder / MODEL))
+        is_trained = self.config.lora is None and not self._uses_deepspeed
+        with loading.unpartitioned():
+            return self._load(loading.load_sequence_classifier, model, is_trained=is_trained)
+
+    def figures(self) -> dict[str, Any]:
+        """The number of steps and the first and the last loss."""
+        return loop.training_figures(self.context.folder)
+
+    @property
+    def _uses_deepspeed(self) -> bool:
+        """As accelerate decides it, which knows only once a model is prepared."""
+        return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"true", "1"}
+
+    def _load(self, load: Callable[..., PreTrainedModel], start: Model, *, is_trained: bool) -> PreTrainedModel:
         set_seed(self.seed)
-        device = self.context.profile.device
-        if reference.base_of(start) is None:
-            model = load(start, device=device)
-        else:
-            with loading.unpartitioned():  # an adapter's base must be whole for the merge
-                model = load(start, device=device)
-            self._partition(model)
-        return model.requires_grad_(True)  # merging an adapter leaves its base frozen
+        profile = self.context.profile
+        if not is_deepspeed_zero3_enabled():
+            dtype = "float32" if is_trained else profile.dtype
+            nf4 = self.config.quantises_base and not is_trained
+            model = load(start, dtype, profile.device, nf4=nf4)
+            return model if nf4 else model.requires_grad_(is_trained)
+        if self.config.quantises_base:  # also where the plan could not tell that ZeRO-3 would be on
+            wish = f"stage {self.config.id!r}: found `lora: {{base: nf4}}`"
+            raise BadInput(f"{wish}, but ZeRO-3 cannot partition such weights: leave `base` out")
+        if reference.base_of(start) is None:  # DeepSpeed's own config says what partitioned weights are kept in
+            return load(start, "float32", profile.device).requires_grad_(True)
+        with loading.unpartitioned():  # an adapter's base must be whole for the merge
+            model = load(start, profile.dtype, profile.device)
+        self._partition(model)
+        return model.requires_grad_(True)
 
     def _partition(self, model: PreTrainedModel) -> None:
         """Under ZeRO-3, partitions a whole model as transformers does while it loads one.

@@ -37,6 +37,15 @@ LENGTH = "length"
 class StageTrainerMixin:
     """What all trainers here change. Stands before TRL's class in the order of inheritance."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not self.is_deepspeed_enabled:  # type: ignore[attr-defined]  # whose optimizer has float32 copies
+            # A module that is trained whole beside an adapter has its base's precision, and TRL 1.16 makes the adapter
+            # of a quantised base bfloat16: small updates would be lost.
+            for parameter in self.model.parameters():  # type: ignore[attr-defined]
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args  # type: ignore[attr-defined]
         processes, accumulation = args.world_size, args.gradient_accumulation_steps

@@ -195,6 +195,24 @@ def test_each_rank_has_a_worker_on_its_gpu(visible: str | None, device: str, mon
     assert not variables.keys() & environment.keys()
 
 
+def test_vllm_takes_sequences_as_long_as_requests_need_and_starts_again_for_longer_ones(opened: Open) -> None:
+    def long_request(n_tokens: int) -> Request:
+        return Request("long", conversation("Say it"), 0, Sampling(max_new_tokens=n_tokens))
+
+    with opened() as engine:
+        limits, processes = [], []
+        for request in (*requests(2), long_request(2000), long_request(2100), long_request(10), long_request(4000)):
+            (completion,) = engine.generate([request])
+            assert isinstance(completion, Completion)
+            limits.append(engine._first_line()["arguments"]["max_model_len"])
+            processes.append(engine._workers[0]._process.pid)
+        assert limits == [2048, 2048, 2048, 4096, 4096, 4096], "powers of two, and at most the model's own 4096"
+        assert [processes.index(process) for process in processes] == [0, 0, 0, 3, 3, 3]
+    with opened(max_model_len=300) as engine:
+        list(engine.choose(questions(2)))
+        assert engine._first_line()["arguments"]["max_model_len"] == 300
+
+
 def test_an_adapter_is_served_on_its_base_and_a_stacked_one_merged(opened: Open, tiny: Tiny, tmp_path: Path) -> None:
     adapter = tiny("lora")
     with opened(family="lora") as engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,28 @@ def test_batches_within_a_token_budget_change_no_score(tiny: Tiny) -> None:
     assert len(batch_shapes) > 1
     assert all(rows * columns <= 256 for rows, columns in batch_shapes)
     assert RewardModel(model, chat, CPU).scores(ids) == pytest.approx(alone, abs=1e-5)
+
+
+def test_where_memory_runs_out_it_goes_on_with_half_the_tokens(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    chat = Chat.load(tiny("llama"))
+    reward_model, ids = RewardModel(load_sequence_classifier(tiny("llama")), chat, CPU), conversations(chat) * 4
+    expected = reward_model.scores(ids)
+    forward, n_rows = type(reward_model.model).forward, []
+
+    def fail_above_1000_tokens(self: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
+        if input_ids.numel() > 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        n_rows.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(type(reward_model.model), "forward", fail_above_1000_tokens)
+    with pytest.warns(UserWarning, match="the reward model: memory ran out; going on with"):
+        assert reward_model.scores(ids) == pytest.approx(expected, abs=1e-5)
+    assert sum(n_rows) == len(ids), "what is scored stays"
+    n_rows.clear()
+    reward_model.scores(ids)
+    assert sum(n_rows) == len(ids), "what was learned of memory stays"
 
 
 def test_it_is_unpartitioned_and_frozen_while_deepspeed_partitions_new_models(tmp_path: Path, tiny: Tiny) -> None:

@@ -67,7 +67,7 @@ def test_vllm_says_what_the_updated_policy_says(adapter: bool, model: Model, pro
         policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear"))
     local = PolicySampler(model, profile)
     ids_before: dict[str, list[int]] = {}
-    with VllmSampler(model, profile, tmp_path) as sampler:
+    with VllmSampler(model, profile, tmp_path, 512) as sampler:
         for update in range(3):
             policy = policy if update == 0 else perturb(policy, adapter, update)
             for updated in (local, sampler):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import Tiny
-from training_stages import CPU, preference, record_batches, run_stage, trained
+from training_stages import CPU, Steps, outputs, preference, record_batches, run_stage, trained
 
 from cai.contracts.model import Model
 from cai.models.chat import Chat
@@ -75,6 +75,28 @@ def test_a_lora_keeps_its_head(tmp_path: Path, tiny: Tiny) -> None:
     scores = scores_of(trained(tmp_path / "stage"), [by_id[line["id"]] for line in lines])
     assert [line["chosen_score"] for line in lines] == pytest.approx([chosen for chosen, _ in scores], abs=1e-3)
     assert figures["held_out"] == len(lines) == 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
+def test_a_run_that_ends_while_it_scores_has_lost_no_training(
+    settings: dict[str, Any], tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, profile = [preference(number) for number in range(24)], CPU.model_copy(update={"dtype": "bfloat16"})
+    undisturbed = run_stage("reward", tmp_path / "undisturbed", rows, tiny("llama"), profile=profile, **settings)
+
+    def run_out_of_memory(self: RewardModel, ids: Any) -> list[float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModel, "scores", run_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            run_stage("reward", tmp_path / "stage", rows, tiny("llama"), profile=profile, **settings)
+    assert not (tmp_path / "stage" / "checkpoints").exists()
+    steps = Steps()
+    again = run_stage("reward", tmp_path / "stage", rows, tiny("llama"), profile=profile, progress=steps, **settings)
+    assert steps.n_finished == 0, "it only scores"
+    assert again == undisturbed
+    assert outputs(tmp_path / "stage") == outputs(tmp_path / "undisturbed")
 
 
 def test_held_out_pairs_are_never_learned_from(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

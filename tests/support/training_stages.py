@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from cai.storage.journal import Journal
 from cai.storage.rows import row_lines, stable_id
 
 CPU = Profile(device="cpu", dtype="float32", micro_batch=4)
+BFLOAT16 = CPU.model_copy(update={"dtype": "bfloat16"})
+TRAINING_KINDS = ["sft", "reward", "dpo", "ppo", "rloo"]
 WORDS = ("alpha", "beta", "gamma", "delta", "lock", "sea", "poem", "Paris", "France", "door", "fish", "wave")
 
 BREVITY = """
@@ -106,6 +109,20 @@ def reinforce(
     return run_function(kind)(config_class(kind).model_validate(settings), context)
 
 
+def train_briefly(kind: str, folder: Path, model: Model, **settings: Any) -> list[float]:
+    """Runs a training stage of any kind for a few steps, computed in bfloat16; the logged losses."""
+    settings = {"train": {"learning_rate": 1e-3}, "profile": BFLOAT16, **settings}
+    if kind in {"ppo", "rloo"}:
+        settings |= {"rollouts": 2, "rollout_size": 8} if kind == "ppo" else {}
+        (folder.parent / "rewards.py").write_text(BREVITY)
+        reinforce(kind, folder, numbered_prompts(8), model, [{"function": "rewards.py:brevity"}], **settings)
+    else:
+        row = sample if kind == "sft" else preference
+        run_stage(kind, folder, [row(number) for number in range(20)], model, **settings)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in metrics if "loss" in entry]
+
+
 def prompt_row(number: int, *tags: str) -> dict[str, Any]:
     """A Prompt row."""
     messages = ask(_question(number))
@@ -144,6 +161,17 @@ def record_batches(monkeypatch: Any, trainer_class: Any) -> list[tuple[Any, dict
 
     monkeypatch.setattr(trainer_class, "compute_loss", spy)
     return batches
+
+
+def record_trainers(monkeypatch: Any) -> list[Any]:
+    """A list that fills with the trainer of each stage."""
+    from cai.training import loop
+
+    trainers: list[Any] = []
+    train_or_resume = loop.train_or_resume
+    spy = lambda trainer, context: (trainers.append(trainer), train_or_resume(trainer, context))[1]  # noqa: E731
+    monkeypatch.setattr(loop, "train_or_resume", spy)
+    return trainers
 
 
 def record_scored_ids(monkeypatch: Any) -> list[list[int]]:

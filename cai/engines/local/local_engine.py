@@ -13,8 +13,9 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self
 
+from cai.attention.token_budget import MIN_TOKENS, TokenBudget
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
 from cai.models.chat import Chat
@@ -30,19 +31,12 @@ if TYPE_CHECKING:
     from cai.engines.local.scoring import PromptAndOptions
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-_MIN_TOKEN_BUDGET = 512
-"""Tokens. A machine whose memory does not hold these is too small for the model."""
-
-
 class LocalEngine:
     """One model in this process. `lm` is the model itself where it is loaded already, as a policy in training is."""
 
     def __init__(self, model: Model, profile: Profile, lm: PreTrainedModel | None = None) -> None:
         self.model, self.profile = model, profile
-        self._token_budget = profile.token_budget
+        self._budget = TokenBudget(profile.token_budget, f"model {model.name!r}")
         self._loaded: PreTrainedModel | None = None
         if lm is not None:
             self._use(lm)
@@ -73,7 +67,7 @@ class LocalEngine:
 
         use_frequencies_of_each_row(lm)
         self._loaded = lm
-        self._token_budget = min(self._token_budget, self._tokens_in_memory(lm))
+        self._budget.n_tokens = min(self._budget.n_tokens, self._tokens_in_memory(lm))
 
     def _tokens_in_memory(self, lm: PreTrainedModel) -> int:
         """Tokens whose keys and values fit into a quarter of a CPU's free memory; warns where the budget is larger."""
@@ -82,15 +76,15 @@ class LocalEngine:
         config = lm.config.get_text_config(decoder=True)
         # A GPU raises an error where memory runs out; an operating system promises more than there is and then kills.
         if lm.device.type != "cpu" or not getattr(config, "num_attention_heads", None):
-            return self._token_budget
+            return self._budget.n_tokens
         bytes_per_token = 0
         for layer in config.per_layer_config:  # as Gemma 4's, layers may differ
             kv_heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
             width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
             bytes_per_token += 2 * kv_heads * width * lm.dtype.itemsize
-        n_tokens = max(_MIN_TOKEN_BUDGET, psutil.virtual_memory().available // 4 // bytes_per_token)
-        if n_tokens < self._token_budget:
-            too_many = f"the profile's {self._token_budget:,} tokens at once may be more than memory has room for"
+        n_tokens = max(MIN_TOKENS, psutil.virtual_memory().available // 4 // bytes_per_token)
+        if n_tokens < self._budget.n_tokens:
+            too_many = f"the profile's {self._budget.n_tokens:,} tokens at once may be more than memory has room for"
             warnings.warn(f"model {self.model.name!r}: {too_many}; going on with {n_tokens:,}", stacklevel=2)
         return int(n_tokens)
 
@@ -121,7 +115,7 @@ class LocalEngine:
         if not self._shares_prefixes:
             decode = functools.partial(plain_forward.decode, padding=self._padding)
         to_sample = [PromptAndSeed(prompt, request.seed) for prompt, request in items]
-        for index, sampled in self._run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
+        for index, sampled in self._budget.run(to_sample, lambda part, budget: decode(self.lm, part, sampler, budget)):
             prompt, request = items[index]
             text = chat.text(sampled.token_ids, stop=stop)
             reason: Literal["stop", "length"] = "stop" if sampled.is_stopped else "length"
@@ -159,7 +153,7 @@ class LocalEngine:
         score = scoring.score
         if not self._shares_prefixes:
             score = functools.partial(plain_forward.score, padding=self._padding)
-        for index, log_probs in self._run(to_score, lambda part, budget: score(self.lm, part, budget)):
+        for index, log_probs in self._budget.run(to_score, lambda part, budget: score(self.lm, part, budget)):
             yield Choice(fitting[index].id, tuple(log_probs), sum(map(math.exp, log_probs)))
 
     def _check_length(self, prompt: Sequence[int], n_new: int, lengths: str) -> None:
@@ -168,29 +162,6 @@ class LocalEngine:
             raise BadInput("the conversation has no tokens at all")
         if (limit := self.chat.context_length) is not None and len(prompt) + n_new > limit:
             raise BadInput(f"{lengths}, but {self.model.name!r} takes {limit} in all")
-
-    def _run(
-        self, items: Sequence[Item], compute: Callable[[Sequence[Item], int], Iterator[tuple[int, Result]]]
-    ) -> Iterator[tuple[int, Result]]:
-        """(index, result) of every item, from `compute(items, token budget)`; half the budget where memory runs out."""
-        from accelerate.utils.memory import clear_device_cache
-
-        pending = list(range(len(items)))
-        while pending:
-            completed: set[int] = set()
-            try:
-                for index, result in compute([items[n] for n in pending], self._token_budget):
-                    completed.add(pending[index])
-                    yield pending[index], result
-                assert len(completed) == len(pending), "some items got no result"
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or self._token_budget < _MIN_TOKEN_BUDGET:
-                    raise
-                self._token_budget //= 2
-                smaller = f"going on with {self._token_budget:,} tokens at once"
-                warnings.warn(f"model {self.model.name!r}: memory ran out; {smaller}", stacklevel=2)
-                clear_device_cache(garbage_collection=True)
-            pending = [n for n in pending if n not in completed]
 
     @functools.cached_property
     def _shares_prefixes(self) -> bool:
@@ -210,10 +181,3 @@ class LocalEngine:
         if obstacle := padding.obstacle:
             warnings.warn(f"model {self.model.name!r} batches only prompts of equal length: {obstacle}", stacklevel=2)
         return padding
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    # oneDNN, which multiplies on CPUs, raises "could not create a primitive" (and the like) where it gets no memory.
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or "could not create a" in str(error)

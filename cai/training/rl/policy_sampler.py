@@ -37,6 +37,7 @@ from cai.contracts.profile import Profile
 from cai.engines.local.local_engine import LocalEngine
 from cai.engines.vllm import VllmEngine
 from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype, unpartitioned
+from cai.models.quantised import dequantise
 from cai.storage.rows import Failure, stable_id
 from cai.text.errors import StageFailed
 
@@ -47,9 +48,12 @@ _LOG_PROB_TOLERANCE = 0.2
 """Greatest mean difference, in nats, of a token's log-probabilities that counts as rounding."""
 
 
-def open_sampler(start: Model, profile: Profile, folder: Path) -> Sampler:
-    """The profile's sampler for a policy that starts as `start` in the stage whose folder is `folder`."""
-    return VllmSampler(start, profile, folder) if profile.engine == "vllm" else PolicySampler(start, profile)
+def open_sampler(start: Model, profile: Profile, folder: Path, longest: int) -> Sampler:
+    """The profile's sampler for a policy that starts as `start` in the stage whose folder is `folder`.
+
+    No prompt and response have more than `longest` tokens together.
+    """
+    return VllmSampler(start, profile, folder, longest) if profile.engine == "vllm" else PolicySampler(start, profile)
 
 
 def generate_all(sampler: Sampler, requests: Sequence[Request]) -> list[Completion]:
@@ -107,8 +111,8 @@ class VllmSampler:
     that is run again removes what a killed one left.
     """
 
-    def __init__(self, start: Model, profile: Profile, folder: Path) -> None:
-        self.start, self.profile = start, profile
+    def __init__(self, start: Model, profile: Profile, folder: Path, longest: int) -> None:
+        self.start, self.profile, self.longest = start, profile, longest
         name = f"cai-policy-{stable_id(str(folder.resolve()))}"
         self._folders = [parent / name for parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())) if parent.is_dir()]
         self._is_writer = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -140,7 +144,8 @@ class VllmSampler:
         _barrier()
         if self._engine is None:
             folder = next(folder for folder in self._folders if folder.is_dir())
-            self._engine = VllmEngine(replace(self.start, path=str(folder)), self.profile, dummy_weights=True)
+            model = replace(self.start, path=str(folder))
+            self._engine = VllmEngine(model, self.profile, dummy_weights=True, longest=self.longest)
             self._engine.reload()
             self._check(self._engine, policy)
         else:
@@ -204,6 +209,8 @@ Sampler = PolicySampler | VllmSampler
 def merged_weights(policy: PreTrainedModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of the policy and its buffers, an adapter merged, by the names that it has without an adapter.
 
+    A quantised base is the matrix that it is computed with, so that responses are sampled from the policy that learns.
+
     Each weight stays gathered until the next one is requested. Under ZeRO-3 every rank must consume the whole iterator.
     """
     adapted_layers = {}
@@ -218,7 +225,8 @@ def merged_weights(policy: PreTrainedModel, gather: Gather) -> Iterator[tuple[st
         layer, _, rest = name.partition(".base_layer.")
         module = adapted_layers.get(layer) if rest == "weight" else None
         with gather([weight] if module is None else list(module.parameters())):
-            merged = weight if module is None else weight + module.get_delta_weight("default")
+            dense = dequantise(weight)
+            merged = dense if module is None else dense + module.get_delta_weight("default")
             yield f"{layer}.{rest}" if rest else name, merged
     saved_names = policy.state_dict().keys()
     for name, buffer in policy.named_buffers():

@@ -154,7 +154,7 @@ def test_where_memory_runs_out_work_goes_on_with_half_the_tokens(tiny: Tiny, mon
         return forward(self, input_ids=input_ids, **rest)
 
     monkeypatch.setattr(type(engine.lm), "forward", fail_once)
-    engine._token_budget = 2048
+    engine._budget.n_tokens = 2048
     with pytest.warns(UserWarning, match="memory ran out; going on with 1,024"):
         again = complete(engine, batch)
     assert all(again[id].token_ids == completion.token_ids for id, completion in completions.items())

@@ -71,7 +71,7 @@ def test_it_samples_what_the_updated_policy_finds_likely(tiny: Tiny) -> None:
     ("engine", "kind"), [("local", PolicySampler), ("server", PolicySampler), ("vllm", VllmSampler)]
 )
 def test_the_policy_is_sampled_here_or_by_vllm(engine: str, kind: type, tiny: Tiny, tmp_path: Path) -> None:
-    assert isinstance(open_sampler(tiny("llama"), CPU.model_copy(update={"engine": engine}), tmp_path), kind)
+    assert isinstance(open_sampler(tiny("llama"), CPU.model_copy(update={"engine": engine}), tmp_path, 64), kind)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -95,7 +95,7 @@ def test_vllm_loads_the_policy_from_a_folder_whose_weights_are_then_removed(
     monkeypatch.setattr(vllm.VllmEngine, "reload", load)
     monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
     monkeypatch.setattr(sampler_module, "_SHARED_MEMORY", tmp_path)
-    with torch.no_grad(), VllmSampler(start, CPU, tmp_path / "stage") as sampler:
+    with torch.no_grad(), VllmSampler(start, CPU, tmp_path / "stage", 64) as sampler:
         folder = sampler._folders[0]
         assert folder.parent == tmp_path
         folder.mkdir()
@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_on_disk_end_it(tiny: Tiny, tmp_path: Path, monk
 
     policy = load_causal_lm(tiny("llama"))
     monkeypatch.setattr(policy, "save_pretrained", full)
-    with VllmSampler(tiny("llama"), CPU, tmp_path) as sampler:
+    with VllmSampler(tiny("llama"), CPU, tmp_path, 64) as sampler:
         message = "the policy's weights could not be written for vLLM into .*: .*No space left on device"
         with pytest.raises(StageFailed, match=message):
             sampler.update(policy, contextlib.nullcontext)
@@ -130,7 +130,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Profile:
 
 
 def test_a_vllm_with_other_weights_than_the_policys_ends_it(tiny: Tiny, tmp_path: Path, stand_in: Profile) -> None:
-    with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
+    with VllmSampler(tiny("llama"), stand_in, tmp_path, 64) as sampler:
         message = r"vLLM did not take over the weights of the policy, a llama model: .* nats .*, expected 0.2 or less"
         with pytest.raises(StageFailed, match=message):
             sampler.update(load_causal_lm(tiny("llama")), contextlib.nullcontext)
@@ -140,7 +140,7 @@ def test_vllm_reloads_weights(tiny: Tiny, tmp_path: Path, stand_in: Profile, mon
     monkeypatch.setattr(VllmSampler, "_check", lambda self, engine, policy: None)
     policy = load_causal_lm(tiny("llama"))
     workers = []
-    with VllmSampler(tiny("llama"), stand_in, tmp_path) as sampler:
+    with VllmSampler(tiny("llama"), stand_in, tmp_path, 64) as sampler:
         for update in range(3):
             sampler.update(policy, contextlib.nullcontext)
             workers += sampler._engine._workers
