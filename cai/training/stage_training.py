@@ -139,7 +139,7 @@ class StageTraining:
     def load_saved_classifier(self) -> PreTrainedModel:
         """The stage's saved model, whole in each process, as precise as it was trained, an adapter merged."""
         clear_device_cache(garbage_collection=True)  # of the trainer
-        model = replace(self.start, path=str(self.context.folder / MODEL))
+        model = replace(self.start, path=str((self.context.folder / MODEL).resolve()))
         is_trained = self.config.lora is None and not self._uses_deepspeed
         with loading.unpartitioned():
             return self._load(loading.load_sequence_classifier, model, is_trained=is_trained)
