@@ -28,6 +28,8 @@ MAX_KEPT_SCORES = 2**24
 more, torch's fused attention, which keeps none, computes them."""
 _MAX_TOKENS_PER_PASS = 4096
 """The activations of more tokens do not fit into a CPU's caches."""
+_MAX_TOKENS_PER_GPU_PASS = 16_384
+"""More tokens fill a GPU no better, and their activations take the place of keys and values."""
 _SHORTEST_BUCKET = 32
 """Tokens, a power of two: padding prompts up to this length costs little."""
 
@@ -39,7 +41,7 @@ def applies_to(device: torch.device) -> bool:
 
 def tokens_per_pass(token_budget: int, device: torch.device) -> int:
     """Tokens that are best computed in one forward pass where `token_budget` of them may be held."""
-    return min(token_budget, _MAX_TOKENS_PER_PASS) if applies_to(device) else token_budget
+    return min(token_budget, _MAX_TOKENS_PER_PASS if applies_to(device) else _MAX_TOKENS_PER_GPU_PASS)
 
 
 def length_bucket(n_tokens: int, device: torch.device) -> int:
@@ -125,7 +127,7 @@ def causal_attention(scale: float, query: Tensor, key: Tensor, value: Tensor) ->
 
 
 def return_freed_memory(device: torch.device) -> None:
-    """Where models are on a CPU, makes the C library return freed blocks of 4 MiB and more to the operating system.
+    """Where models are on a CPU, makes the C library return freed blocks of 1 MiB and more to the operating system.
 
     glibc raises that threshold to 32 MiB by itself and keeps smaller blocks. Batches of changing lengths then leave
     gaps that no later batch fits into: a fifth of a PPO run's memory on a model of 50 million parameters. Returning
@@ -134,4 +136,4 @@ def return_freed_memory(device: torch.device) -> None:
     if not applies_to(device):
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD

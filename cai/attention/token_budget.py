@@ -37,7 +37,7 @@ class TokenBudget:
                     yield pending[index], result
                 assert len(completed) == len(pending), "some items got no result"
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or self.n_tokens < MIN_TOKENS:
+                if not is_out_of_memory(error) or self.n_tokens < MIN_TOKENS:
                     raise
                 self.n_tokens //= 2
                 smaller = f"going on with {self.n_tokens:,} tokens at once"
@@ -46,7 +46,8 @@ class TokenBudget:
             pending = [n for n in pending if n not in completed]
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     # oneDNN, which multiplies on CPUs, raises "could not create a primitive" (and the like) where it gets no memory.

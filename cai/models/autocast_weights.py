@@ -25,10 +25,15 @@ def convert_as_autocast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     The model is for forward passes under autocast alone from then on. A head that is tied to the embeddings stays
     float32, as they do.
     """
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    embedding_ids = {id(module.weight) for module in embeddings}
+    for weight in weights_converted_by_autocast(model):
+        weight.data = weight.data.to(dtype)
+
+
+def weights_converted_by_autocast(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights that autocast converts at each forward pass: those of matrix products, each once."""
+    embedding_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, _CONVERTED):
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) not in embedding_ids:
-                    parameter.data = parameter.data.to(dtype)
+            weights |= {id(weight): weight for weight in module.parameters(recurse=False)}
+    return [weight for weight_id, weight in weights.items() if weight_id not in embedding_ids]

@@ -27,6 +27,10 @@ class StageFailed(CaiError):
     exit_code = 3
 
 
+class OutOfMemory(StageFailed):
+    """A stage had too little memory; with less at once it can go on."""
+
+
 class GateFailed(CaiError):
     """A check failed at which the recipe stops the run."""
 
@@ -41,3 +45,8 @@ def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the valid name closest to `name`, or an empty string where none is close."""
     matches = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or the name of its class where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, Self
 
-from cai.attention.token_budget import MIN_TOKENS, TokenBudget
+from cai.attention.token_budget import TokenBudget
 from cai.contracts.engine import Choice, Completion, Question, Request, Sampling
 from cai.contracts.model import Model
 from cai.models.chat import Chat
@@ -67,26 +67,22 @@ class LocalEngine:
 
         use_frequencies_of_each_row(lm)
         self._loaded = lm
-        self._budget.n_tokens = min(self._budget.n_tokens, self._tokens_in_memory(lm))
+        self.fit_budget()
+
+    def fit_budget(self) -> None:
+        """Lowers the token budget to what memory has room for now."""
+        self._budget.n_tokens = min(self._budget.n_tokens, self._tokens_in_memory(self.lm))
 
     def _tokens_in_memory(self, lm: PreTrainedModel) -> int:
-        """Tokens whose keys and values fit into a quarter of a CPU's free memory; warns where the budget is larger."""
-        import psutil
+        """Tokens whose keys and values fit into the memory that is free; warns where the profile's budget is larger."""
+        from cai.models.footprint import free_for_cache, kv_bytes_per_token, kv_tokens
 
-        config = lm.config.get_text_config(decoder=True)
-        # A GPU raises an error where memory runs out; an operating system promises more than there is and then kills.
-        if lm.device.type != "cpu" or not getattr(config, "num_attention_heads", None):
-            return self._budget.n_tokens
-        bytes_per_token = 0
-        for layer in config.per_layer_config:  # as Gemma 4's, layers may differ
-            kv_heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-            width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-            bytes_per_token += 2 * kv_heads * width * lm.dtype.itemsize
-        n_tokens = max(MIN_TOKENS, psutil.virtual_memory().available // 4 // bytes_per_token)
+        free = free_for_cache(lm, self.profile)
+        n_tokens = kv_tokens(self.profile, kv_bytes_per_token(lm), free, lm.device.type == "cpu")
         if n_tokens < self._budget.n_tokens:
             too_many = f"the profile's {self._budget.n_tokens:,} tokens at once may be more than memory has room for"
             warnings.warn(f"model {self.model.name!r}: {too_many}; going on with {n_tokens:,}", stacklevel=2)
-        return int(n_tokens)
+        return n_tokens
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
         """A completion or a failure for each request, a batch at a time, in no particular order."""

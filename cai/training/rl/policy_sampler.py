@@ -97,6 +97,8 @@ class PolicySampler:
         for name, weight in merged_weights(policy, gather):
             if (target := targets.get(name)) is not None:
                 target.copy_(weight)
+        if self.copy.device.type != "cpu":  # since the last rollout the optimizer has got its state
+            self.engine.fit_budget()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
         """A completion or a failure for each request, in no particular order."""
