@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -71,6 +71,15 @@ class TokenTree:
         self._first_occurrences = torch.from_numpy(np.concatenate(first_occurrences)).to(ids.device)
         self.ids = ids.flatten()[self._first_occurrences]
         self.positions = self._first_occurrences % self.shape[1]
+
+    @classmethod
+    def without_shared_tokens(cls, rows: int, length: int) -> Self:
+        """A tree of full rows that share nothing, the largest of its shape; its tokens are all 0."""
+        tree = cls.__new__(cls)
+        tree.shape = (rows, length)
+        tree._nodes = tree._first_occurrences = torch.arange(rows * length)
+        tree.ids, tree.positions = torch.zeros(rows * length, dtype=torch.long), tree._first_occurrences % length
+        return tree
 
     def to_rows(self, states: Tensor) -> Tensor:
         """(token, ...) -> (row, column, ...)."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cai.contracts.model import SERVED
@@ -96,6 +98,16 @@ class Vllm(BaseModel):
         if taken := sorted(ours & set(extra)):
             raise ValueError(f"found {taken[0]!r}, which `cai` sets itself")
         return extra
+
+
+class Sharding(NamedTuple):
+    """How DeepSpeed splits what a training process holds over all of them."""
+
+    stage: int = 0
+    """Of ZeRO: 1 splits the optimizer's state, 2 gradients too, 3 weights too; 0 = no DeepSpeed."""
+    offloads_optimizer: bool = False
+    """Whether the optimizer's state is in the machine's memory instead of the GPU's."""
+    offloads_weights: bool = False
 
 
 class Profile(BaseModel):
@@ -185,6 +197,19 @@ class Profile(BaseModel):
         """Whether stages run on a GPU. Looked up without torch, so that the parent process stays small."""
         return self.device == "cuda" or (self.device == "auto" and _gpu_present())
 
+    @property
+    def sharding(self) -> Sharding:
+        """What the accelerate file says about DeepSpeed."""
+        if self.accelerate is None:
+            return Sharding()
+        settings = yaml.safe_load(self.accelerate.read_text(encoding="utf-8")).get("deepspeed_config") or {}
+        if file := settings.get("deepspeed_config_file"):
+            zero = json.loads((self.accelerate.parent / file).read_text(encoding="utf-8")).get("zero_optimization", {})
+            devices = ((zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param"))
+            return Sharding(int(zero.get("stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
+        devices = (settings.get(f"offload_{name}_device") for name in ("optimizer", "param"))
+        return Sharding(int(settings.get("zero_stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
+
     def check_rollouts(self, stage: str) -> None:
         """Raises BadInput where a vLLM on several GPUs would sample from a policy in training."""
         for key in ("tensor_parallel", "data_parallel"):
@@ -194,7 +219,7 @@ class Profile(BaseModel):
                     f"responses with one vLLM beside each training process, on its GPU: expected 1, or another profile"
                 )
 
-    def check_quantised_base(self, stage: str, *, is_sampled: bool) -> None:
+    def check_quantised_base(self, stage: str, *, is_sampled: bool, on_this_machine: bool = True) -> None:
         """Raises BadInput where a stage's adapter cannot be trained over a base of 4 bits a weight.
 
         `is_sampled` tells whether the stage samples from the model in training.
@@ -202,21 +227,14 @@ class Profile(BaseModel):
         wish = f"stage {stage!r}: found `lora: {{base: nf4}}`"
         if not self.uses_gpu:
             raise BadInput(f"{wish}, which needs a GPU, and profile {self.name!r} has none: leave `base` out")
-        if self.partitions_weights:
+        if self.sharding.stage == 3:
             instead = "use a profile without it, or leave `base` out"
             raise BadInput(f"{wish}, but ZeRO-3 of profile {self.name!r} cannot partition such weights: {instead}")
         if is_sampled and self.engine == "vllm":
             instead = "sample with `engine: local`, or leave `base` out"
             raise BadInput(f"{wish}, but vLLM of profile {self.name!r} does not take over such weights: {instead}")
-        if importlib.util.find_spec("bitsandbytes") is None:
+        if on_this_machine and importlib.util.find_spec("bitsandbytes") is None:
             raise BadInput(f"{wish}, which needs the package bitsandbytes: install `constitutional-ai[qlora]`")
-
-    @property
-    def partitions_weights(self) -> bool:
-        """Whether the accelerate file asks for ZeRO-3."""
-        settings = None if self.accelerate is None else load_document(self.accelerate).value
-        deepspeed = settings.get("deepspeed_config") if isinstance(settings, dict) else None
-        return isinstance(deepspeed, dict) and deepspeed.get("zero_stage") == 3
 
     def accumulation(self, batch_size: int) -> tuple[int, int]:
         """(micro-batch, accumulation steps) with `batch_size` = processes x micro-batch x steps.

@@ -52,6 +52,11 @@ class LoRA(BaseModel):
     )
 
 
+Copy = Literal["reference", "whole reference", "sampler"]
+"""A frozen copy of the starting model: the reference, which ZeRO-3 partitions or which is whole in each process, or the
+policy that samples, which is empty while it learns."""
+
+
 class TrainingConfig(StageConfig):
     """A stage that trains a model with a trainer on transformers' own.
 
@@ -63,6 +68,9 @@ class TrainingConfig(StageConfig):
     """Fields of `train_class` that differ from the library's defaults here."""
     owned: ClassVar[tuple[str, ...]] = ()
     """Fields of `train_class` that this stage sets itself: `cai.training.train_fields` refuses them under `train:`."""
+
+    sequences_per_example: ClassVar[int] = 1
+    """Rows of a forward pass that one example takes."""
 
     model: StartRef | None = Field(None, description="Starting model or stage; absent = the recipe's model.")
     batch_size: int = Field(32, ge=1, description="Examples a step over all devices; the profile splits it.")
@@ -84,6 +92,10 @@ class TrainingConfig(StageConfig):
         if info.data.get("lora") is not None:
             defaults["learning_rate"] *= LORA_LEARNING_RATE
         return {**defaults, **train}
+
+    def copies_of_start(self) -> tuple[Copy, ...]:
+        """What the stage holds copies of its starting model for, in one process."""
+        return ()
 
 
 TRAIN_DEFAULTS = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 0.25, "save_total_limit": 2}

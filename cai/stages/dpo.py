@@ -26,7 +26,7 @@ from pydantic import Field
 
 from cai.contracts.context import Context
 from cai.contracts.references import OneOrMore, OutputKind, PreferencesRef
-from cai.contracts.training_config import TrainingConfig
+from cai.contracts.training_config import Copy, TrainingConfig
 from cai.storage.rows import is_held_out
 
 if TYPE_CHECKING:
@@ -49,11 +49,17 @@ class Config(TrainingConfig):
         "beta": 0.1,
     }
 
+    sequences_per_example: ClassVar[int] = 2
+
     kind: Literal["dpo"] = "dpo"
     from_: OneOrMore[PreferencesRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of the expected negative log-likelihood a token (RPO); 0 = DPO alone."
     )
+
+    def copies_of_start(self) -> tuple[Copy, ...]:
+        """A reference, where no adapter can be switched off and its log-probabilities are not computed beforehand."""
+        return () if self.lora is not None or self.train.get("precompute_ref_log_probs") else ("reference",)
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -76,9 +82,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         training.require(pairs, "no pair to learn from", left_out)
         training.report_left_out("pairs", len(rows), left_out)
 
-        args = training.arguments(max_length=None)
+        longest = max(pair.length for pair in [*pairs, *held_out])
+        args = training.arguments(longest, max_length=None)
         model = training.load_language_model()
-        needs_frozen_copy = config.lora is None and not args.precompute_ref_log_probs
+        needs_frozen_copy = "reference" in config.copies_of_start()
         trainer = SoftDPOTrainer(
             model=model, ref_model=training.load_reference() if needs_frozen_copy else None, args=args,
             data_collator=LabelledDPOCollator(pad_token_id=chat.pad_id),

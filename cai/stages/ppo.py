@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
 from cai.contracts.references import ModelRef
-from cai.contracts.training_config import ReinforcementConfig
+from cai.contracts.training_config import Copy, ReinforcementConfig
 from cai.text.errors import BadInput
 from cai.text.left_out import failure_reasons
 
@@ -40,6 +40,10 @@ class Config(ReinforcementConfig):
     rollout_size: int = Field(256, ge=1, description="Responses in each; a multiple of batch_size.")
     reference: Literal["start", "none"] = Field("start", description="KL to: the stage's starting policy, or nothing.")
     critic: ModelRef | None = Field(None, description="Where a value model starts from; absent = a head on the policy.")
+
+    def copies_of_start(self) -> tuple[Copy, ...]:
+        """The policy that samples, and a reference where no adapter can be switched off."""
+        return ("sampler",) if self.lora is not None or self.reference == "none" else ("sampler", "whole reference")
 
     @model_validator(mode="after")
     def _whole_steps(self) -> Self:
@@ -79,7 +83,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         training.require(prompts, "no prompt to respond to", left_out)
         training.report_left_out("prompts", len(all_prompts), left_out)
 
-        args = training.arguments(num_train_epochs=config.rollouts, include_num_input_tokens_seen="no")
+        longest = config.max_new_tokens + max(len(chat.prompt_ids(prompt["messages"])) for prompt in prompts)
+        args = training.arguments(longest, num_train_epochs=config.rollouts, include_num_input_tokens_seen="no")
         policy = training.load_language_model()
         reference: PreTrainedModel | str | None = None
         if config.lora is not None:

@@ -44,6 +44,8 @@ class Config(TrainingConfig):
         "lr_scheduler_type": "linear",
     }
 
+    sequences_per_example: ClassVar[int] = 2
+
     kind: Literal["reward"] = "reward"
     from_: OneOrMore[PreferencesRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
     hold_out: float = Field(0.1, gt=0, lt=1, description="Share of prompts held out where no row is tagged held_out.")
@@ -70,7 +72,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         training.report_left_out("pairs", len(rows), left_out)
 
         if not training.is_saved:  # else an earlier run came to its end while it scored held-out pairs
-            _train(training, learned)
+            _train(training, learned, longest=max(pair.length for pair in pairs))
         conversations = [pair.prompt_ids + ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
         scores = RewardModel(training.load_saved_classifier(), chat, context.profile).scores(conversations)
         scored = list(map(_scored_row, held_out, scores[::2], scores[1::2]))
@@ -79,12 +81,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return {"training": {config.id: {**training.figures(), **counts}}, "reward": {**measure(scored), **counts}}
 
 
-def _train(training: StageTraining, learned: Sequence[TokenisedPair]) -> None:
+def _train(training: StageTraining, learned: Sequence[TokenisedPair], longest: int) -> None:
     """Trains and saves the model. All memory that training takes is free afterwards."""
     from cai.training import tokenised_rows
     from cai.training.trainers import LabelledRewardCollator, SoftRewardTrainer
 
-    args = training.arguments(max_length=None)
+    args = training.arguments(longest, max_length=None)
     model = training.load_classifier()
     trainer = SoftRewardTrainer(
         model=model, args=args, data_collator=LabelledRewardCollator(pad_token_id=training.chat.pad_id),

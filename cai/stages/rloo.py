@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from cai.contracts.context import Context
-from cai.contracts.training_config import ReinforcementConfig
+from cai.contracts.training_config import Copy, ReinforcementConfig
 from cai.text.errors import StageFailed
 from cai.text.left_out import failure_reasons
 
@@ -59,6 +59,10 @@ class Config(ReinforcementConfig):
     kind: Literal["rloo"] = "rloo"
     n: int = Field(4, ge=2, description="Responses to each prompt of a step.")
 
+    def copies_of_start(self) -> tuple[Copy, ...]:
+        """The policy that samples, and a reference where it is compared with one and no adapter can be switched off."""
+        return ("sampler",) if self.lora is not None or self.train.get("beta") == 0 else ("sampler", "reference")
+
     @model_validator(mode="after")
     def _whole_prompts(self) -> Self:
         if self.batch_size % self.n:
@@ -86,14 +90,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             )
         training.report_left_out("prompts", len(all_prompts), left_out)
         with open_sampler(training.start, context.profile, context.folder, config.max_length) as sampler:
+            prompt_lengths = [len(training.chat.prompt_ids(prompt["messages"])) for prompt in prompts]
             args = training.arguments(
+                max(prompt_lengths) + config.max_new_tokens,
                 num_generations=config.n,
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
                 reward_weights=[reward.weight for reward in config.rewards],
             )
             model = training.load_language_model()
-            needs_frozen_copy = config.lora is None and args.beta != 0
+            needs_frozen_copy = "reference" in config.copies_of_start()
             trainer = LeaveOneOutTrainer(
                 model=model, reference=training.load_reference() if needs_frozen_copy else None, args=args,
                 sampler=sampler, rewards=rewards, prompts={prompt["id"]: prompt for prompt in prompts},

@@ -66,7 +66,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         cut_off = context.cut_off_reason(left_out["cut_off"], rows_by_stage)
         training.report_left_out("responses", sum(map(len, rows_by_stage.values())), left_out, cut_off)
 
-        args = training.arguments(max_length=None)
+        args = training.arguments(max(example["length"] for example in examples), max_length=None)
         model = training.load_language_model()
         trainer = SupervisedTrainer(
             model=model, args=args, train_dataset=tokenised_rows.as_dataset(examples),

@@ -23,6 +23,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from cai.attention.cpu_tuning import float32_attention
+from cai.attention.cpu_tuning import float32_attention, return_freed_memory
+from cai.attention.token_budget import is_out_of_memory
 from cai.attention.token_trees import compute_shared_tokens_once
 from cai.contracts.context import Context
 from cai.models import saving
@@ -39,9 +41,11 @@ from cai.storage import stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import canonical_json
 from cai.storage.run_folder import MODEL
-from cai.text.errors import StageFailed, Terminated
+from cai.text.errors import OutOfMemory, StageFailed, Terminated
 from cai.training.dropout import configured_dropout
+from cai.training.memory import peak_bytes, reset_peak
 from cai.training.metrics import METRICS, NON_METRIC_SUFFIXES, keep_rows, read_metrics
+from cai.training.micro_batch import MemoryRecord
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +56,8 @@ if TYPE_CHECKING:
 
 RESUME_POINTS = "checkpoints"
 """Folder of a training stage's resume points, in the stage's own; transformers calls each `checkpoint-<step>`."""
+_LARGE_ACTIVATIONS = 500_000_000
+"""Bytes. Gaps are up to half of what activations take."""
 COMPLETE = "COMPLETE"
 """Written into a resume point when all its other files are there: the processes that wrote it."""
 
@@ -72,9 +78,13 @@ def train_or_resume(trainer: Trainer, context: Context) -> dict[str, Any]:
         context.progress.note(f"resuming from {resume_point.name}")
     elif trainer.is_world_process_zero():
         remove_folder(context.folder / RESUME_POINTS)
-    with cpu_kernels(trainer):
+    if is_large(MemoryRecord.read(context.folder)):
+        return_freed_memory(trainer.args.device)
+    reset_peak(trainer.args.device)
+    with cpu_kernels(trainer), out_of_memory_as_error(context.stage_id):
         trainer.train(resume_from_checkpoint=None if resume_point is None else str(resume_point))
     trainer.accelerator.wait_for_everyone()  # the first process has then written its last line
+    _record_peak(trainer, context.folder)
     if callback.stopped:
         raise Terminated
     return training_figures(context.folder)
@@ -84,6 +94,30 @@ def training_figures(folder: Path) -> dict[str, Any]:
     """The number of steps, and the first and the last logged loss, of the stage in `folder`."""
     entries = [entry for entry in read_metrics(folder) if "loss" in entry]  # the last step is always logged
     return {"steps": entries[-1]["step"], "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]}}
+
+
+def is_large(record: MemoryRecord | None) -> bool:
+    """Whether the gaps that activations of changing sizes leave in memory would matter."""
+    return record is not None and record.planned.get("activations", 0) > _LARGE_ACTIVATIONS
+
+
+def _record_peak(trainer: Trainer, folder: Path) -> None:
+    """Records the most memory that any process had while it trained."""
+    peaks = trainer.accelerator.gather(torch.tensor([peak_bytes(trainer.args.device)], device=trainer.args.device))
+    record = MemoryRecord.read(folder)
+    if trainer.is_world_process_zero() and record is not None:
+        replace(record, measured_peak=max(int(peaks.max()), record.measured_peak or 0)).write(folder)
+
+
+@contextlib.contextmanager
+def out_of_memory_as_error(stage_id: str) -> Iterator[None]:
+    """Raises OutOfMemory where a device or machine refuses memory within the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"stage {stage_id!r} ran out of memory") from error
 
 
 @contextlib.contextmanager

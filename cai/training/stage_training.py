@@ -20,18 +20,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
+from cai.attention.patched_attention import TRIAL_ERRORS
 from cai.contracts.context import Context
 from cai.contracts.model import Model
-from cai.contracts.training_config import TrainingConfig
+from cai.contracts.references import ModelReference, references
+from cai.contracts.training_config import ReinforcementConfig, TrainingConfig
 from cai.models import loading, reference
 from cai.models.autocast_weights import convert_as_autocast
 from cai.models.chat import Chat
+from cai.models.footprint import HELD_BACK, read_config
 from cai.storage.run_folder import MODEL
-from cai.text.errors import BadInput, StageFailed
+from cai.text.errors import BadInput, StageFailed, first_line
 from cai.text.left_out import RETRY, LeftOut
 from cai.training import loop
+from cai.training.memory import Memory, TrainedStage, available_memory, choose_micro_batch, n_vllm
+from cai.training.micro_batch import MemoryRecord, MicroBatch
 
 LEFT_OUT_ON_PURPOSE = ("held_out", "superseded")
 """Reasons for which a recipe keeps rows from being learned."""
@@ -63,22 +68,29 @@ class StageTraining:
         """The seed of all random numbers of the stage, below 2³¹: numpy takes 32 bits."""
         return self.context.seed_for() % 2**31
 
-    def arguments(self, **overrides: Any) -> TrainingArguments:
+    def arguments(self, longest: int, **overrides: Any) -> TrainingArguments:
         """The stage's `train_class`: `train:` for what is learned, the profile for where, `overrides` for the stage.
 
-        To be called before `load_language_model` and `load_classifier`, since it tells transformers whether ZeRO-3 is
-        on. Raises BadInput where the profile's processes do not divide the batch size.
+        `longest` is the longest row in tokens, from which follows how many of them fit into memory at once. To be
+        called before `load_language_model` and `load_classifier`, since it tells transformers whether ZeRO-3 is on.
+        Raises BadInput where the profile's processes do not divide the batch size.
         """
+        profile = self.context.profile
+        as_asked = MicroBatch(profile.accumulation(self.config.batch_size)[0], profile.gradient_checkpointing)
+        args = self._arguments(as_asked, overrides)  # connects the processes, which then agree on the micro-batch
+        batch = self._micro_batch(as_asked, longest)
+        return args if batch == as_asked else self._arguments(batch, overrides)
+
+    def _arguments(self, batch: MicroBatch, overrides: Mapping[str, Any]) -> TrainingArguments:
         assert self.config.train_class is not None
         module, _, name = self.config.train_class.partition(":")
         profile = self.context.profile
         device = loading.pick_device(profile.device)
-        micro_batch, accumulation = profile.accumulation(self.config.batch_size)
         from_profile = {
-            "per_device_train_batch_size": micro_batch,
-            "per_device_eval_batch_size": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_checkpointing": profile.gradient_checkpointing,
+            "per_device_train_batch_size": batch.size,
+            "per_device_eval_batch_size": batch.size,
+            "gradient_accumulation_steps": self.config.batch_size // profile.processes // batch.size,
+            "gradient_checkpointing": batch.checkpointing,
             "bf16": loading.pick_dtype(profile.dtype, device) == torch.bfloat16,
             "use_cpu": device.type == "cpu",
             "dataloader_pin_memory": device.type != "cpu",
@@ -104,6 +116,84 @@ class StageTraining:
             zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         return args
+
+    def _micro_batch(self, as_asked: MicroBatch, longest: int) -> MicroBatch:
+        """The micro-batch that fits in every process, up to the profile's.
+
+        It is recorded in the stage's folder. A stage that continues keeps it, because rounding depends on it, and one
+        that has run out of memory goes on below it.
+        """
+        available = self._available()
+        if not torch.distributed.is_initialized():
+            return self._decide_micro_batch(as_asked, longest, available)
+        of_all = [0] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all, available)
+        is_first = torch.distributed.get_rank() == 0
+        decision = [self._decide_micro_batch(as_asked, longest, min(of_all)) if is_first else as_asked]
+        torch.distributed.broadcast_object_list(decision)
+        return decision[0]
+
+    def _decide_micro_batch(self, as_asked: MicroBatch, longest: int, available: int) -> MicroBatch:
+        share = self.config.batch_size // self.context.profile.processes
+        record = MemoryRecord.read(self.context.folder)
+        if record is not None and (record.profile_micro_batch, record.share) == (as_asked, share):
+            return record.micro_batch
+        planned: Memory | None = None
+        try:
+            with loading.unpartitioned():
+                stage = self._sized(longest, available)
+                batch = choose_micro_batch(stage, as_asked)
+                planned = stage.memory(batch)
+        except TRIAL_ERRORS as error:
+            unknown = f"what this model takes in memory could not be computed ({first_line(error)})"
+            self.context.progress.note(f"{unknown}: micro-batch as the profile says")
+            batch = as_asked
+        if planned is not None and self._samples_with_vllm and planned.peak > available:
+            raise BadInput(
+                f"stage {self.config.id!r}: what learns takes {planned.peak / 1e9:.1f} GB of each GPU, and "
+                f"{available / 1e9:.1f} GB are left beside vLLM: lower `vllm: {{gpu_memory_utilization: …}}` in the "
+                f"profile, or sample with `engine: local`"
+            )
+        if batch != as_asked:
+            checkpointing = " and gradient checkpointing" if batch.checkpointing and not as_asked.checkpointing else ""
+            chosen = f"a micro-batch of {batch.size}{checkpointing}, where the profile allows {as_asked.size}"
+            self.context.progress.note(f"{chosen}: the most that fits with rows of {longest:,} tokens")
+        parts = {} if planned is None else {str(part): n_bytes for part, n_bytes in planned.device.items()}
+        peak = None if planned is None else planned.peak
+        MemoryRecord(as_asked, share, batch, longest, parts, peak).write(self.context.folder)
+        return batch
+
+    @property
+    def _samples_with_vllm(self) -> bool:
+        on_gpu = loading.pick_device(self.context.profile.device).type == "cuda"
+        return on_gpu and isinstance(self.config, ReinforcementConfig) and self.context.profile.engine == "vllm"
+
+    def _available(self) -> int:
+        """Bytes that what learns in this process may take on its device."""
+        profile = self.context.profile
+        device = loading.pick_device(profile.device)
+        available = available_memory(device, profile.processes_here)
+        if self._samples_with_vllm:  # it starts later, and keeps its share
+            total = torch.cuda.get_device_properties(device).total_memory
+            available -= int(total * profile.vllm.gpu_memory_utilization) * n_vllm(self.config)
+        return int(available * (1 - HELD_BACK))
+
+    def _sized(self, longest: int, available: int) -> TrainedStage:
+        """The stage with the sizes of its models."""
+        profile = self.context.profile
+        device = loading.pick_device(profile.device)
+        names = {self.config.model or "", *(name for _, _, name in references(self.config, ModelReference))}
+        models = {name: self.context.model(name) for name in names}
+        configs = {
+            name: read_config(reference.read_model_json(model, "config.json"), model.name)
+            for name, model in models.items()
+            if not model.served
+        }
+        compute = loading.pick_dtype(profile.dtype, device)
+        from_adapter = reference.base_of(self.start) is not None
+        return TrainedStage(
+            self.config, configs, profile, device.type == "cpu", compute, longest, available, from_adapter
+        )
 
     def load_language_model(self) -> PreTrainedModel:
         """The starting model to train: in float32 and trainable, or for `lora:` frozen and in the profile's dtype.
@@ -137,12 +227,14 @@ class StageTraining:
         return (self.context.folder / MODEL).is_dir()
 
     def load_saved_classifier(self) -> PreTrainedModel:
-        """The stage's saved model, whole in each process, as precise as it was trained, an adapter merged."""
+        """The stage's saved model as later stages use it, whole in each process, an adapter merged; float32 where all
+        weights were trained in it."""
         clear_device_cache(garbage_collection=True)  # of the trainer
         model = replace(self.start, path=str((self.context.folder / MODEL).resolve()))
-        is_trained = self.config.lora is None and not self._uses_deepspeed
-        with loading.unpartitioned():
-            return self._load(loading.load_sequence_classifier, model, is_trained=is_trained)
+        profile = self.context.profile
+        is_float32 = self.config.lora is None and not self._uses_deepspeed
+        with loading.unpartitioned():  # and not quantised, as no later stage quantises it either
+            return loading.load_sequence_classifier(model, "float32" if is_float32 else profile.dtype, profile.device)
 
     def figures(self) -> dict[str, Any]:
         """The number of steps and the first and the last loss."""
@@ -177,14 +269,11 @@ class StageTraining:
         DeepSpeed (0.19) would do so when training begins, in another precision than that of models loaded partitioned,
         and takes no module with both, such as a policy with a critic.
         """
-        from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+        import deepspeed
 
-        if is_deepspeed_zero3_enabled():
-            import deepspeed
-
-            profile = self.context.profile
-            loading.cast_weights(model, loading.pick_dtype(profile.dtype, loading.pick_device(profile.device)))
-            deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+        profile = self.context.profile
+        loading.cast_weights(model, loading.pick_dtype(profile.dtype, loading.pick_device(profile.device)))
+        deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
 
     def adapter(self, task: str, model: PreTrainedModel, trained_modules: Sequence[str] = ()) -> Any:
         """peft's config for the stage's `lora:` on `model`, None where all weights are trained.
@@ -238,7 +327,7 @@ class StageTraining:
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """The trainer's figures on its evaluation rows."""
-        with loop.cpu_kernels(trainer):
+        with loop.cpu_kernels(trainer), loop.out_of_memory_as_error(self.config.id):
             return trainer.evaluate()  # type: ignore[no-any-return]
 
     def save(self, trainer: Trainer, submodule: str = "", **facts: object) -> None:

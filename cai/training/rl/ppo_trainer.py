@@ -29,7 +29,6 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl.distributed import DistributedBackend
 
-from cai.attention.cpu_tuning import return_freed_memory
 from cai.contracts.engine import Request, Sampling
 from cai.contracts.training_config import Limits
 from cai.maths import losses
@@ -354,7 +353,6 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
         """Trains; from a resume point, with the rollout that it belongs to."""
-        return_freed_memory(self.args.device)
         if resume_from_checkpoint:
             self.rollout, numbers = Rollout.load(Path(resume_from_checkpoint))
             self.kl_coef = numbers.pop("kl_coef")
