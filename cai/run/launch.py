@@ -33,6 +33,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
+from cai.contracts.machine import killed_for_memory
 from cai.contracts.profile import Profile
 from cai.contracts.stage_config import FeedbackConfig, StageConfig
 from cai.contracts.training_config import TrainingConfig
@@ -41,7 +42,7 @@ from cai.run.stage_process import ALIVE, MODULE, NODE, SILENCE, Spec, accelerate
 from cai.storage import stopping
 from cai.storage.files import read_json, write_json
 from cai.storage.run_folder import PROCESS
-from cai.text.errors import BadInput, CaiError, GateFailed, StageFailed
+from cai.text.errors import BadInput, CaiError, GateFailed, OutOfMemory, StageFailed
 from cai.text.progress import StageLine, relay
 
 GRACE = 30.0
@@ -81,6 +82,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
         spec = replace(spec, profile=spec.profile | {"threads": threads})
     write_json(folder / "spec.json", asdict(spec))
     children: list[Child] = []
+    n_killed_before = killed_for_memory()
     with (folder / "log.txt").open("wb") as log:
         try:
             for command, environment in _commands(profile, config, str(folder / "spec.json"), ranks):
@@ -96,7 +98,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
         finally:
             _stop(children)
     if any(codes):
-        raise _first_error(folder, spec.stage, codes)
+        raise _first_error(folder, spec.stage, codes, killed_for_memory() > n_killed_before)
     figures = read_json(folder / "figures.json")
     if not isinstance(figures, dict):
         stopping.raise_if_deferred()
@@ -237,21 +239,25 @@ def _signal(child: Child, number: int) -> None:
             os.kill(child.pid, number)
 
 
-def _first_error(folder: Path, stage: str, codes: list[int | None]) -> CaiError:
+def _first_error(folder: Path, stage: str, codes: list[int | None], kernel_killed: bool) -> CaiError:
     """The error of the rank that failed first; other ranks often fail only because it did.
 
     A rank that was killed, mostly for lack of memory, writes no error, and the errors of other ranks follow from it.
+    `kernel_killed` tells whether the kernel has killed a process for lack of memory meanwhile.
     """
     errors = [read_json(path) for path in folder.glob("error-*.json")]
     killed = [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL]
     if errors and not killed:
         first = min(errors, key=lambda error: error["time"])
-        kinds = {kind.exit_code: kind for kind in (BadInput, GateFailed)}
-        return kinds.get(first["exit_code"], StageFailed)(first["message"])
+        kinds = {kind.__name__: kind for kind in (BadInput, GateFailed, OutOfMemory)}
+        return kinds.get(first["kind"], StageFailed)(first["message"])
     rank = (killed or [rank for rank, code in enumerate(codes) if code])[0]
     code, ranks = codes[rank] or 0, len(codes)
     if cause := _ROOT_CAUSE.search((folder / "log.txt").read_text(encoding="utf-8", errors="replace")):
         rank, code, ranks = int(cause["rank"]), int(cause["code"]), 2
     who = f"stage {stage!r}" + (f", process {rank}," if ranks > 1 else "")
+    if kernel_killed and code in {-signal.SIGKILL, 128 + signal.SIGKILL}:
+        remedy = "`cai plan` tells what it takes, and fewer `processes` in the profile take less"
+        return OutOfMemory(f"{who} was killed by the system, which had no memory left ({remedy})")
     ended = f"signal {-code}" if code < 0 else f"exit code {code}"
     return StageFailed(f"{who} ended with {ended}; see {folder / 'log.txt'}")

@@ -8,10 +8,12 @@ given is put together in `cai.run.stage_run`; `cai.storage.run_folder` describes
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cai.contracts.profile import Profile
 from cai.report.summary import Summary, summary_of
@@ -25,8 +27,9 @@ from cai.run.stage_run import StageRun, now, prepare
 from cai.storage import run_folder, stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.journal import Journal, reopen
-from cai.text.errors import CaiError
-from cai.text.progress import Display
+from cai.text.errors import CaiError, OutOfMemory
+from cai.text.progress import Display, StageLine
+from cai.training.micro_batch import halve_micro_batch
 
 
 def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, display: Display) -> Summary:
@@ -98,10 +101,7 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
     start_time = time.monotonic()
     try:
         with stopping.at_resume_point(folder) if stage.trains else contextlib.nullcontext():
-            if stage.profile.inline:
-                figures = stage.work(line, journal)
-            else:
-                figures = launch(_spec(stage), stage.profile, line, stage.config)
+            figures = _work(stage, line, journal)
     except CaiError as error:
         raise _named(error, step.id) from error
     failures = run_folder.n_failures(folder)
@@ -120,6 +120,22 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
     journal.discard()
     display.end_stage(line, failures)
     return finished
+
+
+def _work(stage: StageRun, line: StageLine, journal: Journal) -> dict[str, Any]:
+    """The stage's figures. A training stage that runs out of memory continues with a smaller micro-batch."""
+    while True:
+        try:
+            if stage.profile.inline:
+                return stage.work(line, journal)
+            return launch(_spec(stage), stage.profile, line, stage.config)
+        except OutOfMemory as error:
+            smaller = halve_micro_batch(stage.folder) if stage.trains else None
+            if smaller is None:
+                raise
+            checkpointing = " and gradient checkpointing" if smaller.checkpointing else ""
+            line.note(f"{error}; going on with a micro-batch of {smaller.size}{checkpointing}")
+        gc.collect()  # the error held the trainer's frames, and a trainer and its model refer to each other
 
 
 def _spec(stage: StageRun) -> Spec:

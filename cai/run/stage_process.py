@@ -78,13 +78,12 @@ def main(path: str) -> int:
         return 0
     except Exception as error:
         traceback.print_exc()
-        message, code = str(error), StageFailed.exit_code
+        message, code, name = str(error), StageFailed.exit_code, type(error).__name__
         if isinstance(error, CaiError):
             code = error.exit_code
         else:
-            name = type(error).__name__
             message = f"stage {spec.stage!r}, process {rank}: {name}: {error}; see {folder / 'log.txt'}"
-        write_json(folder / f"error-{rank}.json", {"time": time.time(), "message": message, "exit_code": code})
+        write_json(folder / f"error-{rank}.json", {"time": time.time(), "kind": name, "message": message})
         return code
     if rank == 0:
         write_json(folder / "figures.json", figures)
