@@ -29,6 +29,17 @@ VLLM_PYTHON = click.option(
 MODEL = click.option(
     "--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id."
 )
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
+GPUS = click.option("--gpus", type=click.IntRange(1), help="GPUs of one machine. [default: this one's]")
+GPU_MEMORY = click.option(
+    "--gpu-memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="Of each GPU. [default: this machine's]"
+)
+HOST_MEMORY = click.option(
+    "--host-memory", type=click.FloatRange(0, min_open=True), metavar="GB", help="[default: this machine's]"
+)
+MODEL_CONFIG = click.option(
+    "--model-config", type=FILE, metavar="FILE", help="The config.json of models that are not on this machine."
+)
 TEMPLATES = click.option(
     "--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's."
 )

@@ -1,43 +1,66 @@
-"""Commands that run recipes and look at runs: run, status, show, clean, init, compare."""
+"""Commands that run recipes and look at runs: run, plan, status, show, clean, init, compare."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from cai.cli.options import FOLDER, JSON, ONLINE, PROFILE, RUNS, VLLM_PYTHON, chosen_profile
+from cai.cli.options import (
+    FOLDER,
+    GPU_MEMORY,
+    GPUS,
+    HOST_MEMORY,
+    JSON,
+    MODEL_CONFIG,
+    ONLINE,
+    PROFILE,
+    RUNS,
+    SET,
+    VLLM_PYTHON,
+    chosen_profile,
+    to_stderr,
+)
 from cai.text.errors import BadInput, did_you_mean
 
 if TYPE_CHECKING:
     from cai.contracts.profile import Profile
+    from cai.contracts.stage_config import StageConfig
     from cai.run.plan import Options
+    from cai.run.recipe import Recipe
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 
 @click.command()
 @click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
+@SET
 @PROFILE
 @ONLINE
 @VLLM_PYTHON
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--from", "redo_from", metavar="STAGE", help="Run this stage and all that depends on it again.")
-@click.option("--dry-run", is_flag=True, help="Say what would run, what is reused, and why; run nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, why, and what it takes; run nothing.")
 @click.option("--retry-failures", is_flag=True, help="Ask again what failed in stages that are done.")
 @click.option("--report-to", metavar="NAMES", help="Trackers of training, comma-separated: tensorboard,wandb,trackio.")
+@GPUS
+@GPU_MEMORY
+@HOST_MEMORY
 @RUNS
 @JSON
 def run(
     recipe: str, overrides: tuple[str, ...], on: str | None, online: bool, vllm_python: Path | None, until: str | None,
-    redo_from: str | None, dry_run: bool, retry_failures: bool, report_to: str | None, runs_folder: Path, as_json: bool,
+    redo_from: str | None, dry_run: bool, retry_failures: bool, report_to: str | None, gpus: int | None,
+    gpu_memory: float | None, host_memory: float | None, runs_folder: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Run a recipe: a file, or the name of a shipped one. Stages whose inputs have not changed are reused.
+
+    A dry run also says what each stage takes of memory and disk, as `cai plan` does, on this machine or on one that
+    --gpus, --gpu-memory and --host-memory describe, and exits with 1 where one does not fit.
 
     \b
     cai run quickstart
@@ -45,9 +68,17 @@ def run(
     cai run my-project/recipes/quickstart.yaml --on 8gpu-zero3 --until preferences
     """
     from cai.run.plan import Options
+    from cai.run.recipe import load_recipe
 
     options = Options(until, redo_from, retry_failures, _trackers(report_to))
-    _run(recipe, overrides, chosen_profile(on, online, vllm_python), options, dry_run, runs_folder, as_json)
+    profile = chosen_profile(on, online, vllm_python)
+    other_machine = OtherMachine(gpus, gpu_memory, host_memory)
+    if dry_run:
+        _dry_run(load_recipe(recipe, overrides), profile, options, runs_folder, as_json, other_machine)
+        return
+    if other_machine != OtherMachine():
+        raise BadInput("--gpus, --gpu-memory and --host-memory describe a machine for --dry-run; a run is on this one")
+    _run(recipe, overrides, profile, options, runs_folder, as_json)
 
 
 def _trackers(names: str | None) -> tuple[str, ...]:
@@ -61,21 +92,26 @@ def _trackers(names: str | None) -> tuple[str, ...]:
     return chosen
 
 
+class OtherMachine(NamedTuple):
+    """What options say of the machine that a sheet is for, in GB; None = as this one."""
+
+    gpus: int | None = None
+    gpu_memory: float | None = None
+    host_memory: float | None = None
+
+
 def _run(
-    name: str | Path, overrides: tuple[str, ...], profile: Profile, options: Options, dry_run: bool, runs_folder: Path,
-    as_json: bool,
-) -> None:  # fmt: skip
-    from cai.run import pipeline, plan, status
+    name: str | Path, overrides: tuple[str, ...], profile: Profile, options: Options, runs_folder: Path, as_json: bool
+) -> None:
+    from cai.run import pipeline, status
+    from cai.run.memory_warning import memory_warnings
     from cai.run.recipe import load_recipe
     from cai.text import progress
 
     recipe = load_recipe(name, overrides)
     folder = runs_folder / recipe.name
-    if dry_run:
-        steps = plan.plan_recipe(recipe, profile, folder, options)
-        facts = {"stages": status.plan_json(steps), "models": status.engine_by_model(steps, profile)}
-        click.echo(json.dumps(facts) if as_json else "\n".join(status.plan_lines(steps, profile)))
-        return
+    for warning in memory_warnings(recipe, profile, folder, options):
+        to_stderr(warning)
     summary = pipeline.run_recipe(recipe, profile, folder, options, progress.open_display())
     if as_json:
         click.echo(json.dumps(summary))
@@ -86,6 +122,80 @@ def _run(
     if lines := status.left_out_lines(summary):
         click.echo("\n".join([*lines, ""]))
     click.echo("\n".join(status.result_lines(folder, summary)))
+
+
+def _dry_run(
+    recipe: Recipe, profile: Profile, options: Options, runs_folder: Path, as_json: bool, other_machine: OtherMachine
+) -> None:
+    """Says what would run, why, and what it takes; the last only where this machine or the options have the GPUs."""
+    from cai.contracts.machine import gpu_memory
+    from cai.run import plan, status
+
+    steps = plan.plan_recipe(recipe, profile, runs_folder / recipe.name, options)
+    facts: dict[str, Any] = {"stages": status.plan_json(steps), "models": status.engine_by_model(steps, profile)}
+    if not as_json:
+        click.echo("\n".join(status.plan_lines(steps, profile)) + "\n")
+    to_run = [step.config for step in steps if step.status != "reused"]
+    if profile.uses_gpu and other_machine.gpu_memory is None and not gpu_memory():
+        no_gpu = "memory is not computed: this machine has no GPU; --gpu-memory 80 computes it for GPUs of 80 GB"
+        click.echo(json.dumps({**facts, "memory": None}) if as_json else no_gpu)
+        return
+    _say_memory(recipe, profile, to_run, runs_folder, facts if as_json else None, other_machine)
+
+
+def _say_memory(
+    recipe: Recipe, profile: Profile, stages: Sequence[StageConfig], runs_folder: Path, facts: dict[str, Any] | None,
+    other_machine: OtherMachine, config_file: Path | None = None,
+) -> None:  # fmt: skip
+    """Prints the memory sheet, as text or with `facts` as JSON. Exits with 1 where a stage does not fit."""
+    from cai.run.stage_run import prepare
+
+    prepare(profile)  # before anything imports torch
+    from cai.run.memory_sheet import describe_machine, memory_sheet, sheet_json, sheet_lines
+
+    machine = describe_machine(profile, runs_folder, *other_machine)
+    sheets = memory_sheet(recipe, profile, machine, stages=stages, config_file=config_file)
+    if facts is not None:
+        click.echo(json.dumps({**facts, "memory": sheet_json(sheets)}))
+    elif sheets:
+        click.echo("\n".join(sheet_lines(sheets, machine)))
+    if any(sheet.remedy for sheet in sheets):
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("recipe")
+@SET
+@PROFILE
+@ONLINE
+@click.option("--until", metavar="STAGE", help="Plan up to this stage.")
+@GPUS
+@GPU_MEMORY
+@HOST_MEMORY
+@MODEL_CONFIG
+@RUNS
+@JSON
+def plan(
+    recipe: str, overrides: tuple[str, ...], on: str | None, online: bool, until: str | None, gpus: int | None,
+    gpu_memory: float | None, host_memory: float | None, model_config: Path | None, runs_folder: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Say what each stage of a recipe takes: memory of each process by part, and disk. Runs nothing.
+
+    Computed from the models' config.json alone, for this machine or for one that the options describe. Exits with 1
+    where a stage does not fit, and says what to change. 1 GB = 10⁹ bytes.
+
+    \b
+    cai plan quickstart
+    cai plan cai-dpo --set model=Qwen/Qwen3-8B --model-config config.json --on 8gpu-zero3 --gpu-memory 80
+    """
+    from cai.run.plan import Options, selected_stages
+    from cai.run.recipe import load_recipe
+
+    profile = chosen_profile(on, online)
+    read_recipe = load_recipe(recipe, overrides)
+    stages = selected_stages(read_recipe, Options(until), profile, on_this_machine=False)
+    other_machine = OtherMachine(gpus, gpu_memory, host_memory)
+    _say_memory(read_recipe, profile, stages, runs_folder, {} if as_json else None, other_machine, model_config)
 
 
 def _echo_comparison(summary: Mapping[str, Any]) -> None:
@@ -231,4 +341,4 @@ def compare(
 
     profile = chosen_profile(on, online, vllm_python)
     recipe = comparison_recipe(models, prompts, document, judge, limit, runs_folder)
-    _run(recipe, overrides, profile, Options(), False, runs_folder, as_json)
+    _run(recipe, overrides, profile, Options(), runs_folder, as_json)

@@ -134,6 +134,19 @@ def read_model_json(model: Model, name: str) -> dict[str, Any]:
     return read_json_object(folder / name) if base is None else read_model_json(base, name)
 
 
+def find_config(model: Model, *, offline: bool = True) -> dict[str, Any] | None:
+    """The object in a model's config.json, or its base's; None where it is not to be had. Weights are not needed."""
+    if Path(model.path).is_absolute():
+        return read_model_json(model, "config.json") or None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return read_json_object(Path(hf_hub_download(model.path, "config.json", local_files_only=offline)))
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
+        return None
+
+
 def head(model: Model) -> Literal["language", "score"] | None:
     """The head of a model on this machine: a vocabulary or a score. None where its config does not say."""
     folder = Path(model.path)

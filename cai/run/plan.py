@@ -86,8 +86,10 @@ def plan_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options) -
     return steps
 
 
-def selected_stages(recipe: Recipe, options: Options, profile: Profile) -> list[StageConfig]:
-    """The stages up to the last one wanted. Raises BadInput where the profile cannot train one."""
+def selected_stages(
+    recipe: Recipe, options: Options, profile: Profile, *, on_this_machine: bool = True
+) -> list[StageConfig]:
+    """The stages up to the last one wanted. Raises BadInput where the profile, or this machine, cannot train one."""
     ids = list(recipe.stages)
     names = list(dict.fromkeys([*ids, *recipe.composites]))
     for option, name in (("--until", options.until), ("--from", options.redo_from)):
@@ -100,7 +102,8 @@ def selected_stages(recipe: Recipe, options: Options, profile: Profile) -> list[
         if isinstance(config, TrainingConfig):
             profile.accumulation(config.batch_size)
             if config.quantises_base:
-                profile.check_quantised_base(config.id, is_sampled=isinstance(config, ReinforcementConfig))
+                is_sampled = isinstance(config, ReinforcementConfig)
+                profile.check_quantised_base(config.id, is_sampled=is_sampled, on_this_machine=on_this_machine)
         if isinstance(config, ReinforcementConfig):
             profile.check_rollouts(config.id)
             _check_judges(config, profile)
