@@ -45,7 +45,7 @@ Head = Literal["language", "score"]
 """What a model ends in: the vocabulary, or one score."""
 NF4_BYTES = 4.127 / 8
 """Bytes of a weight in NF4 with quantised scales (Dettmers et al. 2023, arXiv 2305.14314)."""
-REVISION = 1
+REVISION = 3
 """Raised when what is measured here, or in `cai.training.activations`, changes: cached sizes are then not used."""
 HELD_BACK = 0.1
 """Share of memory that is left to what is not counted: gaps between tensors above all."""
@@ -151,10 +151,11 @@ def nf4_bytes(config: PreTrainedConfig, head: Head, dtype: torch.dtype) -> int:
 def kv_bytes_of(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of a token's keys and values in that precision."""
 
-    def measure(shallow: PreTrainedConfig, dtype: torch.dtype) -> int:
+    def measure(shallow: PreTrainedConfig, dtype: torch.dtype) -> CountedBytes:
         model = meta_model(shallow, "language", dtype).eval()
         with fake_tensors(model):
-            return kv_bytes_per_token(model)
+            n_bytes = kv_bytes_per_token(model)
+        return CountedBytes(n_bytes, n_bytes)
 
     def measure_all() -> list[int]:
         return [of_all_layers(config, "language", lambda shallow: in_half_where_needed(measure, shallow, dtype))]
@@ -164,8 +165,8 @@ def kv_bytes_of(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def in_half_where_needed(
-    measure: Callable[[PreTrainedConfig, torch.dtype], int], config: PreTrainedConfig, dtype: torch.dtype
-) -> int:
+    measure: Callable[[PreTrainedConfig, torch.dtype], CountedBytes], config: PreTrainedConfig, dtype: torch.dtype
+) -> CountedBytes:
     """What `measure` gives in that precision; of a mixture of experts in float32, twice what it gives in bfloat16.
 
     Fake products of experts (`_grouped_mm`) exist in bfloat16 alone (torch 2.13).
@@ -175,7 +176,8 @@ def in_half_where_needed(
     except RuntimeError:
         if dtype != torch.float32:
             raise
-        return 2 * measure(config, torch.bfloat16)
+        kept, peak = measure(config, torch.bfloat16)
+        return CountedBytes(2 * kept, 2 * peak)
 
 
 def kv_tokens(profile: Profile, kv_bytes: int, free: int, on_cpu: bool) -> int:
@@ -215,11 +217,11 @@ def pass_bytes_of(config: PreTrainedConfig, dtype: torch.dtype, n_tokens: int) -
     """
     n_short, n_long = 64, 128
 
-    def measure(shallow: PreTrainedConfig, dtype: torch.dtype, n: int) -> int:
+    def measure(shallow: PreTrainedConfig, dtype: torch.dtype, n: int) -> CountedBytes:
         model = meta_model(shallow, "language", dtype).eval()
         with fake_tensors(model), torch.no_grad(), LiveBytes(model) as live:
             model.base_model(input_ids=torch.zeros((1, n), dtype=torch.long), use_cache=False)
-        return int(live.peak)
+        return CountedBytes(0, live.peak)
 
     def measure_both() -> list[int]:
         def of_length(n: int) -> int:
@@ -232,19 +234,28 @@ def pass_bytes_of(config: PreTrainedConfig, dtype: torch.dtype, n_tokens: int) -
     return of_short + max(0, of_long - of_short) * (n_tokens - n_short) // (n_long - n_short)
 
 
-def of_all_layers(config: PreTrainedConfig, head: Head, measure: Callable[[PreTrainedConfig], int]) -> int:
-    """What `measure` gives for a model, from models of one and of two periods of its layers where they repeat.
+class CountedBytes(NamedTuple):
+    """Bytes that computing with a model holds."""
 
-    What a pass holds grows linearly with layers of one kind, and counting all of them takes seconds.
+    kept: int
+    """What grows with its layers, as activations that are kept do."""
+    peak: int
+    """The most that is alive at once."""
+
+
+def of_all_layers(config: PreTrainedConfig, head: Head, measure: Callable[[PreTrainedConfig], CountedBytes]) -> int:
+    """The peak of a model, from models of a few of its layers where they repeat; counting all of them takes seconds.
+
+    What is kept grows linearly with layers of one kind, and what comes on top of it stays.
     """
     kinds = _kinds_of_layers(meta_model(config, head, torch.bfloat16), config)
     n_layers = len(kinds)
     periods = (n for n in range(1, n_layers // 4 + 1) if all(kinds[i] == kinds[i % n] for i in range(n_layers)))
     period = next(periods, None)
     if period is None:
-        return measure(config)
-    of_one, of_two = (measure(_with_layers(config, n)) for n in (period, 2 * period))
-    return of_one + round((of_two - of_one) * (n_layers - period) / period)
+        return measure(config).peak
+    few, more = (measure(_with_layers(config, n * period)) for n in (2, 3))
+    return more.peak + round((more.kept - few.kept) * (n_layers - 3 * period) / period)
 
 
 def _kinds_of_layers(model: PreTrainedModel, config: PreTrainedConfig) -> list[object]:

@@ -20,9 +20,11 @@ from cai.attention.patched_attention import TRIAL_ERRORS, find_layout_obstacle, 
 from cai.attention.token_trees import TokenTree
 from cai.contracts.training_config import LoRA
 from cai.models.footprint import (
+    CountedBytes,
     Head,
     LiveBytes,
     cached_sizes,
+    count_weights,
     fake_tensors,
     in_half_where_needed,
     meta_model,
@@ -70,6 +72,8 @@ def _measure(config: PreTrainedConfig, setting: StepSetting, rows: int, length: 
     model = _trained_model(config, setting)
     n_trained, n_frozen = (n_parameters(model, trained=trained) for trained in (True, False))
     n_bytes = of_all_layers(config, setting.head, lambda shallow: _step_bytes(shallow, setting, rows, length))
+    if setting.lora is None:  # its gradient comes last, when no activation is left
+        n_bytes = max(n_bytes, count_weights(config, setting.head).embeddings * setting.weights.itemsize)
     gradients = 0 if setting.accumulates else n_trained * setting.weights.itemsize  # added as activations are freed
     return [n_trained, n_frozen, max(0, n_bytes - gradients)]
 
@@ -86,16 +90,16 @@ def _trained_model(config: PreTrainedConfig, setting: StepSetting) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=rank, target_modules=modules, task_type=task))  # type: ignore[no-any-return]
 
 
-def _step_bytes(config: PreTrainedConfig, setting: StepSetting, rows: int, length: int) -> int:
-    def measure(config: PreTrainedConfig, weights: torch.dtype) -> int:
+def _step_bytes(config: PreTrainedConfig, setting: StepSetting, rows: int, length: int) -> CountedBytes:
+    def measure(config: PreTrainedConfig, weights: torch.dtype) -> CountedBytes:
         compute = setting.compute if weights == setting.weights else weights
         return _count_step_bytes(config, replace(setting, weights=weights, compute=compute), rows, length)
 
     return in_half_where_needed(measure, config, setting.weights)
 
 
-def _count_step_bytes(config: PreTrainedConfig, setting: StepSetting, rows: int, length: int) -> int:
-    """Bytes that are alive at most in one forward and backward pass, with one gradient at a time."""
+def _count_step_bytes(config: PreTrainedConfig, setting: StepSetting, rows: int, length: int) -> CountedBytes:
+    """What one forward and backward pass holds, with one gradient at a time; kept is what the body's forward leaves."""
     trained = _trained_model(config, setting)
     model: Any = trained.get_base_model() if setting.lora else trained  # type: ignore[operator]
     with fake_tensors(trained):
@@ -104,16 +108,25 @@ def _count_step_bytes(config: PreTrainedConfig, setting: StepSetting, rows: int,
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             if setting.lora:
                 model.enable_input_require_grads()
+        _freeze_untied_embeddings(model)
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         uses_autocast = setting.weights != setting.compute
         with LiveBytes(trained) as live, torch.autocast("cpu", setting.compute, enabled=uses_autocast):
             hidden = _hidden_states(model, rows, length, setting)
+            kept = live.n_bytes
             loss = _head_loss(model, hidden.reshape(-1, hidden.shape[-1]), setting)
             del hidden
             loss.backward()  # type: ignore[no-untyped-call]
-        return int(live.peak)
+        return CountedBytes(kept, live.peak)
+
+
+def _freeze_untied_embeddings(model: PreTrainedModel) -> None:
+    """Leaves out a gradient that is larger than the activations of a few layers, and comes when these are gone."""
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is None or output.weight is not embeddings.weight:
+        embeddings.weight.requires_grad_(False)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -78,6 +78,14 @@ def test_a_forward_pass_of_more_tokens_holds_more():
     assert pass_bytes_of(config, torch.float32, 256) > 3 * pass_bytes_of(config, torch.float32, 64)
 
 
+def test_a_forward_pass_of_many_layers_holds_what_one_of_a_few_holds(tmp_path, monkeypatch):
+    config = random_model("llama", num_hidden_layers=12).config
+    from_few = pass_bytes_of(config, torch.bfloat16, 128)
+    monkeypatch.setattr("cai.models.footprint.of_all_layers", lambda config, _, measure: measure(config).peak)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert pass_bytes_of(config, torch.bfloat16, 128) == pytest.approx(from_few, rel=0.02)
+
+
 def test_sizes_are_computed_once_and_then_read_from_the_cache_folder(monkeypatch):
     config = random_model("llama").config
     first = kv_bytes_of(config, torch.float32)
