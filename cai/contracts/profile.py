@@ -157,8 +157,8 @@ class Profile(BaseModel):
     items_in_flight: int = Field(
         256,
         ge=1,
-        description="Items of a feedback stage that a process hands to its engine, and then writes, at once; where the "
-        "stage states no `journal_batch`.",
+        description="Most items of a feedback stage that a process hands to its engine, and then writes, at once, "
+        "where the stage states no `journal_batch`; a kill loses them.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     resume_point_minutes: float = Field(

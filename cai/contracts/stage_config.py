@@ -15,7 +15,7 @@ from cai.contracts.references import OutputKind
 from cai.storage.rows import NATS
 
 if TYPE_CHECKING:
-    from cai.storage.journal import Batch
+    from cai.storage.journal import Portion
 
 PrincipleField = Literal["critique", "revise", "compare", "examples", "weight"]
 """What of a principle a stage's output depends on; `weight` reaches no model."""
@@ -73,7 +73,7 @@ class CompositeConfig(StageConfig):
 
 
 class FeedbackConfig(StageConfig):
-    """A stage whose work is a list of items, journaled a batch at a time.
+    """A stage whose work is a list of items, journaled a portion at a time.
 
     Each of the profile's processes runs the stage: the journal gives it its share, and lets rank 0 alone past `finish`.
     """
@@ -81,15 +81,15 @@ class FeedbackConfig(StageConfig):
     journal_batch: int | None = Field(
         None,
         ge=1,
-        description="Items that are computed and written together; absent = as many as each process has, up to the "
-        "profile's `items_in_flight`.",
+        description="Items that are computed and written together, as one portion; absent = as many as each process "
+        "has, up to the profile's `items_in_flight`.",
     )
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
 
-    def attempts(self, batch: Batch) -> int:
-        """Retries for a batch. A reopened batch repeats its earlier attempts, so that items which had succeeded come
-        out as they were."""
-        return (self.retries + 1) * (batch.attempt + 1) - 1
+    def attempts(self, portion: Portion) -> int:
+        """Retries for a portion. Reopened items repeat their earlier attempts, so that what had succeeded of an item
+        that failed in part comes out as it was, up to rounding."""
+        return (self.retries + 1) * (portion.attempt + 1) - 1
 
 
 class WritingConfig(FeedbackConfig):

@@ -6,7 +6,7 @@ over-long prompt fails again at once. Reasoning without a response after it is a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,11 +17,13 @@ Item = TypeVar("Item", Request, Question)
 
 
 def generate_all(
-    engine: Engine, requests: Sequence[Request], retries: int, *, fail_if_cut_off: bool = False
-) -> dict[str, Completion | Failure]:
+    engine: Engine, requests: Sequence[Request], retries: int, *, fail_if_cut_off: bool = False,
+    on_completion: Callable[[Completion], None] | None = None,
+) -> dict[str, Completion | Failure]:  # fmt: skip
     """The completion of every request by its id, or the last failure after 1 + `retries` attempts.
 
-    With `fail_if_cut_off` a text that reached its token limit is a failure.
+    With `fail_if_cut_off` a text that reached its token limit is a failure. `on_completion` is called with each
+    completion as the engine yields it.
     """
     results: dict[str, Completion | Failure] = {}
     for attempt in range(1 + retries):
@@ -30,7 +32,10 @@ def generate_all(
             break
         if attempt:
             pending = [replace(request, seed=stable_seed(request.seed, attempt)) for request in pending]
-        results.update((result.id, _check(result, fail_if_cut_off)) for result in engine.generate(pending))
+        for answer in engine.generate(pending):
+            result = results[answer.id] = _check(answer, fail_if_cut_off)
+            if on_completion and isinstance(result, Completion):
+                on_completion(result)
     return results
 
 
@@ -44,14 +49,23 @@ def _check(result: Completion | Failure, fail_if_cut_off: bool) -> Completion | 
     return Failure(result.id, f"its reasoning took all {result.n_tokens} tokens and no response followed")
 
 
-def choose_all(engine: Engine, questions: Sequence[Question], retries: int) -> dict[str, Choice | Failure]:
-    """The choice for every question by its id, or the last failure after 1 + `retries` attempts."""
+def choose_all(
+    engine: Engine, questions: Sequence[Question], retries: int, *,
+    on_choice: Callable[[Choice], None] | None = None,
+) -> dict[str, Choice | Failure]:  # fmt: skip
+    """The choice for every question by its id, or the last failure after 1 + `retries` attempts.
+
+    `on_choice` is called with each choice as the engine yields it.
+    """
     results: dict[str, Choice | Failure] = {}
     for _ in range(1 + retries):
         pending = _unanswered(questions, results)
         if not pending:
             break
-        results.update((result.id, result) for result in engine.choose(pending))
+        for answer in engine.choose(pending):
+            results[answer.id] = answer
+            if on_choice and isinstance(answer, Choice):
+                on_choice(answer)
     return results
 
 

@@ -16,7 +16,7 @@ Left out: who is asked about what (stages choose), and how votes become labels (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -98,6 +98,8 @@ class Judge:
     """Answers sampled for each question of `pairwise`; None reads log-probabilities."""
     sampling: Sampling = field(default_factory=Sampling)
     """Sampling of rationales."""
+    on_pair: Callable[[], None] | None = None
+    """Called whenever a pair's last log-probabilities of `pairwise` come in."""
 
     def votes(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
         """Votes on every pair by its principles."""
@@ -107,10 +109,32 @@ class Judge:
     def _pairwise(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
         questions = [question for pair in pairs for question in to_questions(pair, principles[pair.id], self.templates)]
         if self.n_samples is None:
-            answers = choose_all(self.engine, questions, self.retries)
+            answers = choose_all(self.engine, questions, self.retries, on_choice=self._report_pairs(pairs, principles))
         else:
             answers = self._choose_by_sampling(questions, self.n_samples)
         return {pair.id: to_votes(pair, principles[pair.id], answers, self.min_option_probability) for pair in pairs}
+
+    def _report_pairs(
+        self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair
+    ) -> Callable[[Choice], None] | None:
+        """What counts the choices about each pair and calls `on_pair` at its last one."""
+        if (on_pair := self.on_pair) is None:
+            return None
+        n_open = {pair.id: len(ORDERS) * len(principles[pair.id]) for pair in pairs}
+        pair_of_question = {
+            question_id(pair, order, principle): pair.id
+            for pair in pairs
+            for order in ORDERS
+            for principle in principles[pair.id]
+        }
+
+        def count_choice(choice: Choice) -> None:
+            pair_id = pair_of_question[choice.id]
+            n_open[pair_id] -= 1
+            if not n_open[pair_id]:
+                on_pair()
+
+        return count_choice
 
     def _choose_by_sampling(self, questions: Sequence[Question], n_samples: int) -> dict[str, Choice | Failure]:
         """The answer to every question by its id, from counts of sampled texts."""

@@ -28,7 +28,7 @@ from cai.run.recipe import Recipe
 from cai.run.recipe_names import needs
 from cai.storage import run_folder
 from cai.storage.files import read_json
-from cai.storage.journal import PLAN
+from cai.storage.journal import PLAN, count_items, is_of_earlier_version
 from cai.storage.rows import stable_id
 from cai.text.errors import BadInput, did_you_mean
 
@@ -135,11 +135,19 @@ class Planner:
                 return Step(config, "runs", first_few(changed), folder, parts, removes=True)
             n_failures = run_folder.n_failures(folder)
             if self.options.retry_failures and n_failures and (folder / PLAN).exists():
+                if is_of_earlier_version(folder):
+                    raise BadInput(
+                        f"stage {config.id!r}: {folder} is of an earlier version of cai, whose failed items cannot be "
+                        f"asked again alone; run with `--from {config.id}` to compute the stage anew"
+                    )
                 reason = f"{n_failures} failed items are asked again"
                 return Step(config, "continues", reason, folder, parts, reopens=True)
             return Step(config, "reused", _other_versions(finished), folder, parts, finished)
-        if batches := run_folder.n_batches(folder):
-            return Step(config, "continues", f"{batches} batches are on disk", folder, parts)
+        if is_of_earlier_version(folder):
+            reason = "what is on disk of it is of an earlier version of cai, and cannot be continued"
+            return Step(config, "runs", reason, folder, parts, removes=True)
+        if (count := count_items(folder)) and count.n_finished:
+            return Step(config, "continues", str(count), folder, parts)
         if (folder / run_folder.STAGE).exists():
             return Step(config, "runs", "it did not come to its end", folder, parts)
         return Step(config, "runs", self._reason_to_run(config, parts), folder, parts)

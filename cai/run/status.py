@@ -10,6 +10,7 @@ from cai.contracts.stage_config import FeedbackConfig
 from cai.run.recipe_names import models_of
 from cai.storage import run_folder
 from cai.storage.files import read_json
+from cai.storage.journal import count_items
 from cai.text.formatting import printable
 from cai.text.progress import duration
 from cai.text.tables import aligned_lines, is_rate, rate_text, table
@@ -87,7 +88,7 @@ def result_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:
 
 
 class StageStatus(TypedDict):
-    """One stage of a run. Done stages have an end, seconds and failures, unfinished ones have batches."""
+    """One stage of a run. Done stages have an end, seconds and failures, unfinished feedback stages have items."""
 
     stage: str
     status: Literal["done", "unfinished", "not run"]
@@ -96,8 +97,11 @@ class StageStatus(TypedDict):
     seconds: NotRequired[float]
     failures: NotRequired[int]
     """Items without a result."""
-    batches: NotRequired[int]
-    """Batches of a feedback stage that are on disk."""
+    on_disk: NotRequired[int]
+    """Items of a feedback stage that are on disk."""
+    n_items: NotRequired[int]
+    unit: NotRequired[str]
+    """What the stage's items are, such as responses."""
 
 
 def stage_statuses(run: Path) -> list[StageStatus]:
@@ -114,8 +118,10 @@ def _stage_status(run: Path, stage_id: str, latest: Path | None) -> StageStatus:
     newest = max(unfinished, key=_started_at, default=None)
     done = latest if latest is not None and run_folder.finished(latest) else None
     if newest is not None and (done is None or _started_at(newest) > _started_at(done)):
-        batches = run_folder.n_batches(newest)
-        return {"stage": stage_id, "status": "unfinished", "folder": newest.name, "batches": batches}
+        status: StageStatus = {"stage": stage_id, "status": "unfinished", "folder": newest.name}
+        if count := count_items(newest):
+            status |= {"on_disk": count.n_finished, "n_items": count.n_items, "unit": count.unit}
+        return status
     if done is None:
         return {"stage": stage_id, "status": "not run", "folder": None}
     facts = read_json(done / run_folder.STAGE)
@@ -137,8 +143,8 @@ def status_lines(run: Path) -> list[str]:
         if stage["status"] == "done":
             failed = f", {stage['failures']:,} failed" if stage["failures"] else ""
             details = duration(stage["seconds"]) + failed
-        elif stage["status"] == "unfinished":
-            details = f"{stage['batches']:,} batches on disk"
+        elif "on_disk" in stage:
+            details = f"{stage['on_disk']:,} of {stage['n_items']:,} {stage['unit']} on disk"
         rows.append([stage["stage"], stage["status"], details, stage["folder"] or ""])
     return [str(run), "", *table(["stage", "", "", "folder"], rows)]
 

@@ -27,7 +27,7 @@ from cai.contracts.references import OneOrMore, OutputKind, TextsRef
 from cai.contracts.stage_config import FeedbackConfig
 from cai.contracts.training_config import RewardedConfig
 from cai.feedback.votes import is_empty
-from cai.storage.journal import RECORDS
+from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import Failure, Sample, ScoredSample, read_rows, stable_id
 from cai.text.errors import StageFailed
 from cai.text.left_out import LeftOut, failure_reasons
@@ -60,9 +60,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"stage {config.id!r}: found no prompt whose responses can be scored among {len(responses)} responses; "
                 f"{left_out['cut_off']} are cut off and {left_out['empty']} empty"
             )
-        for batch in context.journal.batches(items, size=config.journal_batch, unit="prompts"):
-            rows, failures = choose(batch.items, rewards, config.attempts(batch))
-            context.journal.append(batch, rows, failures)
+        for portion in context.journal.portions(items, size=config.journal_batch, unit="prompts"):
+            context.journal.append(portion, choose(portion.items, rewards, config.attempts(portion)))
     _, failed = context.journal.finish()
     report_left_out(context, by_prompt, items, left_out, failed)
     chosen: list[ScoredSample] = read_rows(context.folder / RECORDS)
@@ -111,14 +110,13 @@ def candidates(responses: Sequence[Sample]) -> tuple[dict[str, list[Sample]], di
     return by_prompt, {reason: left_out[reason] for reason in ("cut_off", "empty")}
 
 
-def choose(items: Sequence[dict[str, Any]], rewards: Rewards, retries: int) -> tuple[list[ScoredSample], list[Failure]]:
+def choose(items: Sequence[dict[str, Any]], rewards: Rewards, retries: int) -> list[Result]:
     """The best response to each prompt, and the failures: responses without a reward, prompts without any reward."""
     from cai.training.rl.rewards import Response
 
     rows = [row for item in items for row in item["rows"]]
     scores_in_order = iter(rewards.scores([Response(_prompt(row), row["response"]) for row in rows], retries))
-    chosen: list[ScoredSample] = []
-    failures: list[Failure] = []
+    results = []
     for item in items:
         scored: list[tuple[float, dict[str, float], Sample]] = []
         failed: list[Failure] = []
@@ -129,13 +127,14 @@ def choose(items: Sequence[dict[str, Any]], rewards: Rewards, retries: int) -> t
             else:
                 scored.append((rewards.total(scores), scores, row))
         if not scored:
-            failures.append(Failure(item["id"], f"no response has a reward; first: {failed[0].reason}"))
+            failure = Failure(item["id"], f"no response has a reward; first: {failed[0].reason}")
+            results.append(Result(failures=[failure]))
             continue
-        failures += failed
         reward, scores, row = max(scored, key=lambda candidate: candidate[0])
         mean = fmean(total for total, _, _ in scored)
-        chosen.append({**row, "reward": reward, "rewards": scores, "mean_reward": mean, "of": len(scored)})  # type: ignore[typeddict-item]
-    return chosen, failures
+        best: ScoredSample = {**row, "reward": reward, "rewards": scores, "mean_reward": mean, "of": len(scored)}  # type: ignore[typeddict-item]
+        results.append(Result(best, failed))
+    return results
 
 
 def measure(chosen: Sequence[ScoredSample]) -> dict[str, Any]:

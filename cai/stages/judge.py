@@ -41,7 +41,7 @@ from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair, is_
 from cai.maths.statistics import worst_case
 from cai.maths.vote_aggregation import mean_over_orders
 from cai.prompt_sets import PairSet, load_human_pairs
-from cai.storage.journal import RECORDS
+from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import (
     Candidate,
     Failure,
@@ -197,30 +197,30 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         )
     judge_name = context.model(config.judge).name
     with context.engine(config.judge) as engine:
-        for batch in context.journal.batches(items, size=config.journal_batch, unit="pairs"):
+        for portion in context.journal.portions(items, size=config.journal_batch, unit="pairs"):
             judge = Judge(
                 engine,
                 context.templates(config.judge),
                 config.method,
                 config.min_option_probability,
-                config.attempts(batch),
+                config.attempts(portion),
                 context.seed_for("reasons"),
                 config.rationales,
                 config.scale,
                 config.draws if config.verdicts == "text" else None,
                 Sampling(config.max_new_tokens, config.temperature),
+                context.journal.report_answer,
             )
             pairs = [
-                ResponsePair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in batch.items
+                ResponsePair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in portion.items
             ]
             votes_by_pair = judge.votes(pairs, principles)
-            rows, failures = [], []
-            for item in batch.items:
-                votes, vote_failures = votes_by_pair[item["id"]]
-                failures += vote_failures
-                if votes:
-                    rows.append(to_row(item, votes, judge_name, context.constitution.name, config))
-            context.journal.append(batch, rows, failures)
+            results = []
+            for item in portion.items:
+                votes, failures = votes_by_pair[item["id"]]
+                row = to_row(item, votes, judge_name, context.constitution.name, config) if votes else None
+                results.append(Result(row, failures))
+            context.journal.append(portion, results)
     _, all_failures = context.journal.finish()
     judged: list[Vote] = read_rows(context.folder / RECORDS)
     if not judged and config.pairs != "against":

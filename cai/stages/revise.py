@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ from cai.contracts.stage_config import PrincipleField, WritingConfig
 from cai.engines.retry import generate_all
 from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 from cai.maths.behaviours import refusal
-from cai.storage.journal import RECORDS
+from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import TOPIC, Failure, Message, Revision, Round, Sample, read_rows, stable_id, stable_seed
 from cai.templates import TemplateSet
 from cai.text.errors import BadInput, StageFailed, did_you_mean
@@ -107,13 +108,19 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise StageFailed(f"no principle applies to any of {len(selected)} responses")
     model_name = context.model(config.model).name
     with context.engine(config.model) as engine:
-        for batch in context.journal.batches(to_revise, size=config.journal_batch, unit="responses"):
-            items = [start(row, config.rounds, principles, context) for row in batch.items]
-            reviser = Reviser(engine, context.templates(config.model), config.sampling, config.attempts(batch))
+        for portion in context.journal.portions(to_revise, size=config.journal_batch, unit="responses"):
+            items = [start(row, config.rounds, principles, context) for row in portion.items]
+            reviser = Reviser(engine, context.templates(config.model), config.sampling, config.attempts(portion))
             for round_index in range(config.rounds):
-                revise_once(items, round_index, reviser)
-            rows = [to_row(item, context.stage_id, model_name) for item in items if item.failure is None]
-            context.journal.append(batch, rows, [item.failure for item in items if item.failure is not None])
+                is_last_round = round_index == config.rounds - 1
+                revise_once(items, round_index, reviser, context.journal.report_answer if is_last_round else None)
+            results = [
+                Result(to_row(item, context.stage_id, model_name))
+                if item.failure is None
+                else Result(failures=[item.failure])
+                for item in items
+            ]
+            context.journal.append(portion, results)
     _, failures = context.journal.finish()
     unprincipled = LeftOut(
         len(selected) - len(to_revise), "without a principle that applies", "let a principle apply to their tags"
@@ -175,8 +182,13 @@ def sample_principles(principles: list[Principle], n_rounds: int, seed: int) -> 
     return sampled[:n_rounds]
 
 
-def revise_once(items: list[Item], round_index: int, reviser: Reviser) -> None:
-    """Asks for a critique of every item that has not failed, then for a revision after each usable critique."""
+def revise_once(
+    items: list[Item], round_index: int, reviser: Reviser, on_revision: Callable[[], None] | None = None
+) -> None:
+    """Asks for a critique of every item that has not failed, then for a revision after each usable critique.
+
+    `on_revision` is called as each revision comes in.
+    """
     active = {item.id: item for item in items if item.failure is None}
     critique_messages = {
         id: reviser.templates.critique(item.prompt, item.response, item.principles[round_index])
@@ -190,7 +202,8 @@ def revise_once(items: list[Item], round_index: int, reviser: Reviser) -> None:
             item.rounds.append(Round(principle=principle.id, critique=critique.text, revision="", outcome="refused"))
         else:
             revision_messages[id] = reviser.templates.revise(item.prompt, item.response, critique.text, principle)
-    for id, revision in generate(active, revision_messages, "revise", round_index, reviser).items():
+    revisions = generate(active, revision_messages, "revise", round_index, reviser, on_revision)
+    for id, revision in revisions.items():
         record_round(active[id], round_index, critiques[id].text, revision)
 
 
@@ -200,14 +213,19 @@ def generate(
     step: Literal["critique", "revise"],
     round_index: int,
     reviser: Reviser,
+    on_completion: Callable[[], None] | None = None,
 ) -> dict[str, Completion]:
-    """The completions by item id. An item whose request fails has failed for good, with the round in its reason."""
+    """The completions by item id. An item whose request fails has failed for good, with the round in its reason.
+
+    `on_completion` is called as each completion comes in.
+    """
     requests = [
         Request(id, messages, stable_seed(items[id].seed, round_index, step), reviser.sampling)
         for id, messages in messages_by_id.items()
     ]
     completions: dict[str, Completion] = {}
-    for id, completion in generate_all(reviser.engine, requests, reviser.retries).items():
+    report = None if on_completion is None else lambda _: on_completion()
+    for id, completion in generate_all(reviser.engine, requests, reviser.retries, on_completion=report).items():
         if isinstance(completion, Failure):
             principle = items[id].principles[round_index].id
             reason = f"response {id}, round {round_index + 1}, {step} by {principle!r}: {completion.reason}"

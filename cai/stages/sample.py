@@ -17,7 +17,7 @@ from cai.contracts.engine import Completion, Request
 from cai.contracts.references import OneOrMore, OutputKind, PromptSetRef, WriterRef
 from cai.contracts.stage_config import WritingConfig
 from cai.engines.retry import generate_all
-from cai.storage.journal import RECORDS
+from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id, stable_seed
 from cai.text.errors import StageFailed
 from cai.text.left_out import failure_reasons
@@ -55,20 +55,26 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     ]
     model_name = context.model(config.model).name
     with context.engine(config.model) as engine:
-        for batch in context.journal.batches(items, size=config.journal_batch, unit="responses"):
+        for portion in context.journal.portions(items, size=config.journal_batch, unit="responses"):
             requests = [
                 Request(item["id"], item["prompt"]["messages"], item_seed(item, config, context), config.sampling)
-                for item in batch.items
+                for item in portion.items
             ]
-            completions = generate_all(engine, requests, config.attempts(batch))
-            rows, failures = [], []
-            for item, request in zip(batch.items, requests, strict=True):
+            completions = generate_all(
+                engine,
+                requests,
+                config.attempts(portion),
+                on_completion=lambda completion: context.journal.report_answer(completion.n_tokens),
+            )
+            results = []
+            for item, request in zip(portion.items, requests, strict=True):
                 completion = completions[item["id"]]
                 if isinstance(completion, Failure):
-                    failures.append(Failure(item["id"], f"prompt {item['prompt']['id']}: {completion.reason}"))
+                    failure = Failure(item["id"], f"prompt {item['prompt']['id']}: {completion.reason}")
+                    results.append(Result(failures=[failure]))
                 else:
-                    rows.append(to_row(item["prompt"], completion, request.seed, model_name))
-            context.journal.append(batch, rows, failures)
+                    results.append(Result(to_row(item["prompt"], completion, request.seed, model_name)))
+            context.journal.append(portion, results)
     _, all_failures = context.journal.finish()
     responses: list[Sample] = read_rows(context.folder / RECORDS)
     if not responses:

@@ -1,29 +1,31 @@
-"""The journal of a feedback stage: its rows on disk, a batch at a time, so that a killed stage continues.
+"""The journal of a feedback stage: its rows on disk, a portion at a time, so that a killed stage continues.
 
-The plan is a list of items with unique ids, cut into batches beforehand. A stage takes a portion at a time: one batch
-of the size that its config states, or else neighbouring small batches, as many as the profile lets a process hold in
-flight. Each finished portion is one line, written with one call and flushed to the disk. The next start discards a torn
-last line and computes its whole portion again: an engine gets the same requests together in an interrupted run as in an
+The plan is a list of items with unique ids, cut beforehand into portions that a stage computes in one go: of the size
+that its config states, or else as equal as can be and as large as the profile lets a process hold in flight. Each
+finished portion is one line, written with one call and flushed to the disk. The next start discards a torn last line
+and computes its whole portion again: an engine gets the same requests together in an interrupted run as in an
 undisturbed one. `finish` writes the rows in the plan's order to `records.jsonl` and the failures to `failures.jsonl`.
 
 Several processes share a plan through the folder alone. Rank r of n computes the portions whose number is r modulo n,
-as far as no file holds their batches, and writes them to a file of its own. Batches in any rank's file count, so that a
+as far as no file holds their items, and writes them to a file of its own. Items in any rank's file count, so that a
 later run, with any number of ranks, computes the missing ones and nothing else. Stages need not know about ranks: when
-a stage finishes its journal, rank 0 waits for the other ranks' batches and continues alone, and the others end with
+a stage finishes its journal, rank 0 waits for the other ranks' items and continues alone, and the others end with
 `ShareDone`.
 
-Left out: moving portions between ranks. A rank that has finished its share does not help slower ones.
+Left out: moving portions between ranks. A rank that has finished its share does not help slower ones. A portion is
+written whole although an engine answers item by item: half a portion on disk would leave the other half to be computed
+in other company, and rounding would differ from that of an undisturbed run.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,35 +42,35 @@ JOURNAL = "journal.jsonl"
 RECORDS = "records.jsonl"
 FAILURES = "failures.jsonl"
 PLAN = "plan.json"
-"""The numbers of batches and of rows of each line, in the order of `records.jsonl`, to reopen a finished stage."""
+"""The number of items and the positions of those without a row, to reopen a finished stage."""
 POLL_SECONDS = 0.1
 """Time between two reads of the other ranks' files."""
 
 
 class ShareDone(Exception):
-    """Ends the stage on every rank but 0: its batches are on the disk, and rank 0 does the rest of the stage."""
-
-
-N_BATCHES, LARGEST_BATCH = 64, 256
-"""Number of batches where a stage states no size: enough for as many ranks, of at most so many items."""
+    """Ends the stage on every rank but 0: its items are on the disk, and rank 0 does the rest of the stage."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Items that are computed and written together: one batch of the plan, or `n_batches` from `number` on.
+class Portion:
+    """Items that are computed and written together.
 
-    `attempt` counts how often `cai run --retry-failures` has reopened the batch; seeds of random sampling contain it.
+    `number` counts the portions of all ranks. `attempt` counts how often `cai run --retry-failures` has asked for these
+    items again; `FeedbackConfig.attempts` follows from it.
     """
 
     number: int
     items: list[Any]
+    positions: list[int]
+    """Places of the items in the plan, from 0."""
     attempt: int = 0
-    n_batches: int = 1
 
-    @property
-    def numbers(self) -> range:
-        """The numbers of its batches in the plan."""
-        return range(self.number, self.number + self.n_batches)
+
+class Result(NamedTuple):
+    """What became of an item: its row, or what failed, or both where a part of it failed."""
+
+    row: Mapping[str, Any] | None = None
+    failures: Sequence[Failure] = ()
 
 
 class Finished(NamedTuple):
@@ -78,10 +80,21 @@ class Finished(NamedTuple):
     failures: list[Failure]
 
 
-class Journal:
-    """The batches of one stage on disk in `folder`; this process is rank `rank` of `ranks`.
+class Count(NamedTuple):
+    """Items of an unfinished stage that are on disk."""
 
-    `in_flight` is the number of items that a portion of several batches may have; None = all of the rank's items.
+    n_finished: int
+    n_items: int
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.n_finished:,} of {self.n_items:,} {self.unit} are on disk"
+
+
+class Journal:
+    """The items of one stage on disk in `folder`; this process is rank `rank` of `ranks`.
+
+    `in_flight` is the number of items that a portion may have where the stage states none; None = all of the rank's.
     """
 
     def __init__(
@@ -90,63 +103,63 @@ class Journal:
     ) -> None:  # fmt: skip
         self.folder = folder
         self.path = folder / (JOURNAL if rank == 0 else f"journal-{rank}.jsonl")
-        """This rank's file, which exists from the first batch until the stage is done."""
+        """This rank's file, which exists from the first portion until the stage is done."""
         self.rank, self.ranks, self.in_flight = rank, ranks, in_flight
         self.tokens = 0
-        """Tokens of all finished batches, including those of other ranks and earlier processes."""
+        """Tokens of all finished items, including those of other ranks and earlier processes."""
         self._progress = progress
         self._plan: str | None = None
-        """Hash of the batch size and the items' ids."""
-        self._batch_sizes: list[int] = []
-        """Number of items of each batch."""
-        self._share: list[range] = []
-        """This rank's portions, as numbers of neighbouring batches."""
-        self._finished: set[int] = set()
-        """Numbers of the batches on disk."""
+        """Hash of the items' ids."""
+        self._n_items = 0
+        self._unit = ""
+        self._share: dict[int, range] = {}
+        """The positions of the items in each of this rank's portions."""
         self._lines: dict[int, tuple[Path, int]] = {}
-        """The file and the offset of each line with batches, by the number of its first batch."""
+        """The file and the offset of the line with each finished item, by the item's position."""
         self._ends: dict[Path, int] = {}
         """Offset up to which each file has been read: the end of its last whole line of this plan."""
         self._attempts: dict[str, int] = {}
+        """How often an item has been reopened, by its position."""
+        self._n_answered = self._tokens_answered = 0
+        """What `report_answer` has shown as progress of the portion that is being computed."""
 
-    def batches(
+    def portions(
         self, items: Sequence[Mapping[str, Any]], size: int | None = None, unit: str = "items"
-    ) -> Iterator[Batch]:
-        """This rank's portions of `items` that are not on disk yet; each must be appended before the next one is taken.
+    ) -> Iterator[Portion]:
+        """This rank's portions of `items`, without what is on disk; each must be appended before the next is taken.
 
-        With a `size`, a portion is one batch of so many items, on any number of ranks. Without, the batches follow from
-        the number of items, and a portion from `in_flight` and `ranks`. Raises StageFailed where two items have the
-        same id.
+        With a `size`, a portion has so many items, on any number of ranks; without, its size follows from `in_flight`
+        and `ranks`. Raises StageFailed where two items have the same id.
         """
         ids = [item["id"] for item in items]
         if repeated := [item_id for item_id, count in Counter(ids).items() if count > 1]:
             raise StageFailed(f"{len(repeated)} items of this stage share an id with another, first {repeated[0]!r}")
-        batch_size = min(max(1, len(items) // N_BATCHES), LARGEST_BATCH) if size is None else size
-        self._plan = stable_id("portions", batch_size, ids)
-        batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-        self._batch_sizes = [len(batch) for batch in batches]
-        most = len(batches) if self.in_flight is None else self.in_flight // batch_size
-        most = max(1, most) if size is None else 1
-        self._share = portions(len(batches), most, self.ranks)[self.rank :: self.ranks]
+        self._plan, self._n_items, self._unit = stable_id(ids), len(ids), unit
+        if size is None:
+            cuts = cut_into_portions(len(ids), self.in_flight or len(ids), self.ranks)
+        else:
+            cuts = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
+        self._share = {number: cuts[number] for number in range(self.rank, len(cuts), self.ranks)}
         self._recover()
         if self._progress:
-            n_finished = sum(self._batch_sizes[number] for number in self._finished)
-            self._progress.start(total=len(items), unit=unit, finished=n_finished)
-        for run in self._missing():
-            merged = [item for number in run for item in batches[number]]
-            yield Batch(run.start, merged, self._attempt(run.start), len(run))
-            if not self._finished.issuperset(run):
-                raise AssertionError(f"batch {run.start} was not appended")
+            self._progress.start(total=len(ids), unit=unit, finished=len(self._lines))
+        for number, attempt, positions in self._missing():
+            yield Portion(number, [items[position] for position in positions], positions, attempt)
+            if not all(position in self._lines for position in positions):
+                raise AssertionError(f"portion {number} was not appended")
 
-    def append(
-        self, batch: Batch, rows: Iterable[Mapping[str, Any]], failures: Iterable[Failure], tokens: int | None = None
-    ) -> None:
-        """Writes one finished portion. `tokens`, for the display, are by default the sum of the rows' `n_tokens`."""
-        rows = list(rows)
-        if tokens is None:
-            tokens = sum(row.get("n_tokens", 0) for row in rows)
-        failed = [{"id": failure.id, "reason": failure.reason} for failure in failures]
-        line = _line(batch.number, batch.n_batches, rows, failed, tokens)
+    def report_answer(self, tokens: int = 0) -> None:
+        """Shows an item of the portion that is being computed as finished, before `append` writes the portion."""
+        self._n_answered += 1
+        self._tokens_answered += tokens
+        if self._progress:
+            self._progress.advance(items=1, tokens=tokens)
+
+    def append(self, portion: Portion, results: Sequence[Result]) -> None:
+        """Writes a finished portion: the result of each of its items, in their order."""
+        if len(results) != len(portion.items):
+            raise AssertionError(f"{len(results)} results for {len(portion.items)} items")
+        line = _line(portion.positions, results)
         with self.path.open("ab") as file:
             file.write(line)
             file.flush()
@@ -156,78 +169,73 @@ class Journal:
     def finish(self) -> Finished:
         """Waits for the other ranks, then writes `records.jsonl` and `failures.jsonl` in the plan's order.
 
-        Every batch of this rank must have been appended. Raises ShareDone on every rank but 0.
+        Every portion of this rank must have been appended. Raises ShareDone on every rank but 0.
         """
-        missing = self._missing()
-        if self._plan is None or missing:
-            raise AssertionError(f"{sum(map(len, missing))} of {len(self._batch_sizes)} batches were not appended")
+        if self._plan is None or self._missing():
+            raise AssertionError(f"{len(self._missing())} portions were not appended")
         if self.rank != 0:
             raise ShareDone
-        while len(self._finished) < len(self._batch_sizes):  # other ranks write theirs
+        while len(self._lines) < self._n_items:  # other ranks write theirs
             time.sleep(POLL_SECONDS)
             self._read_and_report()
-        counts: list[int] = []
-        lengths: list[int] = []
+        without_row: list[int] = []
         failures: list[dict[str, Any]] = []
+        read_line = functools.lru_cache(maxsize=4)(_read_line)  # neighbouring items are mostly on the same line
         with replacing(self.folder / RECORDS) as records:
-            for number, (path, offset) in sorted(self._lines.items()):
-                with path.open("rb") as file:
-                    file.seek(offset)
-                    entry = json.loads(file.readline())
-                for line in row_lines(entry["rows"]):
-                    records.write(line.encode())
-                counts.append(len(entry["rows"]))
-                lengths.append(entry["batches"])
-                failures += [{**failure, "batch": number} for failure in entry["failures"]]
+            for position in range(self._n_items):
+                row, item_failures = read_line(*self._lines[position])[position]
+                if row is None:
+                    without_row.append(position)
+                else:
+                    records.writelines(line.encode() for line in row_lines([row]))
+                failures += [{**failure, "item": position} for failure in item_failures]
         with replacing(self.folder / FAILURES) as file:
             file.writelines(line.encode() for line in row_lines(failures))
-        plan = {"plan": self._plan, "batches": lengths, "rows": counts, "tokens": self.tokens}
+        plan = {
+            "plan": self._plan, "n_items": self._n_items, "unit": self._unit, "without_row": without_row,
+            "tokens": self.tokens, "attempts": self._attempts,
+        }  # fmt: skip
         with replacing(self.folder / PLAN) as file:
-            file.write(canonical_json({**plan, "attempts": self._attempts}).encode())
-        return Finished(sum(counts), [Failure(failure["id"], failure["reason"]) for failure in failures])
+            file.write(canonical_json(plan).encode())
+        n_rows = self._n_items - len(without_row)
+        return Finished(n_rows, [Failure(failure["id"], failure["reason"]) for failure in failures])
 
     def discard(self) -> None:
         """Removes the files of all ranks, once the stage is marked as done."""
         for path in journal_paths(self.folder):
             path.unlink()
 
-    def _missing(self) -> list[range]:
-        """This rank's batches that are not on disk: runs of neighbours in one portion that have as many attempts."""
-        runs: list[range] = []
-        for portion in self._share:
-            run = range(0)
-            for number in [number for number in portion if number not in self._finished]:
-                if run and number == run.stop and self._attempt(number) == self._attempt(run.start):
-                    run = runs[-1] = range(run.start, number + 1)
-                else:
-                    run = range(number, number + 1)
-                    runs.append(run)
-        return runs
-
-    def _attempt(self, number: int) -> int:
-        """How often a batch has been reopened."""
-        return self._attempts.get(str(number), 0)
+    def _missing(self) -> list[tuple[int, int, list[int]]]:
+        """What this rank has to compute: a portion's number, and its items with as many attempts by their positions."""
+        missing = []
+        for number, cut in self._share.items():
+            positions_by_attempt = defaultdict(list)
+            for position in cut:
+                if position not in self._lines:
+                    positions_by_attempt[self._attempts.get(str(position), 0)].append(position)
+            missing += [(number, attempt, positions_by_attempt[attempt]) for attempt in sorted(positions_by_attempt)]
+        return missing
 
     def _recover(self) -> None:
         """Reads the files of all ranks. Cuts a torn tail off this rank's file, or begins it for a new plan."""
         self._lines, self._ends, self._attempts, self.tokens = {}, {}, {}, 0
-        self._finished = set()
         self._read_new_lines()
         if self.path in self._ends:
             os.truncate(self.path, self._ends[self.path])
         else:
             with replacing(self.path) as file:
-                file.write(_head(self._plan, self._attempts))
+                file.write(_head(self._plan, self._n_items, self._unit, self._attempts))
 
     def _read_and_report(self) -> None:
-        """Reads new lines of all ranks and reports them as progress."""
-        for numbers, tokens in self._read_new_lines():
-            if self._progress:
-                self._progress.advance(items=sum(self._batch_sizes[number] for number in numbers), tokens=tokens)
+        """Reads new lines of all ranks and reports them as progress, as far as `report_answer` has not."""
+        n_items, tokens = self._read_new_lines()
+        if self._progress and n_items:
+            self._progress.advance(items=n_items - self._n_answered, tokens=tokens - self._tokens_answered)
+            self._n_answered = self._tokens_answered = 0
 
-    def _read_new_lines(self) -> list[tuple[range, int]]:
-        """Reads the whole lines of this plan that are new on disk; the batches and the tokens of each."""
-        new_lines = []
+    def _read_new_lines(self) -> tuple[int, int]:
+        """Reads the whole lines of this plan that are new on disk; the number of their items and tokens."""
+        n_items = tokens = 0
         for path in journal_paths(self.folder):
             with path.open("rb") as file:
                 file.seek(self._ends.get(path, 0))
@@ -238,27 +246,27 @@ class Journal:
                     self._ends[path] = start + len(line)
                     if start == 0:
                         self._attempts |= entry["attempts"]
-                        continue
-                    numbers = range(entry["batch"], entry["batch"] + entry["batches"])
-                    if self._finished.isdisjoint(numbers):
-                        self._finished.update(numbers)
-                        self._lines[numbers.start] = path, start
-                        self.tokens += entry["tokens"]
-                        new_lines.append((numbers, entry["tokens"]))
-        return new_lines
+                    elif self._lines.keys().isdisjoint(entry["positions"]):
+                        self._lines |= dict.fromkeys(entry["positions"], (path, start))
+                        n_items += len(entry["positions"])
+                        tokens += _count_tokens(entry["rows"])
+        self.tokens += tokens
+        return n_items, tokens
 
 
-def portions(n_batches: int, most: int, ranks: int) -> list[range]:
-    """Neighbouring batches as portions of at most `most`, as equal as can be, the same number for each rank.
+def cut_into_portions(n_items: int, largest: int, ranks: int) -> list[range]:
+    """Portions of at most `largest` neighbouring items, as equal as can be, the same number for each rank.
 
-    With fewer batches than ranks, a portion for each batch.
+    With fewer items than ranks, a portion for each item.
     """
-    n_portions = min(ranks * math.ceil(n_batches / (ranks * most)), n_batches)
-    return [range(k * n_batches // n_portions, (k + 1) * n_batches // n_portions) for k in range(n_portions)]
+    if not n_items:
+        return []
+    n_portions = min(ranks * math.ceil(n_items / (ranks * largest)), n_items)
+    return [range(k * n_items // n_portions, (k + 1) * n_items // n_portions) for k in range(n_portions)]
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
-    """What failed in a finished stage, `{"id", "reason", "batch"}` each; empty for a stage without a journal."""
+    """What failed in a finished stage, `{"id", "reason", "item"}` each; empty for a stage without a journal."""
     path = folder / FAILURES
     return read_rows(path) if path.exists() else []
 
@@ -268,40 +276,80 @@ def journal_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{Path(JOURNAL).stem}*.jsonl"))
 
 
-def reopen(folder: Path) -> int:
-    """Turns a finished stage's records back into a journal without the portions that hold failures.
+def count_items(folder: Path) -> Count | None:
+    """The items of an unfinished stage that are on disk; None without a journal that this version can continue."""
+    count = None
+    for path in journal_paths(folder):
+        with path.open("rb") as lines:
+            head = _parse(next(lines, b""))
+            if head is None or "n_items" not in head:
+                continue
+            entries = [entry for line in lines if (entry := _parse(line))]
+            n_finished = sum(len(entry["positions"]) for entry in entries) + (count.n_finished if count else 0)
+            count = Count(n_finished, head["n_items"], head["unit"])
+    return count
 
-    Returns the number of these portions; 0 for a stage that had no journal. The records stay unchanged until the stage
-    is finished again.
+
+def is_of_earlier_version(folder: Path) -> bool:
+    """Whether a stage left a plan or journals in a form that this version cannot continue."""
+    plan = read_json(folder / PLAN)
+    if plan is not None and "n_items" not in plan:
+        return True
+    for path in journal_paths(folder):
+        with path.open("rb") as lines:
+            head = _parse(next(lines, b""))
+        if head is not None and "n_items" not in head:
+            return True
+    return False
+
+
+def reopen(folder: Path) -> int:
+    """Turns a finished stage's records back into a journal without the items that failed, wholly or in part.
+
+    Returns the number of these items; 0 for a stage that had no journal. The records stay unchanged until the stage is
+    finished again.
     """
     if (plan := read_json(folder / PLAN)) is None:
         return 0
-    failed = {failure["batch"] for failure in read_failures(folder)}
+    failed = {failure["item"] for failure in read_failures(folder)}
     if not failed:
         return 0
-    starts = list(itertools.accumulate(plan["batches"], initial=0))
-    lines = list(zip(starts, plan["batches"], plan["rows"], strict=False))
-    again = {number for start, n, _ in lines if start in failed for number in range(start, start + n)}
-    attempts = plan["attempts"] | {str(number): plan["attempts"].get(str(number), 0) + 1 for number in sorted(again)}
+    attempts = {str(position): plan["attempts"].get(str(position), 0) + 1 for position in sorted(failed)}
+    without_row = set(plan["without_row"])
     for path in journal_paths(folder):  # a run that ended between DONE and `discard` leaves files with the failures
         path.unlink()
     with replacing(folder / JOURNAL) as file, (folder / RECORDS).open(encoding="utf-8") as records:
-        file.write(_head(plan["plan"], attempts))
-        for start, n_batches, n_rows in lines:
-            rows = [json.loads(records.readline()) for _ in range(n_rows)]
-            if start not in failed:
-                file.write(_line(start, n_batches, rows, [], sum(row.get("n_tokens", 0) for row in rows)))
+        file.write(_head(plan["plan"], plan["n_items"], plan["unit"], plan["attempts"] | attempts))
+        for position in range(plan["n_items"]):
+            row = None if position in without_row else json.loads(records.readline())
+            if position not in failed:
+                file.write(_line([position], [Result(row)]))
     return len(failed)
 
 
-def _head(plan: str | None, attempts: dict[str, int]) -> bytes:
-    return canonical_json({"plan": plan, "attempts": attempts}).encode() + b"\n"
+def _head(plan: str | None, n_items: int, unit: str, attempts: dict[str, int]) -> bytes:
+    head = {"plan": plan, "n_items": n_items, "unit": unit, "attempts": attempts}
+    return canonical_json(head).encode() + b"\n"
 
 
-def _line(number: int, n_batches: int, rows: list[Any], failures: list[Any], tokens: int) -> bytes:
-    """The line of a portion that begins with batch `number`."""
-    entry = {"batch": number, "batches": n_batches, "rows": rows, "failures": failures, "tokens": tokens}
+def _line(positions: Sequence[int], results: Sequence[Result]) -> bytes:
+    """The line with the results of the items at these positions."""
+    failures = [[{"id": failure.id, "reason": failure.reason} for failure in result.failures] for result in results]
+    entry = {"positions": positions, "rows": [result.row for result in results], "failures": failures}
     return canonical_json(entry).encode() + b"\n"
+
+
+def _read_line(path: Path, offset: int) -> dict[int, tuple[dict[str, Any] | None, list[dict[str, Any]]]]:
+    """The row and the failures of each item on the line at this offset, by the item's position."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        entry = json.loads(file.readline())
+    return dict(zip(entry["positions"], zip(entry["rows"], entry["failures"], strict=True), strict=True))
+
+
+def _count_tokens(rows: Sequence[Mapping[str, Any] | None]) -> int:
+    """The tokens of the rows that count theirs, for the display."""
+    return sum(row.get("n_tokens", 0) for row in rows if row is not None)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

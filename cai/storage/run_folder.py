@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cai.storage.files import REMOVED, read_json, sync_folder, sync_tree, write_json
-from cai.storage.journal import FAILURES, journal_paths
+from cai.storage.journal import FAILURES
 from cai.text.errors import BadInput, did_you_mean
 
 DONE = "DONE"
@@ -115,15 +115,6 @@ def n_failures(folder: Path) -> int:
         return 0
     with path.open("rb") as lines:
         return sum(1 for _ in lines)
-
-
-def n_batches(folder: Path) -> int:
-    """Batches that an unfinished stage has on disk."""
-    n = 0
-    for path in journal_paths(folder):
-        with path.open("rb") as lines:
-            n += max(0, sum(line.endswith(b"\n") for line in lines) - 1)
-    return n
 
 
 @contextlib.contextmanager

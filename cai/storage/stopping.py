@@ -1,4 +1,4 @@
-"""SIGTERM: ends a feedback stage at once, since its journal keeps finished batches, and a training stage at a resume
+"""SIGTERM: ends a feedback stage at once, since its journal keeps finished portions, and a training stage at a resume
 point.
 
 Schedulers end jobs by SIGTERM and leave them some time. Only the process of `cai run` handles the signal. While a model

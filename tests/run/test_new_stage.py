@@ -27,6 +27,7 @@ from cai.contracts.references import (
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
 from cai.run.recipe import load_recipe
 from cai.run.recipe_names import needs
+from cai.storage.journal import Result
 from cai.text.errors import BadInput
 
 RECIPE = """name: graded
@@ -76,9 +77,9 @@ def run_grade(config: GradeConfig, context: Context) -> dict[str, Any]:
     essays = context.rows(config.essays)
     rubric = (context.home / config.rubric).read_text()
     teacher, examiner = context.model(config.teacher).name, context.model(config.examiner).name
-    for batch in context.journal.batches([{"id": row["id"]} for row in essays], size=config.journal_batch):
-        rows = [{"id": item["id"], "by": teacher, "checked_by": examiner, "rubric": rubric} for item in batch.items]
-        context.journal.append(batch, rows, [])
+    for portion in context.journal.portions([{"id": row["id"]} for row in essays], size=config.journal_batch):
+        rows = [{"id": item["id"], "by": teacher, "checked_by": examiner, "rubric": rubric} for item in portion.items]
+        context.journal.append(portion, [Result(row) for row in rows])
     context.journal.finish()
     return {"grades": {context.stage_id: {"essays": len(essays), "prompts": len(context.prompts(config.exams))}}}
 

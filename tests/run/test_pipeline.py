@@ -21,10 +21,11 @@ from recipe_runs import plan, reused, run
 from cai.contracts.profile import Profile
 from cai.run import launch, pipeline, stage_run
 from cai.run.fingerprint import changes_in_words
+from cai.run.outputs import outputs_of
 from cai.run.plan import Planner
 from cai.run.prompt_checks import check_prompts
 from cai.run.recipe import load_recipe
-from cai.run.status import left_out_lines
+from cai.run.status import left_out_lines, status_lines
 from cai.storage import run_folder
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import read_rows, row_lines
@@ -337,6 +338,34 @@ def test_failures_are_counted_and_asked_again_only_on_request(recipe):
     assert folder_of(recipe, "more") != more, "what learned from fewer texts is redone"
 
 
+def test_a_stage_of_an_earlier_version_is_reused_and_its_failures_are_refused_in_a_sentence(recipe):
+    failing = "stages.texts.fail=['how?']"
+    run(recipe, failing)
+    folder = folder_of(recipe, "texts")
+    (folder / "plan.json").write_text('{"plan": "0a", "rows": [3, 3, 3], "tokens": 27, "attempts": {}}')
+    run_folder.mark_done(folder, outputs_of(folder, read_json(folder / "stage.json")["figures"], offline=True))
+    assert {status for status, _ in plan(recipe, failing).values()} == {"reused"}
+    refusal = "'texts': .* is of an earlier version of cai, .* run with `--from texts`"
+    for command in (plan, run):
+        with pytest.raises(BadInput, match=refusal):
+            command(recipe, failing, retry_failures=True)
+    assert run(recipe, failing, redo_from="texts")["failures"]["texts"] == 3
+    assert run(recipe, failing, retry_failures=True)["failures"]["texts"] == 0
+
+
+def test_the_journal_of_an_earlier_version_is_removed_in_a_sentence(recipe, capsys):
+    killed(recipe, "texts:2")
+    assert plan(recipe)["texts"] == ("continues", "8 of 12 texts are on disk")
+    assert "8 of 12 texts on disk" in "\n".join(status_lines(recipe.parent / "runs"))
+    [journal] = recipe.parent.glob("runs/texts-*/journal.jsonl")
+    journal.write_text('{"attempts":{},"plan":"0a"}\n{"batch":0,"batches":1,"failures":[],"rows":[],"tokens":0}\n')
+    reason = "what is on disk of it is of an earlier version of cai, and cannot be continued"
+    assert plan(recipe)["texts"] == ("runs", reason)
+    run(recipe)
+    assert f"texts runs again: {reason}" in capsys.readouterr().err
+    assert len(records(recipe.parent / "runs")["texts"].splitlines()) == 12
+
+
 def test_what_a_stage_left_out_is_told_when_it_happens_and_at_the_end_of_every_run(recipe, capsys):
     sentence = "3 of 12 texts left out: 3 failed: no ink; `cai run --retry-failures` asks again"
     summary = run(recipe, "stages.texts.fail=['how?']")
@@ -563,9 +592,9 @@ def test_a_killed_process_is_named_and_however_many_go_on_from_there(
     monkeypatch.delenv("TOY_KILL")
     journals = recipe.parent.glob("runs/texts-*/journal*")
     entries = [json.loads(line) for path in journals for line in path.read_bytes().splitlines()]
-    kept = {entry["batch"] for entry in entries if "batch" in entry}
+    kept = {position for entry in entries for position in entry.get("positions", [])}
     assert {1, 3} <= kept <= set(range(12)) - {5}
-    assert plan(recipe, single)["texts"] == ("continues", f"{len(kept)} batches are on disk")
+    assert plan(recipe, single)["texts"] == ("continues", f"{len(kept)} of 12 texts are on disk")
     monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
     run(recipe, single, profile=two_ranks.model_copy(update={"processes": afterwards}), until="texts")
     computed = [int(line.split()[0].removeprefix("texts:")) for line in (tmp_path / "log").read_text().splitlines()]
@@ -579,7 +608,7 @@ def test_the_error_of_any_process_ends_the_others_and_is_reported_as_its_own(rec
     with pytest.raises(StageFailed, match=r"^stage 'texts': the pen broke$"):
         run(recipe, profile=two_ranks)
     [journal] = recipe.parent.glob("runs/texts-*/journal-1.jsonl")
-    assert len(journal.read_bytes().splitlines()) == 1, "process 1 went on with its first batch"
+    assert len(journal.read_bytes().splitlines()) == 1, "process 1 went on with its first portion"
 
 
 def test_a_training_stage_in_fewer_processes_than_the_profile_says_is_refused(recipe, own_process):
@@ -629,7 +658,7 @@ def test_a_stage_in_a_process_of_its_own_ends_with_its_parent(recipe, own_proces
 
 
 def wait_for_batch(recipe: Path, stage: str) -> Path:
-    """Waits until the stage waits in one of its batches; the folder of its process in /proc."""
+    """Waits until the stage waits in one of its portions; the folder of its process in /proc."""
     pattern = f"toy/{stage}-*/waiting"
     until(lambda: list(recipe.parent.glob(pattern)))
     [waiting] = recipe.parent.glob(pattern)

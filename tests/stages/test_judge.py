@@ -13,6 +13,7 @@ import pytest
 from feedback_stages import PRINCIPLES, Script, human_pairs, run_stage, sample
 from hypothesis import given
 from hypothesis import strategies as st
+from training_stages import Steps
 
 from cai.contracts.engine import Choice, Completion
 from cai.feedback.methods import expected_score, log_odds_of_mean_probability
@@ -181,6 +182,19 @@ def test_weights_change_nothing_that_is_asked(tmp_path):
 def test_the_result_does_not_depend_on_batches(tmp_path):
     rows = LOCKS + NOONS
     assert judge(tmp_path / "1", rows, journal_batch=1).bytes == judge(tmp_path / "2", rows, journal_batch=64).bytes
+
+
+def test_progress_advances_with_each_pair(tmp_path):
+    progress, counts = Steps(), []
+
+    def prefer(question):
+        counts.append(progress.n_finished)
+        return (1.0, 1.0)
+
+    result = judge(tmp_path, LOCKS + NOONS, script=Script(prefers=prefer), progress=progress)
+    n_questions = len(result.rows[-1]["votes"])  # the script answers the last pair first
+    assert counts[: n_questions + 1] == [0] * n_questions + [1]
+    assert progress.n_finished == progress.total == len(result.rows) == counts[-1] + 1
 
 
 def people(folder, *pairs: tuple[str, str, str]) -> dict:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from feedback_stages import PRINCIPLES, Script, run_stage, sample
+from training_stages import Steps
 
 from cai.storage.rows import Failure
 from cai.text.errors import BadInput, StageFailed
@@ -160,3 +161,16 @@ def test_the_result_does_not_depend_on_batches(tmp_path):
         return revise(tmp_path / str(size), script, rows, rounds=2, journal_batch=size).bytes
 
     assert run(1) == run(4) == run(64)
+
+
+def test_progress_advances_with_each_revision_of_the_last_round(tmp_path):
+    progress, counts = Steps(), []
+
+    def write(request):
+        counts.append(progress.n_finished)
+        return f"text {request.seed}"
+
+    rows = [sample(f"Question {n}?", "An answer.", "red_team") for n in range(3)]
+    revise(tmp_path, Script(writes=write), rows, rounds=2, progress=progress)
+    assert counts == [0] * 9 + [0, 1, 2]
+    assert progress.n_finished == progress.total == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from feedback_stages import Script, prompt, run_stage
+from training_stages import Steps
 
 from cai.contracts.engine import Completion
 from cai.storage.rows import Failure
@@ -86,3 +87,19 @@ def test_a_seed_belongs_to_the_item_and_not_to_its_batch(tmp_path):
     assert together.bytes == alone.bytes
     seeds = {row["id"]: row["seed"] for row in alone.rows}
     assert all(seeds[row["id"]] == row["seed"] for row in fewer.rows if "shared" not in row["tags"])
+
+
+def test_progress_advances_with_each_response(tmp_path):
+    progress, counts = Steps(), []
+
+    def write(request):
+        counts.append((progress.n_finished, progress.tokens))
+        return Failure(request.id, "no room") if "noon" in request.messages[0]["content"] else "yes"
+
+    prompts, script = ["red", "kind"], Script(writes=write)
+    result = run_stage("sample", tmp_path, sets=PROMPTS, script=script, prompts=prompts, retries=0, progress=progress)
+    n_tokens = result.rows[0]["n_tokens"]
+    assert [n for n, _ in counts] != [0] * len(counts)
+    assert all(tokens == n * n_tokens for n, tokens in counts)
+    assert progress.n_finished == progress.total == len(result.rows) + len(result.failures)
+    assert progress.tokens == n_tokens * len(result.rows)

@@ -184,6 +184,7 @@ def run_stage(
     seed: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    progress: Steps | None = None,
     **config: Any,
 ) -> Outcome:
     """Runs a stage on the `rows` of the stages that it reads, by the constitution `document`.
@@ -200,9 +201,10 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     config = {"id": stage_id or kind, **({"from": list(inputs)} if inputs else {}), **config}
     context = Stage(
-        stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=Steps(),
-        journal=Journal(folder, None, rank, ranks), constitution=constitution(folder, document) if document else None,
-        inputs=inputs, prompt_sets=sets or {}, models={"": model or Model("scripted", "nowhere"), **(named or {})},
+        stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=progress or Steps(),
+        journal=Journal(folder, progress, rank, ranks),
+        constitution=constitution(folder, document) if document else None, inputs=inputs, prompt_sets=sets or {},
+        models={"": model or Model("scripted", "nowhere"), **(named or {})},
         script=script, home=folder.parent, open_engine=open_engine,
     )  # fmt: skip
     figures = run_function(kind)(config_class(kind).model_validate(config), context)

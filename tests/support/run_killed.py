@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401
@@ -26,9 +27,8 @@ from cai.contracts.training_config import TrainingConfig
 from cai.models import saving
 from cai.run import pipeline, plan
 from cai.run.recipe import Recipe, load_recipe
-from cai.storage import run_folder
-from cai.storage.journal import Batch, Journal
-from cai.storage.rows import canonical_json
+from cai.storage import journal, run_folder
+from cai.storage.journal import Journal, Portion, Result
 from cai.text.progress import PlainDisplay
 
 
@@ -56,16 +56,15 @@ def die_in_stage(recipe: Recipe, stage: str) -> None:
         return
     append = Journal.append
 
-    def append_half(self: Journal, batch: Batch, rows: object, failures: object, tokens: int | None = None) -> None:
-        rows = list(rows)  # type: ignore[call-overload]
-        if self.folder.name.startswith(f"{stage}-") and batch.number > 0:
+    def append_half(self: Journal, portion: Portion, results: Sequence[Result]) -> None:
+        if self.folder.name.startswith(f"{stage}-") and portion.number > 0:
             with self.path.open("ab") as file:
-                file.write(canonical_json({"batch": batch.number, "rows": rows}).encode()[:-9])
+                file.write(journal._line(portion.positions, results)[:-9])
             die()
-        append(self, batch, rows, failures, tokens)  # type: ignore[arg-type]
+        append(self, portion, results)
 
-    Journal.append = append_half  # type: ignore[method-assign,assignment]
-    # A stage without a second batch dies just before it is marked as done.
+    Journal.append = append_half  # type: ignore[method-assign]
+    # A stage without a second portion dies just before it is marked as done.
     mark_done = run_folder.mark_done
 
     def mark_done_or_die(folder: Path, outputs: run_folder.Outputs) -> run_folder.Finished:

@@ -3,10 +3,10 @@
 `write` answers prompts, `weigh` labels texts by the principles' weights, `fit` leaves a model behind. Environment
 variables disturb them:
 
-    TOY_KILL=<stage>:<n>           the process ends by SIGKILL before that stage writes its n-th batch
-    TOY_ERROR=<stage>[:<n>]        the stage fails at any batch, or at the n-th; with TOY_WAIT, once a process waits
-    TOY_WAIT=<stage>               the stage waits at its batch 1 for a minute, or until it is ended
-    TOY_LOG=<file>                 the file gets a line `<stage>:<n> <rank>` for every batch that is computed
+    TOY_KILL=<stage>:<n>           the process ends by SIGKILL before that stage computes its n-th portion
+    TOY_ERROR=<stage>[:<n>]        the stage fails at any portion, or at the n-th; with TOY_WAIT, once a process waits
+    TOY_WAIT=<stage>               the stage waits at its portion 1 for a minute, or until it is ended
+    TOY_LOG=<file>                 the file gets a line `<stage>:<n> <rank>` for every portion that is computed
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from cai.contracts.references import (
 )
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField, StageConfig
 from cai.stages import STAGES
+from cai.storage.journal import Result
 from cai.storage.rows import Failure
 from cai.text.errors import StageFailed
 from cai.text.left_out import failure_reasons
@@ -98,7 +99,7 @@ class FitConfig(StageConfig):
 
 
 def _disturb(context: Context, n: int) -> None:
-    """Does what the environment says about batch `n` of this stage."""
+    """Does what the environment says about portion `n` of this stage."""
     if os.environ.get("TOY_KILL") == f"{context.stage_id}:{n}":
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("TOY_ERROR") in (context.stage_id, f"{context.stage_id}:{n}"):
@@ -116,22 +117,19 @@ def _disturb(context: Context, n: int) -> None:
 def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
     prompts = context.prompts(config.prompts)
     items = [{"id": f"{prompt['id']}/{k}", "prompt": prompt} for prompt in prompts for k in range(config.n)]
-    for batch in context.journal.batches(items, size=config.journal_batch, unit="texts"):
-        _disturb(context, batch.number)
-        failures = [
-            Failure(item["id"], "no ink")
-            for item in batch.items
-            if item["prompt"]["messages"][0]["content"] in config.fail and batch.attempt == 0
-        ]
-        failed = {failure.id for failure in failures}
-        rows = [
-            {
+    for portion in context.journal.portions(items, size=config.journal_batch, unit="texts"):
+        _disturb(context, portion.number)
+        results = []
+        for item in portion.items:
+            if item["prompt"]["messages"][0]["content"] in config.fail and portion.attempt == 0:
+                results.append(Result(failures=[Failure(item["id"], "no ink")]))
+                continue
+            row = {
                 "id": item["id"], "prompt_id": item["prompt"]["id"], "tags": item["prompt"]["tags"], "n_tokens": 3,
                 "seed": context.seed_for(item["id"]), "model": context.model(config.model).name,
-            }
-            for item in batch.items if item["id"] not in failed
-        ]  # fmt: skip
-        context.journal.append(batch, rows, failures)
+            }  # fmt: skip
+            results.append(Result(row))
+        context.journal.append(portion, results)
     finished = context.journal.finish()
     context.report_left_out(len(items), "texts", failure_reasons(failure.reason for failure in finished.failures))
     return {"texts": {context.stage_id: finished.n_rows}}
@@ -141,10 +139,10 @@ def run_weigh(config: WeighConfig, context: Context) -> dict[str, Any]:
     assert context.constitution is not None
     weights = {principle.id: principle.weight for principle in context.constitution.principles}
     items = [{"id": row["id"], "row": row} for row in context.rows(config.from_)]
-    for batch in context.journal.batches(items, size=config.journal_batch):
-        _disturb(context, batch.number)
-        rows = [{**item["row"], "weights": weights, "judge": config.judge} for item in batch.items]
-        context.journal.append(batch, rows, [])
+    for portion in context.journal.portions(items, size=config.journal_batch):
+        _disturb(context, portion.number)
+        results = [Result({**item["row"], "weights": weights, "judge": config.judge}) for item in portion.items]
+        context.journal.append(portion, results)
     context.journal.finish()
     return {"labels": {"n": len(items)}}
 
