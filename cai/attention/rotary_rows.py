@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+_MARK = "_cai_computes_rows_apart"
+"""Attribute of rotary modules that `use_frequencies_of_each_row` has changed."""
+
+
 class LengthDependence(NamedTuple):
     """Frequencies change behind `n_tokens`: once, or with every further token if they are `dynamic`."""
 
@@ -57,11 +61,13 @@ def frequencies_change(dependences: list[LengthDependence], length: int) -> bool
 def use_frequencies_of_each_row(model: PreTrainedModel) -> None:
     """From now on the model computes each row of a batch with the frequencies of its own length."""
     dependences = length_dependences(model.config)
-    modules = [module for module in model.modules() if hasattr(module, "rope_type") and hasattr(module, "inv_freq")]
-    if not dependences or any("forward" in vars(module) for module in modules):  # nothing to do, or done already
+    rotary_modules = [m for m in model.modules() if hasattr(m, "rope_type") and hasattr(m, "inv_freq")]
+    if not dependences or any(hasattr(module, _MARK) for module in rotary_modules):
         return
-    for module in modules:
+    for module in rotary_modules:
+        # A forward pass of the module's own, as libraries' hooks set it, is called like that of its class.
         module.forward = functools.partial(_forward_by_row, module.forward, dependences)
+        setattr(module, _MARK, True)
     model.base_model.register_forward_pre_hook(_add_positions, with_kwargs=True)
 
 
@@ -91,6 +97,6 @@ def _forward_by_row(
         parts.append(forward(states, position_ids[rows], *arguments, **options))
     if len(parts) == 1:
         return parts[0]
-    order = [row for rows in by_key.values() for row in rows]
-    place = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=position_ids.device)
-    return tuple(torch.cat(tensors).index_select(0, place) for tensors in zip(*parts, strict=True))
+    row_order = torch.tensor([row for rows in by_key.values() for row in rows], device=position_ids.device)
+    index_of_row = row_order.argsort()
+    return tuple(torch.cat(tensors).index_select(0, index_of_row) for tensors in zip(*parts, strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny_models import random_model
 
 from cai.attention.rotary_rows import frequencies_change, length_dependences, use_frequencies_of_each_row
@@ -54,6 +55,19 @@ def test_logits_and_gradients_in_a_padded_batch_are_those_of_each_row_alone(name
     (logits[mask] if logits.dim() == 3 else logits).square().sum().backward()
     gradients = [{n: weight.grad for n, weight in model.named_parameters()} for model in (batched, alone)]
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
+def test_a_rotary_module_with_a_forward_pass_of_its_own_has_the_frequencies_of_each_row() -> None:
+    """accelerate's hooks, among others, set `forward` of an instance."""
+    ids = torch.randint(6, 64, (2, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    model, hooked = model_of("llama longrope"), model_of("llama longrope")
+    add_hook_to_module(hooked.model.rotary_emb, ModelHook())
+    for lm in (model, hooked):
+        use_frequencies_of_each_row(lm)
+    expected, logits = (lm(input_ids=ids, attention_mask=mask).logits for lm in (model, hooked))
+    torch.testing.assert_close(logits, expected)
 
 
 def test_a_growing_text_changes_its_frequencies_once_or_with_every_token() -> None:
