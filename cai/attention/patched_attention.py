@@ -35,12 +35,17 @@ _NAME = "cai_patched"
 _PATCH: ContextVar[Attention] = ContextVar("patch")
 _UNSUPPORTED_OPTIONS = ("softcap", "s_aux", "position_bias")
 """Options of attention functions that change the result. `find_layout_obstacle` looks for windows itself."""
-_WINDOW_NAME = re.compile(r"window|chunk|block|local_att|index_")
-"""In the names by which configs call the number of tokens that attention reaches back, or selects."""
+_WINDOW_NAME = re.compile(r"window(_size|_len)?$|attention_chunk_size$|local_attention$|attn_chunk_length$|index_topk$")
+"""In the names by which configs call the number of tokens that attention reaches back, or selects.
+
+Chunks of a recurrent layer's scan (`mamba_chunk_size`), and what widths are rounded to, limit no attention.
+"""
+_SELECTED_BLOCKS = ("index_topk_blocks", "index_block_size")
+"""How many blocks of keys sparse layers of MiniMax-M3 select, and the tokens of a block."""
 _WINDOWS_OF_LAYER_TYPES = ("sliding_window", "attention_chunk_size")
 """Windows of layers that `layer_types` names; without such a layer they are not in use."""
 _LONGEST_TRIED_WINDOW = 128
-"""Tokens. Trials are longer than shorter windows. A number below this may also count something else, such as layers."""
+"""Tokens. Trials are longer than windows of up to this many tokens."""
 
 
 @contextlib.contextmanager
@@ -138,7 +143,10 @@ def longest_tried_window(model: PreTrainedModel) -> int:
 
 
 def shortest_untried_window(model: PreTrainedModel) -> float:
-    """Tokens of the shortest window that no trial exceeds and transformers' own masks do not make; inf without one."""
+    """Tokens of the shortest window that is too long for a trial, inf without one.
+
+    Windows that transformers' masks limit are left out: these masks take padding into account.
+    """
     windows = _without_windows_of_layer_types(_named_windows(model.config.get_text_config(decoder=True))).values()
     return min((window for window in windows if window > _LONGEST_TRIED_WINDOW), default=math.inf)
 
@@ -148,13 +156,13 @@ def _without_windows_of_layer_types(windows: dict[str, int]) -> dict[str, int]:
 
 
 def _named_windows(config: PreTrainedConfig) -> dict[str, int]:
-    """The numbers of a config that may be windows, in tokens, where the model takes longer texts."""
+    """The windows of a config by name, in tokens, where the model takes longer texts."""
     longest = getattr(config, "max_position_embeddings", None) or math.inf
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if _WINDOW_NAME.search(name) and type(value) is int and 0 < value < longest
-    }
+    numbers = {name: value for name, value in config.to_dict().items() if type(value) is int}
+    windows = {name: value for name, value in numbers.items() if _WINDOW_NAME.search(name)}
+    if "minimax_m3_sparse" in (getattr(config, "layer_types", None) or ()):
+        windows[" x ".join(_SELECTED_BLOCKS)] = math.prod(numbers[name] for name in _SELECTED_BLOCKS)
+    return {name: window for name, window in windows.items() if 0 < window < longest}
 
 
 def is_rounding(difference: float, difference_if_wrong: float, dtype: torch.dtype) -> bool:

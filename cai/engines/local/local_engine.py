@@ -176,4 +176,10 @@ class LocalEngine:
         padding = try_padding(self.lm)
         if obstacle := padding.obstacle:
             warnings.warn(f"model {self.model.name!r} batches only prompts of equal length: {obstacle}", stacklevel=2)
+        elif padding.longest_row < math.inf:
+            warnings.warn(
+                f"model {self.model.name!r} batches only prompts of equal length where prompt and response may have "
+                f"more than {padding.longest_row} tokens: its attention takes in no more of them",
+                stacklevel=2,
+            )
         return padding

@@ -9,7 +9,9 @@ import torch
 from engine_contract import completions_by_id, conversation
 from local_engines import assert_same_choices, local_engine
 from tiny_models import Tiny, random_model
+from transformers import AutoConfig
 
+from cai.attention.patched_attention import _named_windows
 from cai.contracts.engine import Question, Request, Sampling
 from cai.engines.local.local_engine import LocalEngine
 from cai.engines.local.plain_forward import _batches
@@ -131,9 +133,54 @@ def test_rotary_frequencies_are_those_of_each_rows_length_while_it_grows(
             assert log_prob == pytest.approx(float(log_probs[completion.token_ids[n]]), abs=1e-3)
 
 
+@pytest.mark.parametrize("architecture", ["bamba", "falcon_h1", "granitemoehybrid", "lfm2"])
+def test_the_chunk_size_of_a_hybrids_scan_does_not_keep_lengths_apart(tiny: Tiny, architecture: str) -> None:
+    """With the chunk size and the longest response that are the defaults, rows of several chunks share a batch."""
+    config = {name: value for name, value in HYBRIDS[architecture].items() if name != "mamba_chunk_size"}
+    engine = tiny_engine(tiny, architecture, **config)
+    batch_sizes = []
+    engine.lm.register_forward_hook(lambda _, __, output: batch_sizes.append(len(output.logits)))
+    texts = ["Hi", "How deep is it?", "sea " * 5, "sea " * 300]
+    requests = [Request(f"{n}", conversation(text), n, Sampling(256)) for n, text in enumerate(texts)]
+    with pytest.warns(UserWarning, match="computes each row whole") as warnings:
+        completions = completions_by_id(engine.generate(requests), requests)
+    assert len(warnings) == 1
+    lengths = [len(completion.prompt_ids) for completion in completions.values()]
+    assert len(set(lengths)) == len(texts)
+    assert min(lengths) < 256 < max(lengths)
+    assert max(batch_sizes) == len(texts)
+    for request in requests:
+        alone = completions_by_id(engine.generate([request]), [request])[request.id]
+        assert completions[request.id].token_ids == alone.token_ids
+        assert completions[request.id].log_probs == pytest.approx(alone.log_probs, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "windows"),
+    [
+        *((name, []) for name in ("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "mamba2", "minimax", "qwen3")),
+        *(("gpt_neo", [256]), ("doge", [2048]), ("deepseek_v32", [2048]), ("minimax_m3_vl_text", [])),
+        *(("llama4_text", [8192]), ("mistral", [4096]), ("recurrent_gemma", [2048]), ("modernbert-decoder", [128, 64])),
+    ],
+)
+def test_windows_are_what_limits_attention(architecture: str, windows: list[int]) -> None:
+    config = AutoConfig.for_model(architecture)
+    config.max_position_embeddings = 1 << 20
+    assert list(_named_windows(config).values()) == windows
+
+
+def test_sparse_layers_select_a_number_of_blocks() -> None:
+    options = {"index_topk_blocks": 16, "index_block_size": 64}
+    config = AutoConfig.for_model(
+        "minimax_m3_vl_text", num_hidden_layers=1, layer_types=["minimax_m3_sparse"], **options
+    )
+    assert list(_named_windows(config).values()) == [16 * 64]
+
+
 def test_rows_longer_than_a_window_that_no_trial_reaches_are_not_padded(tiny: Tiny) -> None:
     engine = tiny_engine(tiny, "doge", keep_window_size=2048)
-    assert engine._padding.longest_row == 2048
+    with pytest.warns(UserWarning, match=r"only prompts of equal length where .* more than 2048 tokens"):
+        assert engine._padding.longest_row == 2048
     prompts = [[7] * length for length in (5, 2050, 9, 2049, 2050)]
     assert list(_batches(prompts, 0, 1 << 20, engine._padding)) == [[0, 2], [3], [1, 4]]
     assert tiny_engine(tiny, "mistral", sliding_window=2048)._padding.longest_row == float("inf")
