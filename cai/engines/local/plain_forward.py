@@ -3,7 +3,7 @@
 Rows are padded on the left and use transformers' own cache, which holds the states of recurrent and linear-attention
 layers as well as keys and values. The results are those of `cai.engines.local.scoring` and
 `cai.engines.local.decoding`. `try_padding` tries whether padding changes a model's logits: such a model gets batches of
-prompts of equal length, as do rows longer than a window that is too long to be tried. Where a growing row changes its
+prompts of equal length, as do rows longer than a window that is too long to be tried. Where a running row changes its
 rotary frequencies (`cai.attention.rotary_rows`), what is cached is dropped and the batch is computed again.
 
 Left out: sampling from models whose forward pass takes no cache of transformers', as Mamba's.
@@ -95,7 +95,8 @@ def _decode_batch(
         if not padding.obstacle and 2 * len(running) <= len(rows):
             rows, prompts = [rows[index] for index in running], [prompts[index] for index in running]
             mask = _keep_rows(cache, mask, running)
-        if any(frequencies_change(dependences, row.prompt_length + len(row.token_ids)) for row in rows):
+        lengths = [row.prompt_length + len(row.token_ids) for row in rows if not row.is_finished]
+        if any(frequencies_change(dependences, length) for length in lengths):
             cache = DynamicCache(config=model.config)
             texts = [[*prompt, *row.token_ids] for prompt, row in zip(prompts, rows, strict=True)]
             ids, mask = _pad_left(texts, model.device)

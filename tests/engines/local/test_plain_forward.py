@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from cai.attention.patched_attention import _named_windows
 from cai.contracts.engine import Question, Request, Sampling
 from cai.engines.local.local_engine import LocalEngine
-from cai.engines.local.plain_forward import _batches
+from cai.engines.local.plain_forward import Padding, _batches, _decode_batch
+from cai.engines.local.token_sampling import Row, TokenSampler, sample_uniforms
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_chunk_size": 8}
 LINEAR = {
@@ -131,6 +132,26 @@ def test_rotary_frequencies_are_those_of_each_rows_length_while_it_grows(
                 engine.lm(input_ids=torch.tensor([[7]]))  # dynamic NTK forgets longer rows
                 log_probs = engine.lm(input_ids=ids).logits[0, -1].log_softmax(dim=-1)
             assert log_prob == pytest.approx(float(log_probs[completion.token_ids[n]]), abs=1e-3)
+
+
+@pytest.mark.parametrize("config", [
+    {"rope_parameters": LONGROPE},
+    {"rope_parameters": DYNAMIC, "max_position_embeddings": 24},
+], ids=["longrope", "dynamic"])  # fmt: skip
+def test_a_finished_row_does_not_make_the_batch_be_computed_again(tiny: Tiny, config: dict[str, Any]) -> None:
+    """The last row ends with 25 tokens, where frequencies have changed; the others end below that."""
+    lm = tiny_engine(tiny, "llama", **config).lm
+    rows = [Row(n, length, sample_uniforms(n, 8)) for n, length in enumerate([12, 13, 14, 15])]
+    rows.append(Row(4, 22, sample_uniforms(4, 3)))
+    new_tokens = []
+    lm.register_forward_pre_hook(
+        lambda _, __, options: new_tokens.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    _decode_batch(
+        lm, rows, [[7] * row.prompt_length for row in rows], TokenSampler(Sampling(8), frozenset()), Padding()
+    )  # fmt: skip
+    assert [len(row.token_ids) for row in rows] == [8, 8, 8, 8, 3]
+    assert new_tokens == [22, *7 * [1]]
 
 
 @pytest.mark.parametrize("architecture", ["bamba", "falcon_h1", "granitemoehybrid", "lfm2"])
