@@ -13,12 +13,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from cai.contracts.engine import Sampling
 from cai.contracts.references import OutputKind
 from cai.storage.rows import NATS
+from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
     from cai.storage.journal import Portion
 
 PrincipleField = Literal["critique", "revise", "compare", "examples", "weight"]
 """What of a principle a stage's output depends on; `weight` reaches no model."""
+
+
+class WrongVoteUnits(BadInput):
+    """Votes of units that a stage cannot read. `key` is the key of the stage's config that is wrong; None where it is
+    the one that names the judges."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class StageConfig(BaseModel):
@@ -43,11 +53,14 @@ class StageConfig(BaseModel):
         """The unit of the votes that the stage gives, if it gives any."""
         return NATS
 
-    def check_vote_units(self, units: Collection[str]) -> None:
-        """Raises ValueError where the stage cannot read votes of these units."""
-        if points := sorted({*units} - {NATS}):
-            raise ValueError(
-                f"found votes in {' and in '.join(points)}, expected votes in {NATS}, of judges that compare"
+    def check_vote_units(self, units_by_stage: Mapping[str, Collection[str]]) -> None:
+        """Raises WrongVoteUnits where the stage cannot read votes of these units; those of a stage without votes are
+        empty."""
+        if rating_stages := [stage for stage, units in units_by_stage.items() if {*units} - {NATS}]:
+            points = sorted(set().union(*units_by_stage.values()) - {NATS})
+            raise WrongVoteUnits(
+                f"found votes in {' and in '.join(points)}, expected votes in {NATS}; set `method: pairwise` or "
+                f"`method: reasoned` in stage {' and '.join(map(repr, rating_stages))}"
             )
 
     def template_names(self) -> tuple[str, ...]:

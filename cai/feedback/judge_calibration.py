@@ -59,11 +59,15 @@ class LabelCalibration(CalibrationFigures):
     against_chance: str
     stage_temperature: float | None
     stage_temperature_fitted: bool
+    stage_points_per_nat: float | None
+    """None where no judge rates."""
+    stage_points_per_nat_fitted: bool
 
 
 @dataclass(frozen=True)
-class FittedTemperature:
-    """A fitted temperature, and errors without and with it on pairs that it was not fitted on."""
+class FittedDivisor:
+    """A fitted temperature or number of points per nat, and errors before and after dividing by it, on pairs that it
+    was not fitted on."""
 
     truth: TruthKind
     value: float
@@ -76,11 +80,11 @@ class FittedTemperature:
     measured_on: str
     """held_out, or cross_validation where no pair is held out."""
     measured_pairs: int
-    ece: float
-    ece_after_temperature: float | None
+    ece_before: float
+    ece_after: float | None
     """None where all pairs are of one cluster."""
-    brier: float
-    brier_after_temperature: float | None
+    brier_before: float
+    brier_after: float | None
 
 
 def cross_validated_log_odds(log_odds: Floats, truth: Floats, clusters: Sequence[str]) -> Floats:
@@ -103,9 +107,9 @@ def cross_validated_log_odds(log_odds: Floats, truth: Floats, clusters: Sequence
     return scaled
 
 
-def fit_and_measure_temperature(
+def fit_and_measure_divisor(
     kind: TruthKind, sums: Floats, log_odds: Floats, truth: Floats, clusters: Sequence[str], held_out: Bools
-) -> FittedTemperature:
+) -> FittedDivisor:
     """The T that makes the truth likeliest under sums / T on the pairs that are not `held_out`; all are (pairs,).
 
     Its errors are measured on the held-out pairs, or, where there are none, by cross-validation. The errors without it
@@ -119,7 +123,7 @@ def fit_and_measure_temperature(
     else:
         rows, scaled = np.arange(len(sums)), cross_validated_log_odds(sums, truth, clusters)
     is_measured = not np.isnan(scaled).any()
-    return FittedTemperature(
+    return FittedDivisor(
         truth=kind,
         value=temperature,
         at_bound=not low * 1.01 < temperature < high / 1.01,
@@ -128,10 +132,10 @@ def fit_and_measure_temperature(
         prompts=len({clusters[row] for row in np.flatnonzero(~held_out).tolist()}),
         measured_on="held_out" if held_out.any() else "cross_validation",
         measured_pairs=len(rows),
-        ece=calibration.calibration_error(log_odds[rows], truth[rows]),
-        ece_after_temperature=calibration.calibration_error(scaled, truth[rows]) if is_measured else None,
-        brier=calibration.brier_score(log_odds[rows], truth[rows]),
-        brier_after_temperature=calibration.brier_score(scaled, truth[rows]) if is_measured else None,
+        ece_before=calibration.calibration_error(log_odds[rows], truth[rows]),
+        ece_after=calibration.calibration_error(scaled, truth[rows]) if is_measured else None,
+        brier_before=calibration.brier_score(log_odds[rows], truth[rows]),
+        brier_after=calibration.brier_score(scaled, truth[rows]) if is_measured else None,
     )
 
 
@@ -222,7 +226,9 @@ def calibrate_labels(votes: LabelledVotes, kind: TruthKind | None = None) -> Lab
         },
         "against_chance": _against_chance(*figures["accuracy"]["interval"]),
         "stage_temperature": votes.rule.temperature,
-        "stage_temperature_fitted": votes.rule.is_temperature_fitted or votes.rule.is_points_per_nat_fitted,
+        "stage_temperature_fitted": votes.rule.is_temperature_fitted,
+        "stage_points_per_nat": votes.rule.points_per_nat,
+        "stage_points_per_nat_fitted": votes.rule.is_points_per_nat_fitted,
         **figures,
     }
 
@@ -262,8 +268,13 @@ def calibration_lines(figures: LabelCalibration) -> Iterator[str]:
     yield f"temperature that fits best: {factor:.2f} times the stage's own, {best}"
     if figures["brier_after_temperature"]["value"] is None:
         yield "all pairs are of one prompt or topic, so that no temperature can be tried on others"
-    elif figures["stage_temperature_fitted"] and figures["measured_on"] == "all":
-        yield "the stage's own was fitted on these prompts; figures after temperature are of others"
+    elif figures["measured_on"] == "all":
+        in_words = {
+            "temperature": figures["stage_temperature_fitted"],
+            "points per nat": figures["stage_points_per_nat_fitted"],
+        }
+        if fitted := " and ".join(name for name, is_fitted in in_words.items() if is_fitted):
+            yield f"fitted on these prompts: the stage's {fitted}; figures after temperature are of other prompts"
     yield ""
     rows = [
         [f"{pairs['low']:.2f} to {pairs['high']:.2f}", str(pairs["n"]), f"{pairs['confidence']:.2f}",

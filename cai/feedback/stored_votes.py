@@ -30,8 +30,8 @@ class StoredVotes(NamedTuple):
     unparsed_rows: list[bytes]
     methods: frozenset[str]
     """How the judges were asked."""
-    units: frozenset[str]
-    """Units of the votes (`cai.storage.rows.vote_unit`)."""
+    units_by_file: tuple[frozenset[str], ...]
+    """Units of the votes in each file (`cai.storage.rows.vote_unit`)."""
     is_rated: Bools
     """Whether the judge of the pair rates, so that its votes are in points, (pairs,)."""
     human: Floats
@@ -54,7 +54,7 @@ class StoredVotes(NamedTuple):
             if points_per_nat is None:
                 raise BadInput(
                     "found votes in points, expected a `prefer` stage with `points_per_nat`; an earlier version made "
-                    "this one: run the recipe again"
+                    "this stage: run the recipe again"
                 )
             in_nats = np.where(self.is_rated[columns.pair], columns.log_odds / points_per_nat, columns.log_odds)
             columns = columns._replace(log_odds=in_nats)
@@ -68,28 +68,31 @@ class StoredVotes(NamedTuple):
 
 def read_votes(paths: Iterable[Path]) -> StoredVotes:
     """The votes of several files of vote rows."""
-    unparsed_rows, methods, units, numbers = list[bytes](), set[str](), set[str](), dict[str, int]()
+    unparsed_rows, methods, numbers = list[bytes](), set[str](), dict[str, int]()
+    units_by_file: list[frozenset[str]] = []
     no_ints = np.zeros(0, dtype=np.int64)
     parts = [VoteColumns(no_ints, no_ints, no_ints.astype(bool), no_ints.astype(float))]
     human, is_rated = [no_ints.astype(float)], [no_ints.astype(bool)]
     for path in paths:
+        units: set[str] = set()
         with path.open("rb") as file:
             while lines := file.read(READ_BYTES) + file.readline():
                 table = _parse_votes(lines)
                 parts.append(_vote_columns(table["votes"].chunk(0), len(unparsed_rows), numbers))
                 human.append(table["human"].chunk(0).to_numpy(zero_copy_only=False).astype(float))
-                kinds = list(zip(*(table[name].to_pylist() for name in ("method", "scale")), strict=True))
-                methods |= {method or "pairwise" for method, _ in set(kinds)}
-                units |= {vote_unit(method, scale) for method, scale in set(kinds)}
-                is_rated.append(np.array([method == "rating" for method, _ in kinds], dtype=bool))
+                methods_and_scales = list(zip(*(table[name].to_pylist() for name in ("method", "scale")), strict=True))
+                methods |= {method or "pairwise" for method, _ in set(methods_and_scales)}
+                units |= {vote_unit(method, scale) for method, scale in set(methods_and_scales)}
+                is_rated.append(np.array([method == "rating" for method, _ in methods_and_scales], dtype=bool))
                 unparsed_rows += _rows_before_votes(lines)
+        units_by_file.append(frozenset(units))
     principles = sorted(numbers)
     # Alphabetical columns make sums equal to the last bit whatever the order of rows.
     column_of_number = np.argsort(np.array([numbers[id] for id in principles], dtype=np.int64))
     pair, principle, swapped, log_odds = (np.concatenate(column) for column in zip(*parts, strict=True))
     columns = VoteColumns(pair, column_of_number[principle], swapped, log_odds)
     return StoredVotes(
-        unparsed_rows, frozenset(methods), frozenset(units), np.concatenate(is_rated), np.concatenate(human),
+        unparsed_rows, frozenset(methods), tuple(units_by_file), np.concatenate(is_rated), np.concatenate(human),
         principles, columns,
     )  # fmt: skip
 

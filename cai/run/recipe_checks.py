@@ -25,7 +25,7 @@ from cai.contracts.references import (
     nested_models,
     references,
 )
-from cai.contracts.stage_config import StageConfig
+from cai.contracts.stage_config import StageConfig, WrongVoteUnits
 from cai.document import Document, error_at
 from cai.document.shipped import find_beside
 from cai.prompt_sets import MICRO, PairSet, read_prompt_set
@@ -144,11 +144,12 @@ def _check_vote_units(
     document: Document, stage: tuple[Key, ...], config: StageConfig, by_id: Mapping[str, StageConfig]
 ) -> None:
     """Refuses votes that a stage cannot read, or cannot read together."""
-    judges = [by_id[name] for _, _, name in references(config, StageReference) if by_id[name].gives == "votes"]
+    judges = [name for name in references(config, StageReference) if by_id[name.name].gives == "votes"]
     try:
-        config.check_vote_units({judge.vote_unit() for judge in judges})
-    except ValueError as error:
-        raise error_at(document, (*stage, "kind"), str(error)) from None
+        config.check_vote_units({judge.name: {by_id[judge.name].vote_unit()} for judge in judges})
+    except WrongVoteUnits as error:
+        key = judges[0].keys[0] if error.key is None else error.key
+        raise error_at(document, (*stage, key), str(error)) from None
 
 
 def _check_model_name(

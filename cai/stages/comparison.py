@@ -7,9 +7,9 @@ looks in the rest of `cai.report`. A recipe has this stage where it says `kind: 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -37,7 +37,7 @@ from cai.report.page import choose_examples, render_page
 from cai.report.pictures import draw_rates
 from cai.report.summary import comparison_summary
 from cai.storage.rows import Prompt, stable_id, vote_unit
-from cai.text.errors import BadInput, StageFailed
+from cai.text.errors import StageFailed
 from cai.text.left_out import RETRY, LeftOut
 
 
@@ -110,7 +110,7 @@ def _verdict_keys(
     config: Config, context: Context, prompts: Mapping[str, Prompt], principles: Mapping[str, Principle]
 ) -> Iterator[VerdictKey]:
     """Every two responses that were to be compared, those to one prompt together."""
-    pairs = list(combinations(config.responses, 2))
+    pairs = list(itertools.combinations(config.responses, 2))
     if config.pairs == "baseline":
         pairs = [pair for pair in pairs if pair[0] == next(iter(config.responses))]
     judged = context.chosen_prompts(config.prompts, config.judged)
@@ -124,12 +124,14 @@ def _votes(
 ) -> dict[frozenset[str], dict[str, Any]]:
     """The votes of the principles that count, by the ids of the two responses; without those that none are left of."""
     votes: dict[frozenset[str], dict[str, Any]] = {}
-    rows = context.rows(config.votes)
-    try:
-        config.check_vote_units({vote_unit(row.get("method"), row.get("scale")) for row in rows})
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    for row in rows:
+    rows_by_stage = {stage: context.rows(stage) for stage in config.votes}
+    config.check_vote_units(
+        {
+            stage: {vote_unit(row.get("method"), row.get("scale")) for row in rows}
+            for stage, rows in rows_by_stage.items()
+        }
+    )
+    for row in itertools.chain(*rows_by_stage.values()):
         counted = [vote for vote in row["votes"] if vote["principle"] in principles]
         if counted:
             votes[frozenset((row["a"]["id"], row["b"]["id"]))] = {**row, "votes": counted}

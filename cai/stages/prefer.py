@@ -37,9 +37,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cai.constitution import Constitution
 from cai.contracts.context import Context
 from cai.contracts.references import OneOrMore, OutputKind, PrincipleTagRef, TagRef, VotesAndFailedRef
-from cai.contracts.stage_config import PrincipleField, StageConfig
+from cai.contracts.stage_config import PrincipleField, StageConfig, WrongVoteUnits
 from cai.feedback import mixing
-from cai.feedback.judge_calibration import FittedTemperature, fit_and_measure_temperature
+from cai.feedback.judge_calibration import FittedDivisor, fit_and_measure_divisor
 from cai.feedback.label_figures import LabelStatistics
 from cai.feedback.labelled_votes import LabelRule
 from cai.feedback.stored_votes import StoredVotes, read_votes
@@ -123,18 +123,22 @@ class Config(StageConfig):
     def principle_fields(self) -> tuple[PrincipleField, ...]:
         return ("weight",) if self.from_ else ()
 
-    def check_vote_units(self, units: Collection[str]) -> None:
-        points = sorted({*units} - {NATS})
+    def check_vote_units(self, units_by_stage: Mapping[str, Collection[str]]) -> None:
+        units = set().union(*units_by_stage.values())
+        points = sorted(units - {NATS})
         units_in_words = f"found votes in {' and in '.join(sorted(units))}"
         if len(points) > 1:
-            raise ValueError(f"{units_in_words}, expected one scale of ratings; make a `prefer` stage for each")
+            raise WrongVoteUnits(f"{units_in_words}, expected one scale of ratings; make a `prefer` stage for each")
         if points and self.points_per_nat is None:
-            raise ValueError(
+            raise WrongVoteUnits(
                 f"{units_in_words}, expected `points_per_nat`, the points that are worth one nat of log-odds: a "
                 "number, or `fitted` where it is known of some pairs which response is better"
             )
-        if self.points_per_nat is not None and not points:
-            raise ValueError("found `points_per_nat`, expected it with votes of judges that rate (`method: rating`)")
+        if self.points_per_nat is not None and units == {NATS}:
+            raise WrongVoteUnits(
+                "found `points_per_nat`, expected it with votes of judges that rate (`method: rating`)",
+                key="points_per_nat",
+            )
 
     @model_validator(mode="after")
     def _has_input(self) -> Self:
@@ -142,6 +146,8 @@ class Config(StageConfig):
             raise ValueError("found neither `from:` nor `pairs:`, expected stages with votes or a file of human pairs")
         if self.mix and not (self.from_ and self.pairs):
             raise ValueError("found `mix:`, expected `from:` and `pairs:` beside it, which it mixes")
+        if self.points_per_nat is not None and not self.from_:
+            raise ValueError("found `points_per_nat`, expected `from:` beside it, with votes of judges that rate")
         return self
 
 
@@ -164,10 +170,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise StageFailed(f"`mix` found no pair that people labelled: {people.rows} rows, left out {people.left_out}")
     judge_folders = [context.inputs[stage_id] for stage_id in config.from_]
     votes = read_votes(folder / RECORDS for folder in judge_folders)
-    try:
-        config.check_vote_units(votes.units)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    config.check_vote_units(dict(zip(config.from_, votes.units_by_file, strict=True)))
     rule, fitted = label_rule(config, context.constitution, votes)
     rule.write(context.folder)
     log_odds_by_principle = mean_over_orders(*votes.log_odds_by_order(rule.points_per_nat))
@@ -192,7 +195,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 
 def label_rule(
     config: Config, constitution: Constitution | None, votes: StoredVotes
-) -> tuple[LabelRule, dict[str, FittedTemperature]]:
+) -> tuple[LabelRule, dict[str, FittedDivisor]]:
     """The rule of these labels, and what was fitted for it by name: `points_per_nat`, then `temperature`."""
     rule = LabelRule(
         weights=principle_weights(votes.principles, constitution, config.tag_weights),
@@ -205,7 +208,7 @@ def label_rule(
     # A judge that reasons is overconfident, and the paper found a clamp to 40 to 60 % best for it.
     default_labels: Literal["soft"] | Clamp = Clamp(clamp=(0.4, 0.6)) if votes.methods == {"reasoned"} else "soft"
     rule = with_labels(rule, config.labels or default_labels)
-    fitted: dict[str, FittedTemperature] = {}
+    fitted: dict[str, FittedDivisor] = {}
     if config.points_per_nat == "fitted":
         fitted["points_per_nat"] = scale = fit_points_per_nat(votes, rule)
         rule = replace(rule, points_per_nat=scale.value, is_points_per_nat_fitted=True)
@@ -239,7 +242,7 @@ def with_labels(rule: LabelRule, labels: Literal["soft", "hard"] | Clamp) -> Lab
     return replace(rule, labels=labels, clamp=None)
 
 
-def fit_points_per_nat(votes: StoredVotes, rule: LabelRule) -> FittedTemperature:
+def fit_points_per_nat(votes: StoredVotes, rule: LabelRule) -> FittedDivisor:
     """The points that are worth one nat: the divisor of the rated pairs' points that makes the truth likeliest.
 
     Every principle counts, since what is nearer to even than `abstain_below` nats follows from this number. The errors
@@ -253,13 +256,13 @@ def fit_points_per_nat(votes: StoredVotes, rule: LabelRule) -> FittedTemperature
 
 def fit_temperature(
     rows: Sequence[Mapping[str, Any]], log_odds: Floats, principles: Sequence[str], rule: LabelRule
-) -> FittedTemperature:
+) -> FittedDivisor:
     """The divisor of summed log-odds, (pairs, principles) before, that makes the truth likeliest."""
     sums = replace(rule, temperature=1.0).aggregate(log_odds, principles)
     return fit_divisor("temperature", rows, sums, rule.aggregate(log_odds, principles))
 
 
-def fit_divisor(name: str, rows: Sequence[Mapping[str, Any]], sums: Floats, log_odds: Floats) -> FittedTemperature:
+def fit_divisor(name: str, rows: Sequence[Mapping[str, Any]], sums: Floats, log_odds: Floats) -> FittedDivisor:
     """The divisor of `sums` that makes the known truth likeliest, and its errors on prompts that it was not fitted on.
 
     `sums` and the `log_odds` that are made without it are (pairs,). The truth comes from people if they labelled pairs
@@ -281,7 +284,7 @@ def fit_divisor(name: str, rows: Sequence[Mapping[str, Any]], sums: Floats, log_
             "labelled (`human:` of the judge stage) or prompts of source micro"
         )
     pairs = np.flatnonzero(truth.is_decided & ~np.isnan(sums))
-    return fit_and_measure_temperature(
+    return fit_and_measure_divisor(
         truth.kind,
         sums[pairs],
         log_odds[pairs],
@@ -291,7 +294,7 @@ def fit_divisor(name: str, rows: Sequence[Mapping[str, Any]], sums: Floats, log_
     )
 
 
-def _note_bound(name: str, fitted: FittedTemperature, context: Context) -> None:
+def _note_bound(name: str, fitted: FittedDivisor, context: Context) -> None:
     """Notes a fitted divisor at one of its bounds, where the judge is always right or right by chance."""
     if fitted.at_bound:
         accuracy = "always right" if fitted.value < sum(fitted.bounds) / 2 else "right no more often than by chance"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import comb
 from random import Random
 
@@ -12,7 +13,7 @@ from cai.feedback.judge_calibration import (
     calibrate_labels,
     calibration_lines,
     cross_validated_log_odds,
-    fit_and_measure_temperature,
+    fit_and_measure_divisor,
     measure_calibration,
 )
 from cai.feedback.labelled_votes import LabelledVotes, LabelRule
@@ -211,6 +212,28 @@ def test_a_judge_that_is_not_distinguishable_from_chance_is_called_so():
         assert "the judge is not distinguishable from chance" in list(calibration_lines(calibration))
 
 
+@pytest.mark.parametrize(
+    ("rule", "fitted"),
+    [
+        ({}, None),
+        ({"points_per_nat": 2.0}, None),
+        ({"points_per_nat": 2.0, "is_points_per_nat_fitted": True}, "points per nat"),
+        ({"temperature": 2.0, "is_temperature_fitted": True}, "temperature"),
+        ({"temperature": 2.0, "is_temperature_fitted": True, "points_per_nat": 2.0, "is_points_per_nat_fitted": True},
+         "temperature and points per nat"),
+    ],
+)  # fmt: skip
+def test_it_is_said_which_divisor_of_the_stage_was_fitted_on_the_measured_prompts(rule, fitted):
+    votes = replace(chosen_by_people([n % 4 != 0 for n in range(40)]), rule=LabelRule({"all": 1.0}, **rule))
+    figures = calibrate_labels(votes)
+    assert figures["stage_temperature_fitted"] == ("is_temperature_fitted" in rule)
+    assert figures["stage_points_per_nat"] == rule.get("points_per_nat")
+    assert figures["stage_points_per_nat_fitted"] == ("is_points_per_nat_fitted" in rule)
+    lines = [line for line in calibration_lines(figures) if "fitted on these prompts" in line]
+    expected = f"fitted on these prompts: the stage's {fitted}; figures after temperature are of other prompts"
+    assert lines == ([expected] if fitted else [])
+
+
 def test_pairs_on_which_people_contradict_each_other_are_counted_and_left_out():
     labelled = chosen_by_people([True] * 10)
     labelled.rows[0]["human"] = 0.5
@@ -251,12 +274,12 @@ def test_a_fitted_temperature_is_measured_where_it_was_not_fitted():
     y = outcomes(x)
     clusters = [str(i // 4) for i in range(4000)]
     nowhere = np.zeros(4000, dtype=bool)
-    fitted = fit_and_measure_temperature("human", 3 * x, 3 * x, y, clusters, nowhere)
+    fitted = fit_and_measure_divisor("human", 3 * x, 3 * x, y, clusters, nowhere)
     assert fitted.value == fit_temperature(3 * x, y)
-    assert fitted.ece_after_temperature == calibration_error(cross_validated_log_odds(3 * x, y, clusters), y)
+    assert fitted.ece_after == calibration_error(cross_validated_log_odds(3 * x, y, clusters), y)
     assert (fitted.measured_on, fitted.measured_pairs, fitted.prompts) == ("cross_validation", 4000, 1000)
     last = np.arange(4000) >= 3000
-    fitted = fit_and_measure_temperature("human", 3 * x, 3 * x, np.where(last, 1 - y, y), clusters, last)
+    fitted = fit_and_measure_divisor("human", 3 * x, 3 * x, np.where(last, 1 - y, y), clusters, last)
     assert fitted.value == fit_temperature(3 * x[:3000], y[:3000]), "held-out pairs change nothing"
-    assert fitted.brier_after_temperature == brier_score(3 * x[3000:] / fitted.value, 1 - y[3000:])
+    assert fitted.brier_after == brier_score(3 * x[3000:] / fitted.value, 1 - y[3000:])
     assert (fitted.measured_on, fitted.pairs, fitted.measured_pairs) == ("held_out", 3000, 1000)

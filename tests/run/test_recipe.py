@@ -49,9 +49,9 @@ BROKEN = [
     ("learning_rate: 2.0e-4", "save_total_limit: 1", 13, "1", "expected at least 2"),
     ("learning_rate: 2.0e-4", "output_dir: here", 13, "output_dir", "is the stage's folder"),
     ("beta: 0.1", "lr_scheduler_type: cosin", 18, "cosin", "did you mean 'cosine'"),
-    ("from: candidates}", "from: candidates, method: rating}", 16, "prefer,",
+    ("from: candidates}", "from: candidates, method: rating}", 16, "votes}",
      "found votes in points from 1 to 7, expected `points_per_nat`"),
-    ("from: votes}", "from: votes, points_per_nat: 2.0}", 16, "prefer,", "expected it with votes of judges that rate"),
+    ("from: votes}", "from: votes, points_per_nat: 2.0}", 16, "2.0}", "expected it with votes of judges that rate"),
     ("kind: judge,", "kind: judge, pairs: some,", 15, "some", "expected one of disjoint, all, random"),
     ("kind: judge,", "kind: judge, pair: all,", 15, "pair:", "did you mean 'pairs'"),
     ("first.jsonl", "frist.jsonl", 5, "frist", "did you mean 'first.jsonl'"),
@@ -109,7 +109,10 @@ def test_a_comparison_reads_no_votes_in_points(recipe):
     figures = "{id: rated, kind: comparison, responses: {a: candidates}, votes: ratings, models: {a: sl-cai}"
     figures += ", judge: start, prompts: red_team}"
     recipe.write_text(GOOD + f"  - {votes}\n  - {figures}\n")
-    assert "found votes in points from 1 to 7, expected votes in nats" in refusal()
+    message = refusal()
+    assert "found votes in points from 1 to 7, expected votes in nats" in message
+    assert "votes: found" in message, "the position is that of the key that names the judges"
+    assert "set `method: pairwise` or `method: reasoned` in stage 'ratings'" in message
 
 
 def test_a_tag_that_no_principle_has_gets_no_weight_but_the_nearest_name(recipe):

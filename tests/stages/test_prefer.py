@@ -358,8 +358,8 @@ def test_a_fitted_temperature_is_the_one_of_greatest_likelihood_of_what_people_c
         return sum(math.log1p(math.exp(-x / t if row["human"] else x / t)) for x, row in zip(sums, rows, strict=True))
 
     assert loss(fitted["value"]) <= min(loss(fitted["value"] * step) for step in (0.98, 0.99, 1.01, 1.02))
-    assert fitted["ece_after_temperature"] < fitted["ece"]
-    assert fitted["brier_after_temperature"] < fitted["brier"]
+    assert fitted["ece_after"] < fitted["ece_before"]
+    assert fitted["brier_after"] < fitted["brier_before"]
     assert (fitted["truth"], fitted["pairs"], fitted["measured_on"]) == ("human", 400, "cross_validation")
     by_number = prefer(tmp_path / "number", rows, temperature=fitted["value"])
     assert by_pair(result) == by_pair(by_number)
@@ -372,7 +372,7 @@ def test_a_temperature_is_never_fitted_on_held_out_prompts(tmp_path):
     exchanged = [{**row, "human": 1 - row["human"]} for row in held_out]
     second = fitted_temperature(tmp_path / "2", [*rows[:200], *exchanged])
     assert first["value"] == second["value"]
-    assert first["brier_after_temperature"] != second["brier_after_temperature"]
+    assert first["brier_after"] != second["brier_after"]
     assert (first["measured_on"], first["pairs"], first["measured_pairs"]) == ("held_out", 200, 100)
     for without_truth in (held_out, random_votes(20), [{**rows[0], "human": 0.5}]):
         with pytest.raises(StageFailed, match="no truth outside of held-out prompts"):
@@ -570,7 +570,7 @@ def test_neither_fit_nor_mix_depends_on_the_order_of_rows_or_on_names_of_sides(s
         second = prefer(Path(name), exchanged, temperature="fitted", **mix_config)
     first_fit, second_fit = (result.figures["labels"]["temperature"] for result in (first, second))
     assert first_fit["value"] == pytest.approx(second_fit["value"], rel=1e-3)
-    assert first_fit["brier_after_temperature"] == pytest.approx(second_fit["brier_after_temperature"], rel=1e-3)
+    assert first_fit["brier_after"] == pytest.approx(second_fit["brier_after"], rel=1e-3)
     assert by_pair(first).keys() == by_pair(second).keys()
     for pair_id, (chosen, rejected, p) in by_pair(first).items():
         assert by_pair(second)[pair_id] == (chosen, rejected, pytest.approx(p, rel=1e-3))
@@ -580,7 +580,7 @@ def test_a_temperature_of_one_topic_is_fitted_and_not_measured(tmp_path):
     rows = [micro_pair(n, n % 4 != 0, "topic:0") for n in range(16)]
     fitted = fitted_temperature(tmp_path, rows)
     assert fitted["value"] == pytest.approx(2 / math.log(3), rel=1e-3)
-    assert (fitted["ece_after_temperature"], fitted["brier_after_temperature"]) == (None, None)
+    assert (fitted["ece_after"], fitted["brier_after"]) == (None, None)
 
 
 def rated(rows: list[dict], scale: int = 7) -> list[dict]:
@@ -619,7 +619,7 @@ def test_the_fitted_points_per_nat_are_the_temperature_of_rated_pairs_alone(tmp_
     assert fitted["pairs"] == 300
     rule = LabelRule.read(result.folder)
     assert (rule.points_per_nat, rule.is_points_per_nat_fitted) == (fitted["value"], True)
-    assert fitted["ece_after_temperature"] < fitted["ece"]
+    assert fitted["ece_after"] < fitted["ece_before"]
 
 
 @pytest.mark.parametrize(
@@ -638,6 +638,16 @@ def test_points_are_never_taken_for_nats(tmp_path, scales, config, message):
         rows += [row] if scale is None else rated([row], scale)
     with pytest.raises(BadInput, match=message):
         prefer(tmp_path, rows, **config)
+
+
+def test_without_any_vote_a_number_of_points_per_nat_is_no_mistake(tmp_path):
+    with pytest.raises(StageFailed, match="none of the pairs gets a label"):
+        prefer(tmp_path, [], points_per_nat=2.0)
+
+
+def test_without_a_judge_points_per_nat_are_refused():
+    with pytest.raises(ValueError, match="found `points_per_nat`, expected `from:` beside it"):
+        Config(id="prefer", pairs={"source": "people.jsonl"}, points_per_nat=2.0)
 
 
 def test_the_labels_of_rated_pairs_are_explained_in_nats_and_an_earlier_rule_is_refused(tmp_path):
