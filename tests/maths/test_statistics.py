@@ -59,7 +59,7 @@ UNEQUAL_SIZES = {
 
 
 @pytest.mark.parametrize("sizes", UNEQUAL_SIZES.values(), ids=UNEQUAL_SIZES)
-@pytest.mark.parametrize("p", [0.2, 0.5])
+@pytest.mark.parametrize("p", [0.02, 0.2, 0.5, 0.98])
 def test_interval_covers_the_truth_where_some_topics_are_much_larger(p: float, sizes: np.ndarray) -> None:
     repeats = 3000
     assert sizes.sum() ** 2 / (sizes**2).sum() > 10, "effective topics"
@@ -89,6 +89,21 @@ def test_differences_and_lengths_cover_the_truth_where_some_topics_are_much_larg
         low, high = statistics.mean(list(lengths), clusters).interval
         counts["length"] += low <= 0 <= high
     assert min(counts.values()) / repeats >= 0.93 - 2 * (0.93 * 0.07 / repeats) ** 0.5, counts
+
+
+@pytest.mark.parametrize("sizes", [np.full(12, 8), log_normal_sizes(40, 1.0, seed=0)], ids=["12 equal", "sigma 1, 40"])
+def test_means_of_skewed_values_cover_the_truth(sizes: np.ndarray) -> None:
+    """Log-normal values with half of the variance of their logarithm between topics."""
+    generator = np.random.default_rng(0)
+    repeats, variance = 400, 1.0
+    topics = np.repeat(np.arange(len(sizes)), sizes)
+    clusters = [str(topic) for topic in topics]
+    n_covered = 0
+    for _ in range(repeats):
+        logs = generator.normal(0, 1, len(sizes))[topics] + generator.normal(0, 1, len(topics))
+        low, high = statistics.mean(list(np.exp(logs * (variance / 2) ** 0.5)), clusters).interval
+        n_covered += low <= np.exp(variance / 2) <= high
+    assert n_covered / repeats >= 0.9 - 2 * (0.9 * 0.1 / repeats) ** 0.5, n_covered
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=8), st.floats(0, 1))
