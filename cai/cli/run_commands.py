@@ -26,6 +26,7 @@ from cai.cli.options import (
     to_stderr,
 )
 from cai.text.errors import BadInput, did_you_mean
+from cai.text.formatting import printable
 
 if TYPE_CHECKING:
     from cai.contracts.profile import Profile
@@ -131,6 +132,8 @@ def _dry_run(
     from cai.contracts.machine import gpu_memory
     from cai.run import plan, status
 
+    for note in recipe.notes:
+        to_stderr(printable(note))
     steps = plan.plan_recipe(recipe, profile, runs_folder / recipe.name, options)
     facts: dict[str, Any] = {"stages": status.plan_json(steps), "models": status.engine_by_model(steps, profile)}
     if not as_json:

@@ -285,11 +285,15 @@ def load_profile(name: str | None = None) -> Profile:
     if (profile.nodes > 1) != bool(profile.launcher):
         at = ("nodes",) if profile.nodes > 1 else ("launcher",)
         raise error_at(document, at, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither")
-    words = [
-        str(file.resolve()) if (file := find_beside(word, path.parent, "configs")) else word
-        for word in profile.launcher
-    ]
-    return profile.model_copy(update={"launcher": tuple(words)})
+    words = tuple(_launcher_word(word, path.parent) for word in profile.launcher)
+    return profile.model_copy(update={"launcher": words})
+
+
+def _launcher_word(word: str, home: Path) -> str:
+    """A word of the launcher; a file's path where one in the profile's folder `home` has this name, or a shipped one
+    where the word names a folder too, since a single word may be a command or a host."""
+    file = find_beside(word, home, "configs") if "/" in word else home / word
+    return str(file.resolve()) if file is not None and file.is_file() else word
 
 
 @functools.cache

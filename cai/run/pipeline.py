@@ -45,7 +45,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
     with run_folder.locked(run), stopping.on_sigterm(), display:
         planner = Planner(recipe, run, profile.offline, options)
         notes = check_prompts(recipe, planner.fingerprints.prompts)
-        for note in [*planner.fingerprints.notes, *notes]:
+        for note in [*recipe.notes, *planner.fingerprints.notes, *notes]:
             display.note(note)
         _record_run(recipe, profile, run, display)
         done: dict[str, run_folder.Finished] = {}

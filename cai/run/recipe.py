@@ -8,7 +8,7 @@ what has already run and what that left behind (`cai.run.plan`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class Recipe:
     """Every model that is not a stage of this recipe, by the name the recipe gives it."""
     path: Path
     overrides: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the user should know before anything runs."""
 
     @property
     def folder(self) -> Path:
@@ -90,7 +92,19 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
         models=resolved.models,
         path=document.path,
         overrides=overrides,
+        notes=tuple(_constitution_notes(document, written, constitution)),
     )
+
+
+def _constitution_notes(
+    document: Document, written: RecipeDocument, constitution: Constitution | None
+) -> Iterator[str]:
+    """Says that the shipped constitution stands in for a file beside the recipe, which its author may have edited."""
+    if constitution is None or written.constitution is None:
+        return
+    is_path = Path(written.constitution).name != written.constitution or bool(Path(written.constitution).suffix)
+    if is_path and not (document.path.parent / written.constitution).is_file():
+        yield f"constitution: {constitution.path}, the shipped one; there is none beside {document.path}"
 
 
 def _stage_configs(document: Document) -> list[StageConfig]:

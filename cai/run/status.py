@@ -72,8 +72,12 @@ def figure_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def left_out_lines(summary: Mapping[str, Any]) -> list[str]:
     """What each stage left out of its input where that was much, and what to change."""
-    sentences = summary.get("left_out", {}).items()
-    return [printable(f"{stage_id}: {sentence}") for stage_id, of_stage in sentences for sentence in of_stage]
+    sentences_by_stage = summary.get("left_out", {})
+    return [
+        printable(f"{stage_id}: {sentence}")
+        for stage_id, sentences in sentences_by_stage.items()
+        for sentence in sentences
+    ]
 
 
 def result_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:

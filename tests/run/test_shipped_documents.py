@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import toy_stages
+from click.testing import CliRunner
 
 import cai
+from cai.cli import main
 from cai.contracts.profile import load_profile
 from cai.document.shipped import shipped_folder, shipped_names
 from cai.run.recipe import load_recipe
@@ -53,6 +57,42 @@ def test_a_recipe_loads_by_name_and_as_a_copy_with_the_same_constitution(name, f
     assert copied.stages == shipped.stages
     assert copied.constitution is not None
     assert copied.constitution == shipped.constitution
+
+
+def test_a_copied_recipe_that_uses_the_shipped_constitution_says_so_before_anything_runs(foreign_folder):
+    copy = shutil.copy(shipped_folder("recipes") / "quickstart.yaml", foreign_folder / "mine.yaml")
+    constitution = load_recipe("quickstart").constitution
+    note = f"constitution: {constitution.path}, the shipped one; there is none beside mine.yaml\n"
+    dry_run = CliRunner().invoke(main, ["run", copy.name, "--dry-run", "--json"])
+    assert dry_run.exit_code == 0, dry_run.output
+    assert dry_run.stderr == note
+    assert json.loads(dry_run.stdout)["stages"]
+    beside = foreign_folder / "constitutions" / constitution.path.name
+    beside.parent.mkdir()
+    shutil.copy(constitution.path, beside)
+    copy.write_text(copy.read_text().replace("../constitutions/", "constitutions/"))
+    assert load_recipe(copy).notes == load_recipe("quickstart").notes == ()
+
+
+def test_a_run_says_first_that_it_uses_the_shipped_constitution(foreign_folder, monkeypatch):
+    toy_stages.install(monkeypatch)
+    toy_stages.make_recipe(foreign_folder)
+    shipped = shipped_folder("constitutions") / "micro.yaml"
+    setting = f"constitution=../constitutions/{shipped.name}"
+    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--set", setting, "--until", "texts"])
+    assert result.exit_code == 0, result.output
+    first_line = result.stderr.splitlines()[0]
+    assert first_line == f"constitution: {shipped}, the shipped one; there is none beside recipe.yaml"
+
+
+def test_a_word_of_a_launcher_is_no_shipped_file_unless_it_names_a_folder(foreign_folder):
+    profile = (shipped_folder("configs") / "2x8gpu-zero3.yaml").read_text()
+    launcher = "launcher: [bash, multi-node/on-each.sh, cpu.yaml]"
+    text = re.sub(r"^launcher:.*$", launcher, profile, count=1, flags=re.MULTILINE)
+    assert launcher in text
+    Path("mine.yaml").write_text(text)
+    on_each = (shipped_folder("configs") / "multi-node" / "on-each.sh").resolve()
+    assert load_profile("mine.yaml").launcher == ("bash", str(on_each), "cpu.yaml")
 
 
 def test_the_launcher_over_ssh_that_a_copied_profile_switches_to_is_found(foreign_folder):

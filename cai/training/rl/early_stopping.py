@@ -2,8 +2,8 @@
 
 A policy that over-optimises its reward gets a rising reward while its responses grow, repeat themselves or do not end
 (Gao et al. 2023, arXiv 2210.10760, describe the effect; these signs are what a person would look for). Each rollout is
-compared with the first one before anything is learned from it, and some of its responses are written to a file. So is a
-rollout refused in which the rewards of too many responses failed.
+compared with the first one before anything is learned from it, and some of its responses are written to a file. A
+rollout is also refused where too many of its responses have no reward.
 """
 
 from __future__ import annotations
