@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai.storage.files import read_json
 from cai.storage.journal import RECORDS, Journal, read_failures
-from cai.storage.rows import Prompt, read_rows, stable_seed
-from cai.storage.run_folder import STAGE
+from cai.storage.rows import Failure, Prompt, read_rows, stable_seed
 
 if TYPE_CHECKING:
     from cai.constitution import Constitution
@@ -19,6 +17,8 @@ if TYPE_CHECKING:
     from cai.contracts.model import Model
     from cai.contracts.profile import Profile
 
+from cai.contracts.references import FailuresRead
+from cai.contracts.writing_stages import writing_stages
 from cai.templates import TemplateSet, load_templates
 from cai.text.left_out import LeftOut, cut_off_reason, left_out_sentence
 from cai.text.progress import Progress
@@ -44,6 +44,8 @@ class Context:
     report_to: tuple[str, ...] = ()
     home: Path = Path()
     """The recipe's folder, from which relative paths start."""
+    failures_read: Mapping[str, FailuresRead | None] = field(default_factory=dict)
+    """What the config declares to read of the failures of each input stage (`cai.contracts.references`)."""
     left_out: list[str] = field(default_factory=list)
     """What `report_left_out` has told the user, for the end of the run."""
 
@@ -69,13 +71,22 @@ class Context:
             chosen.update(sorted(ids, key=lambda prompt_id: stable_seed(self.seed, "judged", prompt_id))[:n])
         return chosen
 
-    def failures(self, stage: str) -> list[Any]:
-        """What failed in an input stage, `{"id", "reason"}` each. Its reference says `failures="reasons"`."""
-        return read_failures(self.inputs[stage])
+    def failures(self, stage: str) -> list[Failure]:
+        """What failed in an input stage. Its reference must say `failures="reasons"`."""
+        self._require_declared(stage, ("reasons",))
+        return [Failure.from_json(failure) for failure in read_failures(self.inputs[stage])]
 
     def failed_ids(self, stage: str) -> set[str]:
-        """The items that failed in an input stage. Its reference says `failures="ids"`."""
-        return {failure["id"] for failure in self.failures(stage)}
+        """The items that failed in an input stage. Its reference must say what is read of failures."""
+        self._require_declared(stage, ("ids", "reasons"))
+        return {failure["id"] for failure in read_failures(self.inputs[stage])}
+
+    def _require_declared(self, stage: str, readings: tuple[FailuresRead, ...]) -> None:
+        """Raises AssertionError where failures are read that are no part of the stage's fingerprint."""
+        if self.failures_read.get(stage) not in readings:
+            raise AssertionError(
+                f"the config of stage {self.stage_id!r} must refer to {stage!r} with `failures={readings[0]!r}`"
+            )
 
     def report_left_out(self, n_input: int, unit: str, reasons: Iterable[LeftOut]) -> None:
         """Tells the user where the stage leaves out more than a tenth of its input, and why."""
@@ -83,15 +94,12 @@ class Context:
             self.left_out.append(sentence)
             self.progress.note(sentence)
 
-    def cut_off_reason(self, n: int, rows_by_stage: Mapping[str, Iterable[Any]], or_else: str = "") -> LeftOut:
-        """`n` responses that were cut off, with the input stages that they are from; `or_else` is another remedy."""
-        stages = [id for id, rows in rows_by_stage.items() if any(row["finish_reason"] == "length" for row in rows)]
-        return cut_off_reason(n, {id: self._max_new_tokens(id) for id in stages}, or_else)
-
-    def _max_new_tokens(self, stage: str) -> int | None:
-        """Tokens at which an input stage cut its texts off; None where it wrote none."""
-        limit: int | None = (read_json(self.inputs[stage] / STAGE) or {"config": {}})["config"].get("max_new_tokens")
-        return limit
+    def cut_off_reason(self, n: int, rows_by_stage: Mapping[str, Iterable[Any]], other_remedy: str = "") -> LeftOut:
+        """`n` responses that were cut off, from these input stages; `other_remedy` is what helps besides."""
+        limits: dict[str, int | None] = {}
+        for stage, rows in rows_by_stage.items():
+            limits |= writing_stages(stage, self.inputs[stage], rows)
+        return cut_off_reason(n, limits, other_remedy)
 
     def model(self, name: str | None) -> Model:
         """The model of that name in the recipe; the recipe's own for None."""

@@ -28,13 +28,17 @@ MODEL_KINDS: tuple[OutputKind, ...] = ("policy", "reward")
 """What a stage may give that is a model."""
 
 
+FailuresRead = Literal["ids", "reasons"]
+"""What is read of the items that failed in a stage: which ones, or also why."""
+
+
 @dataclass(frozen=True)
 class StageReference:
     """A stage whose rows are read: one that gives one of `takes`."""
 
     takes: tuple[OutputKind, ...]
-    failures: Literal["ids", "reasons"] | None = None
-    """What is read of the items that failed in it: which ones, or also why. Part of the fingerprint."""
+    failures: FailuresRead | None = None
+    """What is read of the items that failed in it. Part of the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,15 @@ TagRef = Annotated[str, TagReference()]
 FileRef = Annotated[str, FileReference()]
 RowsFileRef = Annotated[str, FileReference(built_in=("micro",))]
 FunctionRef = Annotated[str, FileReference(function=True)]
+
+
+def failures_read(config: BaseModel) -> dict[str, FailuresRead | None]:
+    """What a config reads of the failures of each stage that it refers to: the most that any of its fields reads."""
+    declared: dict[str, FailuresRead | None] = {}
+    for _, target, name in references(config, StageReference):
+        order: tuple[FailuresRead | None, ...] = (None, "ids", "reasons")
+        declared[name] = max(declared.get(name), target.failures, key=order.index)
+    return declared
 
 
 def _as_list(value: object) -> object:

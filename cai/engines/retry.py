@@ -43,10 +43,10 @@ def _check(result: Completion | Failure, fail_if_cut_off: bool) -> Completion | 
     if isinstance(result, Failure):
         return result
     if fail_if_cut_off and result.finish_reason == "length":
-        return Failure(result.id, f"it was cut off after {result.n_tokens} tokens, before it came to an end")
+        return Failure(result.id, f"it was cut off after {result.n_tokens} tokens, before it came to an end", "cut_off")
     if result.text or not result.reasoning:
         return result
-    return Failure(result.id, f"its reasoning took all {result.n_tokens} tokens and no response followed")
+    return Failure(result.id, f"its reasoning took all {result.n_tokens} tokens and no response followed", "cut_off")
 
 
 def choose_all(

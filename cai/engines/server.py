@@ -135,7 +135,7 @@ class ServerEngine:
             try:
                 calls.append(functools.partial(self._complete, request, self._prompt_fields(request.messages)))
             except BadInput as error:
-                yield Failure(request.id, str(error))
+                yield Failure.of_error(request.id, error)
         yield from self._connection.run_all(calls)
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]:
@@ -153,7 +153,7 @@ class ServerEngine:
             try:
                 prompt, settings, matchers = self._question_fields(question)
             except BadInput as error:
-                yield Failure(question.id, str(error))
+                yield Failure.of_error(question.id, error)
                 continue
             body = self._body(self.capabilities, prompt, Sampling(1)) | _list_fields(list_length, prompt) | settings
             calls.append(functools.partial(self._answer, question, body, matchers))
@@ -167,7 +167,7 @@ class ServerEngine:
         try:
             answer = await self._post(body)
         except RequestFailed as error:
-            return Failure(request.id, error.reason)
+            return Failure(request.id, error.reason, error.kind)
         generated = answer.choices[0]
         if generated.finish_reason not in ("stop", "length"):
             ending = self._connection.clean(str(generated.finish_reason))
@@ -186,7 +186,7 @@ class ServerEngine:
         try:
             answer = await self._post(body)
         except RequestFailed as error:
-            return Failure(question.id, error.reason)
+            return Failure(question.id, error.reason, error.kind)
         return server_answers.read_options(question, server_answers.next_tokens(answer.choices[0]), matchers)
 
     def _prompt_fields(self, messages: Sequence[Message]) -> Prompt:

@@ -140,13 +140,15 @@ def read_options(question: Question, listed: NextTokens, matchers: Sequence[Opti
     place = f"among the {len(listed.log_probs)} next tokens that the server lists"
     if not listed_options:
         options = ", ".join(map(repr, question.options))
-        return Failure(question.id, f"none of the options {options} is {place}")
+        return Failure(question.id, f"none of the options {options} is {place}", "no_option")
     lowest = min((value for token, value in listed.log_probs if token != listed.sampled), default=0.0)
     left_over = max(1 - sum(math.exp(value) for _, value in listed.log_probs), 1e-7)  # float32's resolution at 1
     bound = min(lowest, math.log(left_over))
     if None in log_probs and bound > max(listed_options) + math.log(NEGLIGIBLE):
         option = question.options[log_probs.index(None)]
-        return Failure(question.id, f"option {option!r} is not {place}, which leave it up to {math.exp(bound):.2g}")
+        return Failure(
+            question.id, f"option {option!r} is not {place}, which leave it up to {math.exp(bound):.2g}", "no_option"
+        )
     option_probability = sum(map(math.exp, listed_options))
     return Choice(question.id, tuple(bound if value is None else value for value in log_probs), option_probability)
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from cai.contracts.profile import Server
 from cai.text.errors import BadInput
 from cai.text.formatting import printable, shorten
+from cai.text.left_out import FailureKind
 
 Result = TypeVar("Result")
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -46,6 +47,12 @@ class RequestFailed(Exception):
         super().__init__(reason)
         self.reason = reason
         self.status = status
+
+    @property
+    def kind(self) -> FailureKind:
+        """Transient where the same request may succeed later."""
+        is_transient = self.status is None or self.status >= 500 or self.status in RETRIED_STATUS_CODES
+        return "transient" if is_transient else "other"
 
 
 class Connection:

@@ -34,7 +34,7 @@ from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from cai.models.reference import ADAPTER, base_of, fetch, read_json_object, read_model_json
 from cai.storage.rows import Failure
-from cai.text.errors import BadInput, CaiError, StageFailed
+from cai.text.errors import BadInput, CaiError, StageFailed, TooLong
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 Line = dict[str, Any]
@@ -108,7 +108,7 @@ class VllmEngine:
                 if 0 < sampling.temperature < 0.01:  # vLLM would raise it to 0.01
                     raise BadInput(f"vLLM samples at temperature 0 or from 0.01 on, found {sampling.temperature}")
             except BadInput as error:
-                yield Failure(request.id, str(error))
+                yield Failure.of_error(request.id, error)
                 continue
             stop = [*chat.stop, *sampling.stop]
             settings: Line = {
@@ -143,7 +143,7 @@ class VllmEngine:
                 prompt, options = self.chat.question(question.messages, question.options)
                 self._check_length(prompt, 1)
             except BadInput as error:
-                yield Failure(question.id, str(error))
+                yield Failure.of_error(question.id, error)
                 continue
             # The same number for all questions: vLLM would pad with token 0, which may be an option.
             token_ids = options + options[:1] * (max_options - len(options))
@@ -164,7 +164,7 @@ class VllmEngine:
         limits = [limit for limit in (self.chat.context_length, self.profile.vllm.max_model_len) if limit is not None]
         if limits and len(prompt) + n_new > min(limits):
             lengths = f"the prompt has {len(prompt)} tokens and {n_new} more are wanted"
-            raise BadInput(f"{lengths}, but {self.model.name!r} takes {min(limits)} in all")
+            raise TooLong(f"{lengths}, but {self.model.name!r} takes {min(limits)} in all")
 
     @functools.cached_property
     def _banned_ids(self) -> list[int]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -204,7 +204,7 @@ class Judge:
                 continue
             choice = with_enough_probability(answers[id], self.min_option_probability)
             if isinstance(choice, Failure) and isinstance(answers[id], Choice) and declines(rationales[id]):
-                choice = Failure(id, f"the judge refused, and {choice.reason}")
+                choice = replace(choice, reason=f"the judge refused, and {choice.reason}")
             choices[id] = choice
         return choices
 
@@ -320,8 +320,7 @@ def _rating_votes(
     for side in ("a", "b"):
         rating = ratings[f"{pair.id}/{side}/{principle.id}"]
         if isinstance(rating, Failure):
-            reason = f"pair {pair.id}, {principle.id!r}, response {side}: {rating.reason}"
-            return [Failure(rating.id, reason) for _ in ORDERS]
+            return [rating.at(f"pair {pair.id}, {principle.id!r}, response {side}") for _ in ORDERS]
         both_sides.append(rating)
     a, b = both_sides
     return [
@@ -345,9 +344,11 @@ def choice_from_texts(question: Question, answers: Sequence[Completion | Failure
     texts = [answer.text.strip(CHARACTERS_AROUND_OPTION) for answer in answers if isinstance(answer, Completion)]
     counts = [texts.count(option) for option in question.options]
     if not any(counts):
-        failure_reason = next((answer.reason for answer in answers if isinstance(answer, Failure)), None)
-        detail = f"first {shorten(texts[0], 40)!r}" if texts else failure_reason
-        return Failure(question.id, f"none of {len(answers)} sampled answers is an option; {detail}")
+        failure = next((answer for answer in answers if isinstance(answer, Failure)), None)
+        place = f"none of {len(answers)} sampled answers is an option"
+        if texts or failure is None:
+            return Failure(question.id, f"{place}; first {shorten(texts[0], 40)!r}", "no_option")
+        return Failure(question.id, f"{place}; {failure.reason}", failure.kind)
     denominator = sum(counts) + len(counts) / 2
     log_probs = tuple(math.log((count + 0.5) / denominator) for count in counts)
     return Choice(question.id, log_probs, sum(counts) / len(answers))

@@ -21,6 +21,7 @@ from cai.feedback.votes import ResponsePair, judge_pairs
 from cai.maths.calibration import calibration_error
 from cai.maths.statistics import rate, worst_case
 from cai.maths.vote_aggregation import mean_over_orders, sigmoid
+from cai.storage.rows import Failure
 from cai.templates import TemplateSet
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import printable, shorten
@@ -68,13 +69,18 @@ class Outcome:
     prompt: str
     log_odds: tuple[float, float] | None
     """With the better response shown first, and second; None where the judge gave no answer."""
-    reason: str = ""
+    failure: Failure | None = None
     """Why there is no answer."""
 
     @property
     def name(self) -> str:
         """`principle/number`."""
         return f"{self.principle}/{self.number}"
+
+    @property
+    def reason(self) -> str:
+        """Why there is no answer, in words."""
+        return self.failure.reason if self.failure else ""
 
     @property
     def mean_log_odds(self) -> float | None:
@@ -132,8 +138,8 @@ def run_examples(constitution: Constitution, engine: Engine, templates: Template
     for (principle, number, example, _), (votes, failures) in zip(examples, judged, strict=True):
         by_order = {vote["order"]: vote["log_odds"] for vote in votes}
         log_odds = (by_order["ab"], by_order["ba"]) if votes else None
-        reason = failures[0].reason if failures else ""
-        outcomes.append(Outcome(principle.id, number, example.prompt, log_odds, reason))
+        failure = failures[0] if failures else None
+        outcomes.append(Outcome(principle.id, number, example.prompt, log_odds, failure))
     return outcomes
 
 

@@ -93,8 +93,8 @@ def complete_votes(
         if not failed:
             votes += [vote for vote in both_orders if not isinstance(vote, Failure)]
     if failures and not votes:
-        reason = f"no principle was answered in both orders; first of {len(failures)}: {failures[0].reason}"
-        failures = [Failure(pair.id, reason)]
+        place = f"no principle was answered in both orders; first of {len(failures)}"
+        failures = [failures[0].at(place, pair.id)]
     return votes, failures
 
 
@@ -118,7 +118,7 @@ def _to_vote(
 
 def failed_vote(failure: Failure, pair: ResponsePair, order: Order, principle: Principle) -> Failure:
     """The failure with the vote that it belongs to in its reason."""
-    return Failure(failure.id, f"pair {pair.id}, {principle.id!r}, order {order}: {failure.reason}")
+    return failure.at(f"pair {pair.id}, {principle.id!r}, order {order}")
 
 
 def log_odds_of_a(choice: Choice, order: Order) -> float:
@@ -136,7 +136,7 @@ def with_enough_probability(answer: Choice | Failure, min_option_probability: fl
     """The answer; a failure if its options hold less than `min_option_probability` together, or no number."""
     if isinstance(answer, Choice) and not answer.option_probability >= min_option_probability:
         reason = f"the options hold {answer.option_probability:.3g} of the probability"
-        return Failure(answer.id, f"{reason}, less than min_option_probability {min_option_probability:g}")
+        return Failure(answer.id, f"{reason}, less than min_option_probability {min_option_probability:g}", "unclear")
     return answer
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from cai import engines
 from cai.contracts.context import Context
 from cai.contracts.profile import Profile
+from cai.contracts.references import failures_read
 from cai.contracts.stage_config import StageConfig
 from cai.contracts.training_config import TrainingConfig
 from cai.run.plan import Planner, Step, library_versions
@@ -93,6 +94,7 @@ class StageRun:
             open_engine=engines.open_engine,
             report_to=self.report_to,
             home=recipe.folder,
+            failures_read=failures_read(config),
         )
         _reset_randomness(stable_seed(recipe.seed, config.id, "stage") % 2**32, self.trains)
         try:

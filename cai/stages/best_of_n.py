@@ -85,14 +85,14 @@ def report_left_out(
     """Tells the user where many responses were not among those that the best was chosen from."""
     n_usable, n_scored = (sum(map(len, rows)) for rows in (by_prompt.values(), [item["rows"] for item in items]))
     n_responses_of_prompt = {item["id"]: len(item["rows"]) for item in items}  # a prompt that fails fails them all
-    reasons = [failure.reason for failure in failed for _ in range(n_responses_of_prompt.get(failure.id, 1))]
+    failures = [failure for failure in failed for _ in range(n_responses_of_prompt.get(failure.id, 1))]
     cut_off = context.cut_off_reason(left_out["cut_off"], {stage: context.rows(stage) for stage in context.inputs})
     others = [
         LeftOut(left_out["empty"], "empty"),
         LeftOut(n_usable - n_scored, "without a principle that applies", "let a principle apply to their tags"),
     ]
     context.report_left_out(
-        n_usable + sum(left_out.values()), "responses", [cut_off, *others, *failure_reasons(reasons)]
+        n_usable + sum(left_out.values()), "responses", [cut_off, *others, *failure_reasons(failures)]
     )
 
 
@@ -123,11 +123,11 @@ def choose(items: Sequence[dict[str, Any]], rewards: Rewards, retries: int) -> l
         for row in item["rows"]:
             scores = next(scores_in_order)
             if isinstance(scores, Failure):
-                failed.append(Failure(row["id"], f"prompt {row['prompt_id']}: {scores.reason}"))
+                failed.append(scores.at(f"prompt {row['prompt_id']}", row["id"]))
             else:
                 scored.append((rewards.total(scores), scores, row))
         if not scored:
-            failure = Failure(item["id"], f"no response has a reward; first: {failed[0].reason}")
+            failure = failed[0].at("no response has a reward; first", item["id"])
             results.append(Result(failures=[failure]))
             continue
         reward, scores, row = max(scored, key=lambda candidate: candidate[0])

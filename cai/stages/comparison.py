@@ -78,18 +78,16 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     votes = _votes(context, config, principles)
     verdict_keys = list(_verdict_keys(config, context, prompts, principles))
     verdicts = {key: row for key in verdict_keys if (row := _verdict(key, samples, votes, prompts[key[1]])) is not None}
-    reasons = [
-        f"{name}: {failure['reason']}"
-        for name, stage in config.responses.items()
-        for failure in context.failures(stage)
-    ]
-    reasons += [failure["reason"] for stage in config.votes for failure in context.failures(stage)]
+    failures = [failure.at(name) for name, stage in config.responses.items() for failure in context.failures(stage)]
+    failures += [failure for stage in config.votes for failure in context.failures(stage)]
+    reasons = [failure.reason for failure in failures]
     if silent := [name for name in config.responses if not any(key[0] == name for key in samples)]:
         reason = reasons[0] if reasons else "there are no prompts"
         raise StageFailed(f"no response of {', '.join(silent)} came about: {reason}")
     failed_samples = [key for key in sample_keys if key not in samples]
     failed_votes = [key for key in verdict_keys if key not in verdicts]
-    missing = LeftOut(len(failed_votes), "without a vote, or without one of the responses", RETRY)
+    remedy = RETRY if any(failure.kind == "transient" for failure in failures) else ""
+    missing = LeftOut(len(failed_votes), "without a vote, or without one of the responses", remedy)
     context.report_left_out(len(verdict_keys), "verdicts", [missing])
     rows = ComparisonRows(prompts, samples, verdicts, failed_samples, failed_votes)
     return _write_up(config, context, rows, principles, reasons)

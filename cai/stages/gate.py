@@ -63,8 +63,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         figures["ece"] = principle_tests.example_calibration_error(outcomes)
         figures |= _against_itself(context.constitution, engine, templates, config.retries)
     write_json(context.folder / FIGURES, figures)
-    unanswered = [outcome.reason for outcome in outcomes if outcome.log_odds is None]
-    context.report_left_out(len(outcomes), "examples", failure_reasons(unanswered, remedy="name another `judge:`"))
+    failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    another_judge = "name another `judge:`"
+    reasons = failure_reasons(failures, {"transient": another_judge, "other": another_judge})
+    context.report_left_out(len(outcomes), "examples", reasons)
     short = list(_below(figures, config.bars))
     if short:
         sentence = f"the judge {context.model(config.judge).name!r} is below the gate: {'; '.join(short)}"

@@ -259,7 +259,7 @@ def report_unpaired(
     """Tells the user where many responses are in no pair, but for those that `pairs: random` does not ask for."""
     rows_by_stage = dict(zip(config.from_, stages, strict=True))
     reasons = [
-        context.cut_off_reason(left_out["cut_off"], rows_by_stage, " or set `cut_off: keep`"),
+        context.cut_off_reason(left_out["cut_off"], rows_by_stage, "set `cut_off: keep`"),
         LeftOut(left_out["empty"], "empty"),
         LeftOut(counts["same_text"], "with the text of another", "sample at a higher `temperature`"),
         LeftOut(0 if config.pairs == "random" else counts["unpaired"], "without another one to their prompt"),
@@ -267,8 +267,8 @@ def report_unpaired(
     context.report_left_out(sum(map(len, stages)), "responses", reasons)
 
 
-def missing_votes(failures: Sequence[Failure], principles: Mapping[str, Sequence[Principle]]) -> Iterator[str]:
-    """The reason why each vote of a pair and a principle is missing; `principles` are those asked about each pair.
+def missing_votes(failures: Sequence[Failure], principles: Mapping[str, Sequence[Principle]]) -> Iterator[Failure]:
+    """Why each vote of a pair and a principle is missing; `principles` are those asked about each pair.
 
     A failure is a pair's, for all its principles, or a question's, whose id begins with pair, order and principle.
     """
@@ -279,7 +279,7 @@ def missing_votes(failures: Sequence[Failure], principles: Mapping[str, Sequence
         for vote in (f"{pair}/{principle}" for principle in votes):
             if vote not in missing:
                 missing.add(vote)
-                yield failure.reason
+                yield failure
 
 
 def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple[list[Item], dict[str, Any]]:

@@ -110,7 +110,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             limits=config.limits, processing_class=chat.tokenizer,
         )  # fmt: skip
         figures = training.train(trainer)
-        context.report_left_out(trainer.n_scored, "responses", failure_reasons(trainer.reward_failures, remedy=""))
+        context.report_left_out(
+            trainer.n_scored, "responses", failure_reasons(trainer.reward_failures, {"transient": ""})
+        )
         training.save(trainer, submodule="policy")
     if trainer.is_world_process_zero():
         reward_lines = {f"reward/{name}": name for name in rewards.names}

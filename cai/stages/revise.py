@@ -125,7 +125,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     unprincipled = LeftOut(
         len(selected) - len(to_revise), "without a principle that applies", "let a principle apply to their tags"
     )
-    reasons = [unprincipled, *failure_reasons(failure.reason for failure in failures)]
+    reasons = [unprincipled, *failure_reasons(failures)]
     context.report_left_out(len(selected), "responses", reasons)
     figures = {
         "failed": len(failures),
@@ -228,8 +228,7 @@ def generate(
     for id, completion in generate_all(reviser.engine, requests, reviser.retries, on_completion=report).items():
         if isinstance(completion, Failure):
             principle = items[id].principles[round_index].id
-            reason = f"response {id}, round {round_index + 1}, {step} by {principle!r}: {completion.reason}"
-            items[id].failure = Failure(id, reason)
+            items[id].failure = completion.at(f"response {id}, round {round_index + 1}, {step} by {principle!r}")
         else:
             completions[id] = completion
     return completions

@@ -108,7 +108,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 processing_class=training.chat.tokenizer, peft_config=training.adapter("CAUSAL_LM", model),
             )  # fmt: skip
             figures = training.train(trainer)
-            context.report_left_out(trainer.n_scored, "responses", failure_reasons(trainer.reward_failures, remedy=""))
+            context.report_left_out(
+                trainer.n_scored, "responses", failure_reasons(trainer.reward_failures, {"transient": ""})
+            )
             training.save(trainer, prompts=len(prompts))
     steps = metrics.read_metrics(context.folder)
     if trainer.is_world_process_zero():

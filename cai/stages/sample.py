@@ -70,7 +70,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             for item, request in zip(portion.items, requests, strict=True):
                 completion = completions[item["id"]]
                 if isinstance(completion, Failure):
-                    failure = Failure(item["id"], f"prompt {item['prompt']['id']}: {completion.reason}")
+                    failure = completion.at(f"prompt {item['prompt']['id']}")
                     results.append(Result(failures=[failure]))
                 else:
                     results.append(Result(to_row(item["prompt"], completion, request.seed, model_name)))
@@ -79,7 +79,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     responses: list[Sample] = read_rows(context.folder / RECORDS)
     if not responses:
         raise StageFailed(f"none of {len(items)} responses came about; {all_failures[0].reason}")
-    context.report_left_out(len(items), "responses", failure_reasons(failure.reason for failure in all_failures))
+    context.report_left_out(len(items), "responses", failure_reasons(all_failures))
     figures = {
         "prompts": len(prompts),
         "responses": len(responses),

@@ -26,7 +26,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -198,7 +198,7 @@ class Journal:
         with replacing(self.folder / PLAN) as file:
             file.write(canonical_json(plan).encode())
         n_rows = self._n_items - len(without_row)
-        return Finished(n_rows, [Failure(failure["id"], failure["reason"]) for failure in failures])
+        return Finished(n_rows, [Failure.from_json(failure) for failure in failures])
 
     def discard(self) -> None:
         """Removes the files of all ranks, once the stage is marked as done."""
@@ -266,7 +266,7 @@ def cut_into_portions(n_items: int, largest: int, ranks: int) -> list[range]:
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
-    """What failed in a finished stage, `{"id", "reason", "item"}` each; empty for a stage without a journal."""
+    """The fields of each `Failure` of a finished stage, and its "item"; empty for a stage without a journal."""
     path = folder / FAILURES
     return read_rows(path) if path.exists() else []
 
@@ -334,7 +334,7 @@ def _head(plan: str | None, n_items: int, unit: str, attempts: dict[str, int]) -
 
 def _line(positions: Sequence[int], results: Sequence[Result]) -> bytes:
     """The line with the results of the items at these positions."""
-    failures = [[{"id": failure.id, "reason": failure.reason} for failure in result.failures] for result in results]
+    failures = [[asdict(failure) for failure in result.failures] for result in results]
     entry = {"positions": positions, "rows": [result.row for result in results], "failures": failures}
     return canonical_json(entry).encode() + b"\n"
 

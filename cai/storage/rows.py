@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
+
+from cai.text.errors import BadInput, TooLong
+from cai.text.left_out import FailureKind
 
 HELD_OUT = "held_out"
 """Tag of prompts that evaluations use and training stages leave out."""
@@ -197,6 +201,31 @@ class Failure:
 
     id: str
     reason: str
+    kind: FailureKind = "other"
+    place: str = ""
+    """Beginning of the reason that names the item, and not why it failed."""
+
+    @property
+    def cause(self) -> str:
+        """The reason without the place."""
+        return self.reason.removeprefix(self.place)
+
+    def at(self, place: str, id: str | None = None) -> Failure:
+        """The failure as that of item `id`, or of its own, with `place` before its reason."""
+        return replace(
+            self, id=self.id if id is None else id, reason=f"{place}: {self.reason}", place=f"{place}: {self.place}"
+        )
+
+    @classmethod
+    def of_error(cls, id: str, error: BadInput) -> Failure:
+        """The failure of an item that a model's tokenisation refuses."""
+        return cls(id, str(error), "too_long" if isinstance(error, TooLong) else "other")
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Failure:
+        """A failure of `failures.jsonl`, also of an earlier version, which has neither kind nor place."""
+        names = [field.name for field in dataclass_fields(cls)]
+        return cls(**{name: fields[name] for name in names if name in fields})
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:

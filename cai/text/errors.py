@@ -21,6 +21,10 @@ class BadInput(CaiError):
     exit_code = 2
 
 
+class TooLong(BadInput):
+    """A conversation has more tokens than the model's context holds."""
+
+
 class StageFailed(CaiError):
     """A stage could not finish; its results so far stay on disk."""
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
 
 from cai.text.formatting import shorten
 
@@ -20,14 +21,31 @@ SHARE_TO_REPORT = 0.1
 MAX_REASONS = 4
 """Reasons that are named, the most frequent first."""
 RETRY = "`cai run --retry-failures` asks again"
-REMEDIES = {
-    "min_option_probability": "name another `judge:`, or lower `min_option_probability` of its stage",
+FailureKind = Literal["transient", "too_long", "cut_off", "unclear", "no_option", "other"]
+"""Why an item failed: the same request may succeed later; it is too long for the context; a text that had to end came
+to its maximum of tokens; a judge's options hold too little probability; a judge named no option; anything else."""
+REMEDIES: Mapping[FailureKind, str] = {
+    "transient": RETRY,
+    "too_long": "shorten the prompts, or use a model with a longer context",
+    "cut_off": "raise `max_new_tokens`",
+    "unclear": "name another `judge:`, or lower `min_option_probability` of its stage",
+    "no_option": "name another `judge:`",
+    "other": "",
 }
-"""What to change where a failure's reason has these words."""
+"""What to change, by the kind of a failure."""
 
-_PLACE = re.compile(r"^(?:no \w+ [^:;]*; first[^:]*: )?(?:(?:prompt|response|pair) [^:]*: )?")
-"""Beginning of a failure's reason that names the item, and not why it failed."""
 _NUMBER = re.compile(r"\d[\d.,]*(?:e-?\d+)?")
+
+
+class FailedItem(Protocol):
+    """What is read of a failure."""
+
+    @property
+    def kind(self) -> FailureKind: ...
+
+    @property
+    def cause(self) -> str:
+        """Why the item failed, without its name."""
 
 
 class LeftOut(NamedTuple):
@@ -53,31 +71,29 @@ def left_out_sentence(n_input: int, unit: str, reasons: Iterable[LeftOut]) -> st
     return "; ".join([f"{n_left_out:,} of {n_input:,} {unit} left out: {', '.join(counts)}", *remedies])
 
 
-def cut_off_reason(n: int, max_new_tokens: Mapping[str, int | None], or_else: str = "") -> LeftOut:
-    """`n` responses without an end, from stages with these maxima of tokens; `or_else` is another remedy."""
+def cut_off_reason(n: int, max_new_tokens: Mapping[str, int | None], other_remedy: str = "") -> LeftOut:
+    """`n` responses without an end, written by stages with these maxima of tokens, None where it is unknown."""
+    stages = [repr(stage) for stage, limit in max_new_tokens.items() if limit is not None]
     limits = sorted({limit for limit in max_new_tokens.values() if limit is not None})
-    at = f" at max_new_tokens {' and '.join(map(str, limits))}" if limits else ""
-    stages = " and ".join(map(repr, max_new_tokens))
-    return LeftOut(n, f"cut off{at}", f"raise `max_new_tokens` of stage {stages}{or_else}")
+    limits_in_words = f" at max_new_tokens {' and '.join(map(str, limits))}" if limits else ""
+    remedies = [f"raise `max_new_tokens` of stage {' and '.join(stages)}"] if stages else []
+    return LeftOut(n, f"cut off{limits_in_words}", " or ".join([*remedies, *([other_remedy] if other_remedy else [])]))
 
 
-def failure_reasons(reasons: Iterable[str], remedy: str = RETRY) -> list[LeftOut]:
-    """Failures counted by why they failed: reasons that differ in their item or in numbers alone are one.
+def failure_reasons(
+    failures: Iterable[FailedItem], remedies: Mapping[FailureKind, str] = MappingProxyType({})
+) -> list[LeftOut]:
+    """Failures counted by kind and cause: causes that differ in numbers alone are one.
 
-    The key of `REMEDIES` that occurs in a reason says what to change, else it is `remedy`.
+    `remedies` replaces those of `REMEDIES` where the stage knows better.
     """
-    counts: Counter[str] = Counter()
-    first_reasons: dict[str, str] = {}
-    for reason in reasons:
-        reason = _PLACE.sub("", reason)
-        kind = _NUMBER.sub("#", reason)
-        counts[kind] += 1
-        first_reasons.setdefault(kind, reason)
+    counts: Counter[tuple[FailureKind, str]] = Counter()
+    first_causes: dict[tuple[FailureKind, str], str] = {}
+    for failure in failures:
+        key = failure.kind, _NUMBER.sub("#", failure.cause)
+        counts[key] += 1
+        first_causes.setdefault(key, failure.cause)
     return [
-        LeftOut(n, f"failed: {shorten(first_reasons[kind], 120)}", _remedy(first_reasons[kind]) or remedy)
-        for kind, n in counts.most_common()
+        LeftOut(n, f"failed: {shorten(first_causes[key], 120)}", {**REMEDIES, **remedies}[key[0]])
+        for key, n in counts.most_common()
     ]
-
-
-def _remedy(reason: str) -> str | None:
-    return next((remedy for words, remedy in REMEDIES.items() if words in reason), None)

@@ -33,7 +33,7 @@ from cai.models.chat import Chat
 from cai.models.footprint import HELD_BACK, read_config
 from cai.storage.run_folder import MODEL
 from cai.text.errors import BadInput, StageFailed, first_line
-from cai.text.left_out import RETRY, LeftOut
+from cai.text.left_out import LeftOut
 from cai.training import loop
 from cai.training.memory import Memory, TrainedStage, available_memory, choose_micro_batch, n_vllm
 from cai.training.micro_batch import MemoryRecord, MicroBatch
@@ -44,7 +44,7 @@ LEFT_OUT_WORDS = {
     "empty": ("empty",),
     "identical": ("with two equal responses",),
     "refused_by_template": ("refused by the model's chat template", "name another `chat_template:`"),
-    "revision_failed": ("whose revision failed", RETRY),
+    "revision_failed": ("whose revision failed",),
     "not_revised": ("that no revision changed", "more `rounds:` or another `model:` of the stage that revises"),
     "without_reward": ("without a principle that applies", "let a principle of the rewards apply to their tags"),
 }

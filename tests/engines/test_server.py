@@ -319,7 +319,7 @@ def test_log_probabilities_that_are_no_numbers_are_no_answer(start, value) -> No
     answer = {"choices": [{"text": "A", "finish_reason": "stop", "logprobs": log_probs}]}
     with start(Behaviour(fault=when(always, lambda handler: handler.send(200, answer))), retries=0) as (server, engine):
         (failure,) = engine.choose([Question("x", conversation("A or B?"))])
-    assert failure == Failure("x", f"server {server.url} gave an answer that cannot be read")
+    assert failure == Failure("x", f"server {server.url} gave an answer that cannot be read", "transient")
 
 
 def test_what_both_names_of_the_limit_were_refused_for_is_said(start) -> None:
@@ -430,7 +430,7 @@ def test_options_outside_the_list_are_told_exactly_where_the_server_knows_them_b
             assert answer.log_probs == pytest.approx(log_probs[options].tolist(), abs=1e-4)
         else:
             reason = "none of the options 'Y', 'Z' is among the 21 next tokens that the server lists"
-            assert answer == Failure("x", reason)
+            assert answer == Failure("x", reason, "no_option")
 
 
 def read(listed: list[tuple[str, float]], sampled: str = "A") -> Choice | Failure:

@@ -20,6 +20,7 @@ from training_stages import Killed, Steps
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Engine
 from cai.contracts.model import Model
+from cai.contracts.references import failures_read
 from cai.engines import open_engine
 from cai.micro import answers, conversations, world
 from cai.report.figures import ComparisonRows, VerdictRule, prompt_set_figures
@@ -116,7 +117,7 @@ def compare(
             journal=Journal(part_folder, progress), constitution=constitution(folder.parent),
             inputs={name: folder / name for name in inputs_of(part_config)}, prompt_sets=sets or {"heldout": PROMPTS},
             models=by_name, open_engine=open_engine, scripts=scripts, opened=outcome.opened,
-            open_engines=outcome.open_engines,
+            open_engines=outcome.open_engines, failures_read=failures_read(part_config),
         )  # fmt: skip
         figures = run_function(part_config.kind)(part_config, context)
     outcome.summary.update(figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from feedback_stages import EXAMPLES, PRINCIPLES, Script, human_pairs, prompt, s
 from tiny_models import Tiny
 from training_stages import Steps, numbered_prompts, preference, reinforce
 
+from cai.contracts.model import Model
+from cai.contracts.writing_stages import writing_stages
 from cai.storage.rows import Failure
 
 CALM_ONLY = "name: calm\nprinciples: [{id: calm, text: The assistant stays calm., applies_to: [red_team]}]"
@@ -34,7 +37,9 @@ def fails_at(word: str) -> Script:
         return word in str(request.messages)
 
     return Script(
-        writes=lambda request: Failure(request.id, f"error {len(request.id)}") if about(request) else "a text",
+        writes=lambda request: (
+            Failure(request.id, f"error {len(request.id)}", "transient") if about(request) else "a text"
+        ),
         prefers=lambda question: (1.0, 0.05 if about(question) else 1.0),
     )
 
@@ -75,7 +80,7 @@ FEEDBACK: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"rows": {"candidates": [*responses("one", "odd"), cut_off(responses("three")[0])]},
          "rewards": [{"function": "mine.py:picky"}]},
         ["2 of 3 responses left out: 1 cut off at max_new_tokens 64, 1 failed: picky: it returned NoneType, expected a "
-         "number; raise `max_new_tokens` of stage 'candidates'; `cai run --retry-failures` asks again"],
+         "number; raise `max_new_tokens` of stage 'candidates'"],
     ),
     "examples without an answer": (
         "gate",
@@ -95,6 +100,50 @@ def test_feedback_stages(tmp_path: Path, kind: str, settings: dict[str, Any], se
         folder.mkdir()
         (folder / "stage.json").write_text(json.dumps({"config": {"max_new_tokens": 64}}))
     assert feedback_stages.run_stage(kind, tmp_path, **settings).left_out == sentences
+
+
+def test_an_over_long_prompt_is_not_asked_again(tmp_path: Path, tiny: Tiny) -> None:
+    sets = {"all": [prompt("Why? " * 3000), prompt("Why?")]}
+    figures = feedback_stages.run_stage(
+        "sample", tmp_path, sets=sets, model=tiny("llama"), prompts="all", max_new_tokens=4
+    )
+    [sentence] = figures.left_out
+    assert sentence.endswith("; shorten the prompts, or use a model with a longer context")
+    assert "--retry-failures" not in sentence
+
+
+def test_the_stage_that_wrote_a_cut_off_text_is_named_also_where_others_passed_it_on(tmp_path: Path) -> None:
+    kept, long = responses("kept", "long")
+    stages: dict[str, tuple[dict[str, Any], list[Any], list[str]]] = {
+        "responses": ({"max_new_tokens": 64}, [cut_off(kept), cut_off(long)], []),
+        "rewards": ({"max_new_tokens": 9}, [], []),
+        "revisions": (
+            {"max_new_tokens": 256},
+            [cut_off({**kept, "original": "kept"}), cut_off({**long, "response": "longer", "original": "long"})],
+            ["responses"],
+        ),
+        "chosen": ({}, [cut_off({**kept, "original": "kept"})], ["revisions", "rewards"]),
+    }
+    for name, (config, rows, inputs) in stages.items():
+        (tmp_path / name).mkdir()
+        gives = "reward" if name == "rewards" else "texts"
+        facts = {"config": config, "gives": gives, "inputs": {input: {"folder": input} for input in inputs}}
+        (tmp_path / name / "stage.json").write_text(json.dumps(facts))
+        (tmp_path / name / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    revised = stages["revisions"][1]
+    assert writing_stages("chosen", tmp_path / "chosen", stages["chosen"][1]) == {"responses": 64}
+    assert writing_stages("revisions", tmp_path / "revisions", revised) == {"revisions": 256, "responses": 64}
+    assert writing_stages("revisions", tmp_path / "revisions", [{**kept, "original": "kept"}]) == {}
+    assert writing_stages("people", tmp_path / "people", [cut_off(kept)]) == {"people": None}
+
+
+def test_a_stage_that_reads_failures_must_declare_it(tmp_path: Path) -> None:
+    context = training_stages.stage_context(tmp_path / "stage", {"rows": []}, Model("none", "nowhere"))
+    with pytest.raises(AssertionError, match="must refer to 'rows' with `failures='reasons'`"):
+        context.failures("rows")
+    with pytest.raises(AssertionError, match="must refer to 'rows' with `failures='ids'`"):
+        context.failed_ids("rows")
+    assert replace(context, failures_read={"rows": "ids"}).failed_ids("rows") == set()
 
 
 def test_people_whose_pairs_cannot_be_used(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Choice, Completion, Question, Request
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
+from cai.contracts.references import failures_read
 from cai.engines import open_engine
 from cai.stages import config_class, run_function
 from cai.storage.journal import FAILURES, RECORDS, Journal
@@ -200,14 +201,16 @@ def run_stage(
         (inputs[name] / RECORDS).write_text("".join(row_lines(input_rows)), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     config = {"id": stage_id or kind, **({"from": list(inputs)} if inputs else {}), **config}
+    stage_config = config_class(kind).model_validate(config)
     context = Stage(
         stage_id=stage_id or kind, folder=folder, seed=seed, profile=CPU, progress=progress or Steps(),
         journal=Journal(folder, progress, rank, ranks),
         constitution=constitution(folder, document) if document else None, inputs=inputs, prompt_sets=sets or {},
         models={"": model or Model("scripted", "nowhere"), **(named or {})},
         script=script, home=folder.parent, open_engine=open_engine,
+        failures_read=failures_read(stage_config),
     )  # fmt: skip
-    figures = run_function(kind)(config_class(kind).model_validate(config), context)
+    figures = run_function(kind)(stage_config, context)
     failures = read_rows(folder / FAILURES) if (folder / FAILURES).exists() else []
     rows = read_rows(folder / RECORDS) if (folder / RECORDS).exists() else []
     return Outcome(rows, failures, figures, folder, context.left_out)

@@ -122,7 +122,7 @@ def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
         results = []
         for item in portion.items:
             if item["prompt"]["messages"][0]["content"] in config.fail and portion.attempt == 0:
-                results.append(Result(failures=[Failure(item["id"], "no ink")]))
+                results.append(Result(failures=[Failure(item["id"], "no ink", "transient")]))
                 continue
             row = {
                 "id": item["id"], "prompt_id": item["prompt"]["id"], "tags": item["prompt"]["tags"], "n_tokens": 3,
@@ -131,7 +131,7 @@ def run_write(config: WriteConfig, context: Context) -> dict[str, Any]:
             results.append(Result(row))
         context.journal.append(portion, results)
     finished = context.journal.finish()
-    context.report_left_out(len(items), "texts", failure_reasons(failure.reason for failure in finished.failures))
+    context.report_left_out(len(items), "texts", failure_reasons(finished.failures))
     return {"texts": {context.stage_id: finished.n_rows}}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from cai.contracts.context import Context
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
+from cai.contracts.references import failures_read
 from cai.engines import open_engine
 from cai.models.reference import resolve
 from cai.models.reward_model import RewardModel
@@ -89,7 +90,8 @@ def run_stage(
     stages = rows if isinstance(rows, Mapping) or rows is None else {"rows": rows}
     context = stage_context(folder, stages, model, profile=profile, progress=progress)
     settings = {"id": "stage", "kind": kind, "from": list(context.inputs), "batch_size": 8, **config}
-    return run_function(kind)(config_class(kind).model_validate(settings), context)
+    stage_config = config_class(kind).model_validate(settings)
+    return run_function(kind)(stage_config, replace(context, failures_read=failures_read(stage_config)))
 
 
 def reinforce(
@@ -106,7 +108,8 @@ def reinforce(
     )
     settings = {"id": "stage", "kind": kind, "prompts": "prompts", "rewards": list(rewards), "batch_size": 8,
                 "max_new_tokens": 8, **config}  # fmt: skip
-    return run_function(kind)(config_class(kind).model_validate(settings), context)
+    stage_config = config_class(kind).model_validate(settings)
+    return run_function(kind)(stage_config, replace(context, failures_read=failures_read(stage_config)))
 
 
 def train_briefly(kind: str, folder: Path, model: Model, **settings: Any) -> list[float]:

@@ -21,7 +21,7 @@ from cai.contracts.model import Model
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm, unpartitioned
 from cai.storage.rows import Failure
-from cai.text.errors import BadInput
+from cai.text.errors import BadInput, TooLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,7 @@ class LocalEngine:
                 prompt = self.chat.prompt_ids(request.messages)
                 self._check_length(prompt, n_new, f"the prompt has {len(prompt)} tokens and {n_new} more are wanted")
             except BadInput as error:
-                yield Failure(request.id, str(error))
+                yield Failure.of_error(request.id, error)
                 continue
             by_sampling.setdefault(request.sampling, []).append((prompt, request))
         for sampling, items in by_sampling.items():
@@ -142,7 +142,7 @@ class LocalEngine:
                 prompt, options = self.chat.question(question.messages, question.options)
                 self._check_length(prompt, 1, f"the question has {len(prompt)} tokens and its answer 1")
             except BadInput as error:
-                yield Failure(question.id, str(error))
+                yield Failure.of_error(question.id, error)
                 continue
             to_score.append(scoring.PromptAndOptions(prompt, options))
             fitting.append(question)
@@ -157,7 +157,7 @@ class LocalEngine:
         if not prompt:
             raise BadInput("the conversation has no tokens at all")
         if (limit := self.chat.context_length) is not None and len(prompt) + n_new > limit:
-            raise BadInput(f"{lengths}, but {self.model.name!r} takes {limit} in all")
+            raise TooLong(f"{lengths}, but {self.model.name!r} takes {limit} in all")
 
     @functools.cached_property
     def _shares_prefixes(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cai.contracts.training_config import Limits
-from cai.storage.rows import row_lines
+from cai.storage.rows import Failure, row_lines
 from cai.text.errors import StageFailed
 from cai.text.left_out import MAX_REASONS, failure_reasons
 
@@ -30,12 +30,12 @@ def repetition(token_ids: Sequence[int], n: int = 4) -> float:
 
 
 def stop_if_rewards_failed(
-    limits: Limits, n_responses: int, failures: Sequence[str], rollout: int, resume_point: Path | None
+    limits: Limits, n_responses: int, failures: Sequence[Failure], rollout: int, resume_point: Path | None
 ) -> None:
     """Raises StageFailed where too many responses of rollout number `rollout` have no reward, or all of them.
 
-    `failures` are the reasons of those that have none. A policy that learns from the others alone learns from whatever
-    the rewards happen to be able to score.
+    `failures` are those of the responses that have none. A policy that learns from the others alone learns from
+    whatever the rewards happen to be able to score.
     """
     if len(failures) > limits.failed * n_responses or len(failures) == n_responses:
         counted = ", ".join(f"{reason.n:,} {reason.reason}" for reason in failure_reasons(failures)[:MAX_REASONS])

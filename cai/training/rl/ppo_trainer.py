@@ -85,7 +85,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         """Figures of the first rollout, which later ones are compared with."""
         self.n_scored = 0
         """Responses of this process's rollouts, over all ranks; those before a resume point are not among them."""
-        self.reward_failures: list[str] = []
+        self.reward_failures: list[Failure] = []
         """Why some of these have no reward."""
         self._episode_of_slot: list[int] = []
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
@@ -143,7 +143,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         ]
         for (_, episode, _), scores in zip(share, self.rewards.scores(responses), strict=True):
             if isinstance(scores, Failure):
-                episode.failure = scores.reason
+                episode.failure = scores
             else:
                 episode.scores, episode.score = dict(scores), self.rewards.total(scores)
         # Every rank computes equally many batches of a fixed number of rows: ZeRO-3 gathers weights in each of them.

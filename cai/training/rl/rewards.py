@@ -22,7 +22,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -89,7 +89,7 @@ class Rewards:
             for name, source_scores in by_source.items():
                 score = source_scores[number]
                 if isinstance(score, Failure):
-                    failed = failed or Failure(response.prompt["id"], f"{name}: {score.reason}")
+                    failed = failed or replace(score, id=response.prompt["id"], reason=f"{name}: {score.reason}")
                 else:
                     scores[name] = score
             results.append(failed or scores)
@@ -169,13 +169,13 @@ class _RewardModelSource:
             try:
                 prompt_ids, response_ids = chat.example(response.prompt["messages"], response.text)
             except BadInput as error:
-                return Failure(prompt_id, str(error))
+                return Failure.of_error(prompt_id, error)
             if not response.finished and chat.end_of_turn in response_ids:
                 response_ids = response_ids[: len(response_ids) - 1 - response_ids[::-1].index(chat.end_of_turn)]
             ids = prompt_ids + response_ids
         if chat.context_length is not None and len(ids) > chat.context_length:
             lengths = f"prompt and response have {len(ids)} tokens, but {self.name!r} takes {chat.context_length}"
-            return Failure(prompt_id, lengths)
+            return Failure(prompt_id, lengths, "too_long")
         return ids
 
 
@@ -218,7 +218,7 @@ class _JudgeSource:
         for principle in principles:
             rating = ratings[f"{number}/{principle.id}"]
             if isinstance(rating, Failure):
-                return Failure(response.prompt["id"], f"{principle.id!r}: {rating.reason}")
+                return replace(rating, id=response.prompt["id"], reason=f"{principle.id!r}: {rating.reason}")
             scores.append(rating.score)
         return float(np.average(scores, weights=[principle.weight for principle in principles]))
 

@@ -78,7 +78,7 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
         self.folder, self.limits = folder, limits
         self.n_scored = 0
         """Responses of this process's rollouts, over all ranks; those before a resume point are not among them."""
-        self.reward_failures: list[str] = []
+        self.reward_failures: list[Failure] = []
         """Why some of these have no reward."""
         beta = args.beta
         args.beta = 0.0  # else TRL 1.16 loads a reference by the model's name, without the adapters merged into it
@@ -158,7 +158,7 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
             write_samples(self.folder, samples)
         table = torch.tensor([[row[name] for name in self.rewards.names] for row in rows])
         gathered: Tensor = self.accelerator.gather(table.to(self.accelerator.device))
-        failures = gather_object([result.reason for result in results if isinstance(result, Failure)])
+        failures = gather_object([result for result in results if isinstance(result, Failure)])
         resume_point = newest_resume_point(self.folder)
         stop_if_rewards_failed(self.limits, len(gathered), failures, self._rollout, resume_point)
         self.reward_failures += failures

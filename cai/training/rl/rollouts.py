@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cai.contracts.engine import Completion
 from cai.maths import losses
+from cai.storage.rows import Failure
 
 FILE = "rollout.safetensors"
 
@@ -41,7 +42,7 @@ class Episode:
     """As the engine reports them, in its precision."""
     scores: dict[str, float] = field(default_factory=dict)
     score: float | None = None
-    failure: str | None = None
+    failure: Failure | None = None
     log_probs: Tensor = field(default_factory=lambda: torch.zeros(0))
     ref_log_probs: Tensor = field(default_factory=lambda: torch.zeros(0))
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
