@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -157,7 +157,8 @@ class Rollout:
     def save(self, folder: Path, numbers: Mapping[str, float]) -> None:
         """Writes the buffer, and `numbers` that training continues with, into a resume point's folder."""
         tensors = {name: torch.cat([getattr(episode, name) for episode in self.episodes]) for name in _TENSOR_FIELDS}
-        fields = json.dumps([{name: getattr(episode, name) for name in _JSON_FIELDS} for episode in self.episodes])
+        rows = [{name: getattr(episode, name) for name in _JSON_FIELDS} for episode in self.episodes]
+        fields = json.dumps(rows, default=asdict)  # a failure
         # A tensor, since safetensors limits its header, where metadata lies, to 100 MB.
         tensors["episodes"] = torch.frombuffer(bytearray(fields.encode()), dtype=torch.uint8)
         metadata = {"number": str(self.number), "more": json.dumps(dict(numbers))}
@@ -171,6 +172,8 @@ class Rollout:
             tensors = {name: file.get_tensor(name) for name in _TENSOR_FIELDS}
             fields = json.loads(file.get_tensor("episodes").numpy().tobytes())
         episodes = [Episode(**episode_fields) for episode_fields in fields]
+        for episode, episode_fields in zip(episodes, fields, strict=True):
+            episode.failure = episode_fields["failure"] and Failure.from_json(episode_fields["failure"])
         counts = [len(episode.token_ids) for episode in episodes]
         for name, tensor in tensors.items():
             for episode, values in zip(episodes, torch.split(tensor, counts), strict=True):
