@@ -9,6 +9,7 @@ import torch
 import trl_ppo
 
 from cai.maths import losses
+from cai.storage.rows import Failure
 from cai.training.rl.actor_critic import ActorCritic
 from cai.training.rl.rollouts import Episode, Rollout, pad_episodes
 
@@ -91,6 +92,7 @@ def test_where_all_returns_are_equal_there_is_no_variance_to_explain(episodes: l
 def test_a_rollout_comes_back_from_disk_to_the_last_bit(tmp_path: Path) -> None:
     rollout = estimated([episode(3), episode(4, score=None), episode(1, finished=False)], kl_coefficient=0.3)
     rollout.episodes[1].text = "\u2603" * 40_000_000  # more than a safetensors header can hold
+    rollout.episodes[1].failure = Failure("prompt", "the server is gone", "transient")
     rollout.save(tmp_path, {"kl_coef": 1 / 3})
     restored_rollout, numbers = Rollout.load(tmp_path)
     assert numbers == {"kl_coef": 1 / 3}
