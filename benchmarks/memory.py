@@ -154,6 +154,7 @@ def train(work: Mapping[str, Any]) -> None:
     """The stage in this process, called as a run calls it."""
     from cai.contracts.context import Context
     from cai.contracts.profile import load_profile
+    from cai.contracts.references import failures_read
     from cai.engines import open_engine
     from cai.models.reference import resolve
     from cai.stages import config_class, run_function
@@ -172,6 +173,7 @@ def train(work: Mapping[str, Any]) -> None:
                      "rollouts": 1, "rollout_size": 2 * batch_size(work)}  # fmt: skip
     else:
         settings |= {"from": ["rows"]}
+    config = config_class(kind).model_validate(settings)
     prompts: list[Any] = [
         {"id": f"p{n}", "messages": [{"role": "user", "content": f"What is {n}?"}], "tags": [], "source": ""}
         for n in range(64)
@@ -180,9 +182,9 @@ def train(work: Mapping[str, Any]) -> None:
         stage_id="stage", folder=folder / "stage", seed=0, profile=profile, progress=StageLine("stage"),
         journal=Journal(folder / "stage"), constitution=None, inputs={"rows": folder / "rows"},
         prompt_sets={"prompts": prompts}, models={"": resolve(work["model"], folder=folder)},
-        open_engine=open_engine, home=folder,
+        open_engine=open_engine, home=folder, failures_read=failures_read(config),
     )  # fmt: skip
-    run_function(kind)(config_class(kind).model_validate(settings), context)
+    run_function(kind)(config, context)
 
 
 if __name__ == "__main__":

@@ -317,10 +317,15 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes by which the model's own KV cache grows with each token of a row, in the model's precision.
 
     Measured on two short rows, since layers differ in heads, widths and kinds: a layer whose state does not grow, as in
-    linear attention, adds nothing, and one with a window longer than these rows counts in full.
+    linear attention, adds nothing, and one with a window longer than these rows counts in full. A model that cannot
+    keep a cache, which engines do not sample from, has none.
     """
     n_short, n_long = 4, 8
-    return int(max(0, _cache_bytes(model, n_long) - _cache_bytes(model, n_short)) // (n_long - n_short))
+    try:
+        growth = _cache_bytes(model, n_long) - _cache_bytes(model, n_short)
+    except TRIAL_ERRORS:
+        return 0
+    return int(max(0, growth) // (n_long - n_short))
 
 
 def _cache_bytes(model: PreTrainedModel, n_tokens: int) -> int:

@@ -193,7 +193,9 @@ def test_two_nodes_learn_what_one_process_does(recipe: Path) -> None:
 
 
 def test_the_killed_process_is_named_and_not_the_one_that_lost_its_connection(tmp_path: Path) -> None:
-    write_json(tmp_path / "error-0.json", {"time": 1.0, "message": "Connection reset by peer", "exit_code": 3})
+    write_json(tmp_path / "error-0.json", {"time": 1.0, "message": "Connection reset by peer", "kind": "StageFailed"})
     (tmp_path / "log.txt").write_text("")
-    assert str(launch._first_error(tmp_path, "policy", [3, -9])).startswith("stage 'policy', process 1, ended with sig")
-    assert str(launch._first_error(tmp_path, "policy", [3, -15])) == "Connection reset by peer"
+    killed = launch._first_error(tmp_path, "policy", [3, -9], kernel_killed=False)
+    assert str(killed).startswith("stage 'policy', process 1, ended with sig")
+    ended = launch._first_error(tmp_path, "policy", [3, -15], kernel_killed=False)
+    assert str(ended) == "Connection reset by peer"

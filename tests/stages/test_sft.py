@@ -13,6 +13,7 @@ import torch
 from tiny_models import Tiny
 from training_stages import Killed, Steps, ask, record_batches, run_stage, sample, stage_context, trained
 
+from cai.contracts.references import failures_read
 from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
 from cai.stages.sft import Config, run, select
@@ -193,7 +194,8 @@ def test_an_incomplete_resume_point_is_not_resumed_from(tmp_path: Path, tiny: Ti
 
 def test_reports_go_to_tensorboard_where_asked(tmp_path: Path, tiny: Tiny) -> None:
     context = stage_context(tmp_path / "stage", {"rows": [sample(n) for n in range(8)]}, tiny("llama"))
-    run(Config.model_validate({"id": "stage", "from": "rows"}), replace(context, report_to=("tensorboard",)))
+    config = Config.model_validate({"id": "stage", "from": "rows"})
+    run(config, replace(context, report_to=("tensorboard",), failures_read=failures_read(config)))
     assert list((tmp_path / "stage" / "tensorboard").glob("events.out.tfevents*"))
 
 

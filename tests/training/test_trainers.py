@@ -116,7 +116,7 @@ def soft_trainer(kind: str, tmp_path: Path, model: Model, rows: list[dict[str, A
     pairs, _ = tokenised_rows.tokenise_pairs(rows, chat, 256)
     torch.manual_seed(0)
     with stage_training(config, context) as training:
-        args = training.arguments(max_length=None)
+        args = training.arguments(256, max_length=None)
         stage, load, collator_class, trainer_class = {
             "dpo": (dpo, load_causal_lm, trainers.LabelledDPOCollator, SoftDPOTrainer),
             "reward": (reward, load_sequence_classifier, trainers.LabelledRewardCollator, SoftRewardTrainer),
