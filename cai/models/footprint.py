@@ -14,6 +14,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import sys
 import uuid
 import warnings
 import weakref
@@ -194,6 +195,8 @@ def free_for_cache(model: PreTrainedModel, profile: Profile) -> int:
     device = model.device
     if device.type == "cpu":
         return free_memory() // profile.processes_here
+    if device.type != "cuda":  # a device that does not tell refuses memory, and the engine goes on with less
+        return sys.maxsize
     free = (
         int(torch.cuda.mem_get_info(device)[0])
         + torch.cuda.memory_reserved(device)
