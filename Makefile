@@ -1,5 +1,6 @@
 # make quickstart   environment and the main job: constitution -> compared checkpoints on the embedded model
-# make test         environment, then linters, types and all tests
+# make test         environment, then linters, types and all tests but those of the targets below
+# make test-processes  environment, then training in several processes: DDP, ZeRO-2 and ZeRO-3, stops, two machines
 # make lint         environment, then linters and types alone
 # make test-gpu-paths  environment, then what GPUs would run, on the CPU: tests/gpu_paths and tests that must not depend
 #                   on tuning for CPUs; bfloat16, gradient checkpointing, ZeRO, eight ranks
@@ -13,14 +14,17 @@ STAMP := $(VENV)/.installed
 SERVERS := .venv-servers
 VLLM := .venv-vllm
 
-.PHONY: quickstart test lint test-gpu-paths test-servers vllm-env
+.PHONY: quickstart test lint test-processes test-gpu-paths test-servers vllm-env
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
 	$(BIN)/cai run quickstart --on cpu-2-cores
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/distributed
+
+test-processes: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/distributed
 
 # Of tests/distributed, those that compare two ranks with one process; the others are about stopping and starting.
 test-gpu-paths: $(STAMP)
