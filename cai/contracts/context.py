@@ -8,20 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai.contracts.references import FailuresRead
+from cai.contracts.writing_stages import writing_stages
 from cai.storage.journal import RECORDS, Journal, read_failures
 from cai.storage.rows import Failure, Prompt, read_rows, stable_seed
+from cai.templates import TemplateSet, load_templates
+from cai.text.left_out import LeftOut, cut_off_reason, left_out_sentence
+from cai.text.progress import Progress
 
 if TYPE_CHECKING:
     from cai.constitution import Constitution
     from cai.contracts.engine import Engine
     from cai.contracts.model import Model
     from cai.contracts.profile import Profile
-
-from cai.contracts.references import FailuresRead
-from cai.contracts.writing_stages import writing_stages
-from cai.templates import TemplateSet, load_templates
-from cai.text.left_out import LeftOut, cut_off_reason, left_out_sentence
-from cai.text.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -200,15 +200,7 @@ class Profile(BaseModel):
     @property
     def sharding(self) -> Sharding:
         """What the accelerate file says about DeepSpeed."""
-        if self.accelerate is None:
-            return Sharding()
-        settings = yaml.safe_load(self.accelerate.read_text(encoding="utf-8")).get("deepspeed_config") or {}
-        if file := settings.get("deepspeed_config_file"):
-            zero = json.loads((self.accelerate.parent / file).read_text(encoding="utf-8")).get("zero_optimization", {})
-            devices = ((zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param"))
-            return Sharding(int(zero.get("stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
-        devices = (settings.get(f"offload_{name}_device") for name in ("optimizer", "param"))
-        return Sharding(int(settings.get("zero_stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
+        return Sharding() if self.accelerate is None else _read_sharding(self.accelerate)
 
     def check_rollouts(self, stage: str) -> None:
         """Raises BadInput where a vLLM on several GPUs would sample from a policy in training."""
@@ -247,8 +239,24 @@ class Profile(BaseModel):
                 f"batch_size {batch_size} cannot be split over the {self.processes} processes of profile "
                 f"{self.name!r}; choose a multiple of {self.processes}"
             )
-        micro = next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
+        micro = divisors_up_to(self.micro_batch, share)[0]
         return micro, share // micro
+
+
+def divisors_up_to(largest: int, share: int) -> list[int]:
+    """The divisors of `share` that are no larger than `largest`, in falling order: the micro-batches that divide it."""
+    return [size for size in range(min(largest, share), 0, -1) if share % size == 0]
+
+
+@functools.cache
+def _read_sharding(accelerate: Path) -> Sharding:
+    settings = yaml.safe_load(accelerate.read_text(encoding="utf-8")).get("deepspeed_config") or {}
+    if file := settings.get("deepspeed_config_file"):
+        zero = json.loads((accelerate.parent / file).read_text(encoding="utf-8")).get("zero_optimization", {})
+        devices = ((zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param"))
+        return Sharding(int(zero.get("stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
+    devices = (settings.get(f"offload_{name}_device") for name in ("optimizer", "param"))
+    return Sharding(int(settings.get("zero_stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
 
 
 def load_profile(name: str | None = None) -> Profile:

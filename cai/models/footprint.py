@@ -13,13 +13,11 @@ import copy
 import functools
 import importlib.metadata
 import logging
-import os
 import sys
 import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -34,6 +32,7 @@ from cai.attention.patched_attention import TRIAL_ERRORS
 from cai.attention.token_budget import MIN_TOKENS
 from cai.contracts.machine import free_memory
 from cai.models.autocast_weights import weights_converted_by_autocast
+from cai.storage.files import user_cache
 from cai.storage.rows import stable_id
 from cai.text.errors import BadInput, first_line
 
@@ -294,7 +293,7 @@ def cached_sizes(key: Sequence[object], n: int, compute: Callable[[], list[int]]
 
     A trial with fake tensors takes seconds, and is asked for again by every plan and every run.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cai" / "footprints"
+    folder = user_cache("footprints")
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")]
     file = folder / stable_id(*map(str, key), *versions, cai.__version__, REVISION)
     with contextlib.suppress(OSError, ValueError):
@@ -326,7 +325,9 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     n_short, n_long = 4, 8
     try:
         growth = _cache_bytes(model, n_long) - _cache_bytes(model, n_short)
-    except TRIAL_ERRORS:
+    except TRIAL_ERRORS as error:
+        unbounded = "its KV cache is bounded by tokens alone"
+        warnings.warn(f"{type(model).__name__} keeps no cache ({first_line(error)}): {unbounded}", stacklevel=2)
         return 0
     return int(max(0, growth) // (n_long - n_short))
 

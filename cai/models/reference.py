@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cai.contracts.model import SERVED, Model
+from cai.storage.files import user_cache
 from cai.storage.rows import stable_id
 from cai.text.errors import BadInput
 
@@ -229,7 +230,7 @@ def _digest_at(path: str, size: int, mtime: int) -> str:
     """SHA-256 of a file; for a big one cached on disk, since hashing 100 GB takes minutes."""
     if size < _BIG:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cai" / "digests"
+    cache = user_cache("digests")
     cached_digest = cache / stable_id(path, size, mtime)
     if cached_digest.is_file():
         return cached_digest.read_text(encoding="utf-8")

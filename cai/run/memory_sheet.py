@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 GB = 10**9
 LIBRARIES_BESIDE_GPU = 3 * GB
-"""The machine's memory that a process on a GPU takes: Python, torch and CUDA's libraries."""
+"""The machine's memory that a process on a GPU takes: Python, torch and CUDA's libraries. An estimate."""
 
 
 @dataclass(frozen=True)
@@ -287,10 +287,10 @@ class _SheetMaker:
 
     def _config_of(self, name: str) -> PreTrainedConfig | None:
         """Raises BadInput for a model that is not on this machine where no `config.json` was given for it."""
-        trained_by = self.recipe.stages.get(name)
-        if isinstance(trained_by, TrainingConfig):
-            return self._config_of(trained_by.model or self.recipe.model)
-        model = self.recipe.models[name] if trained_by is None else self.recipe.models[self.recipe.model]
+        if (stage := self.recipe.stages.get(name)) is not None:
+            starts = (start for _, target, start in references(stage, ModelReference) if target.trained)
+            return self._config_of(next(starts))
+        model = self.recipe.models[name]
         if model.served:
             return None
         fields: dict[str, Any] | None = find_config(model, offline=self.profile.offline)

@@ -49,6 +49,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def user_cache(name: str) -> Path:
+    """The folder of that name for what can be computed or downloaded again, of the user who runs this process."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cai" / name
+
+
 def sync_tree(path: Path) -> None:
     """Flushes all files and folders below `path` to the disk, whichever process wrote them."""
     for folder, _, names in os.walk(path):

@@ -78,7 +78,7 @@ def train_or_resume(trainer: Trainer, context: Context) -> dict[str, Any]:
         context.progress.note(f"resuming from {resume_point.name}")
     elif trainer.is_world_process_zero():
         remove_folder(context.folder / RESUME_POINTS)
-    if is_large(MemoryRecord.read(context.folder)):
+    if _is_large(MemoryRecord.read(context.folder)):
         return_freed_memory(trainer.args.device)
     reset_peak(trainer.args.device)
     with cpu_kernels(trainer), out_of_memory_as_error(context.stage_id):
@@ -96,7 +96,7 @@ def training_figures(folder: Path) -> dict[str, Any]:
     return {"steps": entries[-1]["step"], "loss": {"first": entries[0]["loss"], "last": entries[-1]["loss"]}}
 
 
-def is_large(record: MemoryRecord | None) -> bool:
+def _is_large(record: MemoryRecord | None) -> bool:
     """Whether the gaps that activations of changing sizes leave in memory would matter."""
     return record is not None and record.planned.get("activations", 0) > _LARGE_ACTIVATIONS
 

@@ -20,7 +20,7 @@ import torch
 
 from cai.contracts.machine import free_memory, peak_memory, reset_peak_memory
 from cai.contracts.model import SERVED
-from cai.contracts.profile import Profile
+from cai.contracts.profile import Profile, divisors_up_to
 from cai.contracts.references import ModelReference, references
 from cai.contracts.training_config import TrainingConfig
 from cai.models.footprint import Head, kv_bytes_of, kv_tokens, model_bytes, nf4_bytes, reference_bytes
@@ -42,7 +42,7 @@ LIBRARIES_ON_CPU = 650_000_000
 """Python, torch, transformers, TRL, DeepSpeed and their buffers in one process (measured: 500 MB imported, 650 MB after
 the first step)."""
 LIBRARIES_ON_GPU = 1_200_000_000
-"""CUDA's context, cuBLAS's and NCCL's buffers on one GPU."""
+"""CUDA's context, cuBLAS's and NCCL's buffers on one GPU. An estimate: no GPU has confirmed it yet."""
 OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.1, "lion_32bit": 4.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0,
                    "adamw_bnb_8bit": 2.0, "paged_adamw_32bit": 8.0}  # fmt: skip
 """Bytes of an optimizer's state a trained parameter, where they are not the 8 of AdamW in float32."""
@@ -257,9 +257,8 @@ def choose_micro_batch(stage: TrainedStage, largest: MicroBatch) -> MicroBatch:
     Activations are recomputed where not even one example fits otherwise. Where nothing fits, the smallest.
     """
     share = stage.config.batch_size // stage.profile.processes
-    sizes = [size for size in range(min(largest.size, share), 0, -1) if share % size == 0]
     for checkpointing in dict.fromkeys((largest.checkpointing, True)):
-        for size in sizes:
+        for size in divisors_up_to(largest.size, share):
             if stage.memory(MicroBatch(size, checkpointing)).peak <= stage.available:
                 return MicroBatch(size, checkpointing)
     return MicroBatch(1, True)

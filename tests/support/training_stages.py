@@ -225,6 +225,14 @@ def preference(
     }  # fmt: skip
 
 
+def rows_for(kind: str) -> list[dict[str, Any]]:
+    """24 rows to learn from, three full steps; nine pairs are held out."""
+    if kind == "sft":
+        return [sample(number) for number in range(24)]
+    held_out = [preference(number, p=0.8, tags=["held_out"]) for number in range(30, 39)]
+    return [preference(number, p=0.6 + 0.4 * (number % 3) / 2) for number in range(24)] + held_out
+
+
 def _prompt_fields(number: int) -> dict[str, Any]:
     return {"prompt_id": stable_id("prompt", number), "prompt": ask(_question(number))}
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ast
 import functools
-import os
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+from cai.storage.files import user_cache
+
 LOCKS = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cai" / "wheels"
+CACHE = user_cache("wheels")
 
 
 class NoWheel(Exception):
