@@ -93,6 +93,11 @@ class TrainingConfig(StageConfig):
             defaults["learning_rate"] *= LORA_LEARNING_RATE
         return {**defaults, **train}
 
+    @property
+    def responses_at_once(self) -> int:
+        """Responses that the policy samples before it learns from them, over all processes."""
+        return 0
+
     def copies_of_start(self) -> tuple[Copy, ...]:
         """What the stage holds copies of its starting model for, in one process."""
         return ()
@@ -192,3 +197,8 @@ class ReinforcementConfig(RewardedConfig, TrainingConfig):
     max_new_tokens: int = Field(256, ge=1, description="Tokens at which a response is cut off.")
     temperature: float = Field(1.0, gt=0, description="At which responses are sampled and scored by the policy.")
     limits: Limits = Field(Limits.model_validate({}), description="How far the policy may go before the stage stops.")
+
+    @property
+    def responses_at_once(self) -> int:
+        """Those of one step."""
+        return self.batch_size

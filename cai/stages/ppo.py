@@ -41,6 +41,11 @@ class Config(ReinforcementConfig):
     reference: Literal["start", "none"] = Field("start", description="KL to: the stage's starting policy, or nothing.")
     critic: ModelRef | None = Field(None, description="Where a value model starts from; absent = a head on the policy.")
 
+    @property
+    def responses_at_once(self) -> int:
+        """Those of one rollout."""
+        return self.rollout_size
+
     def copies_of_start(self) -> tuple[Copy, ...]:
         """The policy that samples, and a reference where no adapter can be switched off."""
         return ("sampler",) if self.lora is not None or self.reference == "none" else ("sampler", "whole reference")

@@ -11,6 +11,7 @@ optimizer's state, ZeRO-2 also of the gradients, ZeRO-3 also of the weights (Raj
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -177,12 +178,13 @@ class TrainedStage:
 
     def _add_kv_cache(self, device: dict[Part, int]) -> None:
         """Adds what the engines in this process hold for tokens, in what the other parts leave."""
-        engines = [*([self._start] if "sampler" in device else []), *self._local_judges]
-        if not engines:
-            return
         held = sum(n_bytes for part, n_bytes in device.items() if part not in _LEARNING_ONLY)
-        kv_bytes = sum(kv_bytes_of(config, self.compute) for config in engines)
-        device["KV cache"] = kv_bytes * kv_tokens(self.profile, kv_bytes, self.available - held, self.on_cpu)
+        judges = [kv_bytes_of(config, self.compute) for config in self._local_judges]
+        sampler = [kv_bytes_of(self._start, self.compute)] if "sampler" in device else []
+        if kv_bytes := sum(judges) + sum(sampler):
+            n_tokens = kv_tokens(self.profile, kv_bytes, self.available - held, self.on_cpu)
+            n_sampled = math.ceil(self.config.responses_at_once / self.profile.processes) * self.length
+            device["KV cache"] = sum(judges) * n_tokens + sum(sampler) * min(n_tokens, n_sampled)
 
     @property
     def _head(self) -> Head:

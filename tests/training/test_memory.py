@@ -15,8 +15,9 @@ from training_stages import CPU, Steps, preference, run_stage, sample
 from cai.attention.token_trees import compute_shared_tokens_once
 from cai.contracts.profile import Profile
 from cai.contracts.training_config import LoRA
-from cai.models.footprint import LiveBytes
+from cai.models.footprint import LiveBytes, kv_bytes_of
 from cai.stages.dpo import Config as DPOConfig
+from cai.stages.ppo import Config as PPOConfig
 from cai.stages.sft import Config as SFTConfig
 from cai.storage.files import read_json
 from cai.text.errors import OutOfMemory
@@ -111,6 +112,18 @@ def test_parts_are_those_of_adam_in_float32():
     assert "reference" not in memory
     assert sized("dpo").memory(MicroBatch(8, False)).device["reference"] == 4 * n
     assert "reference" not in sized("dpo", lora={}).memory(MicroBatch(8, False)).device
+
+
+def test_a_sampling_policy_holds_the_tokens_of_its_rollout_at_most():
+    config = PPOConfig.model_validate({"id": "stage", "prompts": "p", "rewards": [{"model": "score"}],
+                                       "batch_size": 32, "rollout_size": 64})  # fmt: skip
+    stage = replace(sized(), config=config)
+    a_token = kv_bytes_of(random_model("llama").config, torch.float32)
+    assert stage.memory(MicroBatch(8, False)).device["KV cache"] == 64 * 32 * a_token
+    in_two = replace(stage, profile=stage.profile.model_copy(update={"processes": 2}))
+    assert in_two.memory(MicroBatch(8, False)).device["KV cache"] == 32 * 32 * a_token
+    little = replace(stage, profile=stage.profile.model_copy(update={"token_budget": 1024}))
+    assert little.memory(MicroBatch(8, False)).device["KV cache"] == 1024 * a_token
 
 
 def test_zero_splits_the_state_over_the_processes(tmp_path):
