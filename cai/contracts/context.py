@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai.contracts.earlier import Earlier
 from cai.contracts.references import FailuresRead
 from cai.contracts.writing_stages import writing_stages
 from cai.storage.journal import RECORDS, Journal, read_failures
@@ -45,6 +46,8 @@ class Context:
     """The recipe's folder, from which relative paths start."""
     failures_read: Mapping[str, FailuresRead | None] = field(default_factory=dict)
     """What the config declares to read of the failures of each input stage (`cai.contracts.references`)."""
+    earlier: Sequence[Earlier] = ()
+    """Folders of this stage from which unchanged items are taken over, the newest first."""
     left_out: list[str] = field(default_factory=list)
     """What `report_left_out` has told the user, for the end of the run."""
 

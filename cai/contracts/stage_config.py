@@ -43,6 +43,10 @@ class StageConfig(BaseModel):
     gives: ClassVar[OutputKind]
     revision: ClassVar[int] = 1
     """Raised when the stage's code changes what it computes: earlier outputs are then not reused."""
+    item_choice: ClassVar[tuple[str, ...]] = ()
+    """Parts of the fingerprint, or the first words of their names, that say which items there are and not what becomes
+    of one. Where all others are unchanged, a stage takes over what an earlier folder of it holds of an item
+    (`cai.contracts.earlier`). Empty: it takes over nothing."""
     train_class: ClassVar[str | None] = None
     """`module:Class` of the library's config that `train:` is checked against and handed to."""
 

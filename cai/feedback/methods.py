@@ -37,6 +37,7 @@ from cai.feedback.votes import (
     to_questions,
     to_votes,
     with_enough_probability,
+    with_known_votes,
 )
 from cai.maths.behaviours import declines
 from cai.storage.rows import Failure, Message, PrincipleVote, Rationale, stable_seed
@@ -64,6 +65,8 @@ CHARACTERS_AROUND_OPTION = " \t\n.:*_`'\"()[]"
 
 PrinciplesByPair = Mapping[str, Sequence[Principle]]
 """The principles that each pair is judged by, by the pair's id."""
+KnownVotes = Mapping[str, Mapping[str, Sequence[PrincipleVote]]]
+"""Votes in both orders that are there already, by the pair's id and the principle's."""
 VotesByPair = dict[str, tuple[list[PrincipleVote], list[Failure]]]
 """Votes of `complete_votes` and failures, by the pair's id."""
 
@@ -101,10 +104,19 @@ class Judge:
     on_pair: Callable[[], None] | None = None
     """Called whenever a pair's last log-probabilities of `pairwise` come in."""
 
-    def votes(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
-        """Votes on every pair by its principles."""
+    def votes(
+        self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair, known: KnownVotes | None = None
+    ) -> VotesByPair:
+        """Votes on every pair by its principles; `known` ones are taken as they are, and not asked for."""
+        known_of = {pair.id: (known or {}).get(pair.id, {}) for pair in pairs}
+        to_ask = {
+            pair.id: [principle for principle in principles[pair.id] if principle.id not in known_of[pair.id]]
+            for pair in pairs
+        }
         methods = {"pairwise": self._pairwise, "reasoned": self._reasoned, "rating": self._rating}
-        return methods[self.method](pairs, principles)
+        asked = methods[self.method]([pair for pair in pairs if to_ask[pair.id]], to_ask)
+        return {pair.id: with_known_votes(pair, principles[pair.id], asked.get(pair.id, ([], [])), known_of[pair.id])
+                for pair in pairs}  # fmt: skip
 
     def _pairwise(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
         questions = [question for pair in pairs for question in to_questions(pair, principles[pair.id], self.templates)]
@@ -164,7 +176,6 @@ class Judge:
             choices |= self._reason(remaining, attempt, rationales)
         return {
             pair.id: complete_votes(
-                pair,
                 [
                     [self._mean_vote(Comparison(pair, order, principle), choices, rationales) for order in ORDERS]
                     for principle in principles[pair.id]
@@ -241,9 +252,7 @@ class Judge:
             self.engine, self.templates, rating_requests, self.scale, self.min_option_probability, self.retries
         )
         return {
-            pair.id: complete_votes(
-                pair, [_rating_votes(pair, principle, ratings) for principle in principles[pair.id]]
-            )
+            pair.id: complete_votes([_rating_votes(pair, principle, ratings) for principle in principles[pair.id]])
             for pair in pairs
         }
 

@@ -75,13 +75,13 @@ def to_votes(
         [_to_vote(pair, order, principle, answers, min_option_probability) for order in ORDERS]
         for principle in principles
     ]
-    return complete_votes(pair, votes_by_principle)
+    return complete_votes(votes_by_principle)
 
 
 def complete_votes(
-    pair: ResponsePair, votes_by_principle: Sequence[Sequence[PrincipleVote | Failure]]
+    votes_by_principle: Sequence[Sequence[PrincipleVote | Failure]],
 ) -> tuple[list[PrincipleVote], list[Failure]]:
-    """The votes of principles that were answered in both orders, and all failures; one failure of the pair if none was.
+    """The votes of principles that were answered in both orders, and all failures.
 
     A vote in one order alone would leak the judge's position bias.
     """
@@ -92,6 +92,22 @@ def complete_votes(
         failures += failed
         if not failed:
             votes += [vote for vote in both_orders if not isinstance(vote, Failure)]
+    return votes, failures
+
+
+def with_known_votes(
+    pair: ResponsePair, principles: Sequence[Principle], asked: tuple[list[PrincipleVote], list[Failure]],
+    known: Mapping[str, Sequence[PrincipleVote]],
+) -> tuple[list[PrincipleVote], list[Failure]]:  # fmt: skip
+    """Votes that were asked for and known ones in the order of the principles, and what failed; one failure of the pair
+    if no principle has votes."""
+    votes, failures = asked
+    if known:
+        by_principle = {**known}
+        for principle in principles:
+            if both_orders := [vote for vote in votes if vote["principle"] == principle.id]:
+                by_principle[principle.id] = both_orders
+        votes = [vote for principle in principles for vote in by_principle.get(principle.id, ())]
     if failures and not votes:
         place = f"no principle was answered in both orders; first of {len(failures)}"
         failures = [failures[0].at(place, pair.id)]

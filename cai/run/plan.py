@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 import cai
+from cai.contracts.earlier import Earlier
 from cai.contracts.model import SERVED
 from cai.contracts.profile import Profile
 from cai.contracts.stage_config import StageConfig
 from cai.contracts.training_config import ReinforcementConfig, TrainingConfig
+from cai.run.earlier import earlier_results
 from cai.run.fingerprint import Fingerprints, Parts, changes_in_words, first_few
 from cai.run.outputs import changed_outputs
 from cai.run.prompt_checks import check_prompts
@@ -65,6 +67,8 @@ class Step:
     """Whether what lies in the folder is removed first."""
     reopens: bool = False
     """Whether failed items of a finished stage are asked again."""
+    earlier: tuple[Earlier, ...] = ()
+    """Folders from which unchanged items are taken over."""
 
     @property
     def id(self) -> str:
@@ -146,11 +150,15 @@ class Planner:
         if is_of_earlier_version(folder):
             reason = "what is on disk of it is of an earlier version of cai, and cannot be continued"
             return Step(config, "runs", reason, folder, parts, removes=True)
+        earlier = earlier_results(self.run, config, parts, folder)
         if (count := count_items(folder)) and count.n_finished:
-            return Step(config, "continues", str(count), folder, parts)
+            return Step(config, "continues", str(count), folder, parts, earlier=earlier)
         if (folder / run_folder.STAGE).exists():
-            return Step(config, "runs", "it did not come to its end", folder, parts)
-        return Step(config, "runs", self._reason_to_run(config, parts), folder, parts)
+            return Step(config, "runs", "it did not come to its end", folder, parts, earlier=earlier)
+        reason = self._reason_to_run(config, parts)
+        if earlier:
+            reason += "; what is unchanged is taken over"
+        return Step(config, "runs", reason, folder, parts, earlier=earlier)
 
     def _reason_to_run(self, config: StageConfig, parts: Parts) -> str:
         """What differs from the stage's latest folder, in words."""

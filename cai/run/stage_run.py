@@ -71,6 +71,7 @@ class StageRun:
             "profile": self.profile.model_dump(mode="json"),
             "versions": library_versions(),
             "host": {"machine": platform.machine(), "system": platform.platform(), "cores": os.cpu_count()},
+            "earlier": [str(earlier.folder.relative_to(self.planner.run)) for earlier in self.step.earlier],
             "began": now(),
         }
 
@@ -95,6 +96,7 @@ class StageRun:
             report_to=self.report_to,
             home=recipe.folder,
             failures_read=failures_read(config),
+            earlier=self.step.earlier,
         )
         _reset_randomness(stable_seed(recipe.seed, config.id, "stage") % 2**32, self.trains)
         try:

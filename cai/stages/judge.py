@@ -35,7 +35,7 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
 from cai.contracts.references import JudgeRef, OneOrMore, OutputKind, PrincipleRef, PromptSetRef, TextsRef
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
-from cai.feedback.methods import PRINCIPLE_FIELDS, TEMPLATE_NAMES, Judge, Method, Verdicts
+from cai.feedback.methods import PRINCIPLE_FIELDS, TEMPLATE_NAMES, Judge, KnownVotes, Method, Verdicts
 from cai.feedback.truth import count_failed_with_truth
 from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair, is_empty
 from cai.maths.statistics import worst_case
@@ -61,6 +61,11 @@ from cai.text.left_out import LeftOut, failure_reasons
 class Config(FeedbackConfig):
     gives: ClassVar[OutputKind] = "votes"
     revision: ClassVar[int] = 3
+    item_choice: ClassVar[tuple[str, ...]] = (
+        "input", "prompts", "file", "constitution", "principles", "principle", "config.from", "config.human",
+        "config.pairs", "config.n_pairs", "config.cut_off", "config.prompts", "config.n_prompts", "config.principles",
+        "config.journal_batch", "config.retries",
+    )  # fmt: skip
 
     kind: Literal["judge"] = "judge"
     from_: OneOrMore[TextsRef] = Field([], alias="from", description="Stages whose responses are compared.")
@@ -196,8 +201,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             f"others and people's, and a principle applies to none of them"
         )
     judge_name = context.model(config.judge).name
+    known_votes = take_over(items, principles, config, context)
+    n_asked = sum(len(principles[item["id"]]) for item in items)
+    known = {
+        item["id"]: Result(to_row(item, votes, judge_name, context.constitution.name, config))
+        for item in items
+        if (votes := all_votes(principles[item["id"]], known_votes.get(item["id"], {})))
+    }
+    if (n_known := sum(map(len, known_votes.values()))) and len(known) < len(items):
+        context.progress.note(f"{n_known:,} of {n_asked:,} votes are unchanged and taken over")
     with context.engine(config.judge) as engine:
-        for portion in context.journal.portions(items, size=config.journal_batch, unit="pairs"):
+        for portion in context.journal.portions(items, config.journal_batch, "pairs", known):
             judge = Judge(
                 engine,
                 context.templates(config.judge),
@@ -214,7 +228,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             pairs = [
                 ResponsePair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in portion.items
             ]
-            votes_by_pair = judge.votes(pairs, principles)
+            votes_by_pair = judge.votes(pairs, principles, known_votes)
             results = []
             for item in portion.items:
                 votes, failures = votes_by_pair[item["id"]]
@@ -233,9 +247,51 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "without_principle": len(planned) - len(items),
         "left_out": left_out,
     }
-    n_asked = sum(len(principles[item["id"]]) for item in items)
     context.report_left_out(n_asked, "votes", failure_reasons(missing_votes(all_failures, principles)))
     return {"votes": {context.stage_id: figures | counts | vote_figures(judged, n_asked, config.method)}}
+
+
+def take_over(
+    items: Sequence[Item], principles: Mapping[str, Sequence[Principle]], config: Config, context: Context
+) -> KnownVotes:
+    """The votes in both orders that earlier folders of the stage hold: on the same texts, in the same words.
+
+    By the item's id and the principle's. A principle is known by what the judge is asked, whatever its id was.
+    """
+    if not context.earlier:
+        return {}
+    field = config.principle_fields()[0]
+    item_by_content = {_content(item): item for item in items}
+    known: dict[str, dict[str, list[PrincipleVote]]] = {}
+    for earlier in context.earlier:
+        earlier_ids = earlier.ids_by_words(field)
+        for row in earlier.rows():
+            item = item_by_content.get(_content(row))
+            if item is None:
+                continue
+            votes = known.setdefault(item["id"], {})
+            for principle in principles[item["id"]]:
+                earlier_id = earlier_ids.get(getattr(principle, field))
+                both_orders = [vote.copy() for vote in row["votes"] if vote["principle"] == earlier_id]
+                if both_orders and principle.id not in votes:
+                    for vote in both_orders:
+                        vote["principle"] = principle.id
+                    votes[principle.id] = both_orders
+    return known
+
+
+def _content(row: Item | Vote) -> str:
+    """What a judge is shown of a pair: the conversation and both texts."""
+    return stable_id(row["prompt"], row["a"]["text"], row["b"]["text"])
+
+
+def all_votes(
+    principles: Sequence[Principle], known: Mapping[str, Sequence[PrincipleVote]]
+) -> list[PrincipleVote] | None:
+    """The known votes of all principles in their order; None where some are missing."""
+    if any(principle.id not in known for principle in principles):
+        return None
+    return [vote for principle in principles for vote in known[principle.id]]
 
 
 def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:

@@ -44,6 +44,10 @@ from cai.text.left_out import LeftOut, failure_reasons
 class Config(WritingConfig):
     gives: ClassVar[OutputKind] = "texts"
     revision: ClassVar[int] = 2
+    item_choice: ClassVar[tuple[str, ...]] = (
+        "input", "constitution", "principles", "principle", "config.from", "config.only", "config.principles",
+        "config.journal_batch", "config.retries",
+    )  # fmt: skip
 
     kind: Literal["revise"] = "revise"
     from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages whose responses are revised.")
@@ -107,8 +111,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if not to_revise:
         raise StageFailed(f"no principle applies to any of {len(selected)} responses")
     model_name = context.model(config.model).name
+    known = take_over(to_revise, config, principles, context)
     with context.engine(config.model) as engine:
-        for portion in context.journal.portions(to_revise, size=config.journal_batch, unit="responses"):
+        for portion in context.journal.portions(to_revise, config.journal_batch, "responses", known):
             items = [start(row, config.rounds, principles, context) for row in portion.items]
             reviser = Reviser(engine, context.templates(config.model), config.sampling, config.attempts(portion))
             for round_index in range(config.rounds):
@@ -134,6 +139,28 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         **outcome_figures(read_rows(context.folder / RECORDS)),
     }
     return {"revisions": {context.stage_id: figures}}
+
+
+def take_over(
+    to_revise: list[Sample], config: Config, principles: list[Principle], context: Context
+) -> dict[str, Result]:
+    """The revisions that earlier folders of the stage hold, by the response's id: of the same response to the same
+    prompt, by the same principles in the same words."""
+    row_by_id = {stable_id(context.stage_id, row["id"]): row for row in to_revise}
+    known: dict[str, Result] = {}
+    for earlier in context.earlier:
+        for revision in earlier.rows():
+            row = row_by_id.get(revision["id"])
+            if row is None or row["id"] in known:
+                continue
+            sampled = start(row, config.rounds, principles, context).principles
+            if (
+                (revision["prompt"], revision["original"]) == (row["prompt"], row["response"])
+                and [round_["principle"] for round_ in revision["rounds"]] == [principle.id for principle in sampled]
+                and all(earlier.is_unchanged(principle, config.principle_fields()) for principle in sampled)
+            ):
+                known[row["id"]] = Result({**revision, "prompt_id": row["prompt_id"], "tags": row["tags"]})
+    return known
 
 
 def select_responses(responses: list[Sample], tags: list[str]) -> list[Sample]:

@@ -26,6 +26,9 @@ from cai.text.left_out import failure_reasons
 class Config(WritingConfig):
     gives: ClassVar[OutputKind] = "texts"
     revision: ClassVar[int] = 2
+    item_choice: ClassVar[tuple[str, ...]] = (
+        "prompts", "config.prompts", "config.n", "config.journal_batch", "config.retries",
+    )  # fmt: skip
 
     kind: Literal["sample"] = "sample"
     model: WriterRef | None = Field(None, description="Model or stage that responds; absent = the recipe's model.")
@@ -54,8 +57,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         for number in range(config.n)
     ]
     model_name = context.model(config.model).name
+    known = take_over(items, config, context)
     with context.engine(config.model) as engine:
-        for portion in context.journal.portions(items, size=config.journal_batch, unit="responses"):
+        for portion in context.journal.portions(items, config.journal_batch, "responses", known):
             requests = [
                 Request(item["id"], item["prompt"]["messages"], item_seed(item, config, context), config.sampling)
                 for item in portion.items
@@ -88,6 +92,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "mean_tokens": fmean(row["n_tokens"] for row in responses),
     }
     return {"samples": {context.stage_id: figures}}
+
+
+def take_over(items: list[Item], config: Config, context: Context) -> dict[str, Result]:
+    """The responses that earlier folders of the stage hold, by the item's id: same prompt, same seed."""
+    item_by_key = {(item["prompt"]["id"], item_seed(item, config, context)): item for item in items}
+    known: dict[str, Result] = {}
+    for row in (row for earlier in context.earlier for row in earlier.rows()):
+        item = item_by_key.get((row["prompt_id"], row["seed"]))
+        if item is not None and item["id"] not in known and row["prompt"] == item["prompt"]["messages"]:
+            known[item["id"]] = Result({**row, "id": item["id"], "tags": item["prompt"]["tags"]})
+    return known
 
 
 def item_seed(item: Item, config: Config, context: Context) -> int:

@@ -43,6 +43,8 @@ RECORDS = "records.jsonl"
 FAILURES = "failures.jsonl"
 PLAN = "plan.json"
 """The number of items and the positions of those without a row, to reopen a finished stage."""
+KNOWN_PER_LINE = 256
+"""Results that need not be computed, on one line of the journal."""
 POLL_SECONDS = 0.1
 """Time between two reads of the other ranks' files."""
 
@@ -112,7 +114,7 @@ class Journal:
         """Hash of the items' ids."""
         self._n_items = 0
         self._unit = ""
-        self._share: dict[int, range] = {}
+        self._share: dict[int, list[int]] = {}
         """The positions of the items in each of this rank's portions."""
         self._lines: dict[int, tuple[Path, int]] = {}
         """The file and the offset of the line with each finished item, by the item's position."""
@@ -124,23 +126,31 @@ class Journal:
         """What `report_answer` has shown as progress of the portion that is being computed."""
 
     def portions(
-        self, items: Sequence[Mapping[str, Any]], size: int | None = None, unit: str = "items"
-    ) -> Iterator[Portion]:
+        self, items: Sequence[Mapping[str, Any]], size: int | None = None, unit: str = "items",
+        known: Mapping[str, Result] | None = None,
+    ) -> Iterator[Portion]:  # fmt: skip
         """This rank's portions of `items`, without what is on disk; each must be appended before the next is taken.
 
         With a `size`, a portion has so many items, on any number of ranks; without, its size follows from `in_flight`
-        and `ranks`. Raises StageFailed where two items have the same id.
+        and `ranks`. `known` are results, by the item's id, that need not be computed: they are written at once and are
+        in no portion. Raises StageFailed where two items have the same id.
         """
         ids = [item["id"] for item in items]
         if repeated := [item_id for item_id, count in Counter(ids).items() if count > 1]:
             raise StageFailed(f"{len(repeated)} items of this stage share an id with another, first {repeated[0]!r}")
         self._plan, self._n_items, self._unit = stable_id(ids), len(ids), unit
+        known_positions = [position for position, id in enumerate(ids) if known and id in known]
+        to_compute = [position for position, id in enumerate(ids) if not known or id not in known]
         if size is None:
-            cuts = cut_into_portions(len(ids), self.in_flight or len(ids), self.ranks)
+            cuts = cut_into_portions(len(to_compute), self.in_flight or len(ids), self.ranks)
         else:
-            cuts = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
-        self._share = {number: cuts[number] for number in range(self.rank, len(cuts), self.ranks)}
+            cuts = [range(start, min(start + size, len(to_compute))) for start in range(0, len(to_compute), size)]
+        self._share = {
+            number: [to_compute[index] for index in cuts[number]] for number in range(self.rank, len(cuts), self.ranks)
+        }
         self._recover()
+        if known and self.rank == 0:
+            self._write_known({position: known[ids[position]] for position in known_positions})
         if self._progress:
             self._progress.start(total=len(ids), unit=unit, finished=len(self._lines))
         for number, attempt, positions in self._missing():
@@ -159,11 +169,7 @@ class Journal:
         """Writes a finished portion: the result of each of its items, in their order."""
         if len(results) != len(portion.items):
             raise AssertionError(f"{len(results)} results for {len(portion.items)} items")
-        line = _line(portion.positions, results)
-        with self.path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(portion.positions, results)
         self._read_and_report()
 
     def finish(self) -> Finished:
@@ -204,6 +210,24 @@ class Journal:
         """Removes the files of all ranks, once the stage is marked as done."""
         for path in journal_paths(self.folder):
             path.unlink()
+
+    def _write(self, positions: Sequence[int], results: Sequence[Result]) -> None:
+        """Appends one line to this rank's file, and flushes it to the disk."""
+        line = _line(positions, results)
+        with self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_known(self, results: Mapping[int, Result]) -> None:
+        """Writes results that are known beforehand, by position, as far as they are not on disk. Tells the user."""
+        positions = [position for position in results if position not in self._lines]
+        if self._progress and results:
+            self._progress.note(f"{len(results):,} of {self._n_items:,} {self._unit} are unchanged and taken over")
+        for start in range(0, len(positions), KNOWN_PER_LINE):
+            chunk = positions[start : start + KNOWN_PER_LINE]
+            self._write(chunk, [results[position] for position in chunk])
+        self._read_new_lines()
 
     def _missing(self) -> list[tuple[int, int, list[int]]]:
         """What this rank has to compute: a portion's number, and its items with as many attempts by their positions."""

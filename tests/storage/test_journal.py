@@ -282,3 +282,26 @@ def test_progress_advances_with_each_answer_and_counts_none_twice(tmp_path):
             assert (counts.finished, counts.tokens) == (n_answered, 5 * n_answered)
         journal.append(portion, [*rows_of(portion)[:5], Result(), Result()])
     assert (counts.finished, counts.tokens, journal.tokens) == (7, 25, 25)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_known_results_are_written_and_in_no_portion(tmp_path, ranks):
+    known = {ITEMS[n]["id"]: result(ITEMS[n], (), 0) for n in (0, 4)}
+
+    def rank(number: int) -> list[int]:
+        journal = Journal(tmp_path, rank=number, ranks=ranks)
+        computed = []
+        for portion in journal.portions(ITEMS, 2, known=known):
+            computed += portion.positions
+            journal.append(portion, [result(item, ["item-3"], portion.attempt) for item in portion.items])
+        with contextlib.suppress(ShareDone):
+            journal.finish()
+        return computed
+
+    with ThreadPoolExecutor(ranks) as pool:
+        computed = list(pool.map(rank, range(ranks)))
+    assert sorted(position for positions in computed for position in positions) == [1, 2, 3, 5, 6]
+    (tmp_path / "undisturbed").mkdir()
+    run(tmp_path / "undisturbed")
+    for name in (RECORDS, FAILURES):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
