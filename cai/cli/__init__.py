@@ -13,7 +13,7 @@ import cai
 from cai.cli.constitution_commands import constitution
 from cai.cli.judge_commands import judge, votes
 from cai.cli.micro_commands import micro
-from cai.cli.run_commands import clean, compare, init, plan, run, show, status
+from cai.cli.run_commands import clean, compare, fork, init, plan, run, show, status
 from cai.text.errors import CaiError, Terminated
 
 INTERRUPTED = 130
@@ -51,5 +51,5 @@ def main() -> None:
     """
 
 
-for command in (run, plan, status, show, votes, clean, init, constitution, judge, compare, micro):
+for command in (run, plan, status, show, votes, clean, fork, init, constitution, judge, compare, micro):
     main.add_command(command)

@@ -131,6 +131,40 @@ def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -
     click.echo(json.dumps(explanation) if as_json else "\n".join(explanation_lines(explanation)))
 
 
+@votes.command("try")
+@click.argument("run")
+@click.argument("file", required=False, type=FILE)
+@click.option("--principle", "principle_id", metavar="ID", help="The principle that --text or --request is for.")
+@click.option("--text", metavar="TEXT", help="Its text; what models are asked is derived from it.")
+@click.option("--request", metavar="TEXT", help="What the judge is asked about it, word for word.")
+@EXAMPLE_PAIRS
+@PROFILE
+@ONLINE
+@VLLM_PYTHON
+@RUNS
+@JSON
+def votes_try(
+    run: str, file: Path | None, principle_id: str | None, text: str | None, request: str | None, n_examples: int,
+    on: str | None, online: bool, vllm_python: Path | None, runs_folder: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Ask the judge of a run about a principle in other words, and show which labels would turn.
+
+    Only what has changed is asked, and nothing of the run changes. The words are those of the options, or all that
+    differ in an edited FILE. Once the run's constitution has them, `cai run` takes the answers over from here.
+
+    \b
+    cai votes try quickstart --principle harmless --text "The assistant does no harm."
+    cai votes try my-run my-project/constitutions/edited.yaml
+    """
+    from cai.run.try_wording import edit_of, trial_lines, try_wording
+    from cai.text import progress
+
+    profile = prepared_profile(on, online, vllm_python)
+    edit = edit_of(file, principle_id, text, request)
+    figures = try_wording(run, runs_folder, profile, edit, progress.open_display(), n_examples)
+    click.echo(json.dumps(figures) if as_json else "\n".join(trial_lines(figures)))
+
+
 @votes.command("diff")
 @click.argument("first")
 @click.argument("second")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,18 @@ VLLM_PYTHON = click.option(
     "--vllm-python", type=FILE, metavar="FILE",
     help="Interpreter of an environment with vLLM, for a profile with `engine: vllm`.",
 )  # fmt: skip
+
+
+def checked_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """A name that a run may have. Raises BadInput for any other."""
+    from cai.run.recipe_document import MAX_NAME, NAME_PATTERN
+
+    if name is not None and (not re.fullmatch(NAME_PATTERN, name) or len(name) > MAX_NAME):
+        raise BadInput(f"found the name {name!r}, expected up to {MAX_NAME} letters, digits, - and _ as in my-run")
+    return name
+
+
+NAME = click.option("--name", metavar="NAME", callback=checked_name, help="Name of the run, whose folder is called so.")
 MODEL = click.option(
     "--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id."
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +18,13 @@ from cai.cli.options import (
     HOST_MEMORY,
     JSON,
     MODEL_CONFIG,
+    NAME,
     ONLINE,
     PROFILE,
     RUNS,
     SET,
     VLLM_PYTHON,
+    checked_name,
     chosen_profile,
     to_stderr,
 )
@@ -40,6 +43,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 @click.command()
 @click.argument("recipe")
 @SET
+@NAME
 @PROFILE
 @ONLINE
 @VLLM_PYTHON
@@ -54,9 +58,9 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 @RUNS
 @JSON
 def run(
-    recipe: str, overrides: tuple[str, ...], on: str | None, online: bool, vllm_python: Path | None, until: str | None,
-    redo_from: str | None, dry_run: bool, retry_failures: bool, report_to: str | None, gpus: int | None,
-    gpu_memory: float | None, host_memory: float | None, runs_folder: Path, as_json: bool,
+    recipe: str, overrides: tuple[str, ...], name: str | None, on: str | None, online: bool, vllm_python: Path | None,
+    until: str | None, redo_from: str | None, dry_run: bool, retry_failures: bool, report_to: str | None,
+    gpus: int | None, gpu_memory: float | None, host_memory: float | None, runs_folder: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Run a recipe: a file, or the name of a shipped one. Stages whose inputs have not changed are reused.
 
@@ -66,12 +70,15 @@ def run(
     \b
     cai run quickstart
     cai run quickstart --set stages.policy.train.beta=0.2 --dry-run
+    cai run quickstart --name with-other-beta --set stages.policy.train.beta=0.2
     cai run my-project/recipes/quickstart.yaml --on 8gpu-zero3 --until preferences
     """
     from cai.run.plan import Options
     from cai.run.recipe import load_recipe
 
     options = Options(until, redo_from, retry_failures, _trackers(report_to))
+    if name is not None:
+        overrides = (*overrides, f"name={name}")
     profile = chosen_profile(on, online, vllm_python)
     other_machine = OtherMachine(gpus, gpu_memory, host_memory)
     if dry_run:
@@ -293,6 +300,31 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
 
 
 @click.command()
+@click.argument("run")
+@click.argument("name", callback=checked_name)
+@RUNS
+def fork(run: str, name: str, runs_folder: Path) -> None:
+    """Make a second run NAME of the finished stages of a run, to go on from there with another recipe or setting.
+
+    Both share the files of these stages, so that a fork takes neither time nor disk, and either can be removed.
+
+    \b
+    cai fork quickstart other-beta
+    cai run quickstart --name other-beta --set stages.policy.train.beta=0.2
+    """
+    from cai.storage.files import read_json
+    from cai.storage.forking import fork
+    from cai.storage.run_folder import RUN, find_run
+
+    folder = find_run(run, runs_folder)
+    facts = read_json(folder / RUN)
+    stages = fork(folder, runs_folder / name)
+    click.echo(f"{runs_folder / name}: {len(stages)} finished stages of {folder}")
+    settings = "".join(f" --set {shlex.quote(text)}" for text in facts["overrides"] if not text.startswith("name="))
+    click.echo(f"\nNext: cai run {shlex.quote(facts['recipe'])} --name {name}{settings}")
+
+
+@click.command()
 @click.argument("folder", type=FOLDER)
 def init(folder: Path) -> None:
     """Copy the constitutions, a starter recipe and profile into a folder, to be changed there.
@@ -318,6 +350,11 @@ def init(folder: Path) -> None:
 @click.option("--judge", metavar="MODEL", help="Who judges. [default: the first model]")
 @click.option("--limit", type=click.IntRange(1), help="Take this many of the prompts.")
 @click.option(
+    "--columns", metavar="KEY=COLUMN,...",
+    help="What the file of prompts calls its columns: prompt, messages, system, tags; as prompt=question,tags=topic.",
+)  # fmt: skip
+@NAME
+@click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="Change the recipe: --set stages.comparison.n=4; repeatable.",
 )  # fmt: skip
@@ -328,13 +365,14 @@ def init(folder: Path) -> None:
 @JSON
 def compare(
     models: tuple[str, ...], prompts: str, document: str | None, judge: str | None, limit: int | None,
-    overrides: tuple[str, ...], on: str | None, online: bool, vllm_python: Path | None, runs_folder: Path,
-    as_json: bool,
+    columns: str | None, name: str | None, overrides: tuple[str, ...], on: str | None, online: bool,
+    vllm_python: Path | None, runs_folder: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare checkpoints on prompts: rates with intervals, head to head by a judge, a page to read.
 
     A MODEL is a folder, a hub id, `micro`, or RUN/STAGE: what that stage trained last. The first is the baseline. The
-    same command again reuses what it computed.
+    same command again reuses what it computed, also with more models, prompts or responses. Without --name, the run is
+    called `compare-` and a hash of prompts and constitution.
 
     \b
     cai compare base=micro policy=quickstart/policy --prompts micro:test
@@ -343,5 +381,5 @@ def compare(
     from cai.run.plan import Options
 
     profile = chosen_profile(on, online, vllm_python)
-    recipe = comparison_recipe(models, prompts, document, judge, limit, runs_folder)
+    recipe = comparison_recipe(models, prompts, document, judge, limit, columns, name, runs_folder)
     _run(recipe, overrides, profile, Options(), runs_folder, as_json)

@@ -4,7 +4,22 @@
 the quality of a principle, which `cai constitution test` measures on its examples.
 """
 
-from cai.constitution.compiled import Constitution, Example, Principle, applicable_principles, load_constitution
+from cai.constitution.compiled import (
+    Constitution,
+    Example,
+    Principle,
+    applicable_principles,
+    load_constitution,
+    with_text,
+)
 from cai.constitution.schema import json_schema
 
-__all__ = ["Constitution", "Example", "Principle", "applicable_principles", "json_schema", "load_constitution"]
+__all__ = [
+    "Constitution",
+    "Example",
+    "Principle",
+    "applicable_principles",
+    "json_schema",
+    "load_constitution",
+    "with_text",
+]

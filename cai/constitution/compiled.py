@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cai.constitution.schema import ConstitutionDocument, Entry, ExampleEntry, PrincipleEntry, TraitEntry
@@ -239,6 +239,13 @@ def _compiled(entry: Entry, location: str) -> Principle:
         tags=entry.tags or (("trait",) if is_trait else ()), examples=tuple(map(_example, entry.examples)),
         trait=is_trait, location=location,
     )  # fmt: skip
+
+
+def with_text(principle: Principle, text: str) -> Principle:
+    """The principle as if its author had written this text alone: what models are asked is derived from it."""
+    templates = TRAIT_FIELDS if principle.trait else PRINCIPLE_FIELDS
+    critique, revise, compare = (templates[name].replace("{text}", text) for name in ("critique", "revise", "compare"))
+    return replace(principle, text=text, critique=critique, revise=revise, compare=compare)
 
 
 def _example(entry: ExampleEntry) -> Example:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from cai.contracts.profile import Profile
 
 
+OpenEngine = Callable[["Model", "Profile"], AbstractContextManager["Engine"]]
+"""Gives the engine that a model answers with on a profile."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage is given to work with, all names of the recipe resolved."""
@@ -40,7 +44,7 @@ class Context:
     prompt_sets: Mapping[str, list[Prompt]]
     models: Mapping[str, Model]
     """Every model this stage uses, by the name the config gives it; `""` is the recipe's own."""
-    open_engine: Callable[[Model, Profile], AbstractContextManager[Engine]]
+    open_engine: OpenEngine
     report_to: tuple[str, ...] = ()
     home: Path = Path()
     """The recipe's folder, from which relative paths start."""

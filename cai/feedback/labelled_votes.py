@@ -128,19 +128,24 @@ def load_labelled_votes(name: str, runs_folder: Path) -> LabelledVotes:
 
     Raises BadInput where there is no such stage, or its labels come from human pairs alone.
     """
-    run, stage_id = _find_prefer_stage(name, runs_folder)
+    run, stage_id = find_prefer_stage(name, runs_folder)
     folder = run_folder.latest(run)[stage_id]
     judge_folders = [run / stage["folder"] for stage in read_json(folder / run_folder.STAGE)["inputs"].values()]
     if not judge_folders:
         raise BadInput(f"{name}: {stage_id} has labels of people alone, and no votes to explain")
-    rule = LabelRule.read(folder)
+    return labelled_votes(name, judge_folders, folder)
+
+
+def labelled_votes(name: str, judge_folders: Sequence[Path], prefer_folder: Path) -> LabelledVotes:
+    """The votes of judge stages under the rule of a finished `prefer` stage."""
+    rule = LabelRule.read(prefer_folder)
     votes = read_votes(judge_folder / RECORDS for judge_folder in judge_folders)
     ab, ba = votes.log_odds_by_order(rule.points_per_nat)
     return LabelledVotes(name, list(votes.parsed_rows()), votes.principles, ab, ba, rule, judge_folders)
 
 
-def _find_prefer_stage(name: str, runs_folder: Path) -> tuple[Path, str]:
-    """The run's folder and the id of its finished `prefer` stage."""
+def find_prefer_stage(name: str, runs_folder: Path) -> tuple[Path, str]:
+    """The folder of a run and the id of its finished `prefer` stage; `name` is RUN or RUN/STAGE. Raises BadInput."""
     stage_id = None
     try:
         run = run_folder.find_run(name, runs_folder)

@@ -21,12 +21,15 @@ def comparison_recipe(
     constitution: str | None,
     judge: str | None,
     limit: int | None,
+    columns: str | None,
+    run_name: str | None,
     runs_folder: Path,
 ) -> Path:
-    """Writes the recipe into the folder of its run, which is named by prompts and constitution; its path.
+    """Writes the recipe into the folder of its run; its path. Without a `run_name`, the run is named by prompts and
+    constitution.
 
-    `models` are NAME=MODEL, a model also RUN/STAGE; `prompts` is micro:SPLIT or a file. Raises BadInput for anything
-    else, before anything is written.
+    `models` are NAME=MODEL, a model also RUN/STAGE; `prompts` is micro:SPLIT or a file with `columns` KEY=COLUMN,....
+    Raises BadInput for anything else, before anything is written.
     """
     named: dict[str, str] = {}
     for text in models:
@@ -46,6 +49,8 @@ def comparison_recipe(
         raise BadInput(f"--prompts {prompts}: no such file, and not micro:SPLIT as in micro:test")
     if limit is not None:
         prompt_set["limit"] = limit
+    if columns is not None:
+        prompt_set["columns"] = _columns(columns)
     first = next(iter(named.values()))
     recipe = {
         "model": first,
@@ -55,7 +60,7 @@ def comparison_recipe(
         "stages": [{"id": "comparison", "kind": "compare", "models": named, "prompts": "prompts"}],
     }
     # Not of the models or the judge: another one of these uses the responses and votes that are there.
-    name = f"compare-{stable_id(prompt_set, recipe['constitution'])[:8]}"
+    name = run_name or f"compare-{stable_id(prompt_set, recipe['constitution'])[:8]}"
     path = runs_folder / name / "recipe.yaml"
     text = yaml.safe_dump({"name": name, **recipe}, sort_keys=False, allow_unicode=True)
     read_recipe(parse_document(text, path))
@@ -63,6 +68,17 @@ def comparison_recipe(
     with replacing(path) as file:
         file.write(text.encode())
     return path
+
+
+def _columns(text: str) -> dict[str, str]:
+    """The columns of `--columns prompt=question,tags=topic`."""
+    columns: dict[str, str] = {}
+    for entry in text.split(","):
+        key, equals, column = (part.strip() for part in entry.partition("="))
+        if not equals or not key or not column:
+            raise BadInput(f"--columns: found {entry!r}, expected KEY=COLUMN as in prompt=question")
+        columns[key] = column
+    return columns
 
 
 def _stage_model(name: str, runs_folder: Path) -> str | None:

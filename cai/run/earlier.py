@@ -24,8 +24,8 @@ def earlier_results(run: Path, config: StageConfig, parts: Mapping[str, object],
     if not config.item_choice:
         return ()
     if begun := read_json(folder / run_folder.STAGE):
-        found = [run / name for name in begun.get("earlier", ())]
-        return tuple(_earlier(path) for path in found if run_folder.finished(path))
+        paths = [run / name for name in begun.get("earlier", ())]
+        return tuple(_earlier(path) for path in paths if run_folder.finished(path))
     folders = [path for path in _folders_of(run, config.id) if path != folder]
     candidates = [
         _earlier(path) for path in folders if (done := run_folder.finished(path)) and not changed_outputs(done)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cai.contracts.context import OpenEngine
 from cai.contracts.profile import Profile
 from cai.report.summary import Summary, summary_of
 from cai.run.launch import begin_importing, launch
@@ -57,7 +58,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
                 done[config.id] = step.done
             else:
                 _say_reused(display, reused)
-                done[config.id] = _run(StageRun(planner, step, done, profile, options.report_to), display)
+                done[config.id] = run_stage(StageRun(planner, step, done, profile, options.report_to), display)
             run_folder.set_latest(run, config.id, done[config.id].folder)
             if step.done is None or config is configs[-1]:
                 summary = summary_of(recipe.name, run, _current(planner, done))
@@ -84,8 +85,11 @@ def _record_run(recipe: Recipe, profile: Profile, run: Path, display: Display) -
     )
 
 
-def _run(stage: StageRun, display: Display) -> run_folder.Finished:
-    """Runs one stage, from its start or from what an interrupted run left, and marks it as done."""
+def run_stage(stage: StageRun, display: Display, open_engine: OpenEngine | None = None) -> run_folder.Finished:
+    """Runs one stage, from its start or from what an interrupted run left, and marks it as done.
+
+    With `open_engine` it runs in this process, with engines that are there already.
+    """
     folder, step = stage.folder, stage.step
     if step.removes:
         display.note(f"{step.id} runs again: {step.reason}")
@@ -101,7 +105,7 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
     start_time = time.monotonic()
     try:
         with stopping.at_resume_point(folder) if stage.trains else contextlib.nullcontext():
-            figures = _work(stage, line, journal)
+            figures = _work(stage, line, journal, open_engine)
     except CaiError as error:
         raise _named(error, step.id) from error
     failures = run_folder.n_failures(folder)
@@ -122,12 +126,12 @@ def _run(stage: StageRun, display: Display) -> run_folder.Finished:
     return finished
 
 
-def _work(stage: StageRun, line: StageLine, journal: Journal) -> dict[str, Any]:
+def _work(stage: StageRun, line: StageLine, journal: Journal, open_engine: OpenEngine | None) -> dict[str, Any]:
     """The stage's figures. A training stage that runs out of memory continues with a smaller micro-batch."""
     while True:
         try:
-            if stage.profile.inline:
-                return stage.work(line, journal)
+            if stage.profile.inline or open_engine is not None:
+                return stage.work(line, journal, open_engine)
             return launch(_spec(stage), stage.profile, line, stage.config)
         except OutOfMemory as error:
             smaller = halve_micro_batch(stage.folder) if stage.trains else None

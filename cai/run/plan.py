@@ -8,15 +8,17 @@ torch, are left out.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import cai
+from cai.constitution import Constitution
 from cai.contracts.earlier import Earlier
 from cai.contracts.model import SERVED
 from cai.contracts.profile import Profile
@@ -124,6 +126,14 @@ class Planner:
         self.fingerprints = Fingerprints(recipe, offline)
         self._latest = run_folder.latest(run)
         self._redone = _redone(recipe, self.options)
+
+    def under(self, constitution: Constitution) -> Planner:
+        """The same with another constitution in the recipe; prompt sets and models stay read."""
+        planner = copy.copy(self)
+        planner.recipe = replace(self.recipe, constitution=constitution)
+        planner.fingerprints = copy.copy(self.fingerprints)
+        planner.fingerprints.recipe = planner.recipe
+        return planner
 
     def step(self, config: StageConfig, done: Mapping[str, run_folder.Finished]) -> Step:
         """What is to be done about a stage, given the stages that are done: the one decision of dry run and run."""

@@ -14,7 +14,9 @@ SELF = "self"
 OWN = "model"
 """Wherever a model is named: the recipe's `model:`."""
 
-Slug = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+MAX_NAME = 60
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+Slug = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=MAX_NAME)]
 
 
 class StageEntry(BaseModel):

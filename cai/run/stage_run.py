@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cai import engines
-from cai.contracts.context import Context
+from cai.contracts.context import Context, OpenEngine
 from cai.contracts.profile import Profile
 from cai.contracts.references import failures_read
 from cai.contracts.stage_config import StageConfig
@@ -75,8 +75,11 @@ class StageRun:
             "began": now(),
         }
 
-    def work(self, line: StageLine, journal: Journal) -> dict[str, Any]:
-        """Calls the stage's function, in this process, with the random state that a fresh one has; its figures."""
+    def work(self, line: StageLine, journal: Journal, open_engine: OpenEngine | None = None) -> dict[str, Any]:
+        """Calls the stage's function, in this process, with the random state that a fresh one has; its figures.
+
+        `open_engine` gives the engines of its models; absent = those that the profile names.
+        """
         config, recipe = self.config, self.planner.recipe
         context = Context(
             stage_id=config.id,
@@ -92,7 +95,7 @@ class StageRun:
                 "": recipe.models[recipe.model],
                 **{name: self.planner.fingerprints.model(name, self.done) for name in models_of(config)},
             },
-            open_engine=engines.open_engine,
+            open_engine=open_engine or engines.open_engine,
             report_to=self.report_to,
             home=recipe.folder,
             failures_read=failures_read(config),

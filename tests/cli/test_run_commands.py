@@ -19,6 +19,7 @@ from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.storage.files import write_json
 from cai.storage.rows import row_lines
+from cai.text.errors import BadInput
 
 
 def cai(*arguments: str):
@@ -235,7 +236,9 @@ def test_compare_writes_nothing_where_a_model_is_missing(folder):
 
 def compare_start_with(model: str) -> Path:
     """The recipe that `cai compare` writes for the model `start` and another one."""
-    return comparison_recipe(["base=start", f"new={model}"], "first.jsonl", "constitution.yaml", None, 3, Path("runs"))
+    return comparison_recipe(
+        ["base=start", f"new={model}"], "first.jsonl", "constitution.yaml", None, 3, None, None, Path("runs")
+    )
 
 
 def test_compare_takes_the_model_that_a_stage_trained(folder):
@@ -252,3 +255,16 @@ def test_compare_writes_a_recipe_that_is_whole(folder):
     assert recipe.stages["comparison"].judge == str(folder / "start")
     assert recipe.prompts["prompts"].limit == 3
     assert path.parent.name == recipe.name
+
+
+def test_compare_takes_the_columns_of_a_file_and_a_name(tmp_path):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("question,topic\nWhy?,physics\n", encoding="utf-8")
+    columns = "prompt=question, tags=topic"
+    path = comparison_recipe(["base=micro"], str(prompts), None, None, None, columns, "mine", tmp_path / "runs")
+    assert path == tmp_path / "runs" / "mine" / "recipe.yaml"
+    assert load_recipe(path).prompts["prompts"].columns.model_dump(exclude_none=True) == {
+        "prompt": "question", "tags": "topic",
+    }  # fmt: skip
+    with pytest.raises(BadInput, match="--columns: found 'question', expected KEY=COLUMN as in prompt=question"):
+        comparison_recipe(["base=micro"], str(prompts), None, None, None, "question", None, tmp_path / "runs")

@@ -1,22 +1,29 @@
-"""What an earlier folder of a stage holds of an item is taken over: a change costs its own questions alone."""
+"""Unchanged items are taken over from earlier folders of a stage: a change, or a trial of one, costs its own work."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toy_stages
+from click.testing import CliRunner
 from feedback_stages import Script
-from recipe_runs import plan, run
+from recipe_runs import CPU, plan, run
 
+from cai.cli import main
 from cai.contracts.engine import Question, Request
 from cai.contracts.model import Model
 from cai.contracts.profile import Profile
+from cai.feedback.explain import compare_votes, explain
+from cai.feedback.labelled_votes import load_labelled_votes
+from cai.run.try_wording import edit_of, trial_lines, try_wording
 from cai.storage import run_folder
 from cai.storage.rows import Failure, read_rows
-from cai.text.errors import StageFailed
+from cai.text.errors import BadInput, StageFailed
+from cai.text.progress import PlainDisplay
 
 RECIPE = """name: whole
 model: start
@@ -171,3 +178,103 @@ def test_a_stage_that_was_stopped_continues_with_the_folders_that_it_began_with(
     run(recipe, "stages.votes.journal_batch=2", until="votes")
     assert n_asked(model)[1] == 2 * 2, "the second half of the pairs, by the new wording alone"
     assert_as_undisturbed(recipe, "stages.votes.journal_batch=2")
+
+
+def try_text(recipe: Path, text: str, principle: str = "kind") -> dict[str, Any]:
+    edit_words = edit_of(None, principle, text, None)
+    return try_wording("whole", recipe.parent, CPU, edit_words, PlainDisplay())
+
+
+@pytest.fixture
+def run_of(recipe: Path) -> Path:
+    """The folder of the recipe's run, called by the run's name."""
+    (recipe.parent / "runs").rename(recipe.parent / "whole")
+    return recipe.parent / "whole"
+
+
+def test_a_wording_is_tried_without_a_change_to_the_run(recipe: Path, run_of: Path, model: Script) -> None:
+    before = {path: path.read_bytes() for path in run_of.rglob("*") if path.is_file() and path.name != ".lock"}
+    figures = try_text(recipe, "The assistant is warm.")
+    assert n_asked(model) == (0, 4 * 2)
+    tried = run_of / "tried"
+    after = {path: path.read_bytes() for path in run_of.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == {path: content for path, content in after.items() if not path.is_relative_to(tried)}
+    assert try_text(recipe, "The assistant is warm.")["labels"] == figures["labels"]
+    assert n_asked(model) == (0, 0), "the second time nothing is asked"
+
+    edit(recipe.parent / "constitution.yaml", KIND, "The assistant is warm.")
+    run(recipe, runs="whole", until="labels")
+    assert n_asked(model)[1] == 0, "a run takes over what was tried"
+    run(recipe, runs="new")
+    assert rows_of(recipe, "whole")["votes"] == rows_of(recipe, "new")["votes"]
+    whole_new = explain(load_labelled_votes("new", recipe.parent), 0)
+    tried_shares = {id: shares[1] for id, shares in figures["share_of_say"].items()}
+    assert tried_shares == {id: of["share_of_say"] for id, of in whole_new["principles"].items()}
+
+
+def test_the_figures_of_a_trial_are_those_of_two_runs(recipe: Path, run_of: Path, model: Script) -> None:
+    figures = try_text(recipe, "The assistant is warm.")
+    edit(recipe.parent / "constitution.yaml", KIND, "The assistant is warm.")
+    run(recipe, runs="new")
+    old, new = (load_labelled_votes(name, recipe.parent) for name in ("whole", "new"))
+    assert figures["votes"] == compare_votes(old, new)["principles"]
+    assert figures["labels"]["turned"] == int((old.labels() * new.labels() < 0).sum())
+    lines = "\n".join(trial_lines(figures))
+    assert "before  Which response lives up better to this principle? The assistant is kind." in lines
+    assert "after   Which response lives up better to this principle? The assistant is warm." in lines
+
+
+def test_an_edited_document_is_tried_whole(recipe: Path, run_of: Path, model: Script) -> None:
+    edited = recipe.parent / "edited.yaml"
+    edited.write_text((recipe.parent / "constitution.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    edit(edited, HONEST, "The assistant says what is true.")
+    edit(edited, "weight: 1.0", "weight: 0.0")
+    figures = try_wording("whole", recipe.parent, CPU, edit_of(edited, None, None, None), PlainDisplay())
+    assert n_asked(model) == (0, 4 * 2)
+    assert figures["share_of_say"]["kind"][1] == 0, "weights are those of the edited document"
+    assert list(figures["principles"]) == ["honest"]
+
+
+def test_a_trial_of_nothing_new_or_of_an_outdated_run_is_refused(recipe: Path, run_of: Path, model: Script) -> None:
+    with pytest.raises(BadInput, match="the judge is asked the same about every principle"):
+        try_text(recipe, KIND)
+    with pytest.raises(BadInput, match=r"no principle 'knd'; did you mean 'kind'\?"):
+        try_text(recipe, "The assistant is warm.", "knd")
+    edit(recipe.parent / "first.jsonl", "why?", "whither?")
+    with pytest.raises(BadInput, match=r"labels of stage 'labels' are not those that its recipe makes; run `cai run "):
+        try_text(recipe, "The assistant is warm.")
+
+
+@pytest.mark.parametrize("options", [[], ["--principle", "kind"], ["--text", "Be warm."], ["F.yaml", "--text", "a"]])
+def test_the_command_says_what_it_takes(options: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["votes", "try", "whole", *options, "--runs", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr == "expected an edited FILE, or --principle ID with either --text or --request\n"
+
+
+def test_a_fork_shares_what_is_done_and_goes_its_own_way(recipe: Path, run_of: Path, model: Script) -> None:
+    runs = ["--runs", str(recipe.parent)]
+    result = CliRunner().invoke(main, ["fork", "whole", "other", *runs])
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"Next: cai run {recipe} --name other")
+    shared = run_folder.latest(run_of)["votes"].name
+    records = [run / shared / "records.jsonl" for run in (run_of, recipe.parent / "other")]
+    assert records[0].stat().st_ino == records[1].stat().st_ino
+
+    before = rows_of(recipe, "whole")
+    edit(recipe.parent / "constitution.yaml", KIND, "The assistant is warm.")
+    result = CliRunner().invoke(main, ["run", str(recipe), "--name", "other", "--until", "labels", *runs])
+    assert result.exit_code == 0, result.stderr
+    assert n_asked(model)[1] == 4 * 2
+    assert rows_of(recipe, "whole") == before
+    assert rows_of(recipe, "other")["votes"] != before["votes"]
+    result = CliRunner().invoke(main, ["fork", "whole", "other", *runs])
+    assert (result.exit_code, result.stderr) == (
+        2, f"{recipe.parent / 'other'}: found a folder, expected a name that no run has\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["run", "quickstart", "--name"], ["fork", "quickstart"]])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(command: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [*command, "../other", "--runs", str(tmp_path)])
+    expected = "found the name '../other', expected up to 60 letters, digits, - and _ as in my-run\n"
+    assert (result.exit_code, result.stderr) == (2, expected)

@@ -1,0 +1,252 @@
+"""What other words of a principle would do to a run's labels: its judge is asked what has changed, and nothing else.
+
+The judge stages of the run are computed under the changed constitution into `RUN/tried/`, from where a later run takes
+the votes over (`cai.run.earlier`); the run itself stays as it is. Labels before and after follow from the same rule, a
+fitted temperature included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cai import engines
+from cai.constitution import Constitution, Principle, load_constitution, with_text
+from cai.contracts.engine import Engine
+from cai.contracts.profile import Profile
+from cai.contracts.stage_config import PrincipleField
+from cai.feedback.explain import compare_votes, example_text_lines, explain
+from cai.feedback.labelled_votes import LabelledVotes, find_prefer_stage, labelled_votes
+from cai.feedback.principle_tests import example_figures, run_examples
+from cai.run.earlier import TRIED, earlier_results
+from cai.run.fingerprint import Parts
+from cai.run.pipeline import run_stage
+from cai.run.plan import Planner, Step
+from cai.run.recipe import Recipe, load_recipe
+from cai.run.recipe_names import inputs_of
+from cai.run.stage_run import StageRun
+from cai.stages.judge import Config as JudgeConfig
+from cai.stages.prefer import Config as PreferConfig
+from cai.stages.prefer import principle_weights
+from cai.storage import run_folder
+from cai.storage.files import read_json
+from cai.storage.rows import stable_id
+from cai.templates import TemplateSet, load_templates
+from cai.text.errors import BadInput
+from cai.text.formatting import printable
+from cai.text.progress import Display
+from cai.text.tables import rate_text, table
+
+Edit = Callable[[Constitution, PrincipleField], Constitution]
+"""Changes words of a constitution, given the principle field that the judge is asked with."""
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """The stages of a run that make labels: the recipe that it is of, what is done, judges and the rule of labels."""
+
+    run: Path
+    recipe: Recipe
+    planner: Planner
+    done: Mapping[str, run_folder.Finished]
+    judges: Sequence[JudgeConfig]
+    prefer: PreferConfig
+
+    @property
+    def constitution(self) -> Constitution:
+        assert self.recipe.constitution is not None, "its judges have asked by one"
+        return self.recipe.constitution
+
+    def votes(self, judge_folders: Sequence[Path], constitution: Constitution) -> LabelledVotes:
+        """The votes of these folders under the run's own rule of labels."""
+        votes = labelled_votes(self.run.name, judge_folders, self.done[self.prefer.id].folder)
+        weights = principle_weights(votes.principles, constitution, self.prefer.tag_weights)
+        return replace(votes, rule=replace(votes.rule, weights=weights))
+
+
+def try_wording(
+    name: str, runs_folder: Path, profile: Profile, edit: Edit, display: Display, n_examples: int = 3
+) -> dict[str, Any]:
+    """Figures of a run's labels, by the words that it was made with and by those that `edit` puts in their place.
+
+    `name` is RUN, or RUN/STAGE where several stages of it make labels. Raises BadInput where the run is not what its
+    recipe makes now, or where the judge would be asked nothing else.
+    """
+    run, stage_id = find_prefer_stage(name, runs_folder)
+    with run_folder.locked(run), display:
+        labelling = _labelling(run, stage_id, profile)
+        field = labelling.judges[0].principle_fields()[0]
+        changed = edit(labelling.constitution, field)
+        reworded = _reworded(labelling.constitution, changed, field)
+        start_time = time.monotonic()
+        folders, outcomes = _ask(labelling, changed, reworded, profile, display)
+    before = labelling.votes([labelling.done[judge.id].folder for judge in labelling.judges], labelling.constitution)
+    after = labelling.votes(folders, changed)
+    differences = compare_votes(before, after, n_examples)
+    say_before, say_after = (
+        {id: influence["share_of_say"] for id, influence in explain(votes, 0)["principles"].items()}
+        for votes in (before, after)
+    )
+    labels, changed_labels = before.labels(), after.labels()
+    return {
+        "run": str(run),
+        "seconds": round(time.monotonic() - start_time, 2),
+        "principles": {
+            id: {
+                "before": getattr(_by_id(labelling.constitution).get(id), field, None),
+                "after": getattr(_by_id(changed)[id], field),
+                "location": _by_id(changed)[id].location,
+            }
+            for id in reworded
+        },
+        "examples": outcomes,
+        "labels": {
+            "pairs": len(labels),
+            "turned": int((labels * changed_labels < 0).sum()),
+            "lost": int(((labels != 0) & (changed_labels == 0)).sum()),
+            "gained": int(((labels == 0) & (changed_labels != 0)).sum()),
+        },
+        "share_of_say": {id: [say_before.get(id), say_after.get(id)] for id in {**say_before, **say_after}},
+        "votes": differences["principles"],
+        "turned_pairs": differences["examples"],
+    }
+
+
+def edit_of(file: Path | None, principle_id: str | None, text: str | None, request: str | None) -> Edit:
+    """The change that a user asks for: an edited document, or a principle's text or request to the judge.
+
+    Raises BadInput for anything but one of these.
+    """
+    if file is not None and principle_id is None and text is None and request is None:
+        document = load_constitution(file)
+        return lambda _, __: document
+    if file is not None or principle_id is None or (text is None) == (request is None):
+        raise BadInput("expected an edited FILE, or --principle ID with either --text or --request")
+
+    def edit(constitution: Constitution, field: PrincipleField) -> Constitution:
+        principle = constitution.principle(str(principle_id))
+        changed = with_text(principle, text) if text is not None else with_request(principle, field, request or "")
+        principles = tuple(changed if other is principle else other for other in constitution.principles)
+        return replace(constitution, principles=principles)
+
+    return edit
+
+
+def with_request(principle: Principle, field: PrincipleField, request: str) -> Principle:
+    """The principle with other words of the field that a judge is asked with."""
+    return replace(principle, critique=request) if field == "critique" else replace(principle, compare=request)
+
+
+def _labelling(run: Path, stage_id: str, profile: Profile) -> Labelling:
+    """The recipe of a run and its stages up to the labels. Raises BadInput where one is not done as the recipe says."""
+    recorded = read_json(run / run_folder.RUN)
+    recipe = load_recipe(recorded["recipe"], recorded["overrides"])
+    planner = Planner(recipe, run, profile.offline)
+    command = " ".join(["cai run", recorded["recipe"], *(f"--set {text}" for text in recorded["overrides"])])
+    done: dict[str, run_folder.Finished] = {}
+    for config in recipe.stages.values():
+        step = planner.step(config, done)
+        if step.done:
+            done[config.id] = step.done
+        if config.id == stage_id:
+            break
+    prefer = recipe.stages.get(stage_id)
+    if stage_id not in done or not isinstance(prefer, PreferConfig):
+        raise BadInput(f"{run}: the labels of stage {stage_id!r} are not those that its recipe makes; run `{command}`")
+    judges = [config for id in inputs_of(prefer) if isinstance(config := recipe.stages[id], JudgeConfig)]
+    if not judges:
+        raise BadInput(f"{run}: stage {stage_id!r} has labels of people alone, which no wording changes")
+    return Labelling(run, recipe, planner, done, judges, prefer)
+
+
+def _by_id(constitution: Constitution) -> dict[str, Principle]:
+    return {principle.id: principle for principle in constitution.principles}
+
+
+def _reworded(before: Constitution, after: Constitution, field: str) -> list[str]:
+    """Ids of the principles that a judge would be asked about in other words, or that it was not asked about."""
+    words = {principle.id: getattr(principle, field) for principle in before.principles}
+    reworded = [principle.id for principle in after.principles if getattr(principle, field) != words.get(principle.id)]
+    if not reworded:
+        raise BadInput(f"{after.path}: the judge is asked the same about every principle, expected other words")
+    return reworded
+
+
+def _ask(
+    labelling: Labelling, changed: Constitution, reworded: Sequence[str], profile: Profile, display: Display
+) -> tuple[list[Path], dict[str, Any]]:
+    """The folders of the judge stages under the changed constitution, and what the examples of the reworded principles
+    give, by principle, before and after."""
+    planner = labelling.planner.under(changed)
+    folders: list[Path] = []
+    outcomes: dict[str, list[dict[str, int] | None]] = {}
+    for config in labelling.judges:
+        model = planner.fingerprints.model(config.judge or planner.recipe.judge, labelling.done)
+        with engines.open_engine(model, profile) as engine:
+            folders.append(_judge(labelling, planner, config, engine, profile, display))
+            templates = load_templates(model.templates)
+            if config.method == "pairwise" and not outcomes:
+                for id in reworded:
+                    outcomes[id] = [
+                        _example_accuracy(constitution, id, engine, templates)
+                        for constitution in (labelling.constitution, changed)
+                    ]
+    return folders, outcomes
+
+
+def _example_accuracy(
+    constitution: Constitution, id: str, engine: Engine, templates: TemplateSet
+) -> dict[str, int] | None:
+    """Examples of a principle that the judge decides as their author does; None without any."""
+    principle = _by_id(constitution).get(id)
+    if principle is None or not principle.examples:
+        return None
+    outcomes = run_examples(replace(constitution, principles=(principle,)), engine, templates)
+    figures = example_figures(outcomes)
+    return {"passed": sum(outcome.is_passed for outcome in outcomes), "n": figures["n"], "failed": figures["failed"]}
+
+
+def _judge(
+    labelling: Labelling, planner: Planner, config: JudgeConfig, engine: Engine, profile: Profile, display: Display
+) -> Path:
+    """The folder of a judge stage under the changed constitution, computed unless it is there."""
+    parts: Parts = planner.fingerprints.parts(config, labelling.done)
+    folder = labelling.run / TRIED / f"{config.id}-{stable_id(parts)}"
+    if run_folder.finished(folder):
+        return folder
+    earlier = earlier_results(labelling.run, config, parts, folder)
+    step = Step(config, "runs", "", folder, parts, earlier=earlier)
+    stage = StageRun(planner, step, labelling.done, profile)
+    run_stage(stage, display, lambda model, profile: contextlib.nullcontext(engine))
+    return folder
+
+
+def trial_lines(figures: Mapping[str, Any]) -> list[str]:
+    """The figures as text, with pairs to read."""
+    lines = []
+    for id, words in figures["principles"].items():
+        lines += [id, f"  before  {words['before'] or '(no such principle)'}", f"  after   {words['after']}"]
+        before, after = (
+            "no example" if passed is None else f"{passed['passed']} of {passed['n']}"
+            for passed in figures["examples"].get(id, [None, None])
+        )
+        lines.append(f"  its examples decided as their author does: {before} before, {after} after")
+    labels = figures["labels"]
+    counts = f"{labels['turned']:,} turn, {labels['lost']:,} are lost, {labels['gained']:,} are new"
+    lines += ["", f"labels of {labels['pairs']:,} pairs: {counts}", ""]
+    rows = []
+    for id, (before, after) in figures["share_of_say"].items():
+        votes = figures["votes"].get(id)
+        turned = rate_text(votes["turned"]) if votes else "-"
+        share_before, share_after = ("-" if share is None else f"{100 * share:.1f} %" for share in (before, after))
+        rows.append([id, share_before, share_after, f"{votes['pairs']:,}" if votes else "-", turned])
+    lines += table(["principle", "share before", "share after", "pairs", "decided votes that turn"], rows)
+    lines += ["", "share: of all weighted log-odds, which the labels are made of. Brackets: 95 %, clustered by topic."]
+    for example in figures["turned_pairs"]:
+        change = f"a is better with probability {example['p_a']:.2f}, after {example['p_a_in_the_other']:.2f}"
+        lines += ["", f"pair {example['pair']}: {change}", *example_text_lines(example)]
+    return [printable(line) for line in lines]
