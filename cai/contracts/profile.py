@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cai.contracts.model import SERVED
-from cai.document import error_at, load_document, validate
+from cai.document import Document, Problems, check_kind, error_at, load_document, validate
 from cai.document.shipped import find_beside, find_file
 from cai.text.errors import BadInput
 
@@ -263,38 +264,55 @@ def load_profile(name: str | None = None) -> Profile:
     """The profile in a file, or the shipped one of that name. Raises BadInput, with the position, for a wrong one."""
     path = find_file(name or DEFAULT, "configs", "profile")
     document = load_document(path)
+    check_kind(document, "profile")
     profile = validate(document, Profile)
-    if "name" not in document.value:
-        profile = profile.model_copy(update={"name": path.stem})
-    if profile.vllm.python is not None:
-        python = Path.cwd() / path.parent / profile.vllm.python  # not resolved: a venv's interpreter is a link
-        if not python.is_file():
-            raise error_at(document, ("vllm", "python"), f"no such file: {python}")
-        profile = profile.model_copy(update={"vllm": profile.vllm.model_copy(update={"python": python})})
-    if profile.accelerate is not None:
-        accelerate = find_beside(profile.accelerate, path.parent, "configs")
-        if accelerate is None:
-            path_beside = (path.parent / profile.accelerate).resolve()
-            raise error_at(document, ("accelerate",), f"no such file: {path_beside}, and none that is shipped")
-        profile = profile.model_copy(update={"accelerate": accelerate.resolve()})
-    elif profile.processes > 1 and not profile.fork:
-        raise error_at(
-            document,
-            ("processes",),
-            f"found {profile.processes}, expected 1, an `accelerate:` file that says how to start them, or `fork`",
-        )
+    problems = Problems()
+    with problems.collect():
+        profile = _with_python(document, profile)
+    with problems.collect():
+        profile = _with_accelerate(document, profile)
+    for keys, message in _contradictions(profile):
+        problems.add(error_at(document, keys, message))
+    problems.raise_if_any()
+    name_if_absent = {} if "name" in document.value else {"name": path.stem}
+    words = tuple(_launcher_word(word, path.parent) for word in profile.launcher)
+    return profile.model_copy(update={"launcher": words, **name_if_absent})
+
+
+def _with_python(document: Document, profile: Profile) -> Profile:
+    """The profile with an absolute path of vLLM's interpreter."""
+    if profile.vllm.python is None:
+        return profile
+    python = Path.cwd() / document.path.parent / profile.vllm.python  # not resolved: a venv's interpreter is a link
+    if not python.is_file():
+        raise error_at(document, ("vllm", "python"), f"no such file: {python}")
+    return profile.model_copy(update={"vllm": profile.vllm.model_copy(update={"python": python})})
+
+
+def _with_accelerate(document: Document, profile: Profile) -> Profile:
+    """The profile with an absolute path of its accelerate file."""
+    if profile.accelerate is None:
+        return profile
+    accelerate = find_beside(profile.accelerate, document.path.parent, "configs")
+    if accelerate is None:
+        path_beside = (document.path.parent / profile.accelerate).resolve()
+        raise error_at(document, ("accelerate",), f"no such file: {path_beside}, and none that is shipped")
+    return profile.model_copy(update={"accelerate": accelerate.resolve()})
+
+
+def _contradictions(profile: Profile) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The key and the sentence for whatever in the profile does not fit together."""
+    if profile.accelerate is None and profile.processes > 1 and not profile.fork:
+        expected = "1, an `accelerate:` file that says how to start them, or `fork`"
+        yield ("processes",), f"found {profile.processes}, expected {expected}"
     elsewhere = profile.device != "cpu" or profile.engine != "local" or profile.nodes > 1
     if profile.fork and (elsewhere or profile.accelerate is not None):
-        raise error_at(
-            document, ("fork",), "expected `device: cpu` and `engine: local`, without `nodes:` and `accelerate:`"
-        )
+        yield ("fork",), "expected `device: cpu` and `engine: local`, without `nodes:` and `accelerate:`"
     if profile.processes % profile.nodes:
-        raise error_at(document, ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes")
-    if (profile.nodes > 1) != bool(profile.launcher):
-        at = ("nodes",) if profile.nodes > 1 else ("launcher",)
-        raise error_at(document, at, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither")
-    words = tuple(_launcher_word(word, path.parent) for word in profile.launcher)
-    return profile.model_copy(update={"launcher": words})
+        yield ("nodes",), f"found {profile.nodes}, which cannot share {profile.processes} processes"
+    elif (profile.nodes > 1) != bool(profile.launcher):
+        keys = ("nodes",) if profile.nodes > 1 else ("launcher",)
+        yield keys, "expected `nodes:` above 1 and a `launcher:` that reaches them, or neither"
 
 
 def _launcher_word(word: str, home: Path) -> str:

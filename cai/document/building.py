@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 
+from cai.document.problems import Problem, WrongDocument
 from cai.text.errors import BadInput
-from cai.text.formatting import Key, describe, printable, shorten
+from cai.text.formatting import Key, describe, shorten
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """The data in a document."""
@@ -228,7 +229,7 @@ class _Builder:
     def _error(self, place: Any, message: str) -> BadInput:
         """The error at a position, or at the beginning of an event."""
         position = place if isinstance(place, Position) else _position(place)
-        return BadInput(printable(f"{self.path}:{position}: {message}"))
+        return WrongDocument([Problem(message, str(self.path), position.line, position.column)])
 
 
 def _position(event: Any) -> Position:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cai.document.building import Node, Plain, Position, build_nodes, resolve_scalar, value_of
+from cai.document.problems import Problem, WrongDocument
+from cai.text.encodings import utf16_hint
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import Key, describe, dotted, printable
 
@@ -69,18 +71,20 @@ def load_document(path: Path) -> Document:
     path = Path(path)
     try:
         if path.is_dir():
-            raise BadInput(printable(f"{path}: found a folder, expected a YAML file"))
+            raise WrongDocument([Problem("found a folder, expected a YAML file", str(path))])
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise BadInput(printable(f"{path}: no such file{did_you_mean(path.name, siblings)}")) from None
+            raise WrongDocument([Problem(f"no such file{did_you_mean(path.name, siblings)}", str(path))]) from None
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(printable(f"{path}: cannot be read: {reason}")) from None
+        raise WrongDocument([Problem(f"cannot be read: {reason}", str(path))]) from None
     if len(data) > MAX_BYTES:
         message = f"found a file of more than {MAX_BYTES:,} bytes, expected a document that a person wrote"
         raise _error(path, Position(1, 1), message)
+    if hint := utf16_hint(data):
+        raise _error(path, Position(1, 1), hint)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -102,8 +106,11 @@ def parse_document(text: str, path: Path) -> Document:
 
 def error_at(document: Document, keys: tuple[Key, ...], message: str, *, key: bool = False) -> BadInput:
     """The error for a problem at `keys`, or with `key` at the key: `file:line:column: path.to.key: message`."""
-    path = f"{dotted(keys)}: " if keys else ""
-    return BadInput(printable(f"{document.location(keys, key=key)}: {path}{message}"))
+    message = f"{dotted(keys)}: {message}" if keys else message
+    if source := document.node(keys).source:
+        return WrongDocument([Problem(message, source=source)])
+    position = document.key_position(keys) if key else document.position(keys)
+    return WrongDocument([Problem(message, str(document.path), position.line, position.column)])
 
 
 def override_value(document: Document, override: str) -> Document:
@@ -138,7 +145,7 @@ def _resolve_step(node: Node, step: str, keys: tuple[Key, ...], source: str) -> 
 
 
 def _error(path: Path, position: Position, message: str) -> BadInput:
-    return BadInput(printable(f"{path}:{position}: {message}"))
+    return WrongDocument([Problem(message, str(path), position.line, position.column)])
 
 
 def _position_after(text: str) -> Position:

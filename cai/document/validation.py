@@ -1,11 +1,12 @@
-"""Turns pydantic's errors about a document into one sentence with a position.
+"""Turns pydantic's errors about a document into sentences, one for each problem, with its position.
 
-Of several problems the sentence reports the first in the document and counts the others. A missing key is not reported
-beside an unknown key of the same mapping, which most likely is the missing one misspelt.
+A missing key is not reported beside an unknown key of the same mapping, which most likely is the missing one misspelt.
+Where a value may be of several types, the sentence is about those that the author can have meant.
 """
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator
 from types import UnionType
@@ -14,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cai.document.building import Plain
+from cai.document.problems import WrongDocument, problems_of
 from cai.document.reading import Document, error_at
-from cai.text.errors import BadInput, did_you_mean
+from cai.text.errors import did_you_mean
 from cai.text.formatting import Key, describe, shorten
 
 _EXPECTED = {
@@ -28,6 +30,8 @@ _EXPECTED = {
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "mapping_type"), "a mapping"),
 }
+_LISTS = ("list_type", "tuple_type")
+_CHOICES = ("literal_error", "enum")
 _BOUNDS = {
     "greater_than": ("above", "gt"),
     "greater_than_equal": ("of at least", "ge"),
@@ -44,7 +48,10 @@ Model = typing.TypeVar("Model", bound=BaseModel)
 
 
 def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -> Model:
-    """The part of the document at the keys `at` as a `model`. Raises BadInput with the first problem in it."""
+    """The part of the document at the keys `at` as a `model`. Raises WrongDocument with every problem in it.
+
+    A model may have `names_elsewhere`, what other libraries call its fields, each with what to tell their users.
+    """
     value: Plain = document.value
     for depth, key in enumerate(at):
         if key not in document.node(at[:depth]).children:
@@ -56,7 +63,7 @@ def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -
         raise explain(document, model, at, error) from None
 
 
-def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], error: ValidationError) -> BadInput:
+def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], error: ValidationError) -> WrongDocument:
     """The error to raise for pydantic's `error` about the part of `document` at `at`, which is no `model`."""
     problems: dict[tuple[Key, ...], list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
@@ -70,11 +77,14 @@ def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], err
     unknown = {keys[:-1] for keys, errors in deepest.items() if errors[0]["type"] == "extra_forbidden"}
     plausible = {keys: errors for keys, errors in deepest.items() if not (_is_missing(errors) and keys in unknown)}
     problems = plausible or problems
-    keys = min(problems, key=document.key_position)
-    sentence = _sentence(model, keys[len(at) :], problems[keys])
-    if n_later := len(problems) - 1:
-        sentence += f" ({n_later} more {'problem' if n_later == 1 else 'problems'} after this one)"
-    return error_at(document, keys, sentence, key=problems[keys][0]["type"] == "extra_forbidden")
+    sentences = (
+        error_at(
+            document, keys, _sentence(model, keys[len(at) :], problems[keys]),
+            key=problems[keys][0]["type"] == "extra_forbidden",
+        )
+        for keys in sorted(problems, key=document.key_position)
+    )  # fmt: skip
+    return WrongDocument(problem for sentence in sentences for problem in problems_of(sentence))
 
 
 def _is_missing(errors: list[ErrorDetails]) -> bool:
@@ -91,27 +101,74 @@ def _keys_in_document(document: Document, at: tuple[Key, ...], error: ErrorDetai
 
 
 def _sentence(model: type[BaseModel], keys: tuple[Key, ...], errors: list[ErrorDetails]) -> str:
+    errors = _of_branch_meant(errors)
     first = errors[0]
     kind, value, context = first["type"], first["input"], first.get("ctx", {})
     if kind == "extra_forbidden":
-        names = sorted(_known_keys(model, keys[:-1]))
-        choices = f"one of {', '.join(names)}" if names else "no key"
-        return f"unknown key, expected {choices}{did_you_mean(str(keys[-1]), names)}"
+        return _unknown_key(model, keys)
     if kind == "missing":
         absent = " and no ".join(repr(str(error["loc"][-1])) for error in errors)
         return f"found no {absent}, expected in every {_noun(keys)}"
     if kind == "value_error":
         return str(context.get("error", first["msg"]))
-    if kind in ("literal_error", "enum", "union_tag_invalid"):
-        expected = str(context.get("expected") or context.get("expected_tags"))
-        names = [name.strip("' ") for name in expected.replace(" or ", ", ").split(", ")]
-        tag = str(context.get("tag", value))
-        shown = describe(tag) if kind == "union_tag_invalid" else describe(value)
-        return f"found {shown}, expected one of {', '.join(names)}{did_you_mean(tag, names)}"
     if kind == "union_tag_not_found":
         return f"found no {context.get('discriminator', 'kind')}, expected it to say what this is"
-    expected = " or ".join(dict.fromkeys(_expected(error) for error in errors))
-    return f"found {describe(value)}, expected {expected}{_HINTS.get((kind, type(value)), '')}"
+    if kind == "union_tag_invalid" or (kind in _CHOICES and len(errors) == 1):
+        tag = str(context.get("tag", value))
+        names = _choices(first)
+        shown = describe(tag) if kind == "union_tag_invalid" else describe(value)
+        return f"found {shown}, expected one of {', '.join(names)}{did_you_mean(tag, names)}"
+    expected = _alternatives(list(dict.fromkeys(words for error in errors for words in _expected_of_branch(error))))
+    hint = _list_hint(model, keys, value) if any(error["type"] in _LISTS for error in errors) else ""
+    choices = [name for error in errors if error["type"] in _CHOICES for name in _choices(error)]
+    if isinstance(value, str):
+        hint = did_you_mean(value, choices) or hint
+    return f"found {describe(value)}, expected {expected}{hint or _HINTS.get((kind, type(value)), '')}"
+
+
+def _of_branch_meant(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Of the errors of several branches of a union, those of the branches that take a value of this kind, if any."""
+    value = errors[0]["input"]
+    if isinstance(value, str) or len(errors) == 1:
+        return errors
+    return [error for error in errors if error["type"] not in {*_EXPECTED, *_CHOICES}] or errors
+
+
+def _unknown_key(model: type[BaseModel], keys: tuple[Key, ...]) -> str:
+    """The sentence about a key that no field of the mapping around it has."""
+    key = str(keys[-1])
+    models = _models_at(model, keys[:-1])
+    for model_type in models:
+        if key in (names_elsewhere := getattr(model_type, "names_elsewhere", {})):
+            return f"unknown key; here {names_elsewhere[key]}"
+    names = sorted({field.alias or name for model_type in models for name, field in model_type.model_fields.items()})
+    choices = f"one of {', '.join(names)}" if names else "no key"
+    return f"unknown key, expected {choices}{did_you_mean(key, names)}"
+
+
+def _choices(error: ErrorDetails) -> list[str]:
+    """The names of which a value had to be one."""
+    context = error.get("ctx", {})
+    expected = str(context.get("expected") or context.get("expected_tags"))
+    return [name.strip("' ") for name in expected.replace(" or ", ", ").split(", ")]
+
+
+def _expected_of_branch(error: ErrorDetails) -> list[str]:
+    """What one branch of a union takes, in plain words."""
+    return _choices(error) if error["type"] in _CHOICES else [_expected(error)]
+
+
+def _alternatives(names: list[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _list_hint(model: type[BaseModel], keys: tuple[Key, ...], value: object) -> str:
+    """How a list of texts is written, where `value` is one of its texts alone."""
+    item_types = [member for type_ in _types_of(model, (*keys, 0)) for member in _members(type_)]
+    if not (isinstance(value, str) and str in item_types and re.fullmatch(r"\w[\w .,/-]{0,60}", value)):
+        return ""
+    return f"; write `{keys[-1]}: [{value}]`" if isinstance(keys[-1], str) else f"; write `[{value}]`"
 
 
 def _expected(error: ErrorDetails) -> str:
@@ -146,13 +203,17 @@ def _noun(keys: tuple[Key, ...]) -> str:
     return f"item of '{names[-1]}'" if isinstance(keys[-1], int) else f"'{names[-1]}'"
 
 
-def _known_keys(model: type[BaseModel], keys: tuple[Key, ...]) -> set[str]:
-    """The keys that the mapping at `keys` may have, in any of the types that it may be of."""
+def _types_of(model: type[BaseModel], keys: tuple[Key, ...]) -> list[object]:
+    """The types that the value at `keys` may have."""
     types: list[object] = [model]
     for key in keys:
         types = [inner for outer in types for member in _members(outer) for inner in _types_at(member, key)]
-    models = [member for type_ in types for member in _members(type_) if _is_model(member)]
-    return {field.alias or name for model in models for name, field in model.model_fields.items()}
+    return types
+
+
+def _models_at(model: type[BaseModel], keys: tuple[Key, ...]) -> list[type[BaseModel]]:
+    """The models that the mapping at `keys` may be."""
+    return [member for type_ in _types_of(model, keys) for member in _members(type_) if _is_model(member)]
 
 
 def _is_model(type_: object) -> typing.TypeGuard[type[BaseModel]]:

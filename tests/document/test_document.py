@@ -118,7 +118,6 @@ def test_a_value_set_from_elsewhere_is_reported_as_that() -> None:
         ("name: 3\n", "1:7: name: found the number 3, expected text; put it in quotes"),
         ("name: x\nextends: 3\n", "2:10: extends: found the number 3, expected text or a list"),
         ("name: x\nextends: [a, 3]\n", "2:14: extends[1]: found the number 3, expected text"),
-        ("name: 3\nitems: [{id: 3}]\n", "(1 more problem after this one)"),
     ],
 )  # fmt: skip
 def test_a_wrong_document_is_refused_in_one_sentence(text: str, sentence: str) -> None:
