@@ -52,6 +52,10 @@ class Problems:
         except BadInput as error:
             self.add(error)
 
+    def extend(self, problems: Problems) -> None:
+        """Takes over what another collection holds."""
+        self._problems += problems._problems
+
     def add(self, error: BadInput) -> None:
         """Keeps the problems that an error reports."""
         self._problems += problems_of(error)

@@ -26,6 +26,13 @@ def shipped_names(folder: str) -> list[str]:
     return sorted(path.stem for path in shipped_folder(folder).glob("*.yaml"))
 
 
+def kind_hint(name: str, folder: str) -> str:
+    """`; 'micro' is a constitution` where a shipped document of another folder than `folder` has this name, else ''."""
+    kinds = {"recipes": "recipe", "constitutions": "constitution", "configs": "profile"}
+    others = [kind for other, kind in kinds.items() if other != folder and name in shipped_names(other)]
+    return f"; {name!r} is a {others[0]}" if others else ""
+
+
 def copy_starter(folder: Path) -> list[Path]:
     """Copies the constitutions with their schema, a recipe, a profile and a Slurm script to `folder`; the new files.
 
@@ -66,4 +73,5 @@ def find_file(name: str, folder: str, kind: str) -> Path:
         return shipped_folder(folder) / f"{path.stem}.yaml"
     if path.suffix or path.name != name:
         raise BadInput(f"{name}: no such file" + did_you_mean(path.stem, names))
-    raise BadInput(f"no {kind} {name!r}, expected a file or one of {', '.join(names)}" + did_you_mean(name, names))
+    hint = did_you_mean(name, names) or kind_hint(name, folder)
+    raise BadInput(f"no {kind} {name!r}, expected a file or one of {', '.join(names)}{hint}")

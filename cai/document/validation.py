@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import UnionType
 
 from pydantic import BaseModel, ValidationError
@@ -47,10 +47,12 @@ _HINTS: dict[tuple[str, type], str] = {
 Model = typing.TypeVar("Model", bound=BaseModel)
 
 
-def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -> Model:
+def validate(
+    document: Document, model: type[Model], at: tuple[Key, ...] = (), elsewhere: Mapping[str, str] | None = None
+) -> Model:
     """The part of the document at the keys `at` as a `model`. Raises WrongDocument with every problem in it.
 
-    A model may have `names_elsewhere`, what other libraries call its fields, each with what to tell their users.
+    `elsewhere` says of keys that stand in another place, or have another name, where that is: `stands under train`.
     """
     value: Plain = document.value
     for depth, key in enumerate(at):
@@ -60,10 +62,16 @@ def validate(document: Document, model: type[Model], at: tuple[Key, ...] = ()) -
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise explain(document, model, at, error) from None
+        raise _explain(document, model, at, error, elsewhere or {}) from None
 
 
-def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], error: ValidationError) -> WrongDocument:
+def _explain(
+    document: Document,
+    model: type[BaseModel],
+    at: tuple[Key, ...],
+    error: ValidationError,
+    elsewhere: Mapping[str, str],
+) -> WrongDocument:
     """The error to raise for pydantic's `error` about the part of `document` at `at`, which is no `model`."""
     problems: dict[tuple[Key, ...], list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
@@ -79,7 +87,7 @@ def explain(document: Document, model: type[BaseModel], at: tuple[Key, ...], err
     problems = plausible or problems
     sentences = (
         error_at(
-            document, keys, _sentence(model, keys[len(at) :], problems[keys]),
+            document, keys, _sentence(model, keys[len(at) :], problems[keys], elsewhere),
             key=problems[keys][0]["type"] == "extra_forbidden",
         )
         for keys in sorted(problems, key=document.key_position)
@@ -100,12 +108,15 @@ def _keys_in_document(document: Document, at: tuple[Key, ...], error: ErrorDetai
     return keys
 
 
-def _sentence(model: type[BaseModel], keys: tuple[Key, ...], errors: list[ErrorDetails]) -> str:
+def _sentence(
+    model: type[BaseModel], keys: tuple[Key, ...], errors: list[ErrorDetails], elsewhere: Mapping[str, str]
+) -> str:
     errors = _of_branch_meant(errors)
     first = errors[0]
     kind, value, context = first["type"], first["input"], first.get("ctx", {})
     if kind == "extra_forbidden":
-        return _unknown_key(model, keys)
+        is_elsewhere = len(keys) == 1 and keys[0] in elsewhere
+        return f"{keys[0]} {elsewhere[str(keys[0])]}" if is_elsewhere else _unknown_key(model, keys)
     if kind == "missing":
         absent = " and no ".join(repr(str(error["loc"][-1])) for error in errors)
         return f"found no {absent}, expected in every {_noun(keys)}"
@@ -136,14 +147,10 @@ def _of_branch_meant(errors: list[ErrorDetails]) -> list[ErrorDetails]:
 
 def _unknown_key(model: type[BaseModel], keys: tuple[Key, ...]) -> str:
     """The sentence about a key that no field of the mapping around it has."""
-    key = str(keys[-1])
     models = _models_at(model, keys[:-1])
-    for model_type in models:
-        if key in (names_elsewhere := getattr(model_type, "names_elsewhere", {})):
-            return f"unknown key; here {names_elsewhere[key]}"
     names = sorted({field.alias or name for model_type in models for name, field in model_type.model_fields.items()})
     choices = f"one of {', '.join(names)}" if names else "no key"
-    return f"unknown key, expected {choices}{did_you_mean(key, names)}"
+    return f"unknown key, expected {choices}{did_you_mean(str(keys[-1]), names)}"
 
 
 def _choices(error: ErrorDetails) -> list[str]:

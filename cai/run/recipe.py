@@ -16,14 +16,14 @@ from cai.constitution import Constitution
 from cai.contracts.model import Model
 from cai.contracts.stage_config import StageConfig
 from cai.contracts.training_config import TrainingConfig
-from cai.document import Document, error_at, load_document, override_value, validate
+from cai.document import Document, Problems, check_kind, error_at, load_document, override_value, validate
 from cai.document.shipped import find_file
 from cai.prompt_sets import PromptSet
 from cai.run import recipe_checks, recipe_names
-from cai.run.recipe_document import OWN, RecipeDocument
+from cai.run.recipe_document import OWN, RecipeDocument, readable_part
 from cai.stages import STAGES, config_class
 from cai.text.errors import did_you_mean
-from cai.training.train_fields import check_train
+from cai.training.train_fields import check_train, names_elsewhere
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Recipe:
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, or the shipped one of that name, with `a.b.c=value` overrides applied.
 
-    Raises BadInput with `file:line:column`, or the override, and one sentence for the first thing that is wrong.
+    Raises BadInput with `file:line:column`, or the override, and a sentence for each thing that is wrong.
     """
     path = find_file(str(name), "recipes", "recipe")
     document = load_document(path)
@@ -72,12 +72,20 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe in a document that was read already."""
-    written = validate(document, RecipeDocument)
+    check_kind(document, "recipe")
+    problems = Problems()
+    with problems.collect():
+        validate(document, RecipeDocument)
+    configs = _stage_configs(document, problems)
+    # Where keys or values are wrong, the names in the others are checked all the same, to report everything at once.
+    written = readable_part(document) if problems else RecipeDocument.model_validate(document.value)
     if written.judge == OWN:
         written = written.model_copy(update={"judge": written.model})
-    configs = _stage_configs(document)
-    constitution = recipe_checks.check(document, written, configs)
-    resolved = recipe_names.resolve(document, written, configs)
+    constitution = recipe_checks.check(document, written, configs, problems)
+    if problems:
+        recipe_names.check_models(document, written, configs, problems)
+    problems.raise_if_any()
+    resolved = recipe_names.resolve(document, written, [config for config in configs if config is not None])
     return Recipe(
         name=written.name,
         seed=written.seed,
@@ -107,20 +115,28 @@ def _constitution_notes(
         yield f"constitution: {constitution.path}, the shipped one; there is none beside {document.path}"
 
 
-def _stage_configs(document: Document) -> list[StageConfig]:
-    """Every stage as its own config class, `train:` checked against the library's."""
-    configs: list[StageConfig] = []
-    for index, entry in enumerate(document.value["stages"]):  # type: ignore[arg-type]
+def _stage_configs(document: Document, problems: Problems) -> list[StageConfig | None]:
+    """Every stage as its own config class, `train:` checked against the library's; None for those that are wrong."""
+    configs: list[StageConfig | None] = []
+    entries = document.value.get("stages")
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
         keys = ("stages", index)
-        kind = entry["kind"]  # type: ignore[index, call-overload]
+        configs.append(None)
+        if not isinstance(entry, dict) or not isinstance(kind := entry.get("kind"), str):
+            continue  # `RecipeDocument` refuses it
         if kind not in STAGES:
-            raise error_at(
-                document,
-                (*keys, "kind"),
-                f"found {kind!r}, expected one of {', '.join(STAGES)}" + did_you_mean(str(kind), STAGES),
-            )
-        config = validate(document, config_class(kind), keys)
-        if isinstance(config, TrainingConfig) and config.train_class:
-            check_train(document, (*keys, "train"), config.train_class, config.owned)
-        configs.append(config)
+            known = f"expected one of {', '.join(STAGES)}{did_you_mean(kind, STAGES)}"
+            problems.add(error_at(document, (*keys, "kind"), f"found {kind!r}, {known}"))
+            continue
+        stage_class = config_class(kind)
+        # A stand-in for an id that `RecipeDocument` refuses.
+        with_id = document if isinstance(entry.get("id"), str) else document.with_value((*keys, "id"), "stage", "")
+        elsewhere = {}
+        if issubclass(stage_class, TrainingConfig) and (train_class := stage_class.train_class):
+            elsewhere = names_elsewhere(train_class, stage_class.owned)
+            stage_fields = stage_class.model_fields.keys()
+            with problems.collect():
+                check_train(document, (*keys, "train"), train_class, stage_class.owned, stage_fields)
+        with problems.collect():
+            configs[index] = validate(with_id, stage_class, keys, elsewhere)
     return configs

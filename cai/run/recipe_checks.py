@@ -26,7 +26,7 @@ from cai.contracts.references import (
     references,
 )
 from cai.contracts.stage_config import StageConfig, WrongVoteUnits
-from cai.document import Document, error_at
+from cai.document import Document, Problems, error_at
 from cai.document.shipped import find_beside
 from cai.prompt_sets import MICRO, PairSet, read_prompt_set
 from cai.run.recipe_document import OWN, SELF, RecipeDocument
@@ -37,35 +37,75 @@ from cai.text.formatting import Key
 from cai.training.rl.reward_functions import check_function
 
 
-def check(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
-    """Checks every name of a recipe; the constitution that it names. Raises BadInput for the first wrong one."""
-    by_id = {config.id: config for config in configs}
-    for index, config in enumerate(configs):
-        stage = ("stages", index)
-        _check_id(document, stage, config, configs, written)
+def check(
+    document: Document, written: RecipeDocument, configs: Sequence[StageConfig | None], problems: Problems
+) -> Constitution | None:
+    """Checks every name of a recipe, and adds those that are wrong to `problems`; the constitution that it names.
+
+    `configs` has None for stages that are wrong themselves; names that refer to what is wrong are not refused.
+    """
+    by_id = _by_id(document, configs)
+    stages = [(("stages", index), config) for index, config in enumerate(configs) if config is not None]
+    has_all_ids = len(by_id) == len(configs)
+    for stage, config in stages:
+        with problems.collect():
+            try:
+                _check_id(document, stage, config, configs, written)
+            except BadInput:
+                by_id[config.id], has_all_ids = None, False
+                raise
+    for stage, config in stages:
         for name in references(config):
-            _check_reference(document, _place(document, stage, name), name, config, by_id, written)
-        _check_vote_units(document, stage, config, by_id)
+            is_stage = isinstance(name.target, StageReference | ModelReference)
+            if is_stage and name.name not in by_id and not has_all_ids:
+                continue  # it may be the stage whose id is refused
+            with problems.collect():
+                _check_reference(document, _place(document, stage, name), name, config, by_id, written)
+        with problems.collect():
+            _check_vote_units(document, stage, config, by_id)
     if written.judge != SELF:
-        _check_model_name(document, ("judge",), written.judge, by_id, MODEL_KINDS)
+        with problems.collect():
+            _check_model_name(document, ("judge",), written.judge, by_id, MODEL_KINDS)
     if written.templates not in (sets := ["auto", *template_set_names()]):
-        raise error_at(
-            document,
-            ("templates",),
-            f"found {written.templates!r}, expected one of {', '.join(sets)}" + did_you_mean(written.templates, sets),
-        )
-    for set_name, prompt_set in written.prompts.items():
-        for name in references(prompt_set, FileReference):
-            _check_file(document, ("prompts", set_name, *name.keys), name)
-    constitution = _constitution(document, written, configs)
-    for index, config in enumerate(configs):
+        message = f"found {written.templates!r}, expected one of {', '.join(sets)}"
+        problems.add(error_at(document, ("templates",), message + did_you_mean(written.templates, sets)))
+    files = [
+        (("prompts", set_name, *name.keys), name)
+        for set_name, prompt_set in written.prompts.items()
+        for name in references(prompt_set, FileReference)
+    ]
+    unreadable = Problems()
+    for place, name in files:
+        with unreadable.collect():
+            _check_file(document, place, name)
+    problems.extend(unreadable)
+    has_all_prompts = not unreadable and len(written.prompts) == len(_prompt_set_names(document))
+    constitution = None
+    with problems.collect():
+        constitution = _constitution(document, written, stages)
+    for stage, config in stages:
         for name in references(config):
-            place = _place(document, ("stages", index), name)
+            place = _place(document, stage, name)
             if isinstance(name.target, PrincipleReference) and constitution is not None:
-                _check_principle(document, place, name, constitution)
-            if isinstance(name.target, TagReference):
-                _check_tag(document, place, name.name, written, configs)
+                with problems.collect():
+                    _check_principle(document, place, name, constitution)
+            if isinstance(name.target, TagReference) and has_all_prompts:
+                with problems.collect():
+                    _check_tag(document, place, name.name, written, [config for _, config in stages])
     return constitution
+
+
+def _by_id(document: Document, configs: Sequence[StageConfig | None]) -> dict[str, StageConfig | None]:
+    """The stages by id, without ids that are none; None for stages that are wrong themselves."""
+    ids = (document.node(("stages", index, "id")).value for index in range(len(configs)))
+    by_id = {id_: config for id_, config in zip(ids, configs, strict=True) if isinstance(id_, str)}
+    return {id_: config for id_, config in by_id.items() if re.fullmatch(r"[\w-]+", id_)}
+
+
+def _prompt_set_names(document: Document) -> list[str]:
+    """The names of the recipe's prompt sets, of those that are wrong too."""
+    prompts = document.value.get("prompts")
+    return list(prompts) if isinstance(prompts, dict) else []
 
 
 def _place(document: Document, stage: tuple[Key, ...], name: Reference) -> tuple[Key, ...]:
@@ -81,12 +121,12 @@ def _check_id(
     document: Document,
     stage: tuple[Key, ...],
     config: StageConfig,
-    configs: Sequence[StageConfig],
+    configs: Sequence[StageConfig | None],
     written: RecipeDocument,
 ) -> None:
     """Refuses an id that another stage has, or that could be a model's name."""
     place = (*stage, "id")
-    first = next(candidate for candidate in configs if candidate.id == config.id)
+    first = next(candidate for candidate in configs if candidate is not None and candidate.id == config.id)
     if first is not config:
         raise error_at(
             document,
@@ -105,7 +145,7 @@ def _check_reference(
     place: tuple[Key, ...],
     name: Reference,
     config: StageConfig,
-    by_id: Mapping[str, StageConfig],
+    by_id: Mapping[str, StageConfig | None],
     written: RecipeDocument,
 ) -> None:
     """Refuses a name of a stage, prompt set, file or model that nothing answers to. Principles and tags come later."""
@@ -117,20 +157,21 @@ def _check_reference(
                     place,
                     f"found {name.name!r}, expected a stage of this recipe" + did_you_mean(name.name, by_id),
                 )
-            if by_id[name.name].gives not in takes:
+            stage = by_id[name.name]
+            if stage is not None and stage.gives not in takes:
                 raise error_at(
                     document,
                     place,
-                    f"stage {name.name!r} gives {by_id[name.name].gives}, but {config.kind} takes {' or '.join(takes)}",
+                    f"stage {name.name!r} gives {stage.gives}, but {config.kind} takes {' or '.join(takes)}",
                 )
         case PromptSetReference():
-            if name.name not in written.prompts:
-                names = ", ".join(written.prompts) or "none is there"
+            if name.name not in (set_names := _prompt_set_names(document)):
+                names = ", ".join(set_names) or "none is there"
                 raise error_at(
                     document,
                     place,
                     f"found {name.name!r}, expected a prompt set of this recipe: {names}"
-                    + did_you_mean(name.name, written.prompts),
+                    + did_you_mean(name.name, set_names),
                 )
         case FileReference():
             _check_file(document, place, name)
@@ -141,14 +182,17 @@ def _check_reference(
 
 
 def _check_vote_units(
-    document: Document, stage: tuple[Key, ...], config: StageConfig, by_id: Mapping[str, StageConfig]
+    document: Document, stage: tuple[Key, ...], config: StageConfig, by_id: Mapping[str, StageConfig | None]
 ) -> None:
     """Refuses votes that a stage cannot read, or cannot read together."""
-    judges = [name for name in references(config, StageReference) if by_id[name.name].gives == "votes"]
+    read_stages = [(name, by_id.get(name.name)) for name in references(config, StageReference)]
+    if any(stage is None for _, stage in read_stages):
+        return  # its name, or the stage itself, is refused
+    judges = [(name, stage) for name, stage in read_stages if stage is not None and stage.gives == "votes"]
     try:
-        config.check_vote_units({judge.name: {by_id[judge.name].vote_unit()} for judge in judges})
+        config.check_vote_units({name.name: {judge.vote_unit()} for name, judge in judges})
     except WrongVoteUnits as error:
-        key = judges[0].keys[0] if error.key is None else error.key
+        key = judges[0][0].keys[0] if error.key is None else error.key
         raise error_at(document, (*stage, key), str(error)) from None
 
 
@@ -156,18 +200,19 @@ def _check_model_name(
     document: Document,
     place: tuple[Key, ...],
     name: str,
-    by_id: Mapping[str, StageConfig],
+    by_id: Mapping[str, StageConfig | None],
     gives: tuple[OutputKind, ...],
 ) -> None:
     """Refuses a stage that gives no such model, and what looks like a misspelt stage."""
     if name in by_id:
-        if by_id[name].gives not in gives:
-            models = [config.id for config in by_id.values() if config.gives in gives]
+        stage = by_id[name]
+        if stage is not None and stage.gives not in gives:
+            models = [config.id for config in by_id.values() if config is not None and config.gives in gives]
             expected = "a stage that trains a model" if gives == MODEL_KINDS else f"a stage that gives {gives[0]}"
             raise error_at(
                 document,
                 place,
-                f"stage {name!r} gives {by_id[name].gives}, expected {expected}"
+                f"stage {name!r} gives {stage.gives}, expected {expected}"
                 + (f": {', '.join(models)}" if models else ""),
             )
     # An id on the hub may look like a stage's id, but so does a misspelt stage's id.
@@ -197,13 +242,15 @@ def _check_file(document: Document, place: tuple[Key, ...], name: Reference) -> 
         )
 
 
-def _constitution(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Constitution | None:
+def _constitution(
+    document: Document, written: RecipeDocument, stages: Sequence[tuple[tuple[Key, ...], StageConfig]]
+) -> Constitution | None:
     if written.constitution is None:
-        for index, config in enumerate(configs):
-            if config.principle_fields():
+        for stage, config in stages:
+            if config.principle_fields() and document.value.get("constitution") is None:
                 raise error_at(
                     document,
-                    ("stages", index, "kind"),
+                    (*stage, "kind"),
                     f"{config.kind} asks about principles, but the recipe names no `constitution:`",
                 )
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from cai.contracts.stage_config import Bars
-from cai.prompt_sets.prompt_set_config import PromptSet
+from cai.document import Document
+from cai.prompt_sets.prompt_set_config import MICRO, PromptSet
 
 SELF = "self"
 """As a judge: whoever wrote the responses."""
@@ -51,3 +53,18 @@ class RecipeDocument(BaseModel):
     )
     prompts: dict[str, PromptSet] = Field(default_factory=dict, description="Prompt sets by name.")
     stages: list[StageEntry] = Field(min_length=1, description="The stages, in the order of the method.")
+
+
+def readable_part(document: Document) -> RecipeDocument:
+    """Of a wrong recipe the keys that names in it refer to, as far as they are right."""
+    keys = ("model", "judge", "constitution", "templates")
+    texts = {key: value for key in keys if isinstance(value := document.value.get(key), str)}
+    prompt_sets: dict[str, PromptSet] = {}
+    written = document.value.get("prompts")
+    for name, prompt_set in written.items() if isinstance(written, dict) else ():
+        with suppress(ValidationError):
+            prompt_sets[name] = PromptSet.model_validate(prompt_set)
+    stage = StageEntry(id="stage", kind="sample")
+    return RecipeDocument.model_validate(
+        {"name": "recipe", "model": MICRO, **texts, "prompts": prompt_sets, "stages": [stage]}
+    )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cai.contracts.model import SERVED, Model
 from cai.contracts.references import ModelReference, PromptSetReference, StageReference, Target, references, renamed
 from cai.contracts.stage_config import CompositeConfig, StageConfig
-from cai.document import Document, error_at
+from cai.document import Document, Problems, error_at
 from cai.models import reference
 from cai.run.recipe_document import OWN, SELF, RecipeDocument
 from cai.stages import config_class
@@ -195,25 +195,54 @@ def _models(
     if written.judge not in stages and written.judge != SELF:
         places.setdefault(written.judge, ("judge",))
     models: dict[str, Model] = {}
+    problems = Problems()
     for stage_id, config in stages.items():
         for keys, target, name in references(config, ModelReference):
             if name in stages:
                 continue
             place = (*positions.get(stage_id, ("gate",)), *keys)
-            _check_served(document, positions.get(stage_id, ("gate",)), place, config, target, name)
+            with problems.collect():
+                _check_served(document, positions.get(stage_id, ("gate",)), place, config, target, name)
             places.setdefault(name, place)
     for name, place in places.items():
-        try:
-            models[name] = reference.resolve(
-                name, templates=written.templates, chat_template=written.chat_template, folder=document.path.parent
-            )
-        except BadInput as error:
-            raise error_at(document, place, str(error)) from None
+        with problems.collect():
+            models[name] = _model(document, written, place, name)
     for stage_id, config in stages.items():
         for keys, target, name in references(config, ModelReference):
             if name in models:
-                _check_head(document, (*positions.get(stage_id, ("gate",)), *keys), target, models[name])
+                with problems.collect():
+                    _check_head(document, (*positions.get(stage_id, ("gate",)), *keys), target, models[name])
+    problems.raise_if_any()
     return models
+
+
+def _model(document: Document, written: RecipeDocument, place: tuple[Key, ...], name: str) -> Model:
+    """The model that a name at `place` means."""
+    try:
+        return reference.resolve(
+            name, templates=written.templates, chat_template=written.chat_template, folder=document.path.parent
+        )
+    except BadInput as error:
+        raise error_at(document, place, str(error)) from None
+
+
+def check_models(
+    document: Document, written: RecipeDocument, configs: Sequence[StageConfig | None], problems: Problems
+) -> None:
+    """Adds models that do not exist to the `problems` of a recipe whose other names are not all right.
+
+    `resolve` finds them, and defaults that do not exist, in a recipe whose names are right.
+    """
+    names = {written.model: ("model",), written.judge: ("judge",)}
+    for index, config in enumerate(configs):
+        for keys, _, name in references(config, ModelReference) if config is not None else ():
+            names.setdefault(name, ("stages", index, *keys))
+    stages = document.value.get("stages")
+    ids = [entry.get("id") for entry in stages if isinstance(entry, dict)] if isinstance(stages, list) else []
+    for name, place in names.items():
+        if name not in [SELF, OWN, *ids]:
+            with problems.collect():
+                _model(document, written, place, name)
 
 
 def _check_served(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from cai.document import Document, error_at
+from cai.document import Document, Problems, error_at
 from cai.text.errors import did_you_mean
 from cai.text.formatting import Key, describe
 
@@ -74,6 +75,60 @@ REFUSED = {
                     "is left out: a run publishes nothing"),
 }  # fmt: skip
 
+_MICRO_BATCH = "is the profile's micro_batch here (--on)"
+_OF_REINFORCEMENT = {
+    **dict.fromkeys(
+        ("response_length", "max_completion_length", "max_response_length", "generate_max_len"),
+        "is `max_new_tokens` of the stage here",
+    ),
+    **dict.fromkeys(("mini_batch_size", "ppo_mini_batch_size", "train_batch_size"),
+                    "is `batch_size` of the stage here"),
+    **dict.fromkeys(("stop_token", "stop_token_id"), "is the model's own end of turn here"),
+    **dict.fromkeys(("reward_model", "reward_model_path", "reward_funcs"), "is named in `rewards` of the stage here"),
+    **dict.fromkeys(("sft_model_path", "model_name_or_path", "actor_model_path"), "is `model` of the stage here"),
+    **dict.fromkeys(
+        (
+            "local_rollout_forward_batch_size", "micro_rollout_batch_size", "micro_train_batch_size",
+            "ppo_micro_batch_size", "forward_batch_size",
+        ),
+        _MICRO_BATCH,
+    ),
+}  # fmt: skip
+ELSEWHERE = {
+    "cai.training.rl.ppo_config:PPOConfig": {
+        **_OF_REINFORCEMENT,
+        **dict.fromkeys(("total_episodes", "num_episodes"), "is `rollouts` times `rollout_size` of the stage here"),
+        **dict.fromkeys(("num_rollouts", "num_train_epochs", "max_steps", "steps"),
+                        "is `rollouts` of the stage here"),
+        **dict.fromkeys(("rollout_batch_size", "ppo_batch_size"), "is `rollout_size` of the stage here"),
+        **dict.fromkeys(("num_mini_batches", "num_minibatches"),
+                        "is `rollout_size` divided by `batch_size` of the stage here"),
+        **dict.fromkeys(("init_kl_coef", "kl_coefficient", "kl_coeff", "beta"),
+                        "is `kl_coef` under `train` here"),
+        **dict.fromkeys(("target", "adap_kl_ctrl"), "is `kl_target` under `train` here"),
+        "horizon": "is `kl_horizon` under `train` here",
+        "target_kl": "is `limits: {kl: ...}` of the stage here",
+        **dict.fromkeys(("ppo_epochs", "num_iterations", "n_epochs"), "is `num_ppo_epochs` under `train` here"),
+        **dict.fromkeys(("eps_clip", "clip_ratio", "clip_range", "clip_coef", "epsilon"),
+                        "is `cliprange` under `train` here"),
+        **dict.fromkeys(("value_clip", "clip_range_vf", "clip_value"), "is `cliprange_value` under `train` here"),
+        **dict.fromkeys(("value_coef", "value_loss_coef", "vf_loss_coef"), "is `vf_coef` under `train` here"),
+        **dict.fromkeys(("gae_lambda", "lambd", "lmbda"), "is `lam` under `train` here"),
+        **dict.fromkeys(("value_model", "value_model_path", "critic_model_path"), "is `critic` of the stage here"),
+    },
+    "trl.trainer.rloo_config:RLOOConfig": {
+        **_OF_REINFORCEMENT,
+        **dict.fromkeys(("num_generations", "rloo_k", "n_samples_per_prompt"), "is `n` of the stage here"),
+        **dict.fromkeys(("total_episodes", "num_episodes"),
+                        "is `max_steps` under `train` times `batch_size` of the stage here"),
+        **dict.fromkeys(("kl_coef", "init_kl_coef", "kl_coefficient"), "is `beta` under `train` here"),
+        **dict.fromkeys(("cliprange", "clip_range", "eps_clip"), "is `epsilon` under `train` here"),
+        **dict.fromkeys(("num_ppo_epochs", "ppo_epochs"), "is `num_iterations` under `train` here"),
+    },
+}  # fmt: skip
+"""What other implementations of PPO and RLOO call things (TRL in its versions, OpenRLHF, verl, trlX), and what says it
+here, by config class."""
+
 TYPES: dict[str, type] = {
     "str": str, "bool": bool, "int": int, "float": float, "dict": dict, "list": list, "null": type(None),
 }  # fmt: skip
@@ -111,23 +166,49 @@ def _declared_fields(declared: dict[str, dict[str, list[str]]]) -> dict[str, Fie
     }
 
 
-def check_train(document: Document, keys: tuple[Key, ...], train_class: str, owned: tuple[str, ...] = ()) -> None:
-    """Raises BadInput for what the mapping at `keys` may not hold. `owned` are fields that this kind of stage sets."""
-    allowed_fields = fields(train_class)
-    refused = WHERE | OWNED | REFUSED | dict.fromkeys(owned, STAGE)
-    class_name = train_class.rpartition(":")[2]
+def names_elsewhere(train_class: str, owned: tuple[str, ...] = ()) -> dict[str, str]:
+    """What to say about keys of a stage itself that stand elsewhere: under `train:`, in the profile, or by our name."""
+    under_train = dict.fromkeys(fields(train_class), "stands under `train:`")
+    return under_train | WHERE | OWNED | REFUSED | dict.fromkeys(owned, STAGE) | ELSEWHERE.get(train_class, {})
+
+
+def check_train(
+    document: Document,
+    keys: tuple[Key, ...],
+    train_class: str,
+    owned: tuple[str, ...] = (),
+    stage_fields: Set[str] = frozenset(),
+) -> None:
+    """Raises BadInput for what the mapping at `keys` may not hold.
+
+    `owned` are fields that this kind of stage sets, `stage_fields` are those of the stage itself.
+    """
+    of_stage = dict.fromkeys(stage_fields - fields(train_class).keys(), "stands in the stage itself, not under train")
+    refused = WHERE | OWNED | REFUSED | dict.fromkeys(owned, STAGE) | of_stage | ELSEWHERE.get(train_class, {})
     node = document.node(keys[:-1]).children.get(keys[-1])
+    problems = Problems()
     for key, value in node.value.items() if node is not None and isinstance(node.value, dict) else ():
-        position = (*keys, key)
-        if key in refused or key.startswith(("ddp_", "hub_")):
-            raise error_at(document, position, f"{key} {refused.get(key, PROFILE)}", key=True)
-        if key not in allowed_fields:
-            suggestion = did_you_mean(key, [name for name in allowed_fields if name not in refused])
-            raise error_at(document, position, f"unknown key, expected a field of {class_name}{suggestion}", key=True)
-        _check_value(document, position, value, allowed_fields[key], class_name)
-        if key == "save_total_limit" and value is not None and value < 2:  # type: ignore[operator]
-            reason = "the last complete resume point is removed before the next one is complete otherwise"
-            raise error_at(document, position, f"found {value}, expected at least 2: {reason}")
+        with problems.collect():
+            _check_field(document, (*keys, key), value, train_class, refused)
+    problems.raise_if_any()
+
+
+def _check_field(
+    document: Document, position: tuple[Key, ...], value: object, train_class: str, refused: Mapping[str, str]
+) -> None:
+    """Refuses a field that the recipe may not set, and a value of another type than the field's."""
+    allowed_fields = fields(train_class)
+    class_name = train_class.rpartition(":")[2]
+    key = str(position[-1])
+    if key in refused or key.startswith(("ddp_", "hub_")):
+        raise error_at(document, position, f"{key} {refused.get(key, PROFILE)}", key=True)
+    if key not in allowed_fields:
+        suggestion = did_you_mean(key, [name for name in allowed_fields if name not in refused])
+        raise error_at(document, position, f"unknown key, expected a field of {class_name}{suggestion}", key=True)
+    _check_value(document, position, value, allowed_fields[key], class_name)
+    if key == "save_total_limit" and value is not None and value < 2:  # type: ignore[operator]
+        reason = "the last complete resume point is removed before the next one is complete otherwise"
+        raise error_at(document, position, f"found {value}, expected at least 2: {reason}")
 
 
 def _check_value(document: Document, position: tuple[Key, ...], value: object, field: Field, class_name: str) -> None:
