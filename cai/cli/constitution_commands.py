@@ -9,6 +9,7 @@ import click
 
 from cai.cli.options import FILE, JSON, MODEL, ONLINE, PROFILE, SHARE, TEMPLATES, VLLM_PYTHON, prepared_profile
 from cai.text.errors import BadInput
+from cai.text.formatting import printable
 
 
 @click.group()
@@ -18,29 +19,48 @@ def constitution() -> None:
 
 @constitution.command("check")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--strict", is_flag=True, help="Name weaknesses too: no examples, no criterion, twice the same.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Name weaknesses too: no examples or contradicting ones, questions without a criterion or answered by yes or "
+    "no, principles that read the same, tags that no prompt has or that differ in case.",
+)
+@click.option("--tags", metavar="TAG,...", help="With --strict: tags of your prompts, beside those of the small world.")
+@click.option("--recipe", metavar="FILE", help="With --strict: the tags of this recipe's prompts are known.")
 @JSON
-def constitution_check(files: tuple[str, ...], strict: bool, as_json: bool) -> None:
-    """Load each document with those that it extends. Exit code 2 if one is wrong; every wrong one is named.
+def constitution_check(
+    files: tuple[str, ...], strict: bool, tags: str | None, recipe: str | None, as_json: bool
+) -> None:
+    """Load each document with those that it extends. Exit code 2 if one is wrong; every problem in each is named.
 
     With --strict, exit code 1 if none is wrong and one is weak.
     """
     from cai.constitution import load_constitution
     from cai.constitution.weaknesses import weaknesses
+    from cai.document import problems_of
     from cai.templates.constitution_text import summary, summary_line
 
+    if not strict and (tags is not None or recipe is not None):
+        raise BadInput("found --tags or --recipe without --strict, expected them together")
+    prompt_tags = [tag.strip() for tag in (tags or "").split(",") if tag.strip()]
+    if recipe is not None:
+        from cai.run.recipe import read_prompt_tags
+
+        prompt_tags += read_prompt_tags(recipe)
     summaries: list[dict[str, object]] = []
-    errors: list[dict[str, str]] = []
+    errors: list[dict[str, object]] = []
     weak: list[str] = []
     for file in files:
         try:
             document = load_constitution(file)
         except BadInput as error:
-            errors.append({"path": file, "message": str(error)})
+            for problem in problems_of(error):
+                place = {"file": problem.file or file, "line": problem.line, "column": problem.column}
+                errors.append({"path": file, **place, "message": printable(problem.message)})
             click.echo(str(error), err=True)
             continue
         summaries.append(summary(document))
-        sentences = list(weaknesses(document)) if strict else []
+        sentences = list(weaknesses(document, prompt_tags)) if strict else []
         weak += sentences
         if not as_json:
             click.echo("\n".join([summary_line(document), *sentences]))
@@ -59,16 +79,21 @@ def constitution_check(files: tuple[str, ...], strict: bool, as_json: bool) -> N
 def constitution_show(file: str, prompt: bool, principle_id: str | None, templates: str, as_json: bool) -> None:
     """Show the compiled document: extended documents merged, traits and absent principle fields derived.
 
+    Where it extends others, an overlay report follows: which principles are new, replaced, reweighed and dropped, and
+    by which file and line.
+
     FILE is a path, or the name of a shipped constitution such as `harmlessness`.
     """
     from dataclasses import replace
 
     from cai.constitution import load_constitution
+    from cai.templates.changes_text import change_lines
     from cai.templates.constitution_text import document_lines, example_requests, request_lines
 
     document = load_constitution(file)
     if principle_id is not None:
-        document = replace(document, principles=(document.principle(principle_id),))
+        changes = tuple(change for change in document.changes if change.id == principle_id)
+        document = replace(document, principles=(document.principle(principle_id),), changes=changes)
     if prompt:
         from cai.templates import load_templates
 
@@ -80,9 +105,41 @@ def constitution_show(file: str, prompt: bool, principle_id: str | None, templat
             lines = (line for principle in document.principles for line in request_lines(principle, template_set))
             click.echo("\n".join(lines).rstrip())
     elif as_json:
-        click.echo(json.dumps(document.plain()))
+        layers = {
+            "documents": list(map(str, document.documents)),
+            "overlay": [change.plain() for change in document.changes],
+        }
+        click.echo(json.dumps(document.plain() | layers))
     else:
-        click.echo("\n".join(document_lines(document)))
+        click.echo("\n".join([*document_lines(document), "", *change_lines(document)]).rstrip())
+
+
+@constitution.command("diff")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--exit-code", is_flag=True, help="Exit code 1 if they differ, as with `git diff --exit-code`.")
+@JSON
+def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -> None:
+    """Show which principles B adds, removes and changes, compared with A: fields with both texts, weights with both.
+
+    A and B are paths or names of shipped constitutions; what they extend is merged before they are compared.
+    """
+    from cai.constitution import load_constitution
+    from cai.constitution.differences import differences
+    from cai.templates.changes_text import difference_lines
+
+    documents = load_constitution(first), load_constitution(second)
+    differing = differences(*documents)
+    if as_json:
+        names = {
+            side: {"path": str(document.path), "name": document.name}
+            for side, document in zip("ab", documents, strict=True)
+        }
+        click.echo(json.dumps(names | differing.plain()))
+    else:
+        click.echo("\n".join(difference_lines(*documents, differing)))
+    if exit_code and any(differing):
+        raise SystemExit(1)
 
 
 @constitution.command("test")

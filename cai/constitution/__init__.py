@@ -4,14 +4,8 @@
 the quality of a principle, which `cai constitution test` measures on its examples.
 """
 
-from cai.constitution.compiled import (
-    Constitution,
-    Example,
-    Principle,
-    applicable_principles,
-    load_constitution,
-    with_text,
-)
+from cai.constitution.compiled import Constitution, Example, Principle, applicable_principles
+from cai.constitution.inheritance import load_constitution, with_text
 from cai.constitution.schema import json_schema
 
 __all__ = [

@@ -8,7 +8,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 
 from cai.text.formatting import describe
 
@@ -42,16 +50,11 @@ def _tag(value: str) -> str:
     return value
 
 
-def _path(value: str) -> str:
-    if not value.endswith((".yaml", ".yml")) or _CONTROL.search(value):
-        raise ValueError(f"found {describe(value)}, expected the relative path of a .yaml file")
-    return value
-
-
 Slug = Annotated[str, AfterValidator(_slug), Field(json_schema_extra={"pattern": "^[a-z0-9]+([-_][a-z0-9]+)*$"})]
 Tag = Annotated[str, AfterValidator(_tag), Field(json_schema_extra={"pattern": r"^[^\s,]+$"})]
 Text = Annotated[str, AfterValidator(_text), Field(json_schema_extra={"pattern": r"\S"})]
-Path = Annotated[str, AfterValidator(_path), Field(json_schema_extra={"pattern": r"\.ya?ml$"})]
+Path = Annotated[str, Field(json_schema_extra={"pattern": r"\.ya?ml$"})]
+"""Its suffix is checked where the files beside the document are known, to name the nearest."""
 
 
 class Written(BaseModel):
@@ -75,6 +78,13 @@ class ExampleEntry(Written):
     )
     better: Text = Field(description="The response that lives up to the principle.")
     worse: Text = Field(description="The response that falls short of it. Best where the difference is not obvious.")
+
+    @field_validator("worse")
+    @classmethod
+    def _differs(cls, worse: str, info: ValidationInfo) -> str:
+        if worse == info.data.get("better"):
+            raise ValueError("found the text of 'better' again, expected a response that falls short of it")
+        return worse
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> ExampleEntry:
@@ -152,8 +162,9 @@ class ConstitutionDocument(Written):
     description: Text = Field("", description="One sentence: what living by this document means.")
     extends: Path | Annotated[tuple[Path, ...], Field(min_length=1)] | None = Field(
         None,
-        description="Documents to start from: a path relative to this file, or a list. Later ones replace earlier "
-        "ones. They lie in the folder of the document that is loaded, or below it.",
+        description="Documents to start from: a path relative to this file, or a list. Each is applied once, after "
+        "those that it extends; in a list later ones replace earlier ones. They lie in the folder of the document "
+        "that is loaded, or below it.",
     )
     principles: tuple[PrincipleEntry, ...] = Field((), description="The principles, in the order to show them in.")
     traits: tuple[TraitEntry, ...] = Field((), description="The assistant's character, in the first person.")

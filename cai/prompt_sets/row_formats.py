@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from cai.prompt_sets.prompt_set_config import Columns, RowSource
 from cai.storage.rows import Message
+from cai.text.encodings import utf16_hint
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import describe
 
@@ -65,6 +66,9 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     open_file = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
+        with open_file(path, "rb") as beginning:
+            if hint := utf16_hint(beginning.read(100)):
+                raise BadInput(f"{name}:1: {hint}")
         with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(file, start=1):
                 yield number, line
@@ -98,14 +102,26 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
         for values in reader:
             if header is None:
                 header = values
+                _check_separator(header, delimiter, name)
             elif len(values) == len(header):
                 yield Row(f"{name}:{line_number}", dict(zip(header, values, strict=True)))
             elif values:
                 counts = f"found {len(values)} columns, expected {len(header)}"
-                raise BadInput(f"{name}:{line_number}: {counts} as in the first line")
+                hint = f"; text with {delimiter!r} in it stands in double quotes" if len(values) > len(header) else ""
+                raise BadInput(f"{name}:{line_number}: {counts} as in the first line{hint}")
             line_number = reader.line_num + 1
     except csv.Error as error:
         raise BadInput(f"{name}:{line_number}: not CSV: {error}") from None
+
+
+def _check_separator(header: list[str], delimiter: str, name: str) -> None:
+    """Refuses a file whose first line has another separator between the names of columns, as spreadsheets write it."""
+    separators = [separator for separator in (";", "\t", "|", ",") if separator != delimiter]
+    other = next((separator for separator in separators if len(header) == 1 and separator in header[0]), None)
+    if other is not None:
+        suffix = {"\t": ", or call it .tsv", ",": ", or call it .csv"}.get(other, "")
+        fix = f"save it with {delimiter!r} or as .jsonl{suffix}"
+        raise BadInput(f"{name}:1: found {other!r} between the columns, expected {delimiter!r}; {fix}")
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[Row]:

@@ -104,6 +104,18 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
     )
 
 
+def read_prompt_tags(name: str | Path) -> list[str]:
+    """The tags of prompts of the recipe in a file, or of the shipped one of that name; its stages may be wrong.
+
+    Raises BadInput where the recipe is wrong otherwise.
+    """
+    document = load_document(find_file(str(name), "recipes", "recipe"))
+    check_kind(document, "recipe")
+    written = validate(document, RecipeDocument)
+    configs = [config for config in _stage_configs(document, Problems()) if config is not None]
+    return recipe_checks.prompt_tags(written, configs, document.path.parent)
+
+
 def _constitution_notes(
     document: Document, written: RecipeDocument, constitution: Constitution | None
 ) -> Iterator[str]:

@@ -295,8 +295,7 @@ def _check_tag(
     document: Document, place: tuple[Key, ...], tag: str, written: RecipeDocument, configs: Sequence[StageConfig]
 ) -> None:
     """Refuses a tag that no prompt of the recipe and no pair that people labelled carries."""
-    pair_tags = [tag for config in configs for _, pairs in nested_models(config, PairSet) for tag in pairs.tags]
-    tags = list(dict.fromkeys([*_prompt_tags(written, document.path.parent), *pair_tags]))
+    tags = prompt_tags(written, configs, document.path.parent)
     if tag not in tags and not tag.startswith(TOPIC):
         raise error_at(
             document,
@@ -306,8 +305,11 @@ def _check_tag(
         )
 
 
-def _prompt_tags(written: RecipeDocument, folder: Path) -> list[str]:
-    """The tags that prompts of the recipe carry; those of the embedded world without reading its prompts."""
+def prompt_tags(written: RecipeDocument, configs: Sequence[StageConfig], folder: Path) -> list[str]:
+    """The tags of the recipe's prompts, without topics, and of pairs that people labelled.
+
+    Those of the embedded world are known without reading its prompts. Paths are relative to `folder`.
+    """
     from cai.micro.conversations import TAGS
 
     tags: list[str] = []
@@ -316,4 +318,6 @@ def _prompt_tags(written: RecipeDocument, folder: Path) -> list[str]:
             tags += [*TAGS, *([HELD_OUT] if prompt_set.hold_out else [])]
         else:
             tags += [tag for prompt in read_prompt_set(prompt_set, folder).prompts for tag in prompt["tags"]]
-    return [tag for tag in dict.fromkeys(tags) if not tag.startswith(TOPIC)]
+    tags = [tag for tag in tags if not tag.startswith(TOPIC)]
+    tags += [tag for config in configs for _, pairs in nested_models(config, PairSet) for tag in pairs.tags]
+    return list(dict.fromkeys(tags))

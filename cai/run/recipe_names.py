@@ -233,7 +233,7 @@ def check_models(
 
     `resolve` finds them, and defaults that do not exist, in a recipe whose names are right.
     """
-    names = {written.model: ("model",), written.judge: ("judge",)}
+    names: dict[str, tuple[Key, ...]] = {written.model: ("model",), written.judge: ("judge",)}
     for index, config in enumerate(configs):
         for keys, _, name in references(config, ModelReference) if config is not None else ():
             names.setdefault(name, ("stages", index, *keys))

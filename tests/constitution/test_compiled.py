@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cai.constitution import load_constitution
+from cai.document.shipped import shipped_folder
 from cai.text.errors import BadInput
 
 BASE = "name: base\nprinciples:\n  - {id: kind, text: Be kind., weight: 2}\n  - {id: brief, text: Be brief.}\n"
@@ -92,8 +93,120 @@ def test_later_documents_of_a_list_replace_earlier_ones_and_a_shared_base_is_rea
     )
     loaded = load_constitution(tmp_path / "x.yaml")
     texts = {principle.id: principle.text for principle in loaded.principles}
-    assert list(texts.items()) == [("kind", "Be kind."), ("brief", "Second.")]
-    assert len(loaded.documents) == 4
+    assert list(texts.items()) == [("kind", "First."), ("brief", "Second.")], "second leaves what first changed"
+    assert [path.name for path in loaded.documents] == ["base.yaml", "first.yaml", "second.yaml", "x.yaml"]
+
+
+@pytest.mark.parametrize("extends", ["[layer.yaml, base.yaml]", "[base.yaml, layer.yaml]", "[layer.yaml, layer.yaml]"])
+def test_a_base_named_beside_its_layer_brings_nothing_back(tmp_path: Path, extends: str) -> None:
+    write(
+        tmp_path,
+        base=BASE,
+        layer="name: layer\nextends: base.yaml\nprinciples: [{id: brief, drop: true}, {id: kind, text: Kinder.}]\n",
+        x=f"name: x\nextends: {extends}\n",
+    )
+    loaded = load_constitution(tmp_path / "x.yaml")
+    assert [(principle.id, principle.text) for principle in loaded.principles] == [("kind", "Kinder.")]
+    assert [path.name for path in loaded.documents] == ["base.yaml", "layer.yaml", "x.yaml"]
+    assert [(change.kind, change.id) for change in loaded.changes] == [("dropped", "brief"), ("replaced", "kind")]
+
+
+def test_what_one_layer_drops_another_layer_of_the_same_base_may_drop_too_and_may_write_anew(tmp_path: Path) -> None:
+    dropped = "extends: base.yaml\nprinciples: [{id: brief, drop: true}]\n"
+    write(
+        tmp_path,
+        base=BASE,
+        first=f"name: first\n{dropped}",
+        second=f"name: second\n{dropped}",
+        third="name: third\nextends: base.yaml\nprinciples: [{id: brief, text: Briefer.}]\n",
+        both="name: both\nextends: [first.yaml, second.yaml]\n",
+        anew="name: anew\nextends: [first.yaml, third.yaml]\n",
+    )
+    assert [principle.id for principle in load_constitution(tmp_path / "both.yaml").principles] == ["kind"]
+    assert [principle.text for principle in load_constitution(tmp_path / "anew.yaml").principles][-1] == "Briefer."
+    with pytest.raises(BadInput, match=rf"no principle 'brief', it is dropped at {tmp_path}/first\.yaml:3:19"):
+        load_constitution(tmp_path / "both.yaml").principle("brief")
+
+
+def test_documents_keep_the_order_of_every_list_and_orders_that_contradict_each_other_are_refused(
+    tmp_path: Path,
+) -> None:
+    leaf = "name: leaf\nprinciples: [{id: %s, text: T.}]\n"
+    write(tmp_path, **{name: leaf % name for name in "abcd"})
+    write(
+        tmp_path,
+        p="name: p\nextends: c.yaml\n",
+        q="name: q\nextends: [d.yaml, c.yaml]\n",
+        x="name: x\nextends: [p.yaml, q.yaml]\n",
+        first="name: first\nextends: [a.yaml, b.yaml]\n",
+        second="name: second\nextends: [b.yaml, a.yaml]\n",
+        y="name: y\nextends: [first.yaml, second.yaml]\n",
+    )
+    documents = [path.stem for path in load_constitution(tmp_path / "x.yaml").documents]
+    assert documents == ["d", "c", "p", "q", "x"], "c comes after d, as in q, though p is listed first"
+    message = (
+        "extends: found a.yaml and b.yaml in orders that contradict each other, expected one order in every `extends`"
+    )
+    assert refusal(tmp_path / "y.yaml") == f"{tmp_path}/y.yaml:2:10: {message}"
+
+
+def test_changes_name_what_documents_do_to_those_before_them_and_where(tmp_path: Path) -> None:
+    principles = (
+        "  - {id: kind, text: Be kind., weight: 1}\n  - {id: calm, text: Be calm., compare: Which?}\n"
+        "  - {id: open, text: Be frank., weight: 0.5}\n  - {id: same, text: The same.}\n  - {id: brief, drop: true}\n"
+        "  - {id: new, text: Be new.}\n"
+    )
+    write(
+        tmp_path,
+        base=BASE + "  - {id: calm, text: Be calm.}\n  - {id: open, text: Be open.}\n  - {id: same, text: The same.}\n",
+        x=f"name: x\nextends: base.yaml\nprinciples:\n{principles}",
+    )
+    changes = [change.plain() for change in load_constitution(tmp_path / "x.yaml").changes]
+    shown = [(change["change"], change["id"], change.get("fields"), change.get("weight")) for change in changes]
+    assert shown == [
+        ("reweighed", "kind", ["weight"], {"from": 2.0, "to": 1.0}),
+        ("replaced", "calm", ["compare"], None),
+        ("replaced", "open", ["text", "weight"], {"from": 1.0, "to": 0.5}),
+        ("repeated", "same", None, None),
+        ("dropped", "brief", None, None),
+        ("new", "new", None, None),
+    ]
+    places = [(change["location"], change.get("before")) for change in changes]
+    assert places[0] == (f"{tmp_path}/x.yaml:4:10", f"{tmp_path}/base.yaml:3:10")
+    assert places[-1] == (f"{tmp_path}/x.yaml:9:10", None)
+    assert load_constitution(tmp_path / "base.yaml").changes == ()
+
+
+def test_all_problems_of_a_document_and_of_those_that_it_extends_are_reported_at_once(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base="name: base\nprinciples: [{id: kind, text: Be kind., weight: heavy}]\n",
+        other="name: [\n",
+        x="name: No\nextends: [base.yaml, other.yaml, nobody.yaml, base.yaml]\nprinciples:\n"
+        "  - {id: a, text: A., tag: [x]}\n  - {id: a, text: 3}\n  - {id: c, drop: true}\n",
+    )
+    lines = refusal(tmp_path / "x.yaml").replace(f"{tmp_path}/", "").splitlines()
+    places = [line.partition(" ")[0] for line in lines]
+    assert places == [
+        "x.yaml:1:7:", "x.yaml:2:34:", "x.yaml:4:23:", "x.yaml:5:10:", "x.yaml:5:19:", "base.yaml:2:49:",
+        "other.yaml:2:1:",
+    ]  # fmt: skip
+    assert "found the id 'a' a second time" in lines[3]
+    write(
+        tmp_path,
+        base=BASE,
+        x="name: x\nextends: base.yaml\nprinciples:\n  - {id: c, drop: true}\n  - {id: d, txt: D.}\n",
+    )
+    lines = refusal(tmp_path / "x.yaml").splitlines()
+    assert len(lines) == 2, "the ids of the base are known, so the dropped one is checked beside the misspelt key"
+    assert "found 'drop: true' for 'c'" in lines[0]
+
+
+def test_documents_that_are_wrong_are_read_once_each(tmp_path: Path) -> None:
+    write(tmp_path, d0="name: 3\n")
+    for n in range(1, 40):
+        write(tmp_path, **{f"d{n}": f"name: x\nextends: [d{n - 1}.yaml, d{n - 1}.yaml]\n"})
+    assert refusal(tmp_path / "d39.yaml").count("\n") == 0
 
 
 def test_many_documents_that_extend_each_other_twice_are_each_compiled_once(tmp_path: Path) -> None:
@@ -113,6 +226,8 @@ def test_extends_cannot_leave_the_folder_of_the_named_document(tmp_path: Path) -
     (inside / "linked").symlink_to(tmp_path)
     (inside / "round.yaml").symlink_to(inside / "round.yaml")
     (inside / "folder.yaml").mkdir()
+    source = shipped_folder("constitutions") / "harmlessness.yaml"
+    shipped = f"'harmlessness' is shipped, and is extended as a copy beside this file: cp {source} {inside}"
     for name, message in {
         "../secret.yaml": "lies outside of the folder of",
         "sub/../../secret.yaml": "lies outside of the folder of",
@@ -125,7 +240,10 @@ def test_extends_cannot_leave_the_folder_of_the_named_document(tmp_path: Path) -
         "bse.yaml": "is no file; did you mean 'base.yaml'?",
         "x" * 300 + ".yaml": "inside/x.yaml:2:10: extends: found",
         "~/base.yaml": "is no file",
-        "base": "expected the relative path of a .yaml file",
+        "base": "expected the relative path of a .yaml file; did you mean 'base.yaml'?",
+        "basis": "expected the relative path of a .yaml file; did you mean 'base.yaml'?",
+        "harmlessness": f"expected the relative path of a .yaml file; {shipped}",
+        "harmlesness.yaml": f"'harmlesness.yaml', which is no file; {shipped}",
     }.items():
         write(inside, x=f"name: x\nextends: {name}\n")
         refused = refusal(inside / "x.yaml")
@@ -154,3 +272,5 @@ def test_a_shipped_constitution_is_found_by_name() -> None:
     assert load_constitution("harmlessness").name == "harmlessness"
     with pytest.raises(BadInput, match=r"no shipped constitution; did you mean 'harmlessness'\?"):
         load_constitution("harmlesness")
+    with pytest.raises(BadInput, match="no shipped constitution; 'quickstart' is a recipe"):
+        load_constitution("quickstart")

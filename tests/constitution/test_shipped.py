@@ -134,6 +134,86 @@ def test_an_example_that_shows_nothing_is_named(tmp_path: Path) -> None:
     assert [line.partition(": ")[2] for line in weak] == ["'calm': in example 1 `better` and `worse` are the same text"]
 
 
+def with_examples(*examples: str) -> str:
+    return SOUND.replace("examples: [{prompt: Say it.", f"examples: [{', '.join(examples)}, {{prompt: Say it.")
+
+
+@pytest.mark.parametrize(
+    ("examples", "numbers"),
+    [
+        (["{prompt: P, better: A, worse: B}", "{prompt: P, better: B, worse: A}"], "1 and 2"),
+        (["{prompt: P, better: A, worse: B}", "{prompt: ' P ', better: B, worse: C}",
+          "{prompt: P, better: C, worse: A}"], "1 and 2 and 3"),
+        (["{prompt: P, better: A, worse: B}", "{prompt: Q, better: B, worse: A}"], None),
+        (["{prompt: P, better: A, worse: B}", "{prompt: P, better: B, worse: C}",
+          "{prompt: P, better: A, worse: C}"], None),
+    ],
+)  # fmt: skip
+def test_examples_that_contradict_each_other_are_named(
+    tmp_path: Path, examples: list[str], numbers: str | None
+) -> None:
+    weak = weaknesses_of(tmp_path, with_examples(*examples))
+    expected = f"'short': examples {numbers} contradict each other: they rank responses to one prompt in a circle"
+    assert [line.partition(": ")[2] for line in weak] == ([] if numbers is None else [expected])
+
+
+@pytest.mark.parametrize(
+    ("compare", "is_weak"),
+    [
+        ("Is the response short?", True),
+        ("Think of the reader. Doesn't it leave anything out?", True),
+        ("Leaving taste aside, does the response waste words?", True),
+        ("Is response A or response B shorter?", False),
+        ("Is it short? Say which of the two is shorter.", False),
+        ("Choose the shorter of the two.", False),
+    ],
+)
+def test_a_question_that_is_answered_by_yes_or_no_is_named(tmp_path: Path, compare: str, is_weak: bool) -> None:
+    text = SOUND.replace("Which response is shorter without leaving anything out?", f'"{compare}"')
+    weak = weaknesses_of(tmp_path, text)
+    assert ["'short': `compare` is answered by yes or no, expected a choice" in line for line in weak] == [
+        True
+    ] * is_weak
+
+
+def test_tags_that_no_prompt_has_and_tags_that_differ_in_case_are_named(tmp_path: Path) -> None:
+    tagged = (
+        "  - id: short\n    tags: [Style, style]\n    applies_to: [redteam, helpful, topic:soup, held_out, desk, Desk]"
+    )
+    text = SOUND.replace("  - id: short", tagged)
+    weak = [line.partition(": 'short': ")[2] for line in weaknesses_of(tmp_path, text)]
+    assert weak == [
+        "`tags` has 'style', which differs from 'Style' of 'short' in case alone",
+        "`applies_to` has 'Desk', which differs from 'desk' of 'short' in case alone",
+        "`applies_to` has 'redteam', a tag that no known prompt has; did you mean 'red_team'?",
+        "`applies_to` has 'desk', a tag that no known prompt has; name your prompts' tags with --tags or --recipe",
+        "`applies_to` has 'Desk', a tag that no known prompt has; name your prompts' tags with --tags or --recipe",
+    ]
+    assert not list(weaknesses(load_constitution("micro")))
+    known = list(weaknesses(load_constitution(tmp_path / "document.yaml"), ["redteam", "desk", "Desk"]))
+    assert len(known) == 2
+
+
+def test_strict_takes_the_tags_of_prompts_from_an_option_or_a_recipe(tmp_path: Path) -> None:
+    document, recipe, prompts = tmp_path / "x.yaml", tmp_path / "recipe.yaml", tmp_path / "prompts.jsonl"
+    document.write_text(SOUND.replace("  - id: short", "  - id: short\n    applies_to: [desk, human]"))
+    prompts.write_text('{"prompt": "Hi", "tags": ["desk"]}\n')
+    recipe.write_text(
+        "name: x\nmodel: nowhere/\nprompts: {mine: {source: prompts.jsonl}}\n"
+        "stages: [{id: labels, kind: prefer, pairs: {source: pairs.jsonl, tags: [human]}}, {id: v, kind: judge}]\n"
+    )
+
+    def exit_code(*options: str) -> int:
+        return CliRunner().invoke(main, ["constitution", "check", str(document), *options]).exit_code
+
+    assert exit_code("--strict") == 1
+    assert exit_code("--strict", "--tags", "desk") == 1
+    assert exit_code("--strict", "--tags", "desk, human") == 0
+    assert exit_code("--strict", "--recipe", str(recipe)) == 0
+    assert exit_code("--tags", "desk") == 2
+    assert exit_code("--strict", "--recipe", str(document)) == 2
+
+
 def test_two_principles_that_read_the_same_are_named(tmp_path: Path) -> None:
     again = SOUND + SOUND.partition("principles:\n")[2].replace("id: calm", "id: calm2").replace("id: short", "id: s2")
     changed = "The assistant wastes no words.\n    compare: which"

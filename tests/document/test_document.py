@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from cai.document import Document, error_at, load_document, parse_document, validate
+from cai.document import (
+    Document,
+    Problem,
+    Problems,
+    WrongDocument,
+    error_at,
+    load_document,
+    parse_document,
+    validate,
+)
 from cai.text.errors import BadInput
 
 HERE = Path("notes/x.yaml")
@@ -127,6 +137,70 @@ def test_a_wrong_document_is_refused_in_one_sentence(text: str, sentence: str) -
     assert "\n" not in message
 
 
+class Choices(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    principles: Literal["one", "all"] | Annotated[int, Field(ge=1)] | list[str] = "all"
+    chosen: Literal["all"] | Annotated[list[str], Field(min_length=1)] = "all"
+    hold_out: bool | Annotated[float, Field(gt=0, lt=1)] = False
+    tags: list[str] = []
+    parts: list[Item] = []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("principles: harmles", "found the text 'harmles', expected one, all, a whole number or a list; write "
+         "`principles: [harmles]`"),
+        ("principles: alll", "expected one, all, a whole number or a list; did you mean 'all'?"),
+        ("principles: 0", "found the number 0, expected a number of at least 1"),
+        ("principles: [a, 3]", "principles[1]: found the number 3, expected text; put it in quotes if it is text"),
+        ("principles: {a: b}", "found a mapping with a, expected one, all, a whole number or a list"),
+        ("chosen: []", "found an empty list, expected at least 1 item"),
+        ("chosen: harmless", "found the text 'harmless', expected all or a list; write `chosen: [harmless]`"),
+        ("hold_out: 2.5", "found the number 2.5, expected a number below 1.0"),
+        ("hold_out: half", "found the text 'half', expected true or false or a number; in YAML only true and false are "
+         "read as such"),
+        ("tags: help", "found the text 'help', expected a list; write `tags: [help]`"),
+        ("tags: help, harm", "write `tags: [help, harm]`"),
+        ("tags: 'a: b'", "found the text 'a: b', expected a list"),
+        ("parts: help", "found the text 'help', expected a list"),
+    ],
+)  # fmt: skip
+def test_a_value_of_several_types_is_refused_by_what_its_author_meant(text: str, sentence: str) -> None:
+    with pytest.raises(WrongDocument) as refused:
+        validate(parse_document(text, HERE), Choices)
+    (problem,) = refused.value.problems
+    assert problem.message.endswith(sentence)
+
+
+def test_all_problems_of_a_document_are_reported_in_its_order_each_with_its_place() -> None:
+    text = "items:\n  - {id: 3, weight: -1}\n  - {wieght: 1, id: b}\nname: 3\nextend: x\n"
+    with pytest.raises(WrongDocument) as refused:
+        validate(parse_document(text, HERE), Root)
+    places = [(problem.file, problem.line, problem.column) for problem in refused.value.problems]
+    assert places == [("notes/x.yaml", *place) for place in ((2, 10), (2, 21), (3, 6), (4, 7), (5, 1))]
+    lines = str(refused.value).splitlines()
+    assert (
+        lines[0] == "notes/x.yaml:2:10: items[0].id: found the number 3, expected text; put it in quotes if it is text"
+    )
+    assert [line.partition(" ")[0] for line in lines] == [
+        f"notes/x.yaml:{line}:{column}:" for _, line, column in places
+    ]
+
+
+def test_collected_problems_are_raised_once_each_in_the_order_of_files_and_lines() -> None:
+    problems = Problems()
+    problems.raise_if_any()
+    for problem in (Problem("b", "y", 1, 1), Problem("c", "x", 2, 1), Problem("a", "x", 1, 1), Problem("c", "x", 2, 1)):
+        with problems.collect():
+            raise WrongDocument([problem])
+    with problems.collect():
+        raise BadInput("no file")
+    with pytest.raises(WrongDocument) as refused:
+        problems.raise_if_any()
+    assert str(refused.value).splitlines() == ["y:1:1: b", "x:1:1: a", "x:2:1: c", "no file"]
+
+
 def test_anchors_that_explode_are_refused_before_they_do() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
@@ -142,6 +216,10 @@ def test_a_file_that_is_no_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     (tmp_path / "large.yaml").write_bytes(b"name: " + b"x" * 5_000_000)
     (tmp_path / "mark.yaml").write_bytes(b"\xef\xbb\xbfname: x\r\n")
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        (tmp_path / f"{encoding}.yaml").write_bytes("name: x\n".encode(encoding))
+        with pytest.raises(BadInput, match=r":1:1: found text in UTF-16, expected UTF-8; save it as UTF-8, or: iconv "):
+            load_document(tmp_path / f"{encoding}.yaml")
     messages = {}
     for name in ("kindnes.yaml", "latin.yaml", "large.yaml", "", "nowhere/x.yaml", "a\0b"):
         with pytest.raises(BadInput) as refused:

@@ -120,6 +120,11 @@ def test_a_tag_that_the_embedded_world_does_not_know_is_refused(tmp_path: Path, 
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "Hi"}]}\n', r"last message .* is no user's"),
         ("a.jsonl", "", r"a\.jsonl: found no rows, expected prompts"),
         ("a.csv", 'prompt,n\n"two\nlines",1\nHi\n', r"a\.csv:4: found 1 columns, expected 2 as in the first line"),
+        ("a.csv", "prompt;tags\nHi, you;help\n",
+         r"a\.csv:1: found ';' between the columns, expected ','; save it with ',' or as \.jsonl"),
+        ("a.csv", "prompt\ttags\nHi\thelp\n", r"a\.csv:1: found '\\t' between .* or call it \.tsv"),
+        ("a.tsv", "prompt,tags\nHi,help\n", r"a\.tsv:1: found ',' between .* or call it \.csv"),
+        ("a.csv", "prompt\nHi, you\n", r"a\.csv:2: found 2 columns, .*; text with ',' in it stands in double quotes"),
         ("a.csv", 'prompt\n"open\n', r"a\.csv:2: not CSV: unexpected end of data"),
         ("a.parquet", "nothing", r"a\.parquet: not a Parquet file"),
         ("a.jsonl.gz", "nothing", r"a\.jsonl\.gz:1: not a whole gzip file"),
@@ -138,6 +143,16 @@ def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "Hi"}\n{"prompt": "\xff"}\n')
     with pytest.raises(BadInput, match=r"a\.jsonl:[12]: not UTF-8 text"):
         load(tmp_path, source="a.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"prompt": "Hi"}\n'), ("a.csv", "prompt\nHi\n")])
+def test_a_file_in_utf_16_is_refused_with_the_command_that_converts_it(
+    tmp_path: Path, name: str, text: str, encoding: str
+) -> None:
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(BadInput, match=rf"{name}:1: found text in UTF-16, expected UTF-8; .* iconv -f UTF-16"):
+        load(tmp_path, source=name)
 
 
 START = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How?\n\nAssistant:"
