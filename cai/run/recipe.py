@@ -74,11 +74,11 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe in a document that was read already."""
     check_kind(document, "recipe")
     problems = Problems()
+    written = readable_part(document)
     with problems.collect():
-        validate(document, RecipeDocument)
+        written = validate(document, RecipeDocument)
     configs = _stage_configs(document, problems)
     # Where keys or values are wrong, the names in the others are checked all the same, to report everything at once.
-    written = readable_part(document) if problems else RecipeDocument.model_validate(document.value)
     if written.judge == OWN:
         written = written.model_copy(update={"judge": written.model})
     constitution = recipe_checks.check(document, written, configs, problems)

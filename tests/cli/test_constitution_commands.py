@@ -39,7 +39,8 @@ BROKEN = {
                         "finite number"),
     "text-weight": (ENTRY + "    weight: heavy\n", ":5:13: principles[0].weight: found the text 'heavy', expected a "
                     "number"),
-    "text-tags": (ENTRY + "    tags: harm\n", ":5:11: principles[0].tags: found the text 'harm', expected a list"),
+    "text-tags": (ENTRY + "    tags: harm\n", ":5:11: principles[0].tags: found the text 'harm', expected a list; "
+                  "write `tags: [harm]`"),
     "no-tags": (ENTRY + "    applies_to: []\n", ":5:17: principles[0].applies_to: found an empty list, expected"),
     "half-example": (ENTRY + "    examples: [{prompt: P, better: B}]\n", ":5:16: principles[0].examples[0]: found no "
                      "'worse'"),
@@ -59,6 +60,13 @@ BROKEN = {
     "bomb": ("a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
         f"{b}: &{b} [{','.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
     ), "with aliases expanded"),
+    "same-responses": (ENTRY + "    examples: [{prompt: P, better: B, worse: ' B '}]\n", ":5:46: principles[0]."
+                       "examples[0].worse: found the text of 'better' again, expected a response that falls short"),
+    "shipped-base": ("name: x\nextends: harmlessness\n", "'harmlessness' is shipped, and is extended as a copy beside "
+                     "this file: cp "),
+    "recipe": ("# a recipe\nname: x\nmodel: micro\nstages: []\n", ":2:1: this is a recipe, expected a constitution; "
+               "`cai run "),
+    "profile": ("device: cpu\n", ":1:1: this is a profile, expected a constitution; `cai run RECIPE --on "),
     "tag": ("name: !!python/name:os.system x\n", ":1:7: found the tag '!!python/name:os.system'"),
 }  # fmt: skip
 
@@ -93,7 +101,110 @@ def test_check_reports_every_broken_file_and_every_good_one(tmp_path: Path) -> N
     facts = json.loads(run("constitution", "check", "--json", *files).stdout)
     assert [document["name"] for document in facts["documents"]] == ["harmlessness"]
     assert [error["path"] for error in facts["errors"]] == [str(files[0]), str(files[2]), str(files[3])]
+    places = [(error["file"], error["line"], error["column"]) for error in facts["errors"]]
+    assert places == [(str(files[0]), 3, 1), (str(files[2]), 5, 5), (str(files[3]), None, None)]
+    assert facts["errors"][0]["message"] == "found a tab in the indentation, expected spaces"
+    assert facts["errors"][2]["message"] == "no such file; did you mean 'unknown-key.yaml'?"
     assert run("constitution", "check", FOLDER / "harmlessness.yaml").exit_code == 0
+
+
+def test_check_reports_every_problem_of_a_document_with_file_line_and_column(tmp_path: Path) -> None:
+    wrong, base = tmp_path / "wrong.yaml", tmp_path / "base.yaml"
+    wrong.write_text("nam: x\nextends: base.yaml\nprinciples:\n  - {id: a, text: A., tags: help, weight: -1}\n")
+    base.write_text("name: base\nprinciples: [{id: b, text: ' '}]\n")
+    result = run("constitution", "check", wrong)
+    assert result.exit_code == 2
+    assert [line.partition(" ")[0] for line in result.stderr.splitlines()] == [
+        f"{wrong}:1:1:", f"{wrong}:4:29:", f"{wrong}:4:43:", f"{base}:2:28:",
+    ]  # fmt: skip
+    assert "write `tags: [help]`" in result.stderr
+    errors = json.loads(run("constitution", "check", wrong, "--json").stdout)["errors"]
+    lines = [f"{error['file']}:{error['line']}:{error['column']}: {error['message']}" for error in errors]
+    assert lines == result.stderr.splitlines()
+    assert {error["path"] for error in errors} == {str(wrong)}
+
+
+LAYER = """name: layer
+extends: base.yaml
+principles:
+  - {id: kind, text: Be kind., weight: 2}
+  - {id: brief, drop: true}
+  - {id: calm, text: Be calm.}
+  - {id: open, text: Be frank.}
+"""
+
+
+@pytest.fixture
+def layered(tmp_path: Path) -> Path:
+    """A folder with `base.yaml`, `layer.yaml` on it, and `both.yaml`, which extends the layer and then its base."""
+    principles = "".join(f"  - {{id: {id_}, text: Be {id_}.}}\n" for id_ in ("kind", "brief", "open"))
+    (tmp_path / "base.yaml").write_text(f"name: base\nprinciples:\n{principles}")
+    (tmp_path / "layer.yaml").write_text(LAYER)
+    (tmp_path / "both.yaml").write_text("name: both\nextends: [layer.yaml, base.yaml]\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["layer.yaml", "both.yaml"])
+def test_show_reports_what_is_new_replaced_reweighed_and_dropped_and_where(layered: Path, name: str) -> None:
+    shown = run("constitution", "show", layered / name)
+    assert shown.exit_code == 0
+    report = shown.stdout.partition("\nmade of ")[2].replace(f"{layered}/", "").splitlines()
+    assert report[0].startswith("base.yaml, layer.yaml")
+    assert [re.split("  +", line.strip()) for line in report[1:]] == [
+        ["reweighed", "kind", "weight 1 to 2; was base.yaml:3:10", "layer.yaml:4:10"],
+        ["dropped", "brief", "was base.yaml:4:10", "layer.yaml:5:10"],
+        ["new", "calm", "layer.yaml:6:10"],
+        ["replaced", "open", "text; was base.yaml:5:10", "layer.yaml:7:10"],
+    ]
+    assert "Be brief." not in shown.stdout
+    facts = json.loads(run("constitution", "show", layered / name, "--json").stdout)
+    assert [(change["change"], change["id"]) for change in facts["overlay"]] == [
+        ("reweighed", "kind"), ("dropped", "brief"), ("new", "calm"), ("replaced", "open"),
+    ]  # fmt: skip
+    assert facts["overlay"][0]["weight"] == {"from": 1.0, "to": 2.0}
+    assert facts["documents"] == [str(layered / file) for file in dict.fromkeys(["base.yaml", "layer.yaml", name])]
+    of_principle = run("constitution", "show", layered / name, "--principle", "kind").stdout
+    assert "reweighed" in of_principle
+    assert "dropped" not in of_principle
+    assert "made of" not in run("constitution", "show", layered / "base.yaml").stdout
+
+
+def test_diff_shows_principles_added_removed_and_changed_with_both_texts(layered: Path) -> None:
+    result = run("constitution", "diff", layered / "base.yaml", layered / "layer.yaml")
+    assert result.exit_code == 0
+    lines = result.stdout.replace(f"{layered}/", "").splitlines()
+    assert lines[:2] == ["- base.yaml: base", "+ layer.yaml: layer"]
+    assert lines[-1] == "1 added, 1 removed, 2 changed, 0 the same"
+    text = "\n".join(lines)
+    assert "added  calm  layer.yaml:6:10\n  + Be calm." in text
+    assert "removed  brief  base.yaml:4:10\n  - Be brief." in text
+    assert "changed  kind  base.yaml:3:10  layer.yaml:4:10\n  weight\n  - 1\n  + 2\n" in text
+    assert "changed  open  base.yaml:5:10  layer.yaml:7:10\n  text\n  - Be open.\n  + Be frank.\n" in text
+    facts = json.loads(run("constitution", "diff", layered / "base.yaml", layered / "layer.yaml", "--json").stdout)
+    assert facts["a"] == {"path": str(layered / "base.yaml"), "name": "base"}
+    assert [principle["id"] for principle in facts["added"] + facts["removed"]] == ["calm", "brief"]
+    assert {change["id"]: change["fields"] for change in facts["changed"]} == {
+        "kind": {"weight": [1.0, 2.0]}, "open": {"text": ["Be open.", "Be frank."]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_diff_has_the_exit_codes_of_git(layered: Path, options: list[str]) -> None:
+    base, layer, both = layered / "base.yaml", layered / "layer.yaml", layered / "both.yaml"
+    assert run("constitution", "diff", base, layer, "--exit-code", *options).exit_code == 1
+    assert run("constitution", "diff", layer, both, "--exit-code", *options).exit_code == 0
+    assert run("constitution", "diff", "harmlessness", layer, *options).exit_code == 0
+    assert run("constitution", "diff", layer, layered / "none.yaml", *options).exit_code == 2
+
+
+def test_diff_prints_every_kind_of_value_and_nothing_that_steers(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a\nprinciples: [{id: x, text: T.}]\n")
+    example = "{prompt: [{role: user, content: P}], better: B, worse: W}"
+    text = f'"\\u202eU.\\nV.", tags: [t], applies_to: [help], examples: [{example}]'
+    (tmp_path / "b.yaml").write_text(f"name: b\nprinciples: [{{id: x, text: {text}}}]\n")
+    printed = run("constitution", "diff", tmp_path / "a.yaml", tmp_path / "b.yaml").stdout
+    for line in ("  + �U. V.", "  - none", "  + t", "  - all prompts", "  + help", "  + P  better: B  worse: W"):
+        assert line in printed.splitlines()
 
 
 def test_show_prints_what_was_compiled() -> None:

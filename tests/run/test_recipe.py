@@ -18,8 +18,10 @@ from cai.document.shipped import shipped_folder, shipped_names
 from cai.run.plan import Planner
 from cai.run.recipe import load_recipe
 from cai.run.recipe_names import needs
+from cai.stages import config_class
 from cai.storage.run_folder import Finished, Outputs
 from cai.text.errors import BadInput
+from cai.training import train_fields
 
 # What is replaced in GOOD by what, the line and the text at which the sentence points, and what it says.
 BROKEN = [
@@ -102,6 +104,124 @@ def test_a_broken_recipe_is_one_sentence_with_a_position(recipe, old, new, line,
     assert int(sentence[1]) == line
     assert recipe.read_text().splitlines()[line - 1][int(sentence[2]) - 1 :].startswith(at)
     assert words in sentence[3]
+
+
+def test_all_problems_of_a_recipe_are_reported_at_once_each_with_its_place(recipe):
+    wrong = {
+        "name: small": "name: small\nsed: 1", "model: start": "model: strat/", "first.jsonl": "first.jsonl, tags: help",
+        "kind: sample, prompts: [red_team]}": "kind: smaple, prompts: [red_teem]}",
+        "from: responses}": "from: responses, rounds: 0}", "from: [revisions,": "from: [revision,",
+        "learning_rate: 2.0e-4": "learning_rat: 1, deepspeed: x", "model: sl-cai, prompts": "model: sl-cia, prompts",
+        "kind: judge,": "kind: judge, pair: all, principles: harmles,", "policy: policy}": "policy: preferences}",
+    }  # fmt: skip
+    text = GOOD
+    for old, new in wrong.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    recipe.write_text(text)
+    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--dry-run"])
+    assert result.exit_code == 2
+    problems = [re.fullmatch(r"recipe\.yaml:(\d+):(\d+): (.*)", line) for line in result.stderr.splitlines()]
+    lines = text.splitlines()
+    named = [lines[int(problem[1]) - 1][int(problem[2]) - 1 :] for problem in problems]
+    beginnings = (
+        "sed", "strat/", "help", "smaple", "0}", "revision,", "learning_rat", "deepspeed", "sl-cia", "pair:",
+        "harmles,", "preferences}",
+    )  # fmt: skip
+    assert len(named) == len(beginnings), result.stderr
+    assert all(at.startswith(beginning) for at, beginning in zip(named, beginnings, strict=True)), named
+
+
+def test_a_wrong_stage_or_prompt_set_is_refused_once_and_not_where_its_name_stands(recipe):
+    recipe.write_text(GOOD.replace("first.jsonl", "first.jsonl, limit: 0"))
+    assert "prompts.red_team.limit: found the number 0" in refusal()
+    recipe.write_text(GOOD.replace("kind: judge,", "kind: judge, pair: all,"))
+    assert "stages[4].pair: unknown key" in refusal()
+
+
+def test_a_document_of_another_kind_is_named_with_the_command_that_takes_it(recipe):
+    constitution, profile = "constitution.yaml", recipe.parent / "p.yaml"
+    assert f"this is a constitution, expected a recipe; `cai constitution check {constitution}` checks it" in refusal(
+        recipe=constitution
+    )
+    profile.write_text("device: cpu\n")
+    assert "p.yaml:1:1: this is a profile, expected a recipe; `cai run RECIPE --on p.yaml` uses it" in refusal(
+        recipe="p.yaml"
+    )
+    assert "this is a recipe, expected a profile; `cai run recipe.yaml` runs it" in refusal("--on", "recipe.yaml")
+    recipe.write_text(GOOD.replace("constitution: constitution.yaml", "constitution: recipe.yaml"))
+    assert "this is a recipe, expected a constitution; `cai run recipe.yaml` runs it" in refusal()
+    assert "no recipe 'harmlessness', expected a file or one of" in (message := refusal(recipe="harmlessness"))
+    assert message.endswith("; 'harmlessness' is a constitution\n")
+
+
+def test_principles_that_are_no_list_are_told_how_one_is_written(recipe):
+    message = refusal("--set", "stages.votes.principles=harmles")
+    assert "expected one, all, a whole number or a list; write `principles: [harmles]`" in message
+    message = refusal("--set", "stages.votes.principles=[knd]")
+    assert "stages[4].principles[0]: found 'knd', expected ids" in message
+    assert "did you mean 'kind'?" in message
+    assert "did you mean 'all'?" in refusal("--set", "stages.votes.principles=alll")
+    assert "found the number 0, expected a number of at least 1" in refusal("--set", "stages.votes.principles=0")
+
+
+# A key in the words of another library, and what it is here.
+ELSEWHERE = {
+    "total_episodes": "is `rollouts` times `rollout_size` of the stage here",
+    "num_mini_batches": "is `rollout_size` divided by `batch_size` of the stage here",
+    "response_length": "is `max_new_tokens` of the stage here",
+    "local_rollout_forward_batch_size": "is the profile's micro_batch here (--on)",
+    "per_device_train_batch_size": "is derived from the stage's batch_size and the profile's micro_batch",
+    "gradient_accumulation_steps": "is derived from the stage's batch_size and the profile's micro_batch",
+    "init_kl_coef": "is `kl_coef` under `train` here",
+    "clip_range": "is `cliprange` under `train` here",
+    "value_coef": "is `vf_coef` under `train` here",
+    "lmbda": "is `lam` under `train` here",
+    "ppo_epochs": "is `num_ppo_epochs` under `train` here",
+    "num_train_epochs": "is `rollouts` of the stage here",
+    "target_kl": "is `limits: {kl: ...}` of the stage here",
+}
+
+
+def test_names_of_other_ppo_implementations_are_answered_with_ours_wherever_they_stand(recipe):
+    keys = ", ".join(f"{key}: 4" for key in ELSEWHERE)
+    stage = f"{{id: learned, kind: ppo, prompts: [red_team], rewards: [{{judge: model}}], {keys}, train: {{{keys}}}}}"
+    recipe.write_text(recipe.read_text().rstrip("\n") + f"\n  - {stage}\n")
+    with pytest.raises(BadInput) as refused:
+        load_recipe(recipe)
+    sentences = [line.partition(": ")[2] for line in str(refused.value).splitlines()]
+    at = next(sentence.partition(".")[0] for sentence in sentences)
+    assert sentences == [
+        *(f"{at}.{key}: {key} {answer}" for key, answer in ELSEWHERE.items()),
+        *(f"{at}.train.{key}: {key} {answer}" for key, answer in ELSEWHERE.items()),
+    ]
+    recipe.write_text(GOOD.replace("train: {beta: 0.1}", "beta: 0.1, train: {batch_size: 8}"))
+    with pytest.raises(BadInput) as refused:
+        load_recipe(recipe)
+    assert "].beta: beta stands under `train:`" in str(refused.value)
+    assert "].train.batch_size: batch_size stands in the stage itself, not under train" in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+def test_every_name_of_another_implementation_is_answered_by_a_key_that_exists(kind):
+    stage_class = config_class(kind)
+    answers = train_fields.ELSEWHERE[stage_class.train_class]
+    keys = {*stage_class.model_fields, *train_fields.fields(stage_class.train_class)}
+    assert not answers.keys() & stage_class.model_fields
+    assert {key for answer in answers.values() for key in re.findall(r"`(\w+)", answer)} <= keys | {"train"}
+
+
+def test_all_problems_of_a_profile_are_reported_at_once(recipe):
+    Path("p.yaml").write_text("processes: 3\nnodes: 2\nvllm: {python: nowhere}\nlauncher: [srun]\n")
+    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "p.yaml"])
+    assert result.exit_code == 2
+    places = [line.partition(" ")[0] for line in result.stderr.splitlines()]
+    assert places == ["p.yaml:1:12:", "p.yaml:2:8:", "p.yaml:3:16:"]
+    Path("p.yaml").write_text("processes: 0\nmicro_batsh: 3\nengine: vlm\n")
+    result = CliRunner().invoke(main, ["run", "recipe.yaml", "--on", "p.yaml"])
+    assert [line.partition(" ")[0] for line in result.stderr.splitlines()] == [
+        "p.yaml:1:12:", "p.yaml:2:1:", "p.yaml:3:9:",
+    ]  # fmt: skip
 
 
 def test_a_comparison_reads_no_votes_in_points(recipe):
