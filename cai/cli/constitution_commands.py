@@ -25,7 +25,9 @@ def constitution() -> None:
     help="Name weaknesses too: no examples or contradicting ones, questions without a criterion or answered by yes or "
     "no, principles that read the same, tags that no prompt has or that differ in case.",
 )
-@click.option("--tags", metavar="TAG,...", help="With --strict: tags of your prompts, beside those of the small world.")
+@click.option(
+    "--tags", metavar="TAG,...", help="With --strict: tags of your prompts, beside those of the embedded world."
+)
 @click.option("--recipe", metavar="FILE", help="With --strict: the tags of this recipe's prompts are known.")
 @JSON
 def constitution_check(
@@ -124,12 +126,19 @@ def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -
 
     A and B are paths or names of shipped constitutions; what they extend is merged before they are compared.
     """
-    from cai.constitution import load_constitution
+    from cai.constitution import Constitution, load_constitution
     from cai.constitution.differences import differences
+    from cai.document import Problems
     from cai.templates.changes_text import difference_lines
 
-    documents = load_constitution(first), load_constitution(second)
-    differing = differences(*documents)
+    documents: list[Constitution] = []
+    problems = Problems()
+    for name in (first, second):
+        with problems.collect():
+            documents.append(load_constitution(name))
+    problems.raise_if_any()
+    before, after = documents
+    differing = differences(before, after)
     if as_json:
         names = {
             side: {"path": str(document.path), "name": document.name}
@@ -137,7 +146,7 @@ def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -
         }
         click.echo(json.dumps(names | differing.plain()))
     else:
-        click.echo("\n".join(difference_lines(*documents, differing)))
+        click.echo("\n".join(difference_lines(before, after, differing)))
     if exit_code and any(differing):
         raise SystemExit(1)
 

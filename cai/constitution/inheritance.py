@@ -27,7 +27,7 @@ from cai.document import (
 )  # fmt: skip
 from cai.document.shipped import kind_hint, shipped_folder, shipped_names
 from cai.text.errors import BadInput, did_you_mean
-from cai.text.formatting import Key, describe, shorten
+from cai.text.formatting import Key, describe, printable, shorten
 
 MAX_DOCUMENTS = 50
 
@@ -130,7 +130,7 @@ class _Loader:
 
     def _resolve(self, document: Document, keys: tuple[Key, ...], name: str, chain: tuple[Path, ...]) -> Path:
         """The path of the document `name` that `document`, the last of `chain`, extends at `keys`."""
-        if not name.endswith((".yaml", ".yml")):
+        if not name.endswith((".yaml", ".yml")) or printable(name) != name:
             hint = _nearest_hint(name, chain[-1].parent.resolve(), chain)
             raise error_at(document, keys, f"found {describe(name)}, expected the relative path of a .yaml file{hint}")
         shown = shorten(repr(name), 100)

@@ -133,7 +133,7 @@ def _weaknesses_of_tags(constitution: Constitution, prompt_tags: list[str]) -> I
                     )
         for tag in principle.applies_to or ():
             if tag not in known_tags and not tag.startswith(TOPIC):
-                hint = did_you_mean(tag, known_tags) or "; name your prompts' tags with --tags or --recipe"
+                hint = did_you_mean(tag.lower(), known_tags) or "; name your prompts' tags with --tags or --recipe"
                 yield _sentence(principle, f"`applies_to` has {tag!r}, a tag that no known prompt has{hint}")
 
 

@@ -11,7 +11,7 @@ Kind = Literal["constitution", "recipe", "profile"]
 
 KEYS: dict[Kind, tuple[str, ...]] = {
     "recipe": ("stages",),
-    "constitution": ("principles", "traits"),
+    "constitution": ("principles", "traits", "extends"),
     "profile": ("device", "processes", "micro_batch", "engine", "accelerate", "token_budget"),
 }
 """Keys of which a document of each kind has at least one, and the other kinds none."""

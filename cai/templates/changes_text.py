@@ -19,7 +19,7 @@ def change_lines(constitution: Constitution) -> Iterator[str]:
     if len(constitution.documents) == 1:
         return
     yield printable(f"made of {', '.join(map(str, constitution.documents))}, applied in this order")
-    rows = [(f"  {change.kind}", change.id, _effect(change), change.location) for change in constitution.changes]
+    rows = [(f"  {change.kind}", change.id, change.location, _effect(change)) for change in constitution.changes]
     yield from aligned_lines(rows) if rows else ["  no principle is new, replaced or dropped"]
 
 

@@ -151,10 +151,10 @@ def test_show_reports_what_is_new_replaced_reweighed_and_dropped_and_where(layer
     report = shown.stdout.partition("\nmade of ")[2].replace(f"{layered}/", "").splitlines()
     assert report[0].startswith("base.yaml, layer.yaml")
     assert [re.split("  +", line.strip()) for line in report[1:]] == [
-        ["reweighed", "kind", "weight 1 to 2; was base.yaml:3:10", "layer.yaml:4:10"],
-        ["dropped", "brief", "was base.yaml:4:10", "layer.yaml:5:10"],
+        ["reweighed", "kind", "layer.yaml:4:10", "weight 1 to 2; was base.yaml:3:10"],
+        ["dropped", "brief", "layer.yaml:5:10", "was base.yaml:4:10"],
         ["new", "calm", "layer.yaml:6:10"],
-        ["replaced", "open", "text; was base.yaml:5:10", "layer.yaml:7:10"],
+        ["replaced", "open", "layer.yaml:7:10", "text; was base.yaml:5:10"],
     ]
     assert "Be brief." not in shown.stdout
     facts = json.loads(run("constitution", "show", layered / name, "--json").stdout)
@@ -194,7 +194,10 @@ def test_diff_has_the_exit_codes_of_git(layered: Path, options: list[str]) -> No
     assert run("constitution", "diff", base, layer, "--exit-code", *options).exit_code == 1
     assert run("constitution", "diff", layer, both, "--exit-code", *options).exit_code == 0
     assert run("constitution", "diff", "harmlessness", layer, *options).exit_code == 0
-    assert run("constitution", "diff", layer, layered / "none.yaml", *options).exit_code == 2
+    refused = run("constitution", "diff", layered / "no.yaml", layered / "none.yaml", *options)
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert re.findall(r"(\w+)\.yaml: no such file", refused.stderr) == ["no", "none"]
 
 
 def test_diff_prints_every_kind_of_value_and_nothing_that_steers(tmp_path: Path) -> None:

@@ -241,6 +241,7 @@ def test_extends_cannot_leave_the_folder_of_the_named_document(tmp_path: Path) -
         "x" * 300 + ".yaml": "inside/x.yaml:2:10: extends: found",
         "~/base.yaml": "is no file",
         "base": "expected the relative path of a .yaml file; did you mean 'base.yaml'?",
+        '"a\\0b.yaml"': "expected the relative path of a .yaml file",
         "basis": "expected the relative path of a .yaml file; did you mean 'base.yaml'?",
         "harmlessness": f"expected the relative path of a .yaml file; {shipped}",
         "harmlesness.yaml": f"'harmlesness.yaml', which is no file; {shipped}",

@@ -178,19 +178,19 @@ def test_a_question_that_is_answered_by_yes_or_no_is_named(tmp_path: Path, compa
 
 def test_tags_that_no_prompt_has_and_tags_that_differ_in_case_are_named(tmp_path: Path) -> None:
     tagged = (
-        "  - id: short\n    tags: [Style, style]\n    applies_to: [redteam, helpful, topic:soup, held_out, desk, Desk]"
+        "  - id: short\n    tags: [Style, style]\n    applies_to: [RedTeam, helpful, topic:soup, held_out, desk, Desk]"
     )
     text = SOUND.replace("  - id: short", tagged)
     weak = [line.partition(": 'short': ")[2] for line in weaknesses_of(tmp_path, text)]
     assert weak == [
         "`tags` has 'style', which differs from 'Style' of 'short' in case alone",
         "`applies_to` has 'Desk', which differs from 'desk' of 'short' in case alone",
-        "`applies_to` has 'redteam', a tag that no known prompt has; did you mean 'red_team'?",
+        "`applies_to` has 'RedTeam', a tag that no known prompt has; did you mean 'red_team'?",
         "`applies_to` has 'desk', a tag that no known prompt has; name your prompts' tags with --tags or --recipe",
         "`applies_to` has 'Desk', a tag that no known prompt has; name your prompts' tags with --tags or --recipe",
     ]
     assert not list(weaknesses(load_constitution("micro")))
-    known = list(weaknesses(load_constitution(tmp_path / "document.yaml"), ["redteam", "desk", "Desk"]))
+    known = list(weaknesses(load_constitution(tmp_path / "document.yaml"), ["RedTeam", "desk", "Desk"]))
     assert len(known) == 2
 
 
