@@ -22,6 +22,7 @@ from cai.text.formatting import Key, describe, shorten
 
 _EXPECTED = {
     "string_type": "text",
+    "path_type": "the path of a file",
     "finite_number": "a finite number",
     "none_required": "nothing",
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),

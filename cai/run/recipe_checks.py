@@ -79,7 +79,7 @@ def check(
         with unreadable.collect():
             _check_file(document, place, name)
     problems.extend(unreadable)
-    has_all_prompts = not unreadable and len(written.prompts) == len(_prompt_set_names(document))
+    has_all_prompts = not unreadable and list(written.prompts) == _prompt_set_names(document)
     constitution = None
     with problems.collect():
         constitution = _constitution(document, written, stages)
@@ -102,10 +102,17 @@ def _by_id(document: Document, configs: Sequence[StageConfig | None]) -> dict[st
     return {id_: config for id_, config in by_id.items() if re.fullmatch(r"[\w-]+", id_)}
 
 
-def _prompt_set_names(document: Document) -> list[str]:
-    """The names of the recipe's prompt sets, of those that are wrong too."""
-    prompts = document.value.get("prompts")
-    return list(prompts) if isinstance(prompts, dict) else []
+def _prompt_set_names(document: Document) -> list[str] | None:
+    """The names of the recipe's prompt sets, of those that are wrong too; None where `prompts` itself is wrong."""
+    prompts = document.value.get("prompts", {})
+    if not isinstance(prompts, dict) or _may_be_misspelt(document, "prompts"):
+        return None
+    return list(prompts)
+
+
+def _may_be_misspelt(document: Document, key: str) -> bool:
+    """Whether the recipe lacks `key` and has an unknown one, which may stand for it."""
+    return key not in document.value and not document.value.keys() <= RecipeDocument.model_fields.keys()
 
 
 def _place(document: Document, stage: tuple[Key, ...], name: Reference) -> tuple[Key, ...]:
@@ -165,7 +172,8 @@ def _check_reference(
                     f"stage {name.name!r} gives {stage.gives}, but {config.kind} takes {' or '.join(takes)}",
                 )
         case PromptSetReference():
-            if name.name not in (set_names := _prompt_set_names(document)):
+            set_names = _prompt_set_names(document)
+            if set_names is not None and name.name not in set_names:
                 names = ", ".join(set_names) or "none is there"
                 raise error_at(
                     document,
@@ -247,7 +255,8 @@ def _constitution(
 ) -> Constitution | None:
     if written.constitution is None:
         for stage, config in stages:
-            if config.principle_fields() and document.value.get("constitution") is None:
+            is_absent = document.value.get("constitution") is None and not _may_be_misspelt(document, "constitution")
+            if config.principle_fields() and is_absent:
                 raise error_at(
                     document,
                     (*stage, "kind"),

@@ -137,6 +137,11 @@ def test_a_wrong_stage_or_prompt_set_is_refused_once_and_not_where_its_name_stan
     assert "prompts.red_team.limit: found the number 0" in refusal()
     recipe.write_text(GOOD.replace("kind: judge,", "kind: judge, pair: all,"))
     assert "stages[4].pair: unknown key" in refusal()
+    for key in ("prompts", "constitution"):
+        recipe.write_text(GOOD.replace(f"{key}:", f"{key[:-1]}:", 1))
+        assert f"{key[:-1]}: unknown key" in refusal()
+    recipe.write_text(GOOD)
+    assert "prompts: found the number 3, expected a mapping" in refusal("--set", "prompts=3")
 
 
 def test_a_document_of_another_kind_is_named_with_the_command_that_takes_it(recipe):
