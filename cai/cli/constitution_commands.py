@@ -1,4 +1,4 @@
-"""`cai constitution`: check, show and test a document."""
+"""`cai constitution`: check, show, compare and test documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cai.text.formatting import printable
 
 @click.group()
 def constitution() -> None:
-    """Check and show constitutions."""
+    """Check, show, compare and test constitutions."""
 
 
 @constitution.command("check")
