@@ -11,6 +11,7 @@ import click
 
 import cai
 from cai.cli.constitution_commands import constitution
+from cai.cli.document_commands import profile, recipe
 from cai.cli.judge_commands import judge, votes
 from cai.cli.micro_commands import micro
 from cai.cli.run_commands import clean, compare, fork, init, plan, run, show, status
@@ -51,5 +52,20 @@ def main() -> None:
     """
 
 
-for command in (run, plan, status, show, votes, clean, fork, init, constitution, judge, compare, micro):
+for command in (
+    run,
+    plan,
+    status,
+    show,
+    votes,
+    clean,
+    fork,
+    init,
+    constitution,
+    recipe,
+    profile,
+    judge,
+    compare,
+    micro,
+):
     main.add_command(command)

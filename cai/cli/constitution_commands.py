@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from cai.cli.options import FILE, JSON, MODEL, ONLINE, PROFILE, SHARE, TEMPLATES, VLLM_PYTHON, prepared_profile
+from cai.cli.document_commands import WRITE, print_schema, problem_facts
+from cai.cli.options import JSON, MODEL, ONLINE, PROFILE, SHARE, TEMPLATES, VLLM_PYTHON, prepared_profile
 from cai.text.errors import BadInput
 from cai.text.formatting import printable
 
@@ -39,7 +40,6 @@ def constitution_check(
     """
     from cai.constitution import load_constitution
     from cai.constitution.weaknesses import weaknesses
-    from cai.document import problems_of
     from cai.templates.constitution_text import summary, summary_line
 
     if not strict and (tags is not None or recipe is not None):
@@ -56,9 +56,7 @@ def constitution_check(
         try:
             document = load_constitution(file)
         except BadInput as error:
-            for problem in problems_of(error):
-                place = {"file": problem.file or file, "line": problem.line, "column": problem.column}
-                errors.append({"path": file, **place, "message": printable(problem.message)})
+            errors += problem_facts(error, file)
             click.echo(str(error), err=True)
             continue
         summaries.append(summary(document))
@@ -197,13 +195,9 @@ def constitution_test(
 
 
 @constitution.command("schema")
-@click.option("--write", type=FILE, help="Write it to this file instead.")
+@WRITE
 def constitution_schema(write: Path | None) -> None:
     """Print the JSON Schema of a constitution, which editors check and complete documents with."""
     from cai.constitution import json_schema
 
-    text = json.dumps(json_schema(), indent=2, ensure_ascii=False)
-    if write is None:
-        click.echo(text)
-    else:
-        write.write_text(text + "\n", encoding="utf-8")
+    print_schema(json_schema(), write)

@@ -327,17 +327,26 @@ def fork(run: str, name: str, runs_folder: Path) -> None:
 @click.command()
 @click.argument("folder", type=FOLDER)
 def init(folder: Path) -> None:
-    """Copy the constitutions, a starter recipe and profile into a folder, to be changed there.
+    """Begin a project: a constitution, a recipe and prompts of your own to fill in, and copies of what ships.
 
     \b
     cai init my-project
     cai run my-project/recipes/quickstart.yaml
+    cai run my-project/recipes/mine.yaml --dry-run
     """
     from cai.document.shipped import copy_starter
 
     for path in copy_starter(folder):
         click.echo(path)
-    click.echo(f"\nNext: cai run {folder / 'recipes' / 'quickstart.yaml'}")
+    own = {name: folder / name / "mine.yaml" for name in ("constitutions", "recipes")}
+    click.echo(
+        f"\nNext: cai run {folder / 'recipes' / 'quickstart.yaml'}      the whole method on the embedded model\n"
+        f"Then write your principles into {own['constitutions']}, your prompts into {folder / 'prompts'} and your "
+        f"model into {own['recipes']}:\n"
+        f"      cai constitution check --strict {own['constitutions']}\n"
+        f"      cai recipe check {own['recipes']}\n"
+        f"      cai run {own['recipes']} --dry-run"
+    )
 
 
 @click.command()

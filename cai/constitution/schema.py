@@ -1,6 +1,6 @@
 """The schema of a constitution: the document as its author writes it, before anything is merged or derived.
 
-`schema.json` beside this file is generated from it; editors show the descriptions.
+`constitutions/schema.json` is generated from it; editors show the descriptions.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
+from cai.document.json_schema import editor_schema
 from cai.text.formatting import describe
 
 MAX_TEXT = 20_000
@@ -171,23 +172,5 @@ class ConstitutionDocument(Written):
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a constitution, for editors; `cai/constitution/schema.json` is this."""
-    schema = ConstitutionDocument.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidy(schema)}
-
-
-def _tidy(part: Any) -> Any:
-    """`part` without generated titles, empty defaults and the null of absent keys, which are noise in an editor."""
-    if isinstance(part, list):
-        return [_tidy(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    tidy = {key: _tidy(value) for key, value in part.items() if key != "title" or isinstance(value, dict)}
-    if tidy.get("default", 0) in ("", None, []):
-        del tidy["default"]
-    if "anyOf" in tidy:
-        types = [type_ for type_ in tidy["anyOf"] if type_ != {"type": "null"}]
-        tidy = {**tidy, "anyOf": types} if len(types) > 1 else {**tidy, **types[0]}
-        if len(types) == 1:
-            del tidy["anyOf"]
-    return tidy
+    """The JSON Schema of a constitution, for editors; `constitutions/schema.json` is this."""
+    return editor_schema(ConstitutionDocument.model_json_schema())

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cai.contracts.model import SERVED
 from cai.document import Document, Problems, check_kind, error_at, load_document, validate
+from cai.document.json_schema import editor_schema
 from cai.document.shipped import find_beside, find_file
 from cai.text.errors import BadInput
 
@@ -258,6 +259,11 @@ def _read_sharding(accelerate: Path) -> Sharding:
         return Sharding(int(zero.get("stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
     devices = (settings.get(f"offload_{name}_device") for name in ("optimizer", "param"))
     return Sharding(int(settings.get("zero_stage", 0)), *(device in {"cpu", "nvme"} for device in devices))
+
+
+def profile_schema() -> dict[str, Any]:
+    """The JSON Schema of a profile, for editors; `configs/schema.json` is this."""
+    return editor_schema(Profile.model_json_schema())
 
 
 def load_profile(name: str | None = None) -> Profile:

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from cai.text.formatting import Key
 
@@ -122,8 +124,16 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+class _OneInTheSchema:
+    """Lets the schema for editors take a single name too."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        several = handler(core)
+        return {"anyOf": [several["items"], several]}
+
+
 Item = TypeVar("Item")
-OneOrMore = Annotated[list[Item], BeforeValidator(_as_list)]
+OneOrMore = Annotated[list[Item], BeforeValidator(_as_list), _OneInTheSchema()]
 """One name or several."""
 
 Config = TypeVar("Config", bound=BaseModel)

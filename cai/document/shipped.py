@@ -6,13 +6,23 @@ In a checkout these folders are beside the package; in a wheel they are inside o
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from cai.text.errors import BadInput, did_you_mean
 
-STARTER = ("recipes/quickstart.yaml", "configs/cpu.yaml", "configs/multi-node/2x8gpu-zero3.sbatch")
-SCHEMA = "constitution/schema.json"
+STARTER = (
+    "constitutions/schema.json",
+    "recipes/quickstart.yaml",
+    "recipes/schema.json",
+    "configs/cpu.yaml",
+    "configs/multi-node/2x8gpu-zero3.sbatch",
+    "configs/schema.json",
+)
+"""What `cai init` copies beside the constitutions. The first line of a document tells editors where its schema is."""
 _PACKAGE = Path(__file__).parent.parent
+_OWN = Path(__file__).parent / "starter"
+"""A constitution, prompts and a recipe to begin one's own with."""
 
 
 def shipped_folder(folder: str) -> Path:
@@ -34,7 +44,8 @@ def kind_hint(name: str, folder: str) -> str:
 
 
 def copy_starter(folder: Path) -> list[Path]:
-    """Copies the constitutions with their schema, a recipe, a profile and a Slurm script to `folder`; the new files.
+    """Copies the constitutions, a recipe, a profile and a Slurm script to `folder`, with their schemas, and writes a
+    constitution and a recipe to begin one's own with; the new files.
 
     Raises BadInput, before anything is copied, where one of the files exists already.
     """
@@ -43,14 +54,14 @@ def copy_starter(folder: Path) -> list[Path]:
     for name in (*constitutions, *STARTER):
         kind, _, file = name.partition("/")
         sources[folder / name] = shipped_folder(kind) / file
-    sources[folder / "constitutions" / "schema.json"] = _PACKAGE / SCHEMA
+    sources |= {
+        folder / path.relative_to(_OWN): path for path in sorted(_OWN.rglob("*")) if path.suffix in {".yaml", ".jsonl"}
+    }
     if existing := [str(path) for path in sources if path.exists()]:
         raise BadInput(f"{existing[0]} is there already; give another folder")
     for path, source in sources.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The first line of a constitution tells editors where its schema is: beside the copies.
-        text = source.read_text(encoding="utf-8")
-        path.write_text(text.replace(f"$schema=../cai/{SCHEMA}", "$schema=schema.json", 1), encoding="utf-8")
+        shutil.copyfile(source, path)
     return list(sources)
 
 

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import jsonschema
 import pytest
 import toy_stages
+import yaml
 from click.testing import CliRunner
 
 from cai.cli import main
@@ -126,11 +128,24 @@ def test_init_copies_what_runs_and_overwrites_nothing(tmp_path):
     for name in ("assistant", "harmlessness", "helpful-honest", "micro"):
         path = tmp_path / "mine" / "constitutions" / f"{name}.yaml"
         assert load_constitution(path).principles == load_constitution(name).principles
+    documents = list((tmp_path / "mine").rglob("*.yaml"))
+    assert len(documents) == 8
+    for path in documents:
         schema = path.read_text().splitlines()[0].partition("$schema=")[2]
-        assert json.loads((path.parent / schema).read_text())["required"] == ["name"]
+        jsonschema.validate(yaml.safe_load(path.read_text()), json.loads((path.parent / schema).read_text()))
     again = cai("init", str(tmp_path / "mine"))
     assert again.exit_code == 2
     assert "is there already" in again.stderr
+
+
+def test_what_init_writes_to_be_filled_in_passes_its_checks(tmp_path):
+    lines = cai("init", str(tmp_path / "mine")).stdout.splitlines()
+    commands = [line.split() for line in lines[-3:]]
+    assert [command[1:3] for command in commands[:2]] == [["constitution", "check"], ["recipe", "check"]]
+    for command in commands:
+        result = cai(*command[1:])
+        assert (result.exit_code, result.stderr) == (0, ""), command
+    assert "0 reused, 13 would run" in result.stdout
 
 
 # Rows of a finished run of four feedback stages, about two prompts.

@@ -11,14 +11,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-import cai.constitution
 from cai.cli import main
 from cai.constitution import Constitution, json_schema, load_constitution
 from cai.constitution.weaknesses import weaknesses
 from cai.document.shipped import shipped_folder
 
 FILES = sorted(shipped_folder("constitutions").glob("*.yaml"))
-SCHEMA = Path(cai.constitution.__file__).with_name("schema.json")
+SCHEMA = shipped_folder("constitutions") / "schema.json"
 SOUND = """
 name: sound
 principles:
@@ -44,7 +43,7 @@ def test_the_schema_on_disk_is_the_one_that_the_models_give() -> None:
 
 def test_every_document_opens_with_its_schema_and_how_to_use_it(constitution: Constitution) -> None:
     first, *head = constitution.path.read_text(encoding="utf-8").splitlines()[:12]
-    assert first == "# yaml-language-server: $schema=../cai/constitution/schema.json"
+    assert first == "# yaml-language-server: $schema=schema.json"
     assert any("cai constitution " in line and f"constitutions/{constitution.path.name}" in line for line in head)
 
 
