@@ -10,7 +10,6 @@ import click
 from cai.cli.document_commands import WRITE, print_schema, problem_facts
 from cai.cli.options import JSON, MODEL, ONLINE, PROFILE, SHARE, TEMPLATES, VLLM_PYTHON, prepared_profile
 from cai.text.errors import BadInput
-from cai.text.formatting import printable
 
 
 @click.group()

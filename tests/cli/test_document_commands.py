@@ -53,7 +53,7 @@ def test_every_wrong_recipe_is_named(tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert [line.split(": ")[1] for line in result.stdout.splitlines()] == ["14 stages", "13 stages"]
-    assert f"{wrong}:4:33: " in result.stderr
+    assert f"{wrong}:4:36: " in result.stderr
     assert f"{tmp_path / 'no.yaml'}: no such file" in result.stderr
     result = CliRunner().invoke(
         main, ["recipe", "check", "quickstart", "--set", "stages.policy.train.betta=1", "--json"]
