@@ -15,6 +15,7 @@ from cai.cli.document_commands import profile, recipe
 from cai.cli.judge_commands import judge, votes
 from cai.cli.micro_commands import micro
 from cai.cli.run_commands import clean, compare, fork, init, plan, run, show, status
+from cai.cli.run_list_commands import runs
 from cai.text.errors import CaiError, Terminated
 
 INTERRUPTED = 130
@@ -54,6 +55,7 @@ def main() -> None:
 
 for command in (
     run,
+    runs,
     plan,
     status,
     show,

@@ -20,10 +20,13 @@ from cai.cli.options import (
     TEMPLATES,
     VLLM_PYTHON,
     prepared_profile,
+    to_stderr,
 )
 from cai.text.errors import BadInput
+from cai.text.formatting import printable
 
 if TYPE_CHECKING:
+    from cai.feedback.labelled_votes import LabelledVotes
     from cai.feedback.truth import TruthKind
 
 
@@ -110,6 +113,16 @@ EXAMPLE_PAIRS = click.option(
 )
 
 
+def _labelled_votes(name: str, runs_folder: Path) -> LabelledVotes:
+    """The votes behind a finished `prefer` stage; says on stderr where they are stale."""
+    from cai.feedback.labelled_votes import load_labelled_votes
+
+    labelled_votes = load_labelled_votes(name, runs_folder)
+    if labelled_votes.stale_note:
+        to_stderr(printable(labelled_votes.stale_note))
+    return labelled_votes
+
+
 @votes.command("explain")
 @click.argument("run")
 @EXAMPLE_PAIRS
@@ -125,9 +138,8 @@ def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -
     cai votes explain quickstart --examples 10 --json
     """
     from cai.feedback.explain import explain, explanation_lines
-    from cai.feedback.labelled_votes import load_labelled_votes
 
-    explanation = explain(load_labelled_votes(run, runs_folder), n_examples)
+    explanation = explain(_labelled_votes(run, runs_folder), n_examples)
     click.echo(json.dumps(explanation) if as_json else "\n".join(explanation_lines(explanation)))
 
 
@@ -179,9 +191,8 @@ def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_j
     cai votes diff my-run/by-micro my-run/by-another
     """
     from cai.feedback.explain import compare_votes, difference_lines
-    from cai.feedback.labelled_votes import load_labelled_votes
 
-    first_votes, second_votes = (load_labelled_votes(run, runs_folder) for run in (first, second))
+    first_votes, second_votes = (_labelled_votes(run, runs_folder) for run in (first, second))
     differences = compare_votes(first_votes, second_votes, n_examples)
     click.echo(json.dumps(differences) if as_json else "\n".join(difference_lines(differences)))
 
@@ -207,11 +218,10 @@ def votes_calibrate(run: str, picture: Path | None, truth: TruthKind | None, run
     cai votes calibrate my-run --truth human --json
     """
     from cai.feedback.judge_calibration import calibrate_labels, calibration_lines
-    from cai.feedback.labelled_votes import load_labelled_votes
 
     if picture is not None and picture.suffix not in {".svg", ".png"}:
         raise BadInput(f"--picture: found {picture.name!r}, expected a file .svg or .png")
-    calibration = calibrate_labels(load_labelled_votes(run, runs_folder), truth)
+    calibration = calibrate_labels(_labelled_votes(run, runs_folder), truth)
     if picture is not None:
         from cai.report.pictures import draw_reliability
 

@@ -230,6 +230,9 @@ def _echo_comparison(summary: Mapping[str, Any]) -> None:
 def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
     """Show what of a run is done: its name or folder; the newest where none is given.
 
+    A stage is running (with its share done and the estimated time left), done, stale (made from outputs of other stages
+    that have been replaced since), unfinished (interrupted) or not run.
+
     \b
     cai status quickstart
     """
@@ -239,10 +242,12 @@ def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
 
     folder = find_run(run, runs_folder)
     if as_json:
-        click.echo(json.dumps({"run": str(folder), "stages": status.stage_statuses(folder)}))
+        click.echo(json.dumps(status.status_json(folder)))
         return
     summary = read_json(folder / SUMMARY) or {}
     click.echo("\n".join(status.status_lines(folder)))
+    if line := status.outdated_summary_line(folder, summary):
+        click.echo(f"\n{printable(line)}")
     _echo_comparison(summary)
     if lines := status.left_out_lines(summary):
         click.echo("\n".join(["", *lines]))
@@ -265,10 +270,14 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
     """
     from cai.run.show import find_item_rows, item_lines
     from cai.storage.run_folder import find_run
+    from cai.storage.stage_folders import stale_note
 
     if (item is None) != at_random:
         raise BadInput("cai show RUN ITEM shows an item, cai show RUN --random picks one; give one of the two")
-    rows_by_stage = find_item_rows(find_run(run, runs_folder), item)
+    folder = find_run(run, runs_folder)
+    rows_by_stage = find_item_rows(folder, item)
+    if note := stale_note(folder, rows_by_stage):
+        to_stderr(printable(note))
     click.echo(json.dumps(rows_by_stage) if as_json else "\n".join(item_lines(rows_by_stage)))
 
 
@@ -278,15 +287,17 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
 @click.option("--unfinished", is_flag=True, help="Remove interrupted stages too, which the next run would go on with.")
 @RUNS
 def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
-    """Remove the stage folders of a run that no current stage stands on: results of earlier recipes.
+    """Remove the stage folders of a run that no current stage stands on: results of earlier recipes, and interrupted
+    stages that the next run would not go on with.
 
     \b
     cai clean quickstart
     """
     from cai.storage.files import remove_folder
-    from cai.storage.run_folder import find_run, locked, unused
+    from cai.storage.run_folder import find_run, locked
+    from cai.storage.stage_folders import interrupted, standing_stages, unused
 
-    folder = find_run(run, runs_folder)
+    folder = find_run(run, runs_folder, begun=False)
     with locked(folder):
         old = unused(folder, unfinished)
         for path, size in old:
@@ -297,6 +308,10 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
             for path, _ in old:
                 remove_folder(path)
             click.echo(f"removed {len(old)} folders")
+        if kept := interrupted(folder):
+            click.echo(f"kept for the next run, unless --unfinished is given: {', '.join(kept)} (interrupted)")
+        if not standing_stages(folder):
+            click.echo(f"no stage of this run is done; `cai runs delete {folder.name}` removes it as a whole")
 
 
 @click.command()
@@ -386,9 +401,11 @@ def compare(
     \b
     cai compare base=micro policy=quickstart/policy --prompts micro:test
     """
-    from cai.run.comparison_recipe import comparison_recipe
+    from cai.run.comparison_recipe import comparison_recipe, stale_model_notes
     from cai.run.plan import Options
 
     profile = chosen_profile(on, online, vllm_python)
     recipe = comparison_recipe(models, prompts, document, judge, limit, columns, name, runs_folder)
+    for note in stale_model_notes(models, runs_folder):
+        to_stderr(printable(note))
     _run(recipe, overrides, profile, Options(), runs_folder, as_json)

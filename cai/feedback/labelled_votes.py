@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,6 +21,7 @@ from cai.storage import run_folder
 from cai.storage.files import read_json, write_json
 from cai.storage.journal import RECORDS
 from cai.storage.rows import topic_of
+from cai.storage.stage_folders import stale_note
 from cai.text.errors import BadInput, did_you_mean
 
 LABEL_RULE = "label_rule.json"
@@ -99,6 +100,8 @@ class LabelledVotes:
     rule: LabelRule
     judge_folders: Sequence[Path] = ()
     """Folders of the stages that made the votes."""
+    stale_note: str | None = None
+    """Where the labels are stale: a sentence that says so, why, and what computes them again."""
 
     @functools.cached_property
     def log_odds(self) -> Floats:
@@ -133,7 +136,7 @@ def load_labelled_votes(name: str, runs_folder: Path) -> LabelledVotes:
     judge_folders = [run / stage["folder"] for stage in read_json(folder / run_folder.STAGE)["inputs"].values()]
     if not judge_folders:
         raise BadInput(f"{name}: {stage_id} has labels of people alone, and no votes to explain")
-    return labelled_votes(name, judge_folders, folder)
+    return replace(labelled_votes(name, judge_folders, folder), stale_note=stale_note(run, [stage_id]))
 
 
 def labelled_votes(name: str, judge_folders: Sequence[Path], prefer_folder: Path) -> LabelledVotes:

@@ -61,11 +61,17 @@ def aggregate_votes(
     `weights` is (principles,). Principles of weight 0, without a vote, or within `abstain_below` nats of even leave
     both sums. The result is NaN where no principle is left. A `temperature` of None divides by the sum of weights.
     """
-    counts = ~np.isnan(log_odds) & (weights > 0) & ~(np.abs(log_odds) < abstain_below)
+    counts = has_say(log_odds, weights, abstain_below)
     total = np.where(counts, weights * log_odds, 0.0).sum(axis=1)
     scale = (counts * weights).sum(axis=1) if temperature is None else np.full(len(log_odds), temperature)
     aggregated: Floats = np.divide(total, scale, out=np.full(len(log_odds), np.nan), where=counts.any(axis=1))
     return aggregated
+
+
+def has_say(log_odds: Floats, weights: Floats, abstain_below: float = 0.0) -> Bools:
+    """Which principles count in a pair's log-odds, (pairs, principles); arguments as of `aggregate_votes`."""
+    counts: Bools = ~np.isnan(log_odds) & (weights > 0) & ~(np.abs(log_odds) < abstain_below)
+    return counts
 
 
 def sigmoid(log_odds: Floats) -> Floats:

@@ -12,13 +12,18 @@ from typing import Any, NamedTuple
 
 from cai.maths.statistics import RateFigure
 from cai.report.figure_types import HeadToHead, PromptSetFigures
-from cai.storage.run_folder import Finished
+from cai.storage.files import read_json
+from cai.storage.run_folder import RUN, Finished
+from cai.storage.stage_folders import stale_stages
 
 Summary = dict[str, Any]
 
 
 def summary_of(recipe_name: str, run: Path, finished_stages: Mapping[str, Finished]) -> Summary:
-    """The summary of the stages, by id, that are done. Where two have figures of one name, the later stage's stand."""
+    """The summary of the stages, by id, that are done. Where two have figures of one name, the later stage's stand.
+
+    Stages of the recipe that are stale have no figures in it and are named with the reason.
+    """
     summary: Summary = {"recipe": recipe_name, "run": str(run), "stages": {}, "seconds": {}, "failures": {}}
     for stage_id, stage in finished_stages.items():
         facts = stage.facts
@@ -26,6 +31,9 @@ def summary_of(recipe_name: str, run: Path, finished_stages: Mapping[str, Finish
         summary["stages"][stage_id] = stage.folder.name
         summary["seconds"][stage_id] = facts.get("seconds")
         summary["failures"][stage_id] = facts.get("failures", 0)
+    recipe_stages = (read_json(run / RUN) or {"stages": []})["stages"]
+    if stale := {id: str(reason) for id, reason in stale_stages(run).items() if id in recipe_stages}:
+        summary["stale"] = stale
     return summary
 
 

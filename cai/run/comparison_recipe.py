@@ -12,6 +12,7 @@ from cai.run.recipe import read_recipe
 from cai.storage import run_folder
 from cai.storage.files import replacing
 from cai.storage.rows import stable_id
+from cai.storage.stage_folders import stale_note
 from cai.text.errors import BadInput
 
 
@@ -79,6 +80,18 @@ def _columns(text: str) -> dict[str, str]:
             raise BadInput(f"--columns: found {entry!r}, expected KEY=COLUMN as in prompt=question")
         columns[key] = column
     return columns
+
+
+def stale_model_notes(models: Sequence[str], runs_folder: Path) -> list[str]:
+    """A sentence about each NAME=RUN/STAGE among the models whose stage is stale, and what computes it again."""
+    stages_by_run: dict[Path, list[str]] = {}
+    for text in models:
+        model = text.partition("=")[2]
+        if _stage_model(model, runs_folder):
+            run, _, stage_id = model.partition("/")
+            stages_by_run.setdefault(runs_folder / run, []).append(stage_id)
+    notes = [stale_note(run, stage_ids) for run, stage_ids in stages_by_run.items()]
+    return [note for note in notes if note]
 
 
 def _stage_model(name: str, runs_folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from cai.prompt_sets.prompt_rows import read_prompt_set
 from cai.run.recipe import Recipe
 from cai.run.recipe_names import inputs_of, models_of, prompt_sets_of
 from cai.storage.files import file_digest
-from cai.storage.journal import read_failures
+from cai.storage.journal import failures_digest
 from cai.storage.rows import Prompt, stable_id
 from cai.storage.run_folder import Finished
 from cai.templates import load_templates
@@ -73,7 +73,7 @@ class Fingerprints:
         parts |= _flat("config", config.model_dump(mode="json", by_alias=True))
         parts |= {f"input.{name}": done[name].digest for name in inputs_of(config)}
         parts |= {
-            f"failures.{name}": _failures_digest(done[name].folder, with_reasons=target.failures == "reasons")
+            f"failures.{name}": failures_digest(done[name].folder, with_reasons=target.failures == "reasons")
             for _, target, name in references(config, StageReference)
             if target.failures
         }
@@ -176,12 +176,6 @@ def _path_digest(path: Path) -> str:
     """What lies at a path that a recipe names: a file, a folder's files, or nothing."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return stable_id([(str(file.relative_to(path)), file_digest(file)) for file in files if file.is_file()])
-
-
-def _failures_digest(folder: Path, *, with_reasons: bool) -> str:
-    """Which items of a finished stage failed, and why where that is read: another reason alone retrains no model."""
-    failures = read_failures(folder)
-    return stable_id(sorted((failure["id"], failure["reason"] if with_reasons else "") for failure in failures))
 
 
 def _plain(value: object) -> object:

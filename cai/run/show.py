@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cai.feedback.label_sums import LabelSum, label_line, label_rules, label_sum
 from cai.storage import run_folder
 from cai.storage.files import read_json
 from cai.storage.journal import RECORDS
@@ -26,10 +27,12 @@ RowsByStage = dict[str, list[dict[str, Any]]]
 def find_item_rows(run: Path, item: str | None) -> RowsByStage:
     """The rows about one item: an id, or the unique beginning of one; a random prompt for None.
 
-    A prompt's id gives everything about that prompt; a row's id gives the row and the rows that it is linked to.
+    A prompt's id gives everything about that prompt; a row's id gives the row and the rows that it is linked to. A row
+    of votes gets the key `labels`: how the label of each `prefer` stage follows from the votes, as `LabelSum`.
     Raises BadInput for a run without rows, and for an id that none or several of them have.
     """
     rows_by_stage = _read_finished_stages(run)
+    rules = label_rules(run)
     rows = [row for stage_rows in rows_by_stage.values() for row in stage_rows]
     if not rows:
         raise BadInput(f"{run}: no stage of this run has left rows yet")
@@ -42,6 +45,9 @@ def find_item_rows(run: Path, item: str | None) -> RowsByStage:
         stage_id: [row for row in stage_rows if row["prompt_id"] == item_id or _row_ids(row) & linked_ids]
         for stage_id, stage_rows in rows_by_stage.items()
     }
+    for stage_id, rules_by_stage in rules.items():
+        for row in item_rows.get(stage_id, []):
+            row["labels"] = [label_sum(prefer_stage, row, rule) for prefer_stage, rule in rules_by_stage.items()]
     return {stage_id: stage_rows for stage_id, stage_rows in item_rows.items() if stage_rows}
 
 
@@ -143,21 +149,36 @@ def _vote_lines(stage_id: str, row: Mapping[str, Any]) -> Iterator[str]:
         yield from _labelled_lines(f"  {side} {row[side]['id'][:8]}: ", row[side]["text"])
     if "human" in row:
         yield f"  people chose {'a' if row['human'] > 0.5 else 'b' if row['human'] < 0.5 else 'both'}"
-    log_odds_by_principle: dict[str, dict[str, float]] = {}
-    for vote in row["votes"]:
-        log_odds_by_principle.setdefault(vote["principle"], {})[vote["order"]] = vote["log_odds"]
-    cells = []
-    for principle, log_odds in log_odds_by_principle.items():
-        mean = sum(log_odds.values()) / len(log_odds)
-        by_order = [f"{log_odds[order]:+.2f}" if order in log_odds else "-" for order in ("ab", "ba")]
-        cells.append([principle, *by_order, f"{mean:+.2f}", "a" if mean > 0 else "b" if mean < 0 else "even"])
-    unit = "points for a" if row.get("method") == "rating" else "log-odds for a"
-    for line in table([unit, "a first", "b first", "mean", "better"], cells):
-        yield f"  {line}"
+    yield from (f"  {line}" for line in _vote_table(row))
+    for label in row.get("labels", []):
+        yield printable(f"  {label_line(label)}")
     for vote in row["votes"]:
         for rationale in vote.get("rationales", []):
             label = f"  {printable(vote['principle'])}, {vote['order'][0]} first, {rationale['log_odds']:+.2f}: "
             yield from _labelled_lines(label, rationale["text"])
+
+
+def _vote_table(row: Mapping[str, Any]) -> list[str]:
+    """The votes by principle and, for each stage that makes labels of them, the weight and weight × mean."""
+    log_odds_by_principle: dict[str, dict[str, float]] = {}
+    for vote in row["votes"]:
+        log_odds_by_principle.setdefault(vote["principle"], {})[vote["order"]] = vote["log_odds"]
+    labels: list[LabelSum] = row.get("labels", [])
+    unit = "points for a" if row.get("method") == "rating" else "log-odds for a"
+    headers = [unit, "a first", "b first", "mean", "better"]
+    for label in labels:
+        stage = f" {label['stage']}" if len(labels) > 1 else ""
+        headers += [f"weight{stage}", f"weighted{stage}"]
+    cells = []
+    for index, (principle, log_odds) in enumerate(log_odds_by_principle.items()):
+        mean = sum(log_odds.values()) / len(log_odds)
+        by_order = [f"{log_odds[order]:+.2f}" if order in log_odds else "-" for order in ("ab", "ba")]
+        line = [principle, *by_order, f"{mean:+.2f}", "a" if mean > 0 else "b" if mean < 0 else "even"]
+        for label in labels:
+            term = label["terms"][index]
+            line += [f"{term['weight']:g}", "-" if term["weighted"] is None else f"{term['weighted']:+.2f}"]
+        cells.append(line)
+    return table(headers, cells)
 
 
 def _labelled_lines(label: str, text: str) -> Iterator[str]:

@@ -21,9 +21,10 @@ from cai.contracts.stage_config import StageConfig
 from cai.contracts.training_config import TrainingConfig
 from cai.run.plan import Planner, Step, library_versions
 from cai.run.recipe_names import inputs_of, models_of, needs, prompt_sets_of
+from cai.run.stage_progress import FINISHED_BEFORE
 from cai.stages import run_function
 from cai.storage import run_folder
-from cai.storage.journal import Journal
+from cai.storage.journal import Journal, count_items
 from cai.storage.rows import stable_seed
 from cai.text.progress import StageLine
 
@@ -73,6 +74,7 @@ class StageRun:
             "host": {"machine": platform.machine(), "system": platform.platform(), "cores": os.cpu_count()},
             "earlier": [str(earlier.folder.relative_to(self.planner.run)) for earlier in self.step.earlier],
             "began": now(),
+            FINISHED_BEFORE: count.n_finished if (count := count_items(self.folder)) else 0,
         }
 
     def work(self, line: StageLine, journal: Journal, open_engine: OpenEngine | None = None) -> dict[str, Any]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from cai.contracts.stage_config import FeedbackConfig
 from cai.run.recipe_names import models_of
+from cai.run.stage_progress import stage_progress
 from cai.storage import run_folder
 from cai.storage.files import read_json
-from cai.storage.journal import count_items
+from cai.storage.stage_folders import (
+    Staleness,
+    began,
+    newest_unfinished,
+    run_command,
+    stale_note,
+    stale_stages,
+    standing_stages,
+)
 from cai.text.formatting import printable
 from cai.text.progress import duration
 from cai.text.tables import aligned_lines, is_rate, rate_text, table
@@ -80,6 +90,17 @@ def left_out_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def outdated_summary_line(run: Path, summary: Mapping[str, Any]) -> str | None:
+    """A sentence where figures of the summary are of stages that are stale, or that other folders stand for now."""
+    standing, stale = standing_stages(run), stale_stages(run)
+    outdated = [
+        stage_id
+        for stage_id, name in summary.get("stages", {}).items()
+        if stage_id in stale or stage_id not in standing or standing[stage_id].folder.name != name
+    ]
+    return f"figures below are of earlier outputs of {', '.join(outdated)}" if outdated else None
+
+
 def result_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:
     """Where the run's results lie: summary, pages, models."""
     rows = [["figures", str(run / run_folder.SUMMARY)]]
@@ -88,79 +109,132 @@ def result_lines(run: Path, summary: Mapping[str, Any]) -> list[str]:
         rows += [["page", str(page)] for page in sorted(folder.glob("*.html"))]
         if (folder / run_folder.MODEL).is_dir():
             rows.append([f"model {stage_id}", str(folder / run_folder.MODEL)])
-    return aligned_lines(rows)
+    note = stale_note(run, read_json(run / run_folder.RUN)["stages"])
+    return [*aligned_lines(rows), *([printable(note)] if note else [])]
 
 
 class StageStatus(TypedDict):
-    """One stage of a run. Done stages have an end, seconds and failures, unfinished feedback stages have items."""
+    """One stage of a run. Done and stale stages have an end, seconds and failures; others items, once they are counted.
+
+    running: a live process computes it. unfinished: it was interrupted. stale: it was made from outputs that have been
+    replaced.
+    """
 
     stage: str
-    status: Literal["done", "unfinished", "not run"]
+    status: Literal["done", "stale", "running", "unfinished", "not run"]
     folder: str | None
     ended: NotRequired[str]
     seconds: NotRequired[float]
     failures: NotRequired[int]
     """Items without a result."""
+    reason: NotRequired[str]
+    """Why the stage is stale, in words."""
+    replaced: NotRequired[list[str]]
+    """Of a stale stage: the stages that it read, itself or through others, and that have other outputs now or none."""
     on_disk: NotRequired[int]
-    """Items of a feedback stage that are on disk."""
+    """Items that an interruption leaves; of a stage that trains the steps in its resume point."""
+    finished: NotRequired[int]
+    """Items, or steps of training, that are finished: `on_disk`, and of a running stage those after its resume point."""
     n_items: NotRequired[int]
     unit: NotRequired[str]
     """What the stage's items are, such as responses."""
+    share: NotRequired[float]
+    """Of a running stage: finished items of all."""
+    running_seconds: NotRequired[float]
+    """Since the stage began in the process that computes it."""
+    seconds_left: NotRequired[float | None]
+    """Of a running stage: estimated from its speed so far; None before anything is finished."""
 
 
-def stage_statuses(run: Path) -> list[StageStatus]:
-    """The status of every stage of a run."""
-    latest = run_folder.latest(run)
+def stage_statuses(run: Path, holder: run_folder.LockHolder | None = None) -> list[StageStatus]:
+    """The status of every stage of a run, on which the process `holder` works."""
+    standing, stale = standing_stages(run), stale_stages(run)
+    unfinished = newest_unfinished(run)
+    current = max(unfinished.values(), key=began, default=None)
+    if holder is None or (current is not None and began(current) < holder.since):
+        current = None  # the process has not begun with a stage yet, or is between two
     return [
-        _stage_status(run, stage_id, latest.get(stage_id)) for stage_id in read_json(run / run_folder.RUN)["stages"]
+        _stage_status(stage_id, standing.get(stage_id), unfinished.get(stage_id), current, stale.get(stage_id))
+        for stage_id in read_json(run / run_folder.RUN)["stages"]
     ]
 
 
-def _stage_status(run: Path, stage_id: str, latest: Path | None) -> StageStatus:
-    """The status of one stage; an unfinished folder counts where it was started after the one that is done."""
-    unfinished = [folder for folder in run.glob(f"{stage_id}-*") if _is_unfinished(folder, stage_id)]
-    newest = max(unfinished, key=_started_at, default=None)
-    done = latest if latest is not None and run_folder.finished(latest) else None
-    if newest is not None and (done is None or _started_at(newest) > _started_at(done)):
-        status: StageStatus = {"stage": stage_id, "status": "unfinished", "folder": newest.name}
-        if count := count_items(newest):
-            status |= {"on_disk": count.n_finished, "n_items": count.n_items, "unit": count.unit}
-        return status
+def _stage_status(
+    stage_id: str,
+    done: run_folder.Finished | None,
+    unfinished: Path | None,
+    current: Path | None,
+    staleness: Staleness | None,
+) -> StageStatus:
+    """The status of one stage, from its finished folder and its newest unfinished one; `current` is being computed."""
+    if unfinished is not None and (done is None or began(unfinished) > began(done.folder)):
+        return _unfinished_status(stage_id, unfinished, is_running=unfinished == current)
     if done is None:
         return {"stage": stage_id, "status": "not run", "folder": None}
-    facts = read_json(done / run_folder.STAGE)
-    return {
+    facts = done.facts
+    status: StageStatus = {
         "stage": stage_id,
-        "status": "done",
-        "folder": done.name,
+        "status": "stale" if staleness else "done",
+        "folder": done.folder.name,
         "ended": facts["ended"],
         "seconds": facts["seconds"],
         "failures": facts["failures"],
     }
+    if staleness:
+        status |= {"reason": str(staleness), "replaced": [*staleness.replaced, *staleness.missing]}
+    return status
+
+
+def _unfinished_status(stage_id: str, folder: Path, *, is_running: bool) -> StageStatus:
+    status: StageStatus = {
+        "stage": stage_id, "status": "running" if is_running else "unfinished", "folder": folder.name
+    }  # fmt: skip
+    if is_running:
+        status["running_seconds"] = round(max(time.time() - began(folder), 0.0), 1)
+    if progress := stage_progress(folder):
+        finished = progress.finished if is_running else progress.kept
+        status |= {
+            "on_disk": progress.kept, "finished": finished, "n_items": progress.total, "unit": progress.unit
+        }  # fmt: skip
+        if is_running:
+            status |= {"share": progress.share, "seconds_left": progress.seconds_left()}
+    return status
+
+
+def status_json(run: Path) -> dict[str, object]:
+    """The status of a run for a program; `process` is the id of the process that works on it, if one does."""
+    holder = run_folder.lock_holder(run)
+    return {"run": str(run), "process": holder and holder.process, "stages": stage_statuses(run, holder)}
 
 
 def status_lines(run: Path) -> list[str]:
-    """The status of every stage as a table."""
-    rows = []
-    for stage in stage_statuses(run):
-        details = ""
-        if stage["status"] == "done":
-            failed = f", {stage['failures']:,} failed" if stage["failures"] else ""
-            details = duration(stage["seconds"]) + failed
-        elif "on_disk" in stage:
-            details = f"{stage['on_disk']:,} of {stage['n_items']:,} {stage['unit']} on disk"
-        rows.append([stage["stage"], stage["status"], details, stage["folder"] or ""])
-    return [str(run), "", *table(["stage", "", "", "folder"], rows)]
+    """The status of every stage as a table, who works on the run, and what computes stale stages again."""
+    holder = run_folder.lock_holder(run)
+    statuses = stage_statuses(run, holder)
+    rows = [[stage["stage"], stage["status"], _details(stage), stage["folder"] or ""] for stage in statuses]
+    working = f": {process_in_words(holder)} is working on it" if holder else ""
+    lines = [f"{run}{working}", "", *table(["stage", "", "", "folder"], rows)]
+    if any(stage["status"] == "stale" for stage in statuses) and not holder:
+        lines += ["", f"`{run_command(run)}` computes stale stages again"]
+    return lines
 
 
-def _is_unfinished(folder: Path, stage_id: str) -> bool:
-    return (
-        folder.name.rpartition("-")[0] == stage_id
-        and (folder / run_folder.STAGE).exists()
-        and run_folder.finished(folder) is None
-    )
+def process_in_words(holder: run_folder.LockHolder) -> str:
+    """`process 4711`."""
+    return "a process" if holder.process is None else f"process {holder.process}"
 
 
-def _started_at(folder: Path) -> float:
-    """When the folder's stage.json was last written, in seconds."""
-    return (folder / run_folder.STAGE).stat().st_mtime
+def _details(stage: StageStatus) -> str:
+    """What the table says of a stage beside its state."""
+    if stage["status"] in ("done", "stale"):
+        failed = f"{stage['failures']:,} failed" if stage["failures"] else ""
+        return ", ".join(filter(None, (duration(stage["seconds"]), failed, stage.get("reason", ""))))
+    if stage["status"] == "running":
+        if "share" not in stage:
+            return f"began {duration(stage['running_seconds'])} ago"
+        seconds = stage["seconds_left"]
+        left = "" if seconds is None else f", about {duration(seconds)} left"
+        return f"{stage['finished']:,} of {stage['n_items']:,} {stage['unit']}, {stage['share']:.0%}{left}"
+    if "on_disk" in stage:
+        return f"{stage['on_disk']:,} of {stage['n_items']:,} {stage['unit']} on disk"
+    return ""

@@ -295,6 +295,12 @@ def read_failures(folder: Path) -> list[dict[str, Any]]:
     return read_rows(path) if path.exists() else []
 
 
+def failures_digest(folder: Path, *, with_reasons: bool) -> str:
+    """Which items of a finished stage failed, and why where that is read: another reason alone retrains no model."""
+    failures = read_failures(folder)
+    return stable_id(sorted((failure["id"], failure["reason"] if with_reasons else "") for failure in failures))
+
+
 def journal_paths(folder: Path) -> list[Path]:
     """The journal files of all ranks of an unfinished stage."""
     return sorted(folder.glob(f"{Path(JOURNAL).stem}*.jsonl"))

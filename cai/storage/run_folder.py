@@ -18,12 +18,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cai.storage.files import REMOVED, read_json, sync_folder, sync_tree, write_json
+from cai.storage.files import read_json, sync_folder, sync_tree, write_json
 from cai.storage.journal import FAILURES
 from cai.text.errors import BadInput, did_you_mean
 
@@ -36,6 +37,11 @@ MODEL = "model"
 PROCESS = "process"
 """In a stage's folder: what parent and child processes tell each other, and their log."""
 LOCK = ".lock"
+RECIPE = "recipe.yaml"
+"""The recipe that `cai compare` writes into the folder of its run, which it calls `compare-...`."""
+COMPARISON = "compare-"
+LOCK_WAIT = 0.2
+"""Seconds after which a lock that is held is tried once more: `lock_holder` holds it for a moment."""
 
 
 class OutputState(NamedTuple):
@@ -123,7 +129,11 @@ def locked(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOCK_WAIT)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             process = f"process {file.read().strip() or '?'}"
@@ -134,8 +144,41 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def find_run(name: str | None, runs: Path) -> Path:
-    """The run of that name or path; the newest in `runs` where none is named."""
+class LockHolder(NamedTuple):
+    """A live process that works on a run."""
+
+    process: int | None
+    """Its id; None where it has not written it yet."""
+    since: float
+    """When it began, in seconds since the epoch."""
+
+
+def lock_holder(run: Path) -> LockHolder | None:
+    """The process that works on a run now, by the lock, which ends with its process; None without one."""
+    try:
+        with (run / LOCK).open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                number = file.read().strip()
+                return LockHolder(int(number) if number.isdecimal() else None, os.fstat(file.fileno()).st_mtime)
+    except OSError:  # no lock: nobody has begun with this run, or it was removed a moment ago
+        pass
+    return None
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, also of one that ended before it wrote run.json."""
+    if any((path / name).is_file() for name in (RUN, LATEST, LOCK)):
+        return True
+    return path.name.startswith(COMPARISON) and (path / RECIPE).is_file()
+
+
+def find_run(name: str | None, runs: Path, *, begun: bool = True) -> Path:
+    """The run of that name or path; the newest in `runs` where none is named.
+
+    Raises BadInput where there is none and, with `begun`, for a run that ended before its first stage.
+    """
     by_age = sorted((path.parent for path in runs.glob(f"*/{RUN}")), key=lambda path: (path / RUN).stat().st_mtime)
     if name is None:
         if not by_age:
@@ -144,15 +187,11 @@ def find_run(name: str | None, runs: Path) -> Path:
     for path in (Path(name), runs / name):
         if (path / RUN).is_file():
             return path
+    for path in (Path(name), runs / name):
+        if path.resolve().parent == runs.resolve() and is_run(path):  # elsewhere its files may be of another program
+            if begun:
+                raise BadInput(f"{path}: it ended before its first stage; `cai runs delete {path.name}` removes it")
+            return path
     names = [path.name for path in by_age]
     expected = ", ".join(names) or "one that `cai run` made"
     raise BadInput(f"no run {name!r} in {runs}, expected {expected}{did_you_mean(name, names)}")
-
-
-def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
-    """Finished stage folders that latest.json does not name, and their bytes; interrupted ones with `unfinished`."""
-    kept = set(latest(run).values())
-    folders = [path.parent for path in sorted(run.glob(f"*/{STAGE}")) if path.parent not in kept]
-    folders = [folder for folder in folders if unfinished or finished(folder)]
-    folders = list(dict.fromkeys([*folders, *sorted(run.glob(f"*{REMOVED}"))]))  # left by a kill during removal
-    return [(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())) for path in folders]

@@ -46,6 +46,7 @@ from cai.training.dropout import configured_dropout
 from cai.training.memory import peak_bytes, reset_peak
 from cai.training.metrics import METRICS, NON_METRIC_SUFFIXES, keep_rows, read_metrics
 from cai.training.micro_batch import MemoryRecord
+from cai.training.step_count import StepCount, record_resume_point, remove_step_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -152,6 +153,7 @@ def save_trained_model(
         remove_folder(complete)
         incomplete.rename(complete)
         remove_folder(context.folder / RESUME_POINTS)
+        remove_step_count(context.folder)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -175,6 +177,7 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         self.last_save = time.monotonic()
         if state.is_world_process_zero:
             keep_rows(self.metrics_path, lambda entry: entry["step"] <= state.global_step)
+            StepCount(state.max_steps, state.global_step, state.global_step).write(self.context.folder)
             self.context.progress.start(total=state.max_steps, unit="steps", finished=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -234,6 +237,7 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / COMPLETE, process_layout(self.accelerator))
+            record_resume_point(self.context.folder, state.global_step)
             if self.stopped:
                 self.context.progress.note(f"stopped at step {state.global_step}; a resume point has what was learned")
 
