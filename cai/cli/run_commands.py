@@ -230,8 +230,8 @@ def _echo_comparison(summary: Mapping[str, Any]) -> None:
 def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
     """Show what of a run is done: its name or folder; the newest where none is given.
 
-    A stage is running (with its share done and the estimated time left), done, stale (made from outputs of other stages
-    that have been replaced since), unfinished (interrupted) or not run.
+    A stage is running (with its share done and the estimated time left), done, stale (made from outputs that have been
+    replaced since, or with other settings), unfinished (interrupted) or not run.
 
     \b
     cai status quickstart

@@ -28,6 +28,7 @@ from cai.run.stage_run import StageRun, now, prepare
 from cai.storage import run_folder, stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.journal import Journal, reopen
+from cai.storage.stage_folders import OTHER_SETTINGS
 from cai.text.errors import CaiError, OutOfMemory
 from cai.text.progress import Display, StageLine
 from cai.training.micro_batch import halve_micro_batch
@@ -51,6 +52,7 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
         _record_run(recipe, profile, run, display)
         done: dict[str, run_folder.Finished] = {}
         reused: list[Step] = []
+        _current(planner, done)  # its record is there too after a kill in the first stage
         for config in configs:
             step = planner.step(config, done)
             if step.done:
@@ -81,6 +83,7 @@ def _record_run(recipe: Recipe, profile: Profile, run: Path, display: Display) -
             "overrides": list(recipe.overrides),
             "profile": profile.name,
             "stages": list(recipe.stages),
+            OTHER_SETTINGS: {},
         },
     )
 
@@ -159,11 +162,25 @@ def _spec(stage: StageRun) -> Spec:
 
 def _current(planner: Planner, done: Mapping[str, run_folder.Finished]) -> dict[str, run_folder.Finished]:
     """The finished stages for the summary: those of this run, and later stages that an earlier run finished and whose
-    fingerprints are unchanged, so that `--until` does not drop them from the summary."""
+    fingerprints are unchanged, so that `--until` does not drop them from the summary.
+
+    Records in run.json which later stages were finished with other settings than those of this run.
+    """
     current: dict[str, run_folder.Finished] = {}
+    other_settings: dict[str, dict[str, str]] = {}
+    latest = run_folder.latest(planner.run)
     for config in planner.recipe.stages.values():
-        if finished := done.get(config.id) or planner.step(config, current).done:
-            current[config.id] = finished
+        if config.id in done:
+            current[config.id] = done[config.id]
+            continue
+        step = planner.step(config, current)
+        if step.done:
+            current[config.id] = step.done
+        elif step.folder and config.id in latest and (changes := planner.changed_settings(config, step.parts)):
+            other_settings[config.id] = {"folder": latest[config.id].name, "reason": changes}
+    facts = read_json(planner.run / run_folder.RUN)
+    if facts[OTHER_SETTINGS] != other_settings:
+        write_json(planner.run / run_folder.RUN, {**facts, OTHER_SETTINGS: other_settings})
     return current
 
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -170,14 +170,26 @@ class Planner:
             reason += "; what is unchanged is taken over"
         return Step(config, "runs", reason, folder, parts, earlier=earlier)
 
+    def changed_settings(self, config: StageConfig, parts: Parts) -> str:
+        """What of the stage's own settings differs from its latest folder, in words; empty where only outputs differ
+        that it reads."""
+        read = needs(config, set(self.recipe.stages))
+        outputs = {f"{kind}.{name}" for kind in ("input", "failures", "model") for name in read}
+        return self._changes(config, parts, outputs) or ""
+
     def _reason_to_run(self, config: StageConfig, parts: Parts) -> str:
         """What differs from the stage's latest folder, in words."""
+        changes = self._changes(config, parts)
+        return "it has not run yet" if changes is None else changes or "it was removed"
+
+    def _changes(self, config: StageConfig, parts: Parts, passed_over: Collection[str] = ()) -> str | None:
+        """The parts that differ from the stage's latest folder, in words; None where it has none."""
         folder = self._latest.get(config.id)
         before = (read_json(folder / run_folder.STAGE) or {}).get("parts") if folder else None
         if before is None:
-            return "it has not run yet"
-        changed = {name for name in {*before, *parts} if before.get(name) != parts.get(name)}
-        return "; ".join(changes_in_words(changed, before, parts)) or "it was removed"
+            return None
+        changed = {name for name in {*before, *parts} - {*passed_over} if before.get(name) != parts.get(name)}
+        return "; ".join(changes_in_words(changed, before, parts))
 
 
 @functools.cache

@@ -117,7 +117,7 @@ class StageStatus(TypedDict):
     """One stage of a run. Done and stale stages have an end, seconds and failures; others items, once they are counted.
 
     running: a live process computes it. unfinished: it was interrupted. stale: it was made from outputs that have been
-    replaced.
+    replaced, or with other settings than those of the last run.
     """
 
     stage: str
@@ -130,7 +130,7 @@ class StageStatus(TypedDict):
     reason: NotRequired[str]
     """Why the stage is stale, in words."""
     replaced: NotRequired[list[str]]
-    """Of a stale stage: the stages that it read, itself or through others, and that have other outputs now or none."""
+    """Of a stale stage: the stages that it read, itself or through others, with other outputs or settings now."""
     on_disk: NotRequired[int]
     """Items that an interruption leaves; of a stage that trains the steps in its resume point."""
     finished: NotRequired[int]
@@ -181,7 +181,7 @@ def _stage_status(
         "failures": facts["failures"],
     }
     if staleness:
-        status |= {"reason": str(staleness), "replaced": [*staleness.replaced, *staleness.missing]}
+        status |= {"reason": str(staleness), "replaced": staleness.stages}
     return status
 
 
@@ -226,9 +226,11 @@ def process_in_words(holder: run_folder.LockHolder) -> str:
 
 def _details(stage: StageStatus) -> str:
     """What the table says of a stage beside its state."""
-    if stage["status"] in ("done", "stale"):
-        failed = f"{stage['failures']:,} failed" if stage["failures"] else ""
-        return ", ".join(filter(None, (duration(stage["seconds"]), failed, stage.get("reason", ""))))
+    if stage["status"] == "stale":
+        return stage["reason"]
+    if stage["status"] == "done":
+        failed = f", {stage['failures']:,} failed" if stage["failures"] else ""
+        return duration(stage["seconds"]) + failed
     if stage["status"] == "running":
         if "share" not in stage:
             return f"began {duration(stage['running_seconds'])} ago"

@@ -2,7 +2,8 @@
 
 A finished stage is stale where it was made from outputs that have been replaced: those of a stage that it read itself,
 or of one that stands behind that stage. This follows from the digests that each stage.json holds of what the stage
-read. Left out: whether the settings of a stage itself have changed, which only its recipe says (`cai run --dry-run`).
+read. It is also stale where a later run had other settings for it and ended before it; that run has recorded them.
+Left out: a recipe or constitution that was edited and not run since (`cai run --dry-run` says what would run).
 """
 
 from __future__ import annotations
@@ -27,21 +28,39 @@ _STAGE_FOLDER = re.compile(r"(?P<stage>.+)-[0-9a-f]{16}")
 """`<stage id>-<fingerprint>`."""
 
 
+OTHER_SETTINGS = "other_settings"
+"""Key of run.json: stage id to the `folder` of a finished stage whose settings are others in the recipe as it was run
+last, and the `reason`."""
+
+
 @dataclass(frozen=True)
 class Staleness:
-    """Why a finished stage is stale, by the ids of stages that it read, itself or through others."""
+    """Why a finished stage is stale. The stages named are those that it read, itself or through others."""
 
     replaced: tuple[str, ...] = ()
-    """Those that have other outputs now."""
+    """Stages that have other outputs now."""
     missing: tuple[str, ...] = ()
-    """Those that are not done now."""
+    """Stages that are not done now."""
+    with_other_settings: tuple[str, ...] = ()
+    """Stages that were finished with other settings than those of the last run."""
+    settings: str | None = None
+    """What has changed in the stage's own settings since, in words."""
+
+    @property
+    def stages(self) -> list[str]:
+        """All the stages that are named."""
+        return [*self.replaced, *self.missing, *self.with_other_settings]
 
     def __str__(self) -> str:
         reasons = []
+        if self.settings:
+            reasons.append(f"made with other settings ({self.settings})")
         if self.replaced:
             reasons.append(f"made from earlier outputs of {_and(self.replaced)}")
         if self.missing:
             reasons.append(f"made from outputs of {_and(self.missing)} that are gone")
+        if self.with_other_settings and not self.replaced and not self.missing:
+            reasons.append(f"made from outputs of {_and(self.with_other_settings)}, which had other settings")
         return ", ".join(reasons)
 
 
@@ -56,20 +75,23 @@ def stale_stages(run: Path) -> dict[str, Staleness]:
     standing = standing_stages(run)
     facts = {stage_id: stage.facts for stage_id, stage in standing.items()}
     replaced = {stage_id: _replaced_inputs(facts[stage_id], standing) for stage_id in standing}
-    behind: dict[str, set[str]] = {}
-    for stage_id in standing:
-        behind[stage_id], to_visit = set(), [stage_id]
-        while to_visit:
-            inputs = set(facts[to_visit.pop()].get("inputs", {})) & standing.keys() - behind[stage_id]
-            behind[stage_id] |= inputs
-            to_visit += inputs
+    settings = {
+        stage_id: record["reason"]
+        for stage_id, record in (read_json(run / run_folder.RUN) or {}).get(OTHER_SETTINGS, {}).items()
+        if stage_id in standing and standing[stage_id].folder.name == record["folder"]
+    }
     stale = {}
     for stage_id in standing:
-        read_by = [stage_id, *(other for other in standing if other in behind[stage_id])]
-        names = list(dict.fromkeys(name for reader in read_by for name in replaced[reader]))
-        if names:
-            gone = tuple(name for name in names if name not in standing)
-            stale[stage_id] = Staleness(tuple(name for name in names if name in standing), gone)
+        read = _stages_behind(stage_id, facts)
+        names = set().union(*(replaced[reader] for reader in [stage_id, *read]))
+        staleness = Staleness(
+            replaced=tuple(name for name in standing if name in names),
+            missing=tuple(sorted(names - standing.keys())),
+            with_other_settings=tuple(name for name in read if name in settings and name not in names),
+            settings=settings.get(stage_id),
+        )
+        if staleness != Staleness():
+            stale[stage_id] = staleness
     return stale
 
 
@@ -192,6 +214,18 @@ def _folders(run: Path) -> list[Path]:
             or _STAGE_FOLDER.fullmatch(path.name)
         )
     ]
+
+
+def _stages_behind(stage_id: str, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The stages, of those whose stage.json is in `facts`, that a stage has read, itself or through others."""
+    behind: list[str] = []
+    to_visit = [stage_id]
+    while to_visit:  # no recursion: stages of two recipes in one folder may name each other in a circle
+        for name in facts[to_visit.pop()].get("inputs", {}):
+            if name in facts and name not in behind:
+                behind.append(name)
+                to_visit.append(name)
+    return behind
 
 
 def _replaced_inputs(facts: Mapping[str, Any], standing: Mapping[str, Finished]) -> set[str]:

@@ -21,6 +21,7 @@ from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.storage.files import write_json
 from cai.storage.rows import row_lines
+from cai.storage.stage_folders import unused
 from cai.text.errors import BadInput
 
 
@@ -85,12 +86,12 @@ def test_status_tells_done_from_unfinished(folder):
 def test_clean_removes_only_what_no_recipe_stage_uses(folder):
     cai("run", "recipe.yaml")
     cai("run", "recipe.yaml", "--set", "stages.policy.size=2")
-    ((unused, _),) = run_folder.unused(Path("runs/toy"))
+    ((old, _),) = unused(Path("runs/toy"))
     declined = CliRunner().invoke(main, ["clean", "toy"], input="n\n")
-    assert unused.name in declined.stdout
-    assert unused.exists()
+    assert old.name in declined.stdout
+    assert old.exists()
     assert cai("clean", "toy", "--yes").exit_code == 0
-    assert not unused.exists()
+    assert not old.exists()
     assert "5 reused" in cai("run", "recipe.yaml", "--set", "stages.policy.size=2", "--dry-run").stdout
 
 

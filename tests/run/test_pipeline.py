@@ -29,6 +29,7 @@ from cai.run.status import left_out_lines, status_lines
 from cai.storage import run_folder
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import read_rows, row_lines
+from cai.storage.stage_folders import unused
 from cai.templates import load_templates
 from cai.text.errors import BadInput, StageFailed
 
@@ -201,7 +202,7 @@ def test_going_back_to_an_earlier_recipe_reuses_what_it_left(recipe):
     run(recipe, "stages.more.n=2")
     assert reused(recipe) == ["texts", "tuned", "more", "labels", "policy"]
     assert run(recipe) == first
-    assert len(run_folder.unused(recipe.parent / "runs")) == 3
+    assert len(unused(recipe.parent / "runs")) == 3
 
 
 def test_the_profile_is_not_part_of_what_a_stage_computes(recipe):
@@ -304,7 +305,7 @@ def test_a_folder_is_never_there_in_part_when_its_removal_is_killed(tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         remove_folder(stage)
     assert run_folder.finished(stage) is None
-    assert [path.name for path, _ in run_folder.unused(tmp_path)] == ["tuned-1.removed"]
+    assert [path.name for path, _ in unused(tmp_path)] == ["tuned-1.removed"]
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     remove_folder(tmp_path / folder)
     assert not list(tmp_path.iterdir())
