@@ -77,11 +77,11 @@ def label_sum(stage_id: str, row: Mapping[str, Any], rule: LabelRule) -> LabelSu
     )
     weights = np.array([rule.weights[id] for id in principles], dtype=float)
     counts = has_say(means, weights, rule.abstain_below)
-    of_pair = float(rule.aggregate(means[None, :], principles)[0])
-    p_chosen = None
-    if not np.isnan(of_pair) and sigmoid(np.array(abs(of_pair))) >= rule.min_confidence:
-        if of_pair != 0 or rule.labels != "hard":
-            p_chosen = float(rule.p_chosen(np.array([abs(of_pair)]))[0])
+    log_odds_of_pair = rule.aggregate(means[None, :], principles)  # (1,)
+    strength = np.abs(log_odds_of_pair)
+    has_label = sigmoid(strength) >= rule.min_confidence  # False for NaN
+    if rule.labels == "hard":
+        has_label &= strength > 0
     return {
         "stage": stage_id,
         "terms": [
@@ -97,8 +97,8 @@ def label_sum(stage_id: str, row: Mapping[str, Any], rule: LabelRule) -> LabelSu
         "divisor": float(weights[counts].sum()) if rule.temperature is None else rule.temperature,
         "divided_by": _divisor_in_words(rule),
         "points_per_nat": scale,
-        "log_odds": None if np.isnan(of_pair) else of_pair,
-        "p_chosen": p_chosen,
+        "log_odds": float(log_odds_of_pair[0]) if counts.any() else None,
+        "p_chosen": float(rule.p_chosen(strength)[0]) if has_label[0] else None,
         "labels": rule.labels,
         "clamp": rule.clamp,
         "abstain_below": rule.abstain_below,
@@ -107,13 +107,13 @@ def label_sum(stage_id: str, row: Mapping[str, Any], rule: LabelRule) -> LabelSu
 
 
 def label_line(label: LabelSum) -> str:
-    """The sum and the label in words: `preferences: +3.20 / sum of weights 3 = +1.07 for a; a chosen with ...`."""
-    line = f"{label['stage']}: sum {label['sum']:+.2f} / {label['divided_by']} {label['divisor']:g}"
-    if label["points_per_nat"] is not None:
-        line = f"{line}, with {label['points_per_nat']:g} points per nat,"
+    """The sum and the label in words, from `preferences: sum +3.20 / sum of weights 3 = +1.07` to the label."""
     log_odds = label["log_odds"]
     if log_odds is None:
         return f"{label['stage']}: no label, since no principle has a say"
+    line = f"{label['stage']}: sum {label['sum']:+.2f} / {label['divided_by']} {label['divisor']:g}"
+    if label["points_per_nat"] is not None:
+        line = f"{line}, with {label['points_per_nat']:g} points per nat,"
     side = "a" if log_odds > 0 else "b" if log_odds < 0 else "neither"
     probability = float(sigmoid(np.array(abs(log_odds))))
     line = f"{line} = {log_odds:+.2f}, so {side} is better with probability {probability:.3f}"

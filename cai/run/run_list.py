@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 
 from cai.run.status import process_in_words, stage_statuses
 from cai.storage import run_folder
-from cai.storage.files import read_json, remove_folder
+from cai.storage.files import remove_folder
 from cai.storage.stage_folders import disk_bytes, last_change, recipe_in_words
 from cai.text.errors import BadInput
 from cai.text.tables import table

@@ -134,7 +134,7 @@ class StageStatus(TypedDict):
     on_disk: NotRequired[int]
     """Items that an interruption leaves; of a stage that trains the steps in its resume point."""
     finished: NotRequired[int]
-    """Items, or steps of training, that are finished: `on_disk`, and of a running stage those after its resume point."""
+    """Items, or steps of training, that are finished; of an unfinished stage only those on disk."""
     n_items: NotRequired[int]
     unit: NotRequired[str]
     """What the stage's items are, such as responses."""

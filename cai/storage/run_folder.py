@@ -1,7 +1,7 @@
 """What a run leaves on disk, and how to read it back.
 
     runs/<recipe>/
-        run.json         the recipe's file, overrides, profile, stages in order
+        run.json         the recipe's file, overrides, profile, stages in order, and later stages with other settings
         latest.json      stage id to the folder that stands for it now
         summary.json     every stage's figures, seconds and failures
         <stage id>-<fingerprint>/

@@ -208,11 +208,7 @@ def _folders(run: Path) -> list[Path]:
         path
         for path in sorted(run.iterdir())
         if path.is_dir()
-        and (
-            (path / run_folder.STAGE).exists()
-            or path.name.endswith(REMOVED)
-            or _STAGE_FOLDER.fullmatch(path.name)
-        )
+        and ((path / run_folder.STAGE).exists() or path.name.endswith(REMOVED) or _STAGE_FOLDER.fullmatch(path.name))
     ]
 
 

@@ -38,7 +38,8 @@ class StepCount:
 
     def finished(self, folder: Path) -> int:
         """Steps that the process at work has finished and logged, and those before it."""
-        return max([self.finished_before, *(entry["step"] for entry in read_metrics(folder)[-1:])])
+        logged = [int(entry["step"]) for entry in read_metrics(folder)[-1:]]
+        return max([self.finished_before, *logged])
 
 
 def record_resume_point(folder: Path, step: int) -> None:

@@ -81,4 +81,7 @@ def test_show_has_the_weights_beside_the_log_odds(tmp_path: Path) -> None:
     finish_stage(run, "other", "prefer", "preferences", [], "votes", rule=replace(RULE, temperature=1.0))
     both = CliRunner().invoke(main, ["show", "trial", "pair-1", "--runs", str(tmp_path), "--json"])
     labels = json.loads(both.stdout)["votes"][0]["labels"]
-    assert [(label["stage"], round(label["log_odds"], 2)) for label in labels] == [("preferences", 0.76), ("other", 2.65)]
+    assert [(label["stage"], round(label["log_odds"], 2)) for label in labels] == [
+        ("preferences", 0.76),
+        ("other", 2.65),
+    ]

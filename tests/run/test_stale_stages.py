@@ -131,7 +131,12 @@ def replaced_votes(tmp_path, monkeypatch) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["votes explain trial", "votes diff trial trial/preferences", "votes calibrate trial", "votes explain trial --json"],
+    [
+        "votes explain trial",
+        "votes diff trial trial/preferences",
+        "votes calibrate trial",
+        "votes explain trial --json",
+    ],
 )
 def test_votes_commands_say_on_stderr_that_labels_are_stale_and_what_to_run(replaced_votes, command):
     result = cai(*command.split())
