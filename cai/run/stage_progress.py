@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from cai.storage import run_folder
+from cai.storage import run_folder, stage_folders
 from cai.storage.files import read_json
 from cai.storage.journal import count_items
 from cai.training.step_count import StepCount
@@ -46,9 +46,11 @@ class StageProgress(NamedTuple):
 def stage_progress(folder: Path) -> StageProgress | None:
     """The progress of an unfinished stage; None where nothing is counted yet, while a model is loaded for example."""
     if steps := StepCount.read(folder):
-        return StageProgress(
-            steps.finished(folder), steps.total, "steps", steps.in_resume_point, steps.finished_before, steps.began
-        )
+        kept = steps.in_resume_point
+        if steps.began < stage_folders.began(folder):  # an earlier process's: this one still loads what it trains
+            return StageProgress(kept, steps.total, "steps", kept, kept, time.time())
+        finished = steps.finished(folder)
+        return StageProgress(finished, steps.total, "steps", kept, steps.finished_before, steps.began)
     if count := count_items(folder):
         facts = read_json(folder / run_folder.STAGE)
         began = datetime.fromisoformat(facts["began"]).timestamp()

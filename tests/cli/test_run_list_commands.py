@@ -110,8 +110,12 @@ def test_training_counts_its_steps_while_it_runs_and_its_resume_point_afterwards
         folder = unfinished_folder("tuned")
         assert "share" not in stage("tuned")
         assert "began 0." in cai("status").stdout
+        (folder / "metrics.jsonl").write_text('{"step":6}\n')
+        StepCount(total=50, in_resume_point=4, began=time.time() - 1000).write(folder)
+        assert " 4 of 50 steps, 8%  " in cai("status").stdout, "it has not begun to train again"
+        os.utime(folder / run_folder.STAGE, (time.time() - 30,) * 2)
+        os.utime(TOY / run_folder.LOCK, (time.time() - 40,) * 2)
         StepCount(total=50, finished_before=4, in_resume_point=4, began=time.time() - 20).write(folder)
-        assert "4 of 50 steps, 8%" in cai("status").stdout
         (folder / "metrics.jsonl").write_text('{"step":11}\n{"step":14}\n')
         record_resume_point(folder, 11)
         tuned = stage("tuned")
