@@ -287,8 +287,8 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
 @click.option("--unfinished", is_flag=True, help="Remove interrupted stages too, which the next run would go on with.")
 @RUNS
 def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
-    """Remove the stage folders of a run that no current stage stands on: results of earlier recipes, and interrupted
-    stages that the next run would not go on with.
+    """Remove the stage folders of a run that no current stage stands on: results of earlier recipes, wordings that were
+    tried, and interrupted stages that the next run would not go on with.
 
     \b
     cai clean quickstart

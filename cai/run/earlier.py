@@ -11,9 +11,6 @@ from cai.run.outputs import changed_outputs
 from cai.storage import run_folder
 from cai.storage.files import read_json
 
-TRIED = "tried"
-"""In a run's folder: stages that `cai votes try` has made, which no recipe stands on yet."""
-
 
 def earlier_results(run: Path, config: StageConfig, parts: Mapping[str, object], folder: Path) -> tuple[Earlier, ...]:
     """The folders that the stage takes items over from, the newest first.
@@ -35,7 +32,7 @@ def earlier_results(run: Path, config: StageConfig, parts: Mapping[str, object],
 
 
 def _folders_of(run: Path, stage_id: str) -> Iterator[Path]:
-    for parent in (run, run / TRIED):
+    for parent in (run, run / run_folder.TRIED):
         yield from (path for path in sorted(parent.glob(f"{stage_id}-*")) if path.name.rpartition("-")[0] == stage_id)
 
 

@@ -26,7 +26,7 @@ class StageProgress(NamedTuple):
     kept: int
     """As many as an interruption leaves."""
     finished_before: int
-    """Those of earlier processes."""
+    """Those that this process has not computed."""
     began: float
     """When this process began with the others, in seconds since the epoch."""
 
@@ -54,6 +54,6 @@ def stage_progress(folder: Path) -> StageProgress | None:
     if count := count_items(folder):
         facts = read_json(folder / run_folder.STAGE)
         began = datetime.fromisoformat(facts["began"]).timestamp()
-        before = facts.get(FINISHED_BEFORE, 0)
+        before = max(facts.get(FINISHED_BEFORE, 0), count.n_known)  # neither was computed by this process
         return StageProgress(count.n_finished, count.n_items, count.unit, count.n_finished, before, began)
     return None

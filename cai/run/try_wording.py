@@ -22,7 +22,7 @@ from cai.contracts.stage_config import PrincipleField
 from cai.feedback.explain import compare_votes, example_text_lines, explain
 from cai.feedback.labelled_votes import LabelledVotes, find_prefer_stage, labelled_votes
 from cai.feedback.principle_tests import example_figures, run_examples
-from cai.run.earlier import TRIED, earlier_results
+from cai.run.earlier import earlier_results
 from cai.run.fingerprint import Parts
 from cai.run.pipeline import run_stage
 from cai.run.plan import Planner, Step
@@ -215,7 +215,7 @@ def _judge(
 ) -> Path:
     """The folder of a judge stage under the changed constitution, computed unless it is there."""
     parts: Parts = planner.fingerprints.parts(config, labelling.done)
-    folder = labelling.run / TRIED / f"{config.id}-{stable_id(parts)}"
+    folder = labelling.run / run_folder.TRIED / f"{config.id}-{stable_id(parts)}"
     if run_folder.finished(folder):
         return folder
     earlier = earlier_results(labelling.run, config, parts, folder)

@@ -88,6 +88,8 @@ class Count(NamedTuple):
     n_finished: int
     n_items: int
     unit: str
+    n_known: int = 0
+    """Those of the finished items that were known beforehand and not computed."""
 
     def __str__(self) -> str:
         return f"{self.n_finished:,} of {self.n_items:,} {self.unit} are on disk"
@@ -211,9 +213,9 @@ class Journal:
         for path in journal_paths(self.folder):
             path.unlink()
 
-    def _write(self, positions: Sequence[int], results: Sequence[Result]) -> None:
+    def _write(self, positions: Sequence[int], results: Sequence[Result], *, known: bool = False) -> None:
         """Appends one line to this rank's file, and flushes it to the disk."""
-        line = _line(positions, results)
+        line = _line(positions, results, known=known)
         with self.path.open("ab") as file:
             file.write(line)
             file.flush()
@@ -226,7 +228,7 @@ class Journal:
             self._progress.note(f"{len(results):,} of {self._n_items:,} {self._unit} are unchanged and taken over")
         for start in range(0, len(positions), KNOWN_PER_LINE):
             chunk = positions[start : start + KNOWN_PER_LINE]
-            self._write(chunk, [results[position] for position in chunk])
+            self._write(chunk, [results[position] for position in chunk], known=True)
         self._read_new_lines()
 
     def _missing(self) -> list[tuple[int, int, list[int]]]:
@@ -316,7 +318,8 @@ def count_items(folder: Path) -> Count | None:
                 continue
             entries = [entry for line in lines if (entry := _parse(line))]
             n_finished = sum(len(entry["positions"]) for entry in entries) + (count.n_finished if count else 0)
-            count = Count(n_finished, head["n_items"], head["unit"])
+            n_known = sum(len(entry["positions"]) for entry in entries if entry.get("known"))
+            count = Count(n_finished, head["n_items"], head["unit"], n_known + (count.n_known if count else 0))
     return count
 
 
@@ -362,10 +365,14 @@ def _head(plan: str | None, n_items: int, unit: str, attempts: dict[str, int]) -
     return canonical_json(head).encode() + b"\n"
 
 
-def _line(positions: Sequence[int], results: Sequence[Result]) -> bytes:
-    """The line with the results of the items at these positions."""
+def _line(positions: Sequence[int], results: Sequence[Result], *, known: bool = False) -> bytes:
+    """The line with the results of the items at these positions, which were `known` beforehand or computed."""
     failures = [[asdict(failure) for failure in result.failures] for result in results]
-    entry = {"positions": positions, "rows": [result.row for result in results], "failures": failures}
+    entry: dict[str, Any] = {
+        "positions": positions, "rows": [result.row for result in results], "failures": failures
+    }  # fmt: skip
+    if known:
+        entry["known"] = True
     return canonical_json(entry).encode() + b"\n"
 
 

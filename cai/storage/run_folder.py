@@ -36,10 +36,11 @@ RUN = "run.json"
 MODEL = "model"
 PROCESS = "process"
 """In a stage's folder: what parent and child processes tell each other, and their log."""
+TRIED = "tried"
+"""In a run's folder: stages that `cai votes try` has made, which no recipe stands on yet."""
 LOCK = ".lock"
 RECIPE = "recipe.yaml"
-"""The recipe that `cai compare` writes into the folder of its run, which it calls `compare-...`."""
-COMPARISON = "compare-"
+"""The recipe that `cai compare` writes into the folder of its run."""
 LOCK_WAIT = 0.2
 """Seconds after which a lock that is held is tried once more: `lock_holder` holds it for a moment."""
 
@@ -171,7 +172,14 @@ def is_run(path: Path) -> bool:
     """Whether a folder is that of a run, also of one that ended before it wrote run.json."""
     if any((path / name).is_file() for name in (RUN, LATEST, LOCK)):
         return True
-    return path.name.startswith(COMPARISON) and (path / RECIPE).is_file()
+    return is_comparison(path)
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a folder is that of a run of `cai compare`, whose recipe lies in it and begins with the run's name."""
+    with contextlib.suppress(OSError), (path / RECIPE).open("rb") as recipe:
+        return recipe.readline().strip() == f"name: {path.name}".encode()
+    return False
 
 
 def find_run(name: str | None, runs: Path, *, begun: bool = True) -> Path:

@@ -113,7 +113,8 @@ def run_command(run: Path) -> str:
     facts = read_json(run / run_folder.RUN) or {}
     words = ["cai", "run", _recipe_name(facts.get("recipe", run.name))]
     for override in facts.get("overrides", []):
-        words += ["--set", override]
+        key, _, name = override.partition("=")
+        words += ["--name", name] if key == "name" else ["--set", override]
     if facts.get("profile") != "cpu" and facts.get("profile") in shipped_names("configs"):
         words += ["--on", facts["profile"]]
     if run.parent != Path("runs"):
@@ -123,7 +124,7 @@ def run_command(run: Path) -> str:
 
 def recipe_in_words(run: Path) -> str | None:
     """The recipe of a run: its file, the name of a shipped one, or `cai compare`; None where the run did not begin."""
-    if run.name.startswith(run_folder.COMPARISON) and (run / run_folder.RECIPE).is_file():
+    if run_folder.is_comparison(run):
         return "cai compare"
     recipe = (read_json(run / run_folder.RUN) or {}).get("recipe")
     return recipe and _recipe_name(recipe)
@@ -161,12 +162,13 @@ def interrupted(run: Path) -> dict[str, Path]:
 
 
 def unused(run: Path, unfinished: bool = False) -> list[tuple[Path, int]]:
-    """Stage folders that no run of the current recipe would use, and their bytes; with `unfinished` interrupted ones
-    that it would continue too."""
+    """Stage folders that no current stage stands on, wordings that were tried among them, and their bytes; with
+    `unfinished` also interrupted ones that the next run would continue."""
     kept = set(run_folder.latest(run).values())
     if not unfinished:
         kept |= set(interrupted(run).values())
-    return [(folder, disk_bytes(folder)) for folder in _folders(run) if folder not in kept]
+    tried = _folders(run / run_folder.TRIED) if (run / run_folder.TRIED).is_dir() else []
+    return [(folder, disk_bytes(folder)) for folder in [*_folders(run), *tried] if folder not in kept]
 
 
 def stage_of(folder: Path) -> str:

@@ -104,6 +104,17 @@ def test_items_of_earlier_processes_do_not_count_as_speed(recipe):
         assert more["seconds_left"] == pytest.approx(90, rel=0.1), "2 of 3 items in a minute, 3 items to go"
 
 
+def test_items_that_are_taken_over_do_not_count_as_speed(recipe):
+    run(recipe, until="tuned", runs="runs/toy")
+    with run_folder.locked(TOY):
+        journal = Journal(unfinished_folder("more", finished_before=0))
+        known = {str(number): ItemResult({"id": str(number)}) for number in range(3)}
+        portion = next(journal.portions([{"id": str(number)} for number in range(6)], size=1, known=known))
+        assert stage("more")["seconds_left"] is None
+        journal.append(portion, [ItemResult({"id": "3"})])
+        assert stage("more")["seconds_left"] == pytest.approx(120, rel=0.1), "an item in a minute, 2 items to go"
+
+
 def test_training_counts_its_steps_while_it_runs_and_its_resume_point_afterwards(recipe):
     run(recipe, until="texts", runs="runs/toy")
     with run_folder.locked(TOY):
@@ -193,8 +204,9 @@ def test_runs_delete_removes_a_linked_run_and_nothing_that_is_no_run(recipe):
     assert Path("project/.lock").exists()
 
 
-def test_a_comparison_that_was_refused_is_listed_and_deleted(recipe):
-    refused = cai(*COMPARE, "--set", "stages.comparison.prompts=nothing")
+@pytest.mark.parametrize("options", [[], ["--name", "mine"]])
+def test_a_comparison_that_was_refused_is_listed_and_deleted(recipe, options):
+    refused = cai(*COMPARE, *options, "--set", "stages.comparison.prompts=nothing")
     assert refused.exit_code == 2
     [name] = listed()
     assert listed()[name]["state"] == "not begun"
@@ -227,11 +239,13 @@ def test_clean_sees_unfinished_folders_that_no_run_goes_on_with(recipe):
     on_earlier_texts = unfinished_folder("more", 4, inputs=reads_earlier)
     empty = TOY / f"labels-{5:016x}"
     empty.mkdir()
+    tried = TOY / run_folder.TRIED / f"labels-{6:016x}"
+    tried.mkdir(parents=True)
     now = time.time()
     os.utime(older / run_folder.STAGE, (now, now - 30))
     os.utime(before_the_finished_one / run_folder.STAGE, (now, now - 30))
     assert interrupted(TOY) == {"tuned": newest}
-    assert {path for path, _ in unused(TOY)} == {older, before_the_finished_one, on_earlier_texts, empty}
+    assert {path for path, _ in unused(TOY)} == {older, before_the_finished_one, on_earlier_texts, empty, tried}
     assert {path for path, _ in unused(TOY, unfinished=True)} - {path for path, _ in unused(TOY)} == {newest}
 
 

@@ -188,3 +188,12 @@ def test_the_command_that_computes_stale_stages_again_is_the_one_of_the_run(reci
     cai("run", "recipe.yaml", "--set", "stages.texts.fail=[why?, how?]", "--until", "texts", "--runs", "else where")
     note = stale_note(Path("else where/toy"), ["policy"])
     assert "`cai run recipe.yaml --set 'stages.texts.fail=[why?, how?]' --runs 'else where'` computes it again" in note
+
+
+def test_the_command_names_a_run_that_is_called_otherwise_than_its_recipe(recipe):
+    cai("fork", "toy", "other")
+    cai("run", "recipe.yaml", "--name", "other", "--set", "stages.texts.n=2", "--until", "texts")
+    assert states("other") == {"texts": "done", **dict.fromkeys(["tuned", "more", "labels", "policy"], "stale")}
+    assert set(states().values()) == {"done"}
+    note = stale_note(Path("runs/other"), ["policy"])
+    assert "`cai run recipe.yaml --set stages.texts.n=2 --name other` computes it again" in note
