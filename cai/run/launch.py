@@ -41,6 +41,7 @@ from cai.run import stage_process
 from cai.run.stage_process import ALIVE, MODULE, NODE, SILENCE, Spec, accelerate_command
 from cai.storage import stopping
 from cai.storage.files import read_json, write_json
+from cai.storage.refusals import is_full
 from cai.storage.run_folder import PROCESS
 from cai.text.errors import BadInput, CaiError, GateFailed, OutOfMemory, StageFailed
 from cai.text.progress import StageLine, relay
@@ -259,5 +260,7 @@ def _first_error(folder: Path, stage: str, codes: list[int | None], kernel_kille
     if kernel_killed and code in {-signal.SIGKILL, 128 + signal.SIGKILL}:
         remedy = "`cai plan` tells what it takes, and fewer `processes` in the profile take less"
         return OutOfMemory(f"{who} was killed by the system, which had no memory left ({remedy})")
+    if is_full(folder):
+        return StageFailed(f"{who} ended, because the disk of {folder} is full; free some of it and run this again")
     ended = f"signal {-code}" if code < 0 else f"exit code {code}"
     return StageFailed(f"{who} ended with {ended}; see {folder / 'log.txt'}")

@@ -28,6 +28,7 @@ from cai.run.stage_run import StageRun, now, prepare
 from cai.storage import run_folder, stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.journal import Journal, reopen
+from cai.storage.refusals import refused_output
 from cai.storage.stage_folders import OTHER_SETTINGS
 from cai.text.errors import CaiError, OutOfMemory
 from cai.text.progress import Display, StageLine
@@ -111,6 +112,10 @@ def run_stage(stage: StageRun, display: Display, open_engine: OpenEngine | None 
             figures = _work(stage, line, journal, open_engine)
     except CaiError as error:
         raise _named(error, step.id) from error
+    except Exception as error:
+        if (refused := refused_output(error, folder)) is None:
+            raise
+        raise _named(refused, step.id) from error
     failures = run_folder.n_failures(folder)
     write_json(
         folder / run_folder.STAGE,

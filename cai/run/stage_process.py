@@ -27,6 +27,7 @@ from cai.run.stage_run import StageRun, prepare
 from cai.storage import run_folder
 from cai.storage.files import write_json
 from cai.storage.journal import Journal, ShareDone
+from cai.storage.refusals import refused_output
 from cai.text.errors import CaiError, StageFailed, Terminated
 from cai.text.progress import FileLine, StageLine
 
@@ -81,9 +82,12 @@ def main(path: str) -> int:
         message, code, name = str(error), StageFailed.exit_code, type(error).__name__
         if isinstance(error, CaiError):
             code = error.exit_code
+        elif refused := refused_output(error, Path(spec.folder)):
+            message = str(refused)
         else:
             message = f"stage {spec.stage!r}, process {rank}: {name}: {error}; see {folder / 'log.txt'}"
-        write_json(folder / f"error-{rank}.json", {"time": time.time(), "kind": name, "message": message})
+        with contextlib.suppress(OSError):  # on a full disk the parent says why
+            write_json(folder / f"error-{rank}.json", {"time": time.time(), "kind": name, "message": message})
         return code
     if rank == 0:
         write_json(folder / "figures.json", figures)

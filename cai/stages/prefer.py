@@ -182,7 +182,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         figures["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
         context.report_left_out(people.n_wanted, "labelled pairs", people.unusable)
     if not len(pairs) + len(human):
-        raise StageFailed(f"none of the pairs gets a label: {figures}")
+        raise StageFailed(f"none of the pairs gets a label: {_why_none(config, rule, counts)}")
     human = relabelled(human, with_labels(rule, config.labels or "soft"))
     statistics = write_preferences(context, votes, pairs, log_odds, rule, human)
     if agreement:
@@ -330,6 +330,21 @@ def select(
         pairs, human = pairs[keep_ai], list(itertools.compress(human, keep_human))
         counts |= {"mixed_out_ai": int((~keep_ai).sum()), "mixed_out_human": int((~keep_human).sum())}
     return Selection(pairs, human, counts, agreement)
+
+
+def _why_none(config: Config, rule: LabelRule, counts: Mapping[str, int]) -> str:
+    """Why no pair has a label, in words."""
+    if rule.weights and not any(rule.weights.values()):
+        return "every principle that voted has weight 0; give one of them a `weight`, or change `tag_weights`"
+    reasons = {
+        "abstained": f"on which every principle abstains (abstain_below {config.abstain_below:g})",
+        "dropped": f"nearer to even than min_confidence {config.min_confidence:g}",
+        "even": "exactly even",
+        "mixed_out_ai": "left out by `mix`",
+        "mixed_out_human": "labelled by people and left out by `mix`",
+    }
+    parts = [f"{counts[name]:,} {words}" for name, words in reasons.items() if counts.get(name)]
+    return "; ".join([f"{counts['votes']:,} judged pairs", *parts])
 
 
 def report_unlabelled(config: Config, context: Context, counts: Mapping[str, int]) -> None:

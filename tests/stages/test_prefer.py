@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -162,8 +163,15 @@ def test_a_pair_on_which_all_abstain_has_no_label(tmp_path):
     result = prefer(tmp_path, rows, PRINCIPLES.replace("id: safe,", "id: safe, weight: 0,"), abstain_below=0.5)
     assert {row["pair_id"]: row["log_odds"] for row in result.rows} == {"pair-1": pytest.approx(0.9)}
     assert result.figures["labels"]["abstained"] == 2
-    with pytest.raises(StageFailed, match="none of the pairs gets a label"):
+    reason = r"none of the pairs gets a label: 3 judged pairs; 3 on which every principle abstains \(abstain_below 50\)"
+    with pytest.raises(StageFailed, match=reason):
         prefer(tmp_path / "none", rows, abstain_below=50)
+
+
+def test_weights_that_are_all_zero_are_called_that(tmp_path):
+    weightless = re.sub(r"weight: [\d.]+", "weight: 0", PRINCIPLES).replace("id: safe,", "id: safe, weight: 0,")
+    with pytest.raises(StageFailed, match="none of the pairs gets a label: every principle that voted has weight 0; "):
+        prefer(tmp_path, [vote_row(1, {"calm": (0.1, 0.3), "short": (0.9, 0.9)})], weightless)
 
 
 def test_confidence_is_measured_before_clamping(tmp_path):
