@@ -1,4 +1,4 @@
-"""Wrong paths, devices, documents, models and values end in one sentence and the right exit code, not in a traceback."""
+"""Wrong paths, devices, documents, models and values end in one sentence and the right exit code, not a traceback."""
 
 from __future__ import annotations
 
