@@ -8,7 +8,18 @@ from pathlib import Path
 import click
 
 from cai.cli.document_commands import WRITE, print_schema, problem_facts
-from cai.cli.options import JSON, MODEL, ONLINE, PROFILE, SHARE, TEMPLATES, VLLM_PYTHON, prepared_profile
+from cai.cli.options import (
+    JSON,
+    MODEL,
+    ONLINE,
+    PRINCIPLES,
+    PROFILE,
+    SHARE,
+    TEMPLATES,
+    VLLM_PYTHON,
+    prepared_profile,
+    with_principles,
+)
 from cai.text.errors import BadInput
 
 
@@ -72,10 +83,10 @@ def constitution_check(
 @constitution.command("show")
 @click.argument("file")
 @click.option("--prompt", is_flag=True, help="Show the requests to critic, reviser and judge.")
-@click.option("--principle", "principle_id", metavar="ID", help="Only this principle.")
+@PRINCIPLES
 @click.option("--templates", default="default", show_default=True, metavar="SET", help="Template set for --prompt.")
 @JSON
-def constitution_show(file: str, prompt: bool, principle_id: str | None, templates: str, as_json: bool) -> None:
+def constitution_show(file: str, prompt: bool, principles: tuple[str, ...], templates: str, as_json: bool) -> None:
     """Show the compiled document: extended documents merged, traits and absent principle fields derived.
 
     Where it extends others, an overlay report follows: which principles are new, replaced, reweighed and dropped, and
@@ -83,16 +94,11 @@ def constitution_show(file: str, prompt: bool, principle_id: str | None, templat
 
     FILE is a path, or the name of a shipped constitution such as `harmlessness`.
     """
-    from dataclasses import replace
-
     from cai.constitution import load_constitution
     from cai.templates.changes_text import change_lines
     from cai.templates.constitution_text import document_lines, example_requests, request_lines
 
-    document = load_constitution(file)
-    if principle_id is not None:
-        changes = tuple(change for change in document.changes if change.id == principle_id)
-        document = replace(document, principles=(document.principle(principle_id),), changes=changes)
+    document = with_principles(load_constitution(file), principles)
     if prompt:
         from cai.templates import load_templates
 
@@ -152,6 +158,7 @@ def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -
 @click.argument("file")
 @MODEL
 @TEMPLATES
+@PRINCIPLES
 @click.option("--examples", metavar="FILE", help="Take the examples of this constitution instead, by principle.")
 @click.option("--min-accuracy", type=SHARE, metavar="SHARE", help="Exit code 1 below this.")
 @PROFILE
@@ -159,8 +166,8 @@ def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -
 @VLLM_PYTHON
 @JSON
 def constitution_test(
-    file: str, model: str, templates: str, examples: str | None, min_accuracy: float | None, on: str | None,
-    online: bool, vllm_python: Path | None, as_json: bool,
+    file: str, model: str, templates: str, principles: tuple[str, ...], examples: str | None,
+    min_accuracy: float | None, on: str | None, online: bool, vllm_python: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Put every example to a judge under its principle, in both orders; name those that it decides the other way.
 
@@ -179,6 +186,7 @@ def constitution_test(
 
     if examples is not None:
         document = principle_tests.with_examples_of(document, load_constitution(examples))
+    document = with_principles(document, principles)
     judge = reference.resolve(model, templates=templates, folder=Path.cwd())
     if not profile.offline:
         reference.download(judge)

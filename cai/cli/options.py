@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import click
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
+    from cai.constitution import Constitution
     from cai.contracts.profile import Profile
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -56,6 +58,10 @@ MODEL_CONFIG = click.option(
 TEMPLATES = click.option(
     "--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's."
 )
+PRINCIPLES = click.option(
+    "--principle", "principles", multiple=True, metavar="ID_OR_TAG",
+    help="Only this principle, or those with this tag; repeatable. An id wins over a tag of the same name.",
+)  # fmt: skip
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 
 
@@ -87,6 +93,16 @@ def prepared_profile(on: str | None, online: bool = False, vllm_python: Path | N
     profile = chosen_profile(on, online, vllm_python)
     prepare(profile)
     return profile
+
+
+def with_principles(constitution: Constitution, names: tuple[str, ...]) -> Constitution:
+    """The constitution with the principles of the option `--principle` alone; with all where it is absent."""
+    if not names:
+        return constitution
+    try:
+        return replace(constitution, principles=constitution.select(names))
+    except BadInput as error:
+        raise BadInput(f"--principle: {error}") from None
 
 
 def to_stderr(text: str) -> None:

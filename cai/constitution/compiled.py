@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from cai.constitution.changes import Change
+from cai.constitution.selection import selected_ids
 from cai.storage.rows import Message
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import printable
@@ -104,6 +106,16 @@ class Constitution:
             hint = f", it is dropped at {dropped[-1]}" if dropped else did_you_mean(id, principles_by_id)
             raise BadInput(printable(f"{self.path}: no principle {id!r}{hint}"))
         return principles_by_id[id]
+
+    def select(self, names: Sequence[str] | Literal["all"]) -> tuple[Principle, ...]:
+        """All principles, or those that one of `names`, ids and tags, means, in the document's order.
+
+        Raises BadInput for a name that is neither. A name that is both is the id (`cai.constitution.selection`).
+        """
+        if names == "all":
+            return self.principles
+        ids = selected_ids(names, {principle.id: principle.tags for principle in self.principles}, self.name)
+        return tuple(principle for principle in self.principles if principle.id in ids)
 
     def plain(self) -> dict[str, object]:
         """Plain data for JSON, with the keys of a document that extends nothing."""

@@ -66,10 +66,12 @@ class PromptSetReference:
 
 @dataclass(frozen=True)
 class PrincipleReference:
-    """A principle of the constitution by id; with `or_tag`, all that carry a tag; with `tag_only`, by tag alone."""
+    """Principles of the constitution, by id or by a tag that they carry; an id wins over a tag of the same name."""
 
-    or_tag: bool = False
     tag_only: bool = False
+    """Whether the name is a tag, never an id."""
+    lists_tags: bool = False
+    """Whether the fingerprint lists the named tags of each principle where no tag is named, too."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,6 @@ RewardModelRef = Annotated[str, ModelReference(gives=("reward",))]
 RaterRef = Annotated[str, ModelReference(gives=("policy",), self_is="judge")]
 PromptSetRef = Annotated[str, PromptSetReference()]
 PrincipleRef = Annotated[str, PrincipleReference()]
-PrincipleOrTagRef = Annotated[str, PrincipleReference(or_tag=True)]
 PrincipleTagRef = Annotated[str, PrincipleReference(tag_only=True)]
 TagRef = Annotated[str, TagReference()]
 FileRef = Annotated[str, FileReference()]

@@ -133,7 +133,7 @@ class Reward(BaseModel):
         description="What it is logged as; absent = the model's name, `judge`, or the function's name.",
     )
     principles: Literal["all"] | Annotated[list[PrincipleRef], Field(min_length=1)] = Field(
-        "all", description="Principles that a judge rates by: all, or some by id."
+        "all", description="Principles that a judge rates by: all, or those of these ids and tags."
     )
     scale: Literal[7, 10] = Field(7, description="A judge's highest rating; the lowest is 1.")
 

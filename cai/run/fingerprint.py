@@ -104,17 +104,18 @@ class Fingerprints:
             "constitution": constitution.name,
             "principles": [principle.id for principle in constitution.principles],
         }
-        by_tag = {
-            name for _, target, name in references(config, PrincipleReference) if target.or_tag or target.tag_only
-        }
+        ids = set(parts["principles"])
+        named = references(config, PrincipleReference)
+        tags = {name for _, target, name in named if target.tag_only or name not in ids}
+        lists_tags = bool(tags) or any(target.lists_tags for _, target, _ in named)
         for principle in constitution.principles:
             for name in fields:
                 part = f"weight.{principle.id}" if name == "weight" else f"principle.{principle.id}.{name}"
                 parts[part] = _plain(getattr(principle, name))
             if set(fields) - {"weight"}:
                 parts[f"principle.{principle.id}.applies_to"] = principle.applies_to and list(principle.applies_to)
-            if by_tag:
-                parts[f"principle.{principle.id}.tags"] = [tag for tag in principle.tags if tag in by_tag]
+            if lists_tags:
+                parts[f"principle.{principle.id}.tags"] = [tag for tag in principle.tags if tag in tags]
         return parts
 
     def _path_of(self, target: FileReference, name: str) -> Path:

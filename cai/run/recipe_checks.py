@@ -278,9 +278,8 @@ def _constitution(
 
 def _check_principle(document: Document, place: tuple[Key, ...], name: Reference, constitution: Constitution) -> None:
     """Refuses a principle, or a tag of principles, that the constitution does not have."""
-    ids = [principle.id for principle in constitution.principles]
-    tags = sorted({tag for principle in constitution.principles for tag in principle.tags})
     if name.target.tag_only:
+        tags = sorted({tag for principle in constitution.principles for tag in principle.tags})
         if name.name not in tags:
             raise error_at(
                 document,
@@ -289,15 +288,10 @@ def _check_principle(document: Document, place: tuple[Key, ...], name: Reference
                 f"{', '.join(tags) or 'none has any'}{did_you_mean(name.name, tags)}",
             )
         return
-    names = [*ids, *tags] if name.target.or_tag else ids
-    if name.name not in names:
-        kinds = "ids or tags" if name.target.or_tag and tags else "ids"
-        raise error_at(
-            document,
-            place,
-            f"found {name.name!r}, expected {kinds} of principles in {constitution.name!r}"
-            + did_you_mean(name.name, names),
-        )
+    try:
+        constitution.select([name.name])
+    except BadInput as error:
+        raise error_at(document, place, str(error)) from None
 
 
 def _check_tag(

@@ -42,7 +42,7 @@ class Config(CompositeConfig, WritingConfig):
         None, description="Model or stage that judges; absent = the recipe's judge."
     )
     principles: list[PrincipleRef] | Literal["all"] = Field(
-        "all", description="Ids of the principles that are asked about."
+        "all", description="Ids or tags of the principles that are asked about."
     )
     tie_below: float = Field(0.1, ge=0, description="Log-odds (nats) under which a comparison is a tie.")
     min_option_probability: float = Field(

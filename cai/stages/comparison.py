@@ -96,12 +96,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
 def _principles(config: Config, context: Context) -> dict[str, Principle]:
     """The principles whose votes count, by id; a weight of 0 switches one off."""
     assert context.constitution is not None
-    ids = None if config.principles == "all" else set(config.principles)
-    return {
-        principle.id: principle
-        for principle in context.constitution.principles
-        if principle.weight > 0 and (ids is None or principle.id in ids)
-    }
+    selected = context.constitution.select(config.principles)
+    return {principle.id: principle for principle in selected if principle.weight > 0}
 
 
 def _verdict_keys(

@@ -30,7 +30,7 @@ from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self, TypedDi
 import numpy as np
 from pydantic import Field, model_validator
 
-from cai.constitution import Constitution, Principle, applicable_principles
+from cai.constitution import Principle, applicable_principles
 from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
 from cai.contracts.references import JudgeRef, OneOrMore, OutputKind, PrincipleRef, PromptSetRef, TextsRef
@@ -103,13 +103,20 @@ class Config(FeedbackConfig):
     principles: Literal["one", "all"] | Annotated[int, Field(ge=1)] | list[PrincipleRef] = Field(
         "all",
         description="Principles asked about a pair: one or k at random from those that apply, all that apply, or those "
-        "of these ids that do.",
+        "of these ids and tags that do.",
     )
     min_option_probability: float = Field(
         MIN_OPTION_PROBABILITY, ge=0, le=1,
         description="Probability that the options must hold together. A judge that understood the question puts nearly "
         "all of it there; below a tenth it was about to say something else, and the ratio of the options is noise.",
     )  # fmt: skip
+
+    @property
+    def n_drawn(self) -> int | None:
+        """Principles that are drawn at random for a pair; None = all that are chosen and apply."""
+        if isinstance(self.principles, int):
+            return self.principles
+        return 1 if self.principles == "one" else None
 
     def vote_unit(self) -> str:
         return vote_unit(self.method, self.scale)
@@ -186,9 +193,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         planned += human_items(people.preferences, Path(config.human.source).name, context.stage_id)
         counts["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
         context.report_left_out(people.n_wanted, "labelled pairs", people.unusable)
-    principles = {
-        item["id"]: sample_principles(context.constitution, item, config.principles, context) for item in planned
-    }
+    selected = context.constitution.select(config.principles if isinstance(config.principles, list) else "all")
+    principles = {item["id"]: sample_principles(selected, item, config.n_drawn, context) for item in planned}
     items = [item for item in planned if principles[item["id"]]]
     unprincipled = LeftOut(
         len(planned) - len(items), "without a principle that applies", "let a principle apply to their tags"
@@ -422,17 +428,14 @@ def choose_pairs(rows: list[Sample], config: Config, rng: random.Random) -> list
 
 
 def sample_principles(
-    constitution: Constitution, item: Item, principles: str | int | list[str], context: Context
+    principles: Sequence[Principle], item: Item, n_drawn: int | None, context: Context
 ) -> list[Principle]:
-    """The principles asked about a pair, in the document's order; `principles` is the config's value."""
-    applicable = applicable_principles(constitution.principles, item["tags"])
-    if principles == "all":
+    """Those of `principles` that are asked about a pair, in their order: `n_drawn` of those that apply, None = all."""
+    applicable = applicable_principles(principles, item["tags"])
+    if n_drawn is None:
         return applicable
-    if isinstance(principles, list):
-        return [principle for principle in applicable if principle.id in principles]
-    n_asked = 1 if principles == "one" else int(principles)
     rng = random.Random(context.seed_for(item["id"], "principles"))
-    indices = rng.sample(range(len(applicable)), min(n_asked, len(applicable)))
+    indices = rng.sample(range(len(applicable)), min(n_drawn, len(applicable)))
     return [applicable[index] for index in sorted(indices)]
 
 

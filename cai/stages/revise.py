@@ -22,14 +22,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from cai.constitution import Constitution, Principle, applicable_principles
+from cai.constitution import Principle, applicable_principles
 from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Engine, Request, Sampling
-from cai.contracts.references import OneOrMore, OutputKind, PrincipleOrTagRef, TagRef, TextsRef, WriterRef
+from cai.contracts.references import OneOrMore, OutputKind, PrincipleReference, TagRef, TextsRef, WriterRef
 from cai.contracts.stage_config import PrincipleField, WritingConfig
 from cai.engines.retry import generate_all
 from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
@@ -52,7 +52,8 @@ class Config(WritingConfig):
     kind: Literal["revise"] = "revise"
     from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages whose responses are revised.")
     only: OneOrMore[TagRef] = Field([], description="Tags of the prompts whose responses are revised. Empty = all.")
-    principles: OneOrMore[PrincipleOrTagRef] = Field(
+    # `lists_tags` keeps the fingerprints of earlier versions, which listed tags beside ids alone as well.
+    principles: OneOrMore[Annotated[str, PrincipleReference(lists_tags=True)]] = Field(
         [], description="Ids or tags of the principles to draw from. Empty = all that apply."
     )
     rounds: int = Field(1, ge=1, description="Critiques and revisions in a row.")
@@ -106,7 +107,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise BadInput("`revise` needs a constitution, and the recipe names none")
     responses: list[Sample] = context.rows(config.from_)
     selected = select_responses(responses, config.only)
-    principles = select_principles(context.constitution, config.principles)
+    principles = list(context.constitution.select(config.principles or "all"))
     to_revise = [row for row in selected if applicable_principles(principles, row["tags"])]
     if not to_revise:
         raise StageFailed(f"no principle applies to any of {len(selected)} responses")
@@ -173,24 +174,6 @@ def select_responses(responses: list[Sample], tags: list[str]) -> list[Sample]:
                 f"{', '.join(known_tags)}{did_you_mean(tag, known_tags)}"
             )
     return [row for row in responses if not tags or not set(tags).isdisjoint(row["tags"])]
-
-
-def select_principles(constitution: Constitution, names: list[str]) -> list[Principle]:
-    """The principles with one of these ids or tags; all if `names` is empty. Raises BadInput for an unknown name."""
-    known_names = list(
-        dict.fromkeys(name for principle in constitution.principles for name in (principle.id, *principle.tags))
-    )
-    for name in names:
-        if name not in known_names:
-            raise BadInput(
-                f"`principles` names {name!r}, which is no id or tag in {constitution.name!r}, expected one of "
-                f"{', '.join(known_names)}{did_you_mean(name, known_names)}"
-            )
-    return [
-        principle
-        for principle in constitution.principles
-        if not names or not set(names).isdisjoint((principle.id, *principle.tags))
-    ]
 
 
 def start(row: Sample, n_rounds: int, principles: list[Principle], context: Context) -> Item:

@@ -243,7 +243,10 @@ def test_show_uses_a_placeholder_where_there_is_no_example_and_prints_nothing_th
     ("arguments", "hint"),
     [
         (["harmlesness"], "did you mean 'harmlessness'?"),
-        (["harmlessness", "--principle", "no-sermons"], "no principle 'no-sermons'; did you mean 'no-sermon'?"),
+        (
+            ["harmlessness", "--principle", "no-sermons"],
+            "found 'no-sermons', expected ids or tags of principles in 'harmlessness'; did you mean 'no-sermon'?",
+        ),
         (["harmlessness", "--prompt", "--templates", "defualt"], "did you mean 'default'?"),
     ],
 )

@@ -116,6 +116,19 @@ def test_as_many_principles_are_drawn_as_the_recipe_says(tmp_path, principles, n
     assert len(set(asked_principles)) > 1 or n_asked == 3
 
 
+def test_principles_are_chosen_by_ids_and_tags_in_one_list(tmp_path):
+    document = PRINCIPLES.replace("id: calm,", "id: calm, tags: [style, safe],").replace(
+        "id: short,", "id: short, tags: [style],"
+    )
+
+    def asked(name, principles):
+        result = judge(tmp_path / name, LOCKS[:2], principles=principles, document=document)
+        return {vote["principle"] for row in result.rows for vote in row["votes"]}
+
+    assert asked("by-tag", ["style"]) == {"calm", "short"}
+    assert asked("both", ["safe", "short"]) == {"safe", "short"}, "the id `safe` wins over the tag"
+
+
 def test_log_odds_are_for_a_whichever_is_shown_first(tmp_path):
     def prefers(question):
         text = question.messages[0]["content"]

@@ -182,11 +182,8 @@ class _RewardModelSource:
 class _JudgeSource:
     def __init__(self, reward: Reward, context: Context, stack: contextlib.ExitStack) -> None:
         assert context.constitution is not None, "the recipe was checked for one"
-        self.principles = [
-            principle
-            for principle in context.constitution.principles
-            if principle.weight > 0 and (reward.principles == "all" or principle.id in reward.principles)
-        ]
+        selected = context.constitution.select(reward.principles)
+        self.principles = [principle for principle in selected if principle.weight > 0]
         self.reward, self.context, self.stack = reward, context, stack
 
     @functools.cached_property

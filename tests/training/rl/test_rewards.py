@@ -137,6 +137,14 @@ def test_a_judges_score_is_the_weighted_mean_of_its_ratings_by_the_principles_th
         assert rewards.scores([response("yes")]) == [{"judge": pytest.approx(1.0)}]
 
 
+def test_a_judge_rates_by_the_principles_of_ids_and_tags(tmp_path: Path) -> None:
+    document = PRINCIPLES.replace("id: calm,", "id: calm, tags: [style],")
+    context = replace(stage(tmp_path, Script(rates=by_principle)), constitution=constitution(tmp_path, document))
+    with Rewards([Reward(judge="me", principles=["style", "safe"])], context) as rewards:
+        (scores,) = rewards.scores([response("no", "red_team")])
+    assert scores == {"judge": pytest.approx((2 * 7 + 1 * 4) / 3)}
+
+
 def test_a_rating_that_fails_by_one_principle_fails_the_response(tmp_path: Path) -> None:
     def rates(question: Question) -> list[float]:
         request = question.messages[-1]["content"]
