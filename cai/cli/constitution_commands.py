@@ -171,6 +171,8 @@ def constitution_test(
 ) -> None:  # fmt: skip
     """Put every example to a judge under its principle, in both orders; name those that it decides the other way.
 
+    A judge whose 95 % interval of accuracy contains one half is not distinguishable from chance, and called that.
+
     \b
     cai constitution test constitutions/micro.yaml --min-accuracy 0.95
     cai constitution test mine.yaml --model my-model --examples colleague.yaml --json
@@ -192,12 +194,12 @@ def constitution_test(
         reference.download(judge)
     with open_engine(judge, profile) as engine:
         outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates))
-    figures = principle_tests.example_figures(outcomes)
+    figures = principle_tests.example_figures(document, outcomes)
     if as_json:
         click.echo(json.dumps({"constitution": document.name, "model": judge.name} | figures))
     else:
-        click.echo("\n".join(principle_tests.example_lines(outcomes)))
-    if min_accuracy is not None and figures["accuracy"] < min_accuracy:
+        click.echo("\n".join(principle_tests.example_lines(figures, outcomes)))
+    if min_accuracy is not None and (figures["accuracy"] or 0.0) < min_accuracy:
         raise SystemExit(1)
 
 

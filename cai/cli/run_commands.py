@@ -248,6 +248,8 @@ def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
     click.echo("\n".join(status.status_lines(folder)))
     if line := status.outdated_summary_line(folder, summary):
         click.echo(f"\n{printable(line)}")
+    if lines := status.figure_lines(summary):
+        click.echo("\n".join(["", *lines]))
     _echo_comparison(summary)
     if lines := status.left_out_lines(summary):
         click.echo("\n".join(["", *lines]))

@@ -35,6 +35,7 @@ from cai.feedback.votes import (
     question_id,
     to_votes,
 )  # fmt: skip
+from cai.maths.chance import against_chance
 from cai.maths.statistics import RateFigure, rate
 from cai.storage.rows import Failure, stable_seed
 from cai.templates import OPTIONS, TemplateSet
@@ -263,5 +264,8 @@ def attack_lines(figures: Mapping[str, Any]) -> Iterator[str]:
         )
         cells.append([name, flip_rate, worst, str(flips["n"]), str(n_missing), before, after, trained_on])
     yield from aligned_lines(cells, "<>>>>>>")
+    accuracy = figures["all"]["accuracy_without_injection"]
+    if accuracy["value"] is not None:
+        yield f"without an injection the judge is {against_chance(accuracy['interval'])}"
     if n_left_out := figures["pairs_failed"] + figures["pairs_undecided"]:
         yield f"{n_left_out} of {figures['pairs']} pairs have no verdict without an injection and are left out"

@@ -19,6 +19,7 @@ import numpy as np
 from cai.feedback.labelled_votes import LabelledVotes
 from cai.feedback.truth import MeasuredOn, TruthKind, choose_truth, n_failed_pairs
 from cai.maths import calibration
+from cai.maths.chance import AgainstChance, against_chance
 from cai.maths.statistics import RateFigure, rate
 from cai.maths.vote_aggregation import Bools, Floats, sigmoid
 from cai.storage.rows import is_held_out, stable_seed
@@ -56,7 +57,7 @@ class LabelCalibration(CalibrationFigures):
     measured_on: MeasuredOn
     left_out: dict[str, int]
     """Pairs that are not measured, by reason."""
-    against_chance: str
+    against_chance: AgainstChance
     stage_temperature: float | None
     stage_temperature_fitted: bool
     stage_points_per_nat: float | None
@@ -224,20 +225,13 @@ def calibrate_labels(votes: LabelledVotes, kind: TruthKind | None = None) -> Lab
             "no_label": int((truth.is_decided & is_measured & (labels == 0)).sum()),
             "not_judged": n_failed,
         },
-        "against_chance": _against_chance(*figures["accuracy"]["interval"]),
+        "against_chance": against_chance(figures["accuracy"]["interval"]),
         "stage_temperature": votes.rule.temperature,
         "stage_temperature_fitted": votes.rule.is_temperature_fitted,
         "stage_points_per_nat": votes.rule.points_per_nat,
         "stage_points_per_nat_fitted": votes.rule.is_points_per_nat_fitted,
         **figures,
     }
-
-
-def _against_chance(low: float, high: float) -> str:
-    """How an accuracy with this 95 % interval compares to chance."""
-    if low <= 0.5 <= high:
-        return "not distinguishable from chance"
-    return "better than chance" if low > 0.5 else "worse than chance"
 
 
 def calibration_lines(figures: LabelCalibration) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Every example of a constitution is put to the judge under its own principle, in both orders. It passes where the mean
 log-odds of both orders are on the side of the response that the author calls better. An even judge passes nothing, and
-an example without an answer does not pass.
+an example without an answer does not pass. A principle without an example is listed like the others, without figures.
 
 Left out: whether the principle is a good one, and how it goes together with the others (that takes votes of a run).
 """
@@ -19,12 +19,14 @@ from cai.constitution import Constitution, Example, Principle
 from cai.contracts.engine import Engine
 from cai.feedback.votes import ResponsePair, judge_pairs
 from cai.maths.calibration import calibration_error
+from cai.maths.chance import AgainstChance, against_chance
 from cai.maths.statistics import rate, worst_case
 from cai.maths.vote_aggregation import mean_over_orders, sigmoid
 from cai.storage.rows import Failure
 from cai.templates import TemplateSet
 from cai.text.errors import BadInput, did_you_mean
-from cai.text.formatting import printable, shorten
+from cai.text.formatting import printable, shorten, wrapped
+from cai.text.left_out import causes_text, count_causes
 from cai.text.tables import aligned_lines
 
 
@@ -38,12 +40,15 @@ class RateBounds(TypedDict):
 class ExampleFigures(TypedDict):
     """A judge on examples; `interval` is the accuracy's 95 %, clustered by prompt."""
 
-    accuracy: float
-    """Share of examples that pass; one without an answer does not pass."""
+    accuracy: float | None
+    """Share of examples that pass; one without an answer does not pass. None without an example."""
     interval: list[float]
+    against_chance: AgainstChance
     n: int
     failed: int
     """Examples without an answer."""
+    failures: dict[str, int]
+    """Why they have none, with the number of examples."""
     flip_rate: float | None
     """Share of answered examples whose verdict changes with the order."""
     confidence: float | None
@@ -151,11 +156,11 @@ def examples_of(constitution: Constitution) -> Iterator[tuple[Principle, int, Ex
             yield principle, number, example, pair
 
 
-def example_figures(outcomes: Sequence[Outcome]) -> ConstitutionFigures:
-    """Accuracy, flip rate and confidence, over all examples and by principle."""
-    outcomes_by_principle: dict[str, list[Outcome]] = {}
+def example_figures(constitution: Constitution, outcomes: Sequence[Outcome]) -> ConstitutionFigures:
+    """Accuracy, flip rate and confidence, over all examples and by principle, those without an example too."""
+    outcomes_by_principle: dict[str, list[Outcome]] = {principle.id: [] for principle in constitution.principles}
     for outcome in outcomes:
-        outcomes_by_principle.setdefault(outcome.principle, []).append(outcome)
+        outcomes_by_principle[outcome.principle].append(outcome)
     principles: dict[str, ExampleFigures] = {}
     for id, of_principle in outcomes_by_principle.items():
         failing = [outcome.as_json() for outcome in of_principle if not outcome.is_passed]
@@ -171,7 +176,6 @@ def example_calibration_error(outcomes: Sequence[Outcome]) -> float | None:
 
 def _measure_outcomes(outcomes: Sequence[Outcome]) -> ExampleFigures:
     accuracy = rate([float(outcome.is_passed) for outcome in outcomes], [outcome.prompt for outcome in outcomes])
-    assert accuracy.value is not None, "there are examples"
     answered = [outcome for outcome in outcomes if outcome.log_odds is not None]
     n_failed = len(outcomes) - len(answered)
     n_flipped = sum(outcome.is_flipped for outcome in answered)
@@ -180,8 +184,10 @@ def _measure_outcomes(outcomes: Sequence[Outcome]) -> ExampleFigures:
     return {
         "accuracy": accuracy.value,
         "interval": list(accuracy.interval),
+        "against_chance": against_chance(accuracy.interval),
         "n": len(outcomes),
         "failed": n_failed,
+        "failures": count_causes(outcome.failure for outcome in outcomes if outcome.failure is not None),
         "flip_rate": n_flipped / len(answered) if answered else None,
         "confidence": sum(confidences) / len(answered) if answered else None,
         "bounds": {
@@ -191,21 +197,48 @@ def _measure_outcomes(outcomes: Sequence[Outcome]) -> ExampleFigures:
     }
 
 
-def example_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """The figures as a table, then every example that fails."""
-    figures = example_figures(outcomes)
+MAX_ID = 30
+"""Characters of a principle's id in a table that fits a terminal."""
+
+
+def example_lines(figures: ConstitutionFigures, outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """The figures as a table, what they say of the judge, then every example that fails."""
     rows: list[tuple[str, ExampleFigures]] = [*figures["principles"].items(), ("all", figures)]
-    cells = [["", "passed", "accuracy, 95 % interval", "flips", "confidence"]]
+    cells = [["", "passed", "no answer", "accuracy, 95 % interval", "flips", "confidence"]]
     for name, row in rows:
+        if row["accuracy"] is None:
+            cells.append([shorten(name, MAX_ID), "", "", "no example", "", ""])
+            continue
         accuracy, (low, high) = row["accuracy"], row["interval"]
         flips, confidence = (
             "-" if value is None else f"{100 * value:.0f} %" for value in (row["flip_rate"], row["confidence"])
         )
         passed = f"{round(accuracy * row['n'])}/{row['n']}"
         interval = f"{100 * accuracy:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-        cells.append([name, passed, interval, flips, confidence])
-    yield from aligned_lines(cells, "<>>>>")
+        cells.append([shorten(name, MAX_ID), passed, str(row["failed"]), interval, flips, confidence])
+    yield from aligned_lines(cells, "<>>>>>")
+    yield ""
+    yield from wrapped(
+        "flips: verdicts that change with the order of the two responses; confidence: mean probability of the response "
+        "that the judge prefers; no answer: examples that count as not passed"
+    )
+    yield f"over all examples the judge is {figures['against_chance']}"
+    unclear = [
+        id
+        for id, row in figures["principles"].items()
+        if row["n"] and row["against_chance"] == "not distinguishable from chance"
+    ]
+    if unclear:
+        yield from wrapped(f"not distinguishable from chance by its own examples alone: {', '.join(unclear)}", "  ")
+    if figures["failures"]:
+        causes = causes_text(figures["failures"])
+        yield from wrapped(f"no answer to {figures['failed']} of {figures['n']} examples: {causes}", "  ")
+    yield ""
     for outcome in outcomes:
         if not outcome.is_passed:
-            reason = outcome.reason or f"the better response has probability {outcome.p_better:.2f}"
-            yield printable(f"failing {outcome.name}: {shorten(repr(outcome.prompt), 80)}: {reason}")
+            reason = (
+                outcome.failure.cause
+                if outcome.failure
+                else f"the better response has probability {outcome.p_better:.2f}"
+            )
+            yield from wrapped(f"failing {outcome.name}: {shorten(repr(outcome.prompt), 80)}: {reason}", "  ")

@@ -23,7 +23,7 @@ from cai.storage.stage_folders import (
 )
 from cai.text.formatting import printable
 from cai.text.progress import duration
-from cai.text.tables import aligned_lines, is_rate, rate_text, table
+from cai.text.tables import accuracy_text, aligned_lines, is_rate, rate_text, table
 
 if TYPE_CHECKING:
     from cai.contracts.profile import Profile
@@ -65,10 +65,18 @@ def plan_json(steps: Sequence[Step]) -> list[dict[str, object]]:
     ]
 
 
+_ACCURACIES = frozenset({"accuracy", "label_accuracy", "agreement_with_people"})
+"""Rates of labels and of the reward model that are one half by chance."""
+
+
 def figure_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Rates of the labels and of the reward model, and how far policies went from their references."""
+    """The gate's accuracy, rates of labels and reward model, and how far policies went from their references."""
     rows = [
-        [f"{section} {name}".replace("_", " "), rate_text(figure)]
+        [f"{stage_id} accuracy", accuracy_text({"value": figures["accuracy"], "interval": figures["interval"]})]
+        for stage_id, figures in summary.get("gate", {}).items()
+    ]
+    rows += [
+        [f"{section} {name}".replace("_", " "), accuracy_text(figure) if name in _ACCURACIES else rate_text(figure)]
         for section in ("labels", "reward")
         for name, figure in summary.get(section, {}).items()
         if is_rate(figure)

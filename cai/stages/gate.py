@@ -59,7 +59,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     templates = context.templates(config.judge)
     with context.engine(config.judge) as engine:
         outcomes = principle_tests.run_examples(context.constitution, engine, templates, config.retries)
-        figures: dict[str, Any] = dict(principle_tests.example_figures(outcomes))
+        figures: dict[str, Any] = dict(principle_tests.example_figures(context.constitution, outcomes))
         figures["ece"] = principle_tests.example_calibration_error(outcomes)
         figures |= _against_itself(context.constitution, engine, templates, config.retries)
     write_json(context.folder / FIGURES, figures)
@@ -75,6 +75,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"{sentence}; {context.folder / FIGURES} names the examples. `gate: {{below: warn}}` goes on"
             )
         context.progress.note(sentence)
+    elif figures["against_chance"] != "better than chance":
+        low, high = figures["interval"]
+        context.progress.note(
+            f"the judge {context.model(config.judge).name!r} passes the gate, but is {figures['against_chance']} on "
+            f"{figures['n']} examples: accuracy {figures['accuracy']:.2f} [{low:.2f}, {high:.2f}]"
+        )
     return {"gate": {context.stage_id: figures}}
 
 
@@ -82,7 +88,9 @@ def _below(figures: dict[str, Any], bars: Bars) -> Iterator[str]:
     """What falls short, in words."""
     low, high = figures["interval"]
     if figures["accuracy"] < bars.min_accuracy:
-        yield f"accuracy {figures['accuracy']:.2f} [{low:.2f}, {high:.2f}] of at least {bars.min_accuracy:g}"
+        accuracy = f"accuracy {figures['accuracy']:.2f} [{low:.2f}, {high:.2f}] of at least {bars.min_accuracy:g}"
+        standing = figures["against_chance"]
+        yield accuracy if standing == "better than chance" else f"{accuracy}, {standing}"
     if (figures["flip_rate"] or 0) > bars.max_flip_rate:
         yield f"{figures['flip_rate']:.2f} of its verdicts turn with the order, at most {bars.max_flip_rate:g} may"
     if (figures["ece"] or 0) > bars.max_ece:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import textwrap
+
+WIDTH = 100
+"""Columns that reports on a terminal fit."""
 
 Key = str | int
 """One step into a document: a mapping's key or a list's index, from 0."""
@@ -45,3 +49,8 @@ def shorten(text: str, limit: int) -> str:
 def printable(text: str) -> str:
     """`text` on one line, without characters that could steer a terminal or hide text."""
     return _UNPRINTABLE.sub(lambda match: " " if match.group() in "\n\t" else "\N{REPLACEMENT CHARACTER}", text)
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """`text`, safe to print, in lines of at most `WIDTH` characters; those after the first begin with `indent`."""
+    return textwrap.wrap(printable(text), WIDTH, subsequent_indent=indent, break_on_hyphens=False)

@@ -80,6 +80,24 @@ def cut_off_reason(n: int, max_new_tokens: Mapping[str, int | None], other_remed
     return LeftOut(n, f"cut off{limits_in_words}", " or ".join([*remedies, *([other_remedy] if other_remedy else [])]))
 
 
+def count_causes(failures: Iterable[FailedItem]) -> dict[str, int]:
+    """Causes of failures with their counts, the most frequent first: causes that differ in numbers alone are one."""
+    counts: Counter[str] = Counter()
+    first_causes: dict[str, str] = {}
+    for failure in failures:
+        cause = first_causes.setdefault(_NUMBER.sub("#", failure.cause), failure.cause)
+        counts[cause] += 1
+    return dict(counts.most_common())
+
+
+def causes_text(causes: Mapping[str, int]) -> str:
+    """The most frequent of `count_causes`: `the options hold 0.02 of the probability (3); too long (1)`."""
+    texts = [f"{shorten(cause, 120)} ({n:,})" for cause, n in list(causes.items())[:MAX_REASONS]]
+    if n_others := sum(list(causes.values())[MAX_REASONS:]):
+        texts.append(f"other reasons ({n_others:,})")
+    return "; ".join(texts)
+
+
 def failure_reasons(
     failures: Iterable[FailedItem], remedies: Mapping[FailureKind, str] = MappingProxyType({})
 ) -> list[LeftOut]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cai.maths.chance import against_chance
 from cai.text.formatting import printable
 
 
@@ -48,3 +49,12 @@ def rate_text(rate: Mapping[str, Any] | None) -> str:
     bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval and None not in interval else ""
     worst = f", worst case {rate['bounds'][0]:.2f} to {rate['bounds'][1]:.2f}" if rate.get("missing") else ""
     return f"{rate['value']:.2f}{bounds}{worst}"
+
+
+def accuracy_text(accuracy: Mapping[str, Any] | None) -> str:
+    """`rate_text` of a share of right choices between two, and a remark where it is no better than chance."""
+    text = rate_text(accuracy)
+    if accuracy is None or accuracy.get("value") is None:
+        return text
+    standing = against_chance(accuracy["interval"])
+    return text if standing == "better than chance" else f"{text}, {standing}"

@@ -33,25 +33,29 @@ def outcomes(folder: Path, script: Script, text: str = EXAMPLES):  # type: ignor
     return run_examples(constitution(folder, text), script, load_templates("default"), retries=0)
 
 
+def figures_of(folder: Path, results, text: str = EXAMPLES):  # type: ignore[no-untyped-def]
+    return example_figures(constitution(folder, text), results)
+
+
 def test_a_judge_that_agrees_passes_every_example(tmp_path: Path) -> None:
-    figures = example_figures(outcomes(tmp_path, Script(prefers=seeing)))
+    figures = figures_of(tmp_path, outcomes(tmp_path, Script(prefers=seeing)))
     assert (figures["accuracy"], figures["n"], figures["failed"], figures["flip_rate"]) == (1.0, 3, 0, 0.0)
     assert 0.8 < figures["confidence"] < 0.83  # log-odds of 1.5
-    assert {id: principle["n"] for id, principle in figures["principles"].items()} == {"calm": 2, "short": 1}
+    assert {id: principle["n"] for id, principle in figures["principles"].items()} == {"calm": 2, "short": 1, "bare": 0}
     assert not any(principle["failing"] for principle in figures["principles"].values())
 
 
 def test_an_example_that_is_seen_the_other_way_is_named(tmp_path: Path) -> None:
     swapped = EXAMPLES.replace("better: GOOD it, worse: no", "better: no, worse: GOOD it")
     results = outcomes(tmp_path, Script(prefers=seeing), swapped)
-    figures = example_figures(results)
+    figures = figures_of(tmp_path, results, swapped)
     assert figures["accuracy"] == pytest.approx(2 / 3)
     assert [principle["name"] for principle in figures["principles"]["short"]["failing"]] == ["short/1"]
-    assert any(line.startswith("failing short/1: 'Say it.'") for line in example_lines(results))
+    assert any(line.startswith("failing short/1: 'Say it.'") for line in example_lines(figures, results))
 
 
 def test_a_judge_of_positions_alone_passes_nothing_and_flips_everywhere(tmp_path: Path) -> None:
-    figures = example_figures(outcomes(tmp_path, Script(prefers=lambda question: (3.0, 1.0))))
+    figures = figures_of(tmp_path, outcomes(tmp_path, Script(prefers=lambda question: (3.0, 1.0))))
     assert (figures["accuracy"], figures["flip_rate"], figures["confidence"]) == (0.0, 1.0, 0.5)
 
 
@@ -60,10 +64,25 @@ def test_no_answer_is_no_pass_and_says_why(tmp_path: Path) -> None:
         return Failure(question.id, "too long") if "Wake up." in question.messages[-1]["content"] else seeing(question)
 
     results = outcomes(tmp_path, Script(prefers=broken))
-    figures = example_figures(results)
+    figures = figures_of(tmp_path, results)
     assert (figures["accuracy"], figures["failed"]) == (pytest.approx(2 / 3), 1)
     assert "too long" in figures["principles"]["calm"]["failing"][0]["reason"]
-    assert any("too long" in line for line in example_lines(results))
+    assert figures["principles"]["calm"]["failures"] == {"too long": 1}
+    lines = list(example_lines(figures, results))
+    assert "no answer to 1 of 3 examples: too long (1)" in lines
+    assert any(line.startswith("failing calm/1") and line.endswith("too long") for line in lines)
+
+
+def test_a_principle_without_an_example_or_an_answer_is_listed(tmp_path: Path) -> None:
+    def broken(question: Question) -> tuple[float, float] | Failure:
+        return Failure(question.id, "too long") if "Say it." in question.messages[-1]["content"] else seeing(question)
+
+    results = outcomes(tmp_path, Script(prefers=broken))
+    figures = figures_of(tmp_path, results)
+    assert figures["principles"]["bare"]["accuracy"] is None
+    rows = {line.split()[0]: line.split()[1:] for line in example_lines(figures, results) if line}
+    assert rows["bare"] == ["no", "example"]
+    assert rows["short"][:4] == ["0/1", "1", "0", "%"]
 
 
 def test_examples_of_somebody_else_take_the_place_of_the_own_ones(tmp_path: Path) -> None:
@@ -93,3 +112,23 @@ def test_the_embedded_judge_passes_its_constitution_and_fails_where_one_principl
     result = CliRunner().invoke(main, ["constitution", "test", str(tmp_path / "turned.yaml"), "--min-accuracy", "0.95"])
     assert result.exit_code == 1
     assert "failing polite/1" in result.stdout
+
+
+def test_a_judge_that_is_not_distinguishable_from_chance_is_called_that(tmp_path: Path) -> None:
+    """The document whose examples are wrong half of the time; the table fits 100 columns."""
+    path = tmp_path / "half.yaml"
+    written = yaml.safe_load((shipped_folder("constitutions") / "micro.yaml").read_text(encoding="utf-8"))
+    for principle in written["principles"]:
+        example = principle["examples"][0]
+        example["better"], example["worse"] = example["worse"], example["better"]
+    written["principles"].append({"id": "kind", "text": "The assistant is kind."})
+    path.write_text(yaml.safe_dump(written))
+    result = CliRunner().invoke(main, ["constitution", "test", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "over all examples the judge is not distinguishable from chance" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    chosen = ["--principle", "polite", "--principle", "help", "--principle", "kind"]
+    result = CliRunner().invoke(main, ["constitution", "test", str(path), *chosen, "--json"])
+    figures = json.loads(result.stdout)
+    assert set(figures["principles"]) == {"polite", "helpful", "kind"}
+    assert (figures["n"], figures["against_chance"]) == (4, "not distinguishable from chance")

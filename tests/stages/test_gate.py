@@ -7,6 +7,7 @@ import math
 
 import pytest
 from feedback_stages import EXAMPLES, Script, run_stage
+from training_stages import Steps
 
 from cai.run.plan import Planner
 from cai.run.recipe import load_recipe
@@ -57,6 +58,18 @@ def test_a_judge_that_answers_the_contrary_stops_the_run_and_leaves_its_figures(
     (figures,) = tmp_path.rglob(FIGURES)
     failing = json.loads(figures.read_text())["principles"]["calm"]["failing"]
     assert [example["name"] for example in failing] == ["calm/1", "calm/2"]
+
+
+def test_a_judge_that_is_not_distinguishable_from_chance_is_called_that(tmp_path):
+    half_right = EXAMPLES.replace("better: GOOD it, worse: no", "better: no, worse: GOOD it")
+    script = Script(prefers=good_judge)
+    with pytest.raises(GateFailed, match=r"of at least 0\.9, not distinguishable from chance"):
+        run_stage("gate", tmp_path, script=script, document=half_right, bars={"min_accuracy": 0.9})
+    progress = Steps()
+    figures = gate(tmp_path / "few", progress=progress).figures["gate"]["gate"]
+    assert (figures["accuracy"], figures["against_chance"]) == (1, "not distinguishable from chance")
+    (note,) = progress.notes
+    assert "passes the gate, but is not distinguishable from chance on 3 examples: accuracy 1.00 [0." in note
 
 
 def test_a_judge_that_goes_by_the_order_is_told_so(tmp_path):
