@@ -13,6 +13,7 @@ from cai.cli.options import (
     JSON,
     MODEL,
     ONLINE,
+    PRINCIPLES,
     PROFILE,
     RUNS,
     SEED,
@@ -125,21 +126,29 @@ def _labelled_votes(name: str, runs_folder: Path) -> LabelledVotes:
 
 @votes.command("explain")
 @click.argument("run")
+@PRINCIPLES
 @EXAMPLE_PAIRS
 @RUNS
 @JSON
-def votes_explain(run: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
+def votes_explain(
+    run: str, principles: tuple[str, ...], n_examples: int, runs_folder: Path, as_json: bool
+) -> None:  # fmt: skip
     """Show how often each principle decides, which others it agrees with, and which labels turn without it.
 
-    RUN is a run's name or folder, or RUN/STAGE where several stages of it turn votes into preferences.
+    RUN is a run's name or folder, or RUN/STAGE where several stages of it turn votes into preferences. Tags of
+    --principle are those of the constitution as it is now.
 
     \b
     cai votes explain quickstart
+    cai votes explain quickstart --principle harmless --principle style
     cai votes explain quickstart --examples 10 --json
     """
-    from cai.feedback.explain import explain, explanation_lines
+    from cai.feedback.explain import explain
+    from cai.feedback.explanation_text import explanation_lines
+    from cai.run.voted_principles import voted_principles
 
-    explanation = explain(_labelled_votes(run, runs_folder), n_examples)
+    labelled_votes = _labelled_votes(run, runs_folder)
+    explanation = explain(labelled_votes, n_examples, voted_principles(labelled_votes, principles))
     click.echo(json.dumps(explanation) if as_json else "\n".join(explanation_lines(explanation)))
 
 
@@ -190,7 +199,8 @@ def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_j
     cai votes diff quickstart my-run
     cai votes diff my-run/by-micro my-run/by-another
     """
-    from cai.feedback.explain import compare_votes, difference_lines
+    from cai.feedback.explain import compare_votes
+    from cai.feedback.explanation_text import difference_lines
 
     first_votes, second_votes = (_labelled_votes(run, runs_folder) for run in (first, second))
     differences = compare_votes(first_votes, second_votes, n_examples)

@@ -24,6 +24,7 @@ from cai.maths.statistics import RateFigure, rate
 from cai.maths.vote_aggregation import Bools, Floats, sigmoid
 from cai.storage.rows import is_held_out, stable_seed
 from cai.text.errors import BadInput
+from cai.text.formatting import wrapped
 from cai.text.tables import rate_text, table
 
 N_FOLDS = 5
@@ -237,29 +238,37 @@ def calibrate_labels(votes: LabelledVotes, kind: TruthKind | None = None) -> Lab
 def calibration_lines(figures: LabelCalibration) -> Iterator[str]:
     """The figures, and confidence against the share of correct labels."""
     left_out = figures["left_out"]
-    yield (
+    yield from wrapped(
         f"{figures['name']}: {figures['accuracy']['n']:,} labels on "
         f"{figures['measured_on'].replace('_', ' ')} prompts against {TRUTH_SOURCES[figures['truth']]}; left "
         f"out: {left_out['unclear']:,} unclear, {left_out['ties']:,} ties, {left_out['no_label']:,} without a label, "
         f"{left_out['not_judged']:,} not judged"
     )
     yield f"the judge is {figures['against_chance']}"
+    yield ""
     rows = [
         ["accuracy", rate_text(figures["accuracy"])],
-        ["ece", rate_text(figures["ece"])],
-        ["ece if calibrated", f"{figures['ece_if_calibrated']:.2f}"],
-        ["ece after temperature", rate_text(figures["ece_after_temperature"])],
-        ["brier", rate_text(figures["brier"])],
-        ["brier after temperature", rate_text(figures["brier_after_temperature"])],
+        ["calibration error", rate_text(figures["ece"])],
+        ["calibration error if calibrated", f"{figures['ece_if_calibrated']:.2f}"],
+        ["calibration error after temperature", rate_text(figures["ece_after_temperature"])],
+        ["squared error", rate_text(figures["brier"])],
+        ["squared error after temperature", rate_text(figures["brier_after_temperature"])],
     ]
-    yield from table(["", "value [95 %]"], rows)[1:]
+    yield from table(["", "value and 95 % interval"], rows)
+    yield from wrapped(
+        "calibration error (ECE): how far confidence is from the share of right labels, on average; if calibrated: "
+        "that of a judge with these confidences that is right as often as it says. squared error (Brier): mean squared "
+        "distance of a label from the truth. after temperature: with log-odds divided by the temperature that fits "
+        "other prompts best."
+    )
+    yield ""
     factor, stage_temperature = figures["temperature"], figures["stage_temperature"]
     best = (
         f"{stage_temperature * factor:.2g} instead of {stage_temperature:g}"
         if stage_temperature
         else "which is a sum of weights for each pair"
     )
-    yield f"temperature that fits best: {factor:.2f} times the stage's own, {best}"
+    yield from wrapped(f"temperature that fits best: {factor:.2f} times the stage's own, {best}")
     if figures["brier_after_temperature"]["value"] is None:
         yield "all pairs are of one prompt or topic, so that no temperature can be tried on others"
     elif figures["measured_on"] == "all":
@@ -268,11 +277,14 @@ def calibration_lines(figures: LabelCalibration) -> Iterator[str]:
             "points per nat": figures["stage_points_per_nat_fitted"],
         }
         if fitted := " and ".join(name for name, is_fitted in in_words.items() if is_fitted):
-            yield f"fitted on these prompts: the stage's {fitted}; figures after temperature are of other prompts"
+            yield from wrapped(
+                f"fitted on these prompts: the stage's {fitted}; figures after temperature are of other prompts"
+            )
     yield ""
     rows = [
         [f"{pairs['low']:.2f} to {pairs['high']:.2f}", str(pairs["n"]), f"{pairs['confidence']:.2f}",
          rate_text({"value": pairs["right"], "interval": pairs["interval"]})]
         for pairs in figures["reliability"]
     ]  # fmt: skip
-    yield from table(["confidence", "pairs", "mean", "right"], rows)
+    yield from table(["confidence", "pairs", "mean confidence", "right"], rows)
+    yield from wrapped("right: share of labels on the side of the truth, with its 95 % interval.")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cai
-from cai.feedback.explain import Explanation, correlation_remarks
+from cai.feedback.explain import MIN_COMMON_PAIRS, Explanation, correlation_remarks
 from cai.maths.behaviours import DETECTORS
 from cai.maths.statistics import RateFigure
 from cai.maths.vote_aggregation import mean_over_orders
@@ -160,12 +160,17 @@ def _arrange_win_rates(entries: Sequence[PrincipleRate], principles: Sequence[st
 def _arrange_explained(explained: Explanation, principles: Sequence[str]) -> dict[str, Any]:
     """What the principles did, as two tables: a row a principle, in the constitution's order."""
     names = [principle for principle in principles if principle in explained["principles"]]
-    correlation, without = explained["correlation"], explained["without"]
+    without = explained["without"]
+    correlations = {frozenset(entry["principles"]): entry for entry in explained["correlations"]}
     return {
         "names": names,
         "pairs": explained["pairs"],
         "rows": [{"name": name, "without": without[name]} | explained["principles"][name] for name in names],
-        "matrix": [{"name": row, "cells": [correlation[row][column] for column in names]} for row in names],
+        "matrix": [
+            {"name": row, "cells": [correlations.get(frozenset((row, column))) for column in names]} for row in names
+        ],
+        "correlations_left_out": explained["correlations_left_out"],
+        "min_common_pairs": MIN_COMMON_PAIRS,
         "remarks": [{"text": text, **correlated} for text, correlated in correlation_remarks(explained)],
         "turned": [{"name": name} | example for name in names for example in without[name]["examples"]],
     }

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self, TypedDict
 
@@ -35,6 +35,7 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
 from cai.contracts.references import JudgeRef, OneOrMore, OutputKind, PrincipleRef, PromptSetRef, TextsRef
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
+from cai.feedback.asked_votes import count_asked_votes, missing_votes
 from cai.feedback.methods import PRINCIPLE_FIELDS, TEMPLATE_NAMES, Judge, KnownVotes, Method, Verdicts
 from cai.feedback.truth import count_failed_with_truth
 from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair, is_empty
@@ -44,7 +45,6 @@ from cai.prompt_sets import PairSet, load_human_pairs
 from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import (
     Candidate,
-    Failure,
     Message,
     Preference,
     PrincipleVote,
@@ -246,14 +246,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if not judged and config.pairs != "against":
         raise StageFailed(f"none of {len(items)} pairs was judged; {all_failures[0].reason}")
     judged_ids = {row["id"] for row in judged}
+    asked = {item["id"]: [principle.id for principle in principles[item["id"]]] for item in items}
+    missing = list(missing_votes(all_failures, asked))
     figures = {
         "failed_pairs": len(items) - len(judged),
         "failed_with_truth": count_failed_with_truth([item for item in items if item["id"] not in judged_ids]),
         "failures": len(all_failures),
         "without_principle": len(planned) - len(items),
+        "principles": count_asked_votes([principle.id for principle in selected], asked, missing),
         "left_out": left_out,
     }
-    context.report_left_out(n_asked, "votes", failure_reasons(missing_votes(all_failures, principles)))
+    context.report_left_out(n_asked, "votes", failure_reasons(vote.failure for vote in missing))
     return {"votes": {context.stage_id: figures | counts | vote_figures(judged, n_asked, config.method)}}
 
 
@@ -327,21 +330,6 @@ def report_unpaired(
         LeftOut(0 if config.pairs == "random" else counts["unpaired"], "without another one to their prompt"),
     ]
     context.report_left_out(sum(map(len, stages)), "responses", reasons)
-
-
-def missing_votes(failures: Sequence[Failure], principles: Mapping[str, Sequence[Principle]]) -> Iterator[Failure]:
-    """Why each vote of a pair and a principle is missing; `principles` are those asked about each pair.
-
-    A failure is a pair's, for all its principles, or a question's, whose id begins with pair, order and principle.
-    """
-    missing: set[str] = set()
-    for failure in failures:
-        pair, _, question = failure.id.partition("/")
-        votes = question.split("/")[1:2] or [principle.id for principle in principles[pair]]
-        for vote in (f"{pair}/{principle}" for principle in votes):
-            if vote not in missing:
-                missing.add(vote)
-                yield failure
 
 
 def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple[list[Item], dict[str, Any]]:

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from feedback_stages import swapped, vote_row
 
 from cai.cli import main
-from cai.feedback.explain import DECIDED, compare_votes, difference_lines, explain, explanation_lines
+from cai.feedback.explain import DECIDED, MIN_COMMON_PAIRS, compare_votes, explain
+from cai.feedback.explanation_text import difference_lines, explanation_lines
 from cai.feedback.labelled_votes import LabelRule, load_labelled_votes
 from cai.storage import run_folder
 from cai.storage.journal import RECORDS
@@ -113,8 +114,13 @@ def test_calling_a_what_was_b_and_the_order_of_rows_change_nothing(tmp_path: Pat
         for without in explanation["without"].values():
             without.pop("examples")  # they show a and b as they are
     assert json.dumps(first["without"]) == json.dumps(second["without"])
+    assert [entry["principles"] for entry in first["correlations"]] == [
+        entry["principles"] for entry in second["correlations"]
+    ]
+    for entry, entry_other_way in zip(first["correlations"], second["correlations"], strict=True):
+        assert entry["interval"] == pytest.approx(entry_other_way["interval"])
+        assert entry["correlation"] == pytest.approx(entry_other_way["correlation"])
     for id in WEIGHTS:
-        assert first["correlation"][id] == pytest.approx(second["correlation"][id])
         for figure in ("mean_strength", "length_correlation", "position_bias", "flip_rate"):
             assert first["principles"][id][figure] == pytest.approx(second["principles"][id][figure])
 
@@ -128,17 +134,34 @@ def test_principles_that_say_the_same_and_the_contrary_are_named(tmp_path: Path)
     explanation = explained(tmp_path / "run", rows, weights={**WEIGHTS, "other": 1.0})
     assert explanation["redundant"][0]["principles"] == ["calm", "safe"]
     assert [entry["principles"] for entry in explanation["conflicting"]] == [["calm", "short"], ["safe", "short"]]
-    assert explanation["correlation"]["calm"]["short"] == pytest.approx(-1)
+    strongest = {tuple(entry["principles"]): entry for entry in explanation["correlations"]}
+    assert strongest["calm", "short"]["correlation"] == pytest.approx(-1)
+    low, high = strongest["calm", "other"]["interval"]
+    assert low < 0 < high, "two principles that have nothing to do with each other"
     text = "\n".join(explanation_lines(explanation))
-    assert "calm and safe say nearly the same: +1.00 over 40 pairs" in text
+    assert "calm and safe say nearly the same: +1.00 [+1.00, +1.00] over 40 pairs" in text
     assert "calm and short contradict each other" in text
 
 
 def test_a_principle_that_never_took_a_side_has_no_correlation(tmp_path: Path) -> None:
-    rows = [vote_row(i, {"calm": (1.0, 1.0), "short": (0.0, 0.0)}) for i in range(3)]
+    rows = [vote_row(i, {"calm": (1.0, 1.0), "short": (0.0, 0.0)}) for i in range(MIN_COMMON_PAIRS)]
     explanation = explained(tmp_path / "run", rows)
-    assert explanation["correlation"]["calm"]["short"] is None
-    assert "-" in "\n".join(explanation_lines(explanation))
+    assert explanation["correlations"] == []
+
+
+def test_correlations_of_a_handful_of_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = random_rows(n=60)
+    counts = {
+        ids: sum(set(ids) <= {vote["principle"] for vote in row["votes"]} for row in rows)
+        for ids in (("calm", "safe"), ("calm", "short"), ("safe", "short"))
+    }
+    explanation = explained(tmp_path / "run", rows)
+    assert {tuple(entry["principles"]): entry["pairs"] for entry in explanation["correlations"]} == counts
+    assert explanation["correlations_left_out"] == 0
+    few = explained(tmp_path / "few", rows[: MIN_COMMON_PAIRS - 1])
+    assert (few["correlations"], few["correlations_left_out"]) == ([], 3)
+    sentence = "correlations of two principles: 3 left out, with votes of both on fewer than 20 pairs"
+    assert sentence in list(explanation_lines(few))
 
 
 def test_the_example_shown_is_one_that_turns_and_its_text_cannot_steer_a_terminal(tmp_path: Path) -> None:
@@ -210,3 +233,16 @@ def test_a_run_is_found_in_a_folder_relative_to_this_one(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["votes", "explain", "run"])
     assert (result.exit_code, "60 pairs" in result.stdout) == (0, True)
+
+
+def test_what_votes_commands_print_fits_100_columns(tmp_path: Path) -> None:
+    long_ids = {id: f"{id}-{'long' * 12}" for id in WEIGHTS}
+    rows = [
+        {**row, "votes": [{**vote, "principle": long_ids[vote["principle"]]} for vote in row["votes"]], "human": i % 2}
+        for i, row in enumerate(random_rows())
+    ]
+    name = run_of(tmp_path / f"run-{'x' * 60}", rows, weights={long_ids[id]: weight for id, weight in WEIGHTS.items()})
+    for arguments in (["explain", name], ["diff", name, name], ["calibrate", name]):
+        result = CliRunner().invoke(main, ["votes", *arguments, "--runs", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        assert max(map(len, result.stdout.splitlines())) <= 100

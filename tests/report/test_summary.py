@@ -13,6 +13,7 @@ import pytest
 import training_stages
 from feedback_stages import Script, prompt, sample
 
+from cai.feedback.asked_votes import AskedVotes
 from cai.feedback.principle_tests import ExampleFigures, RateBounds
 from cai.maths.statistics import RateFigure
 from cai.report import summary
@@ -48,7 +49,7 @@ def comparison_figures(tag: str = "") -> dict:
     return prompt_set_figures(rows, ["base", "policy"], VerdictRule({}, 0.1))
 
 
-@pytest.mark.parametrize("figure_type", [RateFigure, HeadToHead, ExampleFigures, RateBounds])
+@pytest.mark.parametrize("figure_type", [RateFigure, HeadToHead, ExampleFigures, RateBounds, AskedVotes])
 def test_the_types_that_code_is_checked_by_have_the_keys_of_the_schema(figure_type):
     definition = SCHEMA["$defs"][figure_type.__name__]
     hints = get_type_hints(figure_type, include_extras=True)
