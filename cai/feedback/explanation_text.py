@@ -171,18 +171,20 @@ def difference_lines(differences: Mapping[str, Any]) -> Iterator[str]:
         f"labels turned: {rate_text(differences['turned'])}"
     )
     yield ""
-    rows = [
-        [
-            shorten(id, MAX_ID - 4), f"{principle['pairs']:,}",
-            correlation_text(principle["correlation"], principle["correlation_interval"]),
-            rate_text(principle["turned"]), *(number_text(value, "{:.2f}") for value in principle["mean_strength"]),
-        ]
-        for id, principle in differences["principles"].items()
-    ]  # fmt: skip
-    yield from table(["principle", "pairs", "correlation", "turned", "strength", "in second"], rows)
+    rows = []
+    for id, principle in differences["principles"].items():
+        turned = principle["turned"]
+        correlation = correlation_text(principle["correlation"], principle["correlation_interval"])
+        strengths = (number_text(value, "{:.2f}") for value in principle["mean_strength"])
+        n_decided = f"{turned['n']:,}" if turned else "0"
+        rows.append(
+            [shorten(id, MAX_ID - 6), f"{principle['pairs']:,}", correlation, n_decided, rate_text(turned), *strengths]
+        )
+    yield from table(["principle", "pairs", "correlation", "decided", "turned", "strength", "in second"], rows)
     yield from wrapped(
-        "correlation: of the votes in both runs, on 20 pairs or more. turned: of votes of 60 % or more in both, the "
-        "share on different sides. strength, in second: mean nats of a vote from even in the first and second run."
+        f"correlation: of the votes in both runs, on {MIN_COMMON_PAIRS} pairs or more. decided: votes of 60 % or more "
+        "in both. turned: share of these on different sides. strength, in second: mean nats of a vote from even, in the "
+        "first run and in the second."
     )
     for name, principles in zip(differences["names"], differences["only_in"], strict=True):
         if principles:

@@ -37,7 +37,7 @@ from cai.storage.files import read_json
 from cai.storage.rows import stable_id
 from cai.templates import TemplateSet, load_templates
 from cai.text.errors import BadInput
-from cai.text.formatting import printable
+from cai.text.formatting import printable, shorten, wrapped
 from cai.text.progress import Display
 from cai.text.tables import rate_text, table
 
@@ -205,8 +205,9 @@ def _example_accuracy(
     principle = _by_id(constitution).get(id)
     if principle is None or not principle.examples:
         return None
-    outcomes = run_examples(replace(constitution, principles=(principle,)), engine, templates)
-    figures = example_figures(outcomes)
+    alone = replace(constitution, principles=(principle,))
+    outcomes = run_examples(alone, engine, templates)
+    figures = example_figures(alone, outcomes)
     return {"passed": sum(outcome.is_passed for outcome in outcomes), "n": figures["n"], "failed": figures["failed"]}
 
 
@@ -229,7 +230,9 @@ def trial_lines(figures: Mapping[str, Any]) -> list[str]:
     """The figures as text, with pairs to read."""
     lines = []
     for id, words in figures["principles"].items():
-        lines += [id, f"  before  {words['before'] or '(no such principle)'}", f"  after   {words['after']}"]
+        lines += wrapped(id)
+        lines += wrapped(f"  before  {words['before'] or '(no such principle)'}", " " * 10)
+        lines += wrapped(f"  after   {words['after']}", " " * 10)
         before, after = (
             "no example" if passed is None else f"{passed['passed']} of {passed['n']}"
             for passed in figures["examples"].get(id, [None, None])
@@ -243,9 +246,12 @@ def trial_lines(figures: Mapping[str, Any]) -> list[str]:
         votes = figures["votes"].get(id)
         turned = rate_text(votes["turned"]) if votes else "-"
         share_before, share_after = ("-" if share is None else f"{100 * share:.1f} %" for share in (before, after))
-        rows.append([id, share_before, share_after, f"{votes['pairs']:,}" if votes else "-", turned])
-    lines += table(["principle", "share before", "share after", "pairs", "decided votes that turn"], rows)
-    lines += ["", "share: of all weighted log-odds, which the labels are made of. Brackets: 95 %, clustered by topic."]
+        rows.append([shorten(id, 30), share_before, share_after, f"{votes['pairs']:,}" if votes else "-", turned])
+    lines += table(["principle", "influence before", "after", "pairs", "decided votes that turn"], rows)
+    lines += [
+        "",
+        "influence: share of all weighted log-odds, which labels are made of. Brackets: 95 %, clustered by topic.",
+    ]
     for example in figures["turned_pairs"]:
         change = f"a is better with probability {example['p_a']:.2f}, after {example['p_a_in_the_other']:.2f}"
         lines += ["", f"pair {example['pair']}: {change}", *example_text_lines(example)]
