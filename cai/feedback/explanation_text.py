@@ -183,8 +183,8 @@ def difference_lines(differences: Mapping[str, Any]) -> Iterator[str]:
     yield from table(["principle", "pairs", "correlation", "decided", "turned", "strength", "in second"], rows)
     yield from wrapped(
         f"correlation: of the votes in both runs, on {MIN_COMMON_PAIRS} pairs or more. decided: votes of 60 % or more "
-        "in both. turned: share of these on different sides. strength, in second: mean nats of a vote from even, in the "
-        "first run and in the second."
+        "in both. turned: share of these on different sides. strength, in second: mean nats of a vote from even, in "
+        "the first run and in the second."
     )
     for name, principles in zip(differences["names"], differences["only_in"], strict=True):
         if principles:
