@@ -100,9 +100,12 @@ def with_principles(constitution: Constitution, names: tuple[str, ...]) -> Const
     if not names:
         return constitution
     try:
-        return replace(constitution, principles=constitution.select(names))
+        principles = constitution.select(names)
     except BadInput as error:
         raise BadInput(f"--principle: {error}") from None
+    ids = {principle.id for principle in principles}
+    changes = tuple(change for change in constitution.changes if change.id in ids)
+    return replace(constitution, principles=principles, changes=changes)
 
 
 def to_stderr(text: str) -> None:

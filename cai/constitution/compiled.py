@@ -114,7 +114,8 @@ class Constitution:
         """
         if names == "all":
             return self.principles
-        ids = selected_ids(names, {principle.id: principle.tags for principle in self.principles}, self.name)
+        dropped = {change.id: change.location for change in self.changes if change.kind == "dropped"}
+        ids = selected_ids(names, {principle.id: principle.tags for principle in self.principles}, self.name, dropped)
         return tuple(principle for principle in self.principles if principle.id in ids)
 
     def plain(self) -> dict[str, object]:

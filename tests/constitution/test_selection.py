@@ -51,3 +51,16 @@ def test_constitution_show_takes_several_ids_and_tags(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, [*show, "--principle", "safe", "--principle", "stile"])
     assert refused.exit_code == 2
     assert "--principle: found 'stile', expected ids or tags" in refused.stderr
+
+
+def test_a_principle_that_is_dropped_is_named_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "tagged.yaml").write_text(TAGGED)
+    layer = "name: layer\nextends: tagged.yaml\nprinciples: [{id: calm, drop: true}, {id: short, text: Be brief.}]\n"
+    (tmp_path / "layer.yaml").write_text(layer)
+    show = ["constitution", "show", str(tmp_path / "layer.yaml"), "--principle"]
+    refused = CliRunner().invoke(main, [*show, "calm"])
+    assert refused.exit_code == 2
+    assert f"'layer'; it is dropped at {tmp_path}/layer.yaml:3:19" in refused.stderr
+    shown = CliRunner().invoke(main, [*show, "harm"])
+    assert shown.exit_code == 0
+    assert "layer.yaml:3" not in shown.stdout, "the overlay report is of the chosen principles alone"

@@ -75,6 +75,7 @@ def test_a_judge_that_believes_a_verdict_in_a_response_turns_in_that_family_in_b
     table = list(judge_attacks.attack_lines(figures))
     assert table[1].startswith("JSON verdict")
     assert "100.0 [" in table[1]
+    assert "without an injection the judge is not distinguishable from chance" in table, "three pairs are too few"
 
 
 def test_a_wrong_verdict_that_turns_is_no_gain_in_accuracy(tmp_path: Path) -> None:
