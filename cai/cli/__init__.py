@@ -18,6 +18,7 @@ from cai.cli.judge_commands import judge, votes
 from cai.cli.micro_commands import micro
 from cai.cli.run_commands import clean, compare, fork, init, plan, run, show, status
 from cai.cli.run_list_commands import runs
+from cai.cli.shell_completion import completion
 from cai.storage.refusals import refused_path
 from cai.text.errors import BadInput, CaiError, Terminated
 
@@ -90,5 +91,6 @@ for command in (
     judge,
     compare,
     micro,
+    completion,
 ):
     main.add_command(command)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cai.cli import shell_completion
 from cai.cli.document_commands import WRITE, print_schema, problem_facts
 from cai.cli.options import (
     JSON,
@@ -29,7 +30,7 @@ def constitution() -> None:
 
 
 @constitution.command("check")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=shell_completion.constitutions)
 @click.option(
     "--strict",
     is_flag=True,
@@ -81,7 +82,7 @@ def constitution_check(
 
 
 @constitution.command("show")
-@click.argument("file")
+@click.argument("file", shell_complete=shell_completion.constitutions)
 @click.option("--prompt", is_flag=True, help="Show the requests to critic, reviser and judge.")
 @PRINCIPLES
 @click.option("--templates", default="default", show_default=True, metavar="SET", help="Template set for --prompt.")
@@ -120,8 +121,8 @@ def constitution_show(file: str, prompt: bool, principles: tuple[str, ...], temp
 
 
 @constitution.command("diff")
-@click.argument("first", metavar="A")
-@click.argument("second", metavar="B")
+@click.argument("first", metavar="A", shell_complete=shell_completion.constitutions)
+@click.argument("second", metavar="B", shell_complete=shell_completion.constitutions)
 @click.option("--exit-code", is_flag=True, help="Exit code 1 if they differ, as with `git diff --exit-code`.")
 @JSON
 def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -> None:
@@ -155,7 +156,7 @@ def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -
 
 
 @constitution.command("test")
-@click.argument("file")
+@click.argument("file", shell_complete=shell_completion.constitutions)
 @MODEL
 @TEMPLATES
 @PRINCIPLES

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cai.cli import shell_completion
 from cai.cli.options import FILE, JSON, SET
 from cai.document import problems_of
 from cai.text.errors import BadInput
@@ -23,7 +24,7 @@ def recipe() -> None:
 
 
 @recipe.command("check")
-@click.argument("files", nargs=-1, required=True, metavar="RECIPE...")
+@click.argument("files", nargs=-1, required=True, metavar="RECIPE...", shell_complete=shell_completion.recipes)
 @SET
 @JSON
 def recipe_check(files: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
@@ -66,7 +67,7 @@ def profile() -> None:
 
 
 @profile.command("check")
-@click.argument("files", nargs=-1, required=True, metavar="PROFILE...")
+@click.argument("files", nargs=-1, required=True, metavar="PROFILE...", shell_complete=shell_completion.profiles)
 @JSON
 def profile_check(files: tuple[str, ...], as_json: bool) -> None:
     """Read each profile with the files that it names. Exit code 2 if one is wrong; every wrong one is named.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cai.cli import shell_completion
 from cai.cli.options import (
     FILE,
     JSON,
@@ -125,7 +126,7 @@ def _labelled_votes(name: str, runs_folder: Path) -> LabelledVotes:
 
 
 @votes.command("explain")
-@click.argument("run")
+@click.argument("run", shell_complete=shell_completion.runs_and_stages)
 @PRINCIPLES
 @EXAMPLE_PAIRS
 @RUNS
@@ -153,9 +154,15 @@ def votes_explain(
 
 
 @votes.command("try")
-@click.argument("run")
+@click.argument("run", shell_complete=shell_completion.runs_and_stages)
 @click.argument("file", required=False, type=FILE)
-@click.option("--principle", "principle_id", metavar="ID", help="The principle that --text or --request is for.")
+@click.option(
+    "--principle",
+    "principle_id",
+    metavar="ID",
+    shell_complete=shell_completion.principles,
+    help="The principle that --text or --request is for.",
+)
 @click.option("--text", metavar="TEXT", help="Its text; what models are asked is derived from it.")
 @click.option("--request", metavar="TEXT", help="What the judge is asked about it, word for word.")
 @EXAMPLE_PAIRS
@@ -187,8 +194,8 @@ def votes_try(
 
 
 @votes.command("diff")
-@click.argument("first")
-@click.argument("second")
+@click.argument("first", shell_complete=shell_completion.runs_and_stages)
+@click.argument("second", shell_complete=shell_completion.runs_and_stages)
 @EXAMPLE_PAIRS
 @RUNS
 @JSON
@@ -208,7 +215,7 @@ def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_j
 
 
 @votes.command("calibrate")
-@click.argument("run")
+@click.argument("run", shell_complete=shell_completion.runs_and_stages)
 @click.option("--picture", type=FILE, help="Draw it too: a file .svg or .png.")
 @click.option(
     "--truth", type=click.Choice(["human", "oracle"]),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cai.cli import shell_completion
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ RUNS = click.option(
     help="Folder that runs lie in.",
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-PROFILE = click.option("--on", "on", metavar="PROFILE", help="Where to run: a profile's file or name. [default: cpu]")
+PROFILE = click.option(
+    "--on", "on", metavar="PROFILE", shell_complete=shell_completion.profiles,
+    help="Where to run: a profile's file or name. [default: cpu]",
+)  # fmt: skip
 ONLINE = click.option("--online", is_flag=True, help="Download models that are not here; as `offline: false`.")
 VLLM_PYTHON = click.option(
     "--vllm-python", type=FILE, metavar="FILE",
@@ -42,7 +46,12 @@ def checked_name(context: click.Context, parameter: click.Parameter, name: str |
 
 NAME = click.option("--name", metavar="NAME", callback=checked_name, help="Name of the run, whose folder is called so.")
 MODEL = click.option(
-    "--model", default="micro", show_default=True, metavar="MODEL", help="Who judges: a folder or a hub id."
+    "--model",
+    default="micro",
+    show_default=True,
+    metavar="MODEL",
+    shell_complete=shell_completion.models,
+    help="Who judges: a folder or a hub id.",
 )
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
 GPUS = click.option("--gpus", type=click.IntRange(1), help="GPUs of one machine. [default: this one's]")
@@ -59,7 +68,7 @@ TEMPLATES = click.option(
     "--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's."
 )
 PRINCIPLES = click.option(
-    "--principle", "principles", multiple=True, metavar="ID_OR_TAG",
+    "--principle", "principles", multiple=True, metavar="ID_OR_TAG", shell_complete=shell_completion.principles,
     help="Only this principle, or those with this tag; repeatable. An id wins over a tag of the same name.",
 )  # fmt: skip
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0))

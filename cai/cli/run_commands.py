@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from cai.cli import shell_completion
 from cai.cli.options import (
     FOLDER,
     GPU_MEMORY,
@@ -41,14 +42,20 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=shell_completion.recipes)
 @SET
 @NAME
 @PROFILE
 @ONLINE
 @VLLM_PYTHON
-@click.option("--until", metavar="STAGE", help="Stop after this stage.")
-@click.option("--from", "redo_from", metavar="STAGE", help="Run this stage and all that depends on it again.")
+@click.option("--until", metavar="STAGE", shell_complete=shell_completion.stages, help="Stop after this stage.")
+@click.option(
+    "--from",
+    "redo_from",
+    metavar="STAGE",
+    shell_complete=shell_completion.stages,
+    help="Run this stage and all that depends on it again.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would run, why, and what it takes; run nothing.")
 @click.option("--retry-failures", is_flag=True, help="Ask again what failed in stages that are done.")
 @click.option("--report-to", metavar="NAMES", help="Trackers of training, comma-separated: tensorboard,wandb,trackio.")
@@ -174,11 +181,11 @@ def _say_memory(
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=shell_completion.recipes)
 @SET
 @PROFILE
 @ONLINE
-@click.option("--until", metavar="STAGE", help="Plan up to this stage.")
+@click.option("--until", metavar="STAGE", shell_complete=shell_completion.stages, help="Plan up to this stage.")
 @GPUS
 @GPU_MEMORY
 @HOST_MEMORY
@@ -224,7 +231,7 @@ def _echo_comparison(summary: Mapping[str, Any]) -> None:
 
 
 @click.command()
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=shell_completion.runs)
 @RUNS
 @JSON
 def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
@@ -256,7 +263,7 @@ def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=shell_completion.runs)
 @click.argument("item", required=False)
 @click.option("--random", "at_random", is_flag=True, help="Pick a prompt.")
 @RUNS
@@ -284,7 +291,7 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=shell_completion.runs)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--unfinished", is_flag=True, help="Remove interrupted stages too, which the next run would go on with.")
 @RUNS
@@ -317,7 +324,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=shell_completion.runs)
 @click.argument("name", callback=checked_name)
 @RUNS
 def fork(run: str, name: str, runs_folder: Path) -> None:

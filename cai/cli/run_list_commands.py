@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cai.cli import shell_completion
 from cai.cli.options import FOLDER, JSON, RUNS
 from cai.text.formatting import printable
 
@@ -37,7 +38,7 @@ def runs(context: click.Context, runs_folder: Path, as_json: bool) -> None:
 
 
 @runs.command()
-@click.argument("name")
+@click.argument("name", shell_complete=shell_completion.runs)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--runs", "runs_folder", type=FOLDER, metavar="DIR", help="Folder that runs lie in. [default: runs]")
 @click.pass_obj
