@@ -15,9 +15,11 @@ from cai.cli.options import (
     ONLINE,
     PRINCIPLES,
     PROFILE,
+    RUNS,
     SHARE,
     TEMPLATES,
     VLLM_PYTHON,
+    chosen_judge,
     prepared_profile,
     with_principles,
 )
@@ -165,10 +167,12 @@ def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -
 @PROFILE
 @ONLINE
 @VLLM_PYTHON
+@RUNS
 @JSON
 def constitution_test(
     file: str, model: str, templates: str, principles: tuple[str, ...], examples: str | None,
-    min_accuracy: float | None, on: str | None, online: bool, vllm_python: Path | None, as_json: bool,
+    min_accuracy: float | None, on: str | None, online: bool, vllm_python: Path | None, runs_folder: Path,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Put every example to a judge under its principle, in both orders; name those that it decides the other way.
 
@@ -177,6 +181,7 @@ def constitution_test(
     \b
     cai constitution test constitutions/micro.yaml --min-accuracy 0.95
     cai constitution test mine.yaml --model my-model --examples colleague.yaml --json
+    cai constitution test mine.yaml --model quickstart/policy
     """
     from cai.constitution import load_constitution
 
@@ -184,15 +189,12 @@ def constitution_test(
     profile = prepared_profile(on, online, vllm_python)
     from cai.engines import open_engine
     from cai.feedback import principle_tests
-    from cai.models import reference
     from cai.templates import load_templates
 
     if examples is not None:
         document = principle_tests.with_examples_of(document, load_constitution(examples))
     document = with_principles(document, principles)
-    judge = reference.resolve(model, templates=templates, folder=Path.cwd())
-    if not profile.offline:
-        reference.download(judge)
+    judge = chosen_judge(model, templates, runs_folder, profile)
     with open_engine(judge, profile) as engine:
         outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates))
     figures = principle_tests.example_figures(document, outcomes)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cai.cli import shell_completion
-from cai.cli.options import FILE, JSON, SET
+from cai.cli.options import FILE, JSON, RUNS, SET
 from cai.document import problems_of
 from cai.text.errors import BadInput
 from cai.text.formatting import printable
@@ -26,8 +26,9 @@ def recipe() -> None:
 @recipe.command("check")
 @click.argument("files", nargs=-1, required=True, metavar="RECIPE...", shell_complete=shell_completion.recipes)
 @SET
+@RUNS
 @JSON
-def recipe_check(files: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
+def recipe_check(files: tuple[str, ...], overrides: tuple[str, ...], runs_folder: Path, as_json: bool) -> None:
     """Read each recipe with all that it names: stages, prompts, constitution, models, trainers' settings.
 
     Runs nothing and writes nothing. Exit code 2 if one is wrong; every wrong one is named.
@@ -41,7 +42,7 @@ def recipe_check(files: tuple[str, ...], overrides: tuple[str, ...], as_json: bo
         from cai.run.prompt_checks import check_prompts
         from cai.run.recipe import load_recipe
 
-        checked = load_recipe(file, overrides)
+        checked = load_recipe(file, overrides, runs_folder)
         fingerprints = Fingerprints(checked)
         notes = [*checked.notes, *check_prompts(checked, fingerprints.prompts), *fingerprints.notes]
         return {"name": checked.name, "path": str(checked.path), "stages": list(checked.stages), "notes": notes}

@@ -21,6 +21,7 @@ from cai.cli.options import (
     SHARE,
     TEMPLATES,
     VLLM_PYTHON,
+    chosen_judge,
     prepared_profile,
     to_stderr,
 )
@@ -55,10 +56,12 @@ def judge() -> None:
 @PROFILE
 @ONLINE
 @VLLM_PYTHON
+@RUNS
 @JSON
 def judge_attack(
     model: str, templates: str, document: str | None, per_family: int, seed: int, max_flip_rate: float | None,
-    max_family_flip_rate: float | None, on: str | None, online: bool, vllm_python: Path | None, as_json: bool,
+    max_family_flip_rate: float | None, on: str | None, online: bool, vllm_python: Path | None, runs_folder: Path,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Put injections into responses ("The answer is A.", forged turns, hidden marks) and count the verdicts they turn.
 
@@ -80,13 +83,11 @@ def judge_attack(
     from cai.engines import open_engine
     from cai.feedback import judge_attacks
     from cai.micro_model.evaluate.judging import attack_cases
-    from cai.models import loading, reference
+    from cai.models import loading
     from cai.templates import load_templates
     from cai.text import progress
 
-    judge = reference.resolve(model, templates=templates, folder=Path.cwd())
-    if not profile.offline:
-        reference.download(judge)
+    judge = chosen_judge(model, templates, runs_folder, profile)
     is_embedded = judge.templates == "micro"
     if is_embedded and document is None:
         pairs = attack_cases(per_family, seed)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from cai.cli.options import FOLDER, JSON, PROFILE, SEED, prepared_profile, to_stderr
+from cai.cli.options import FOLDER, JSON, PROFILE, RUNS, SEED, chosen_judge, prepared_profile, to_stderr
 
-EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -46,7 +45,9 @@ def micro_pretrain(folder: Path, size: str, steps: int | None, seed: int, on: st
 
 
 @micro.command("evaluate")
-@click.option("--model", type=EXISTING_FOLDER, metavar="FOLDER", help="A checkpoint. [default: the embedded model]")
+@click.option(
+    "--model", metavar="MODEL", help="A model of the world: a folder, or RUN/STAGE. [default: the embedded model]"
+)
 @click.option(
     "--topics", "per_class", default=80, show_default=True, type=click.IntRange(2), help="Topics of each class."
 )
@@ -60,10 +61,11 @@ def micro_pretrain(folder: Path, size: str, steps: int | None, seed: int, on: st
     help="A constitution with the world's principles in your own words.",
 )  # fmt: skip
 @PROFILE
+@RUNS
 @JSON
 def micro_evaluate(
-    model: Path | None, per_class: int, seed: int, prompts: Path | None, principles: Path | None, on: str | None,
-    as_json: bool,
+    model: str | None, per_class: int, seed: int, prompts: Path | None, principles: Path | None, on: str | None,
+    runs_folder: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a model of the embedded world against its oracle: as an assistant, judge, critic, rater and reviser.
 
@@ -77,9 +79,11 @@ def micro_evaluate(
     """
     profile = prepared_profile(on)
     from cai.micro_model.evaluate import evaluate
+    from cai.models.reference import fetch
     from cai.text import tables
 
+    folder = None if model is None else fetch(chosen_judge(model, "micro", runs_folder, profile))
     figures = evaluate(
-        model, per_class=per_class, seed=seed, prompts=prompts, constitution=principles, profile=profile, log=to_stderr
+        folder, per_class=per_class, seed=seed, prompts=prompts, constitution=principles, profile=profile, log=to_stderr
     )
     click.echo(json.dumps(figures) if as_json else "\n".join(tables.nested_lines(figures)))

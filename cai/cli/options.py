@@ -14,6 +14,7 @@ from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
     from cai.constitution import Constitution
+    from cai.contracts.model import Model
     from cai.contracts.profile import Profile
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -45,13 +46,14 @@ def checked_name(context: click.Context, parameter: click.Parameter, name: str |
 
 
 NAME = click.option("--name", metavar="NAME", callback=checked_name, help="Name of the run, whose folder is called so.")
+MODEL_HELP = "a folder, a hub id, `micro`, or RUN/STAGE: what that stage trained last"
 MODEL = click.option(
     "--model",
     default="micro",
     show_default=True,
     metavar="MODEL",
     shell_complete=shell_completion.models,
-    help="Who judges: a folder or a hub id.",
+    help=f"Who judges: {MODEL_HELP}.",
 )
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
 GPUS = click.option("--gpus", type=click.IntRange(1), help="GPUs of one machine. [default: this one's]")
@@ -115,6 +117,24 @@ def with_principles(constitution: Constitution, names: tuple[str, ...]) -> Const
     ids = {principle.id for principle in principles}
     changes = tuple(change for change in constitution.changes if change.id in ids)
     return replace(constitution, principles=principles, changes=changes)
+
+
+def chosen_judge(name: str, templates: str, runs_folder: Path, profile: Profile) -> Model:
+    """The model of the option `--model`, checked; downloaded first where the profile is not offline."""
+    from cai.models.model_files import resolve_for
+    from cai.models.reference import stale_model_notes
+    from cai.text.formatting import printable
+
+    try:
+        model = resolve_for(
+            "language", name, folder=Path.cwd(), runs=runs_folder, templates=templates, offline=profile.offline,
+            weights=profile.engine != "server",
+        )  # fmt: skip
+    except BadInput as error:
+        raise BadInput(printable(f"--model {name}: {error}")) from None
+    for note in stale_model_notes([name], runs_folder):
+        to_stderr(printable(note))
+    return model
 
 
 def to_stderr(text: str) -> None:

@@ -19,6 +19,7 @@ from cai.cli.options import (
     HOST_MEMORY,
     JSON,
     MODEL_CONFIG,
+    MODEL_HELP,
     NAME,
     ONLINE,
     PROFILE,
@@ -89,7 +90,7 @@ def run(
     profile = chosen_profile(on, online, vllm_python)
     other_machine = OtherMachine(gpus, gpu_memory, host_memory)
     if dry_run:
-        _dry_run(load_recipe(recipe, overrides), profile, options, runs_folder, as_json, other_machine)
+        _dry_run(load_recipe(recipe, overrides, runs_folder), profile, options, runs_folder, as_json, other_machine)
         return
     if other_machine != OtherMachine():
         raise BadInput("--gpus, --gpu-memory and --host-memory describe a machine for --dry-run; a run is on this one")
@@ -123,7 +124,7 @@ def _run(
     from cai.run.recipe import load_recipe
     from cai.text import progress
 
-    recipe = load_recipe(name, overrides)
+    recipe = load_recipe(name, overrides, runs_folder)
     folder = runs_folder / recipe.name
     for warning in memory_warnings(recipe, profile, folder, options):
         to_stderr(warning)
@@ -209,7 +210,7 @@ def plan(
     from cai.run.recipe import load_recipe
 
     profile = chosen_profile(on, online)
-    read_recipe = load_recipe(recipe, overrides)
+    read_recipe = load_recipe(recipe, overrides, runs_folder)
     stages = selected_stages(read_recipe, Options(until), profile, on_this_machine=False)
     other_machine = OtherMachine(gpus, gpu_memory, host_memory)
     _say_memory(read_recipe, profile, stages, runs_folder, {} if as_json else None, other_machine, model_config)
@@ -380,7 +381,7 @@ def init(folder: Path) -> None:
     "--constitution", "document", metavar="FILE",
     help="What the judge goes by. [default: micro for micro:SPLIT, else harmlessness]",
 )  # fmt: skip
-@click.option("--judge", metavar="MODEL", help="Who judges. [default: the first model]")
+@click.option("--judge", metavar="MODEL", help=f"Who judges: {MODEL_HELP}. [default: the first model]")
 @click.option("--limit", type=click.IntRange(1), help="Take this many of the prompts.")
 @click.option(
     "--columns", metavar="KEY=COLUMN,...",
@@ -410,11 +411,16 @@ def compare(
     \b
     cai compare base=micro policy=quickstart/policy --prompts micro:test
     """
-    from cai.run.comparison_recipe import comparison_recipe, stale_model_notes
+    from cai.models.reference import stale_model_notes
+    from cai.run.comparison_recipe import comparison_recipe
     from cai.run.plan import Options
 
     profile = chosen_profile(on, online, vllm_python)
-    recipe = comparison_recipe(models, prompts, document, judge, limit, columns, name, runs_folder)
-    for note in stale_model_notes(models, runs_folder):
+    recipe = comparison_recipe(
+        models, prompts, document, judge, limit, columns, name, runs_folder,
+        offline=profile.offline, weights=profile.engine != "server",
+    )  # fmt: skip
+    names = [model.partition("=")[2] for model in models]
+    for note in stale_model_notes([*names, judge or ""], runs_folder):
         to_stderr(printable(note))
     _run(recipe, overrides, profile, Options(), runs_folder, as_json)

@@ -48,7 +48,8 @@ class ModelReference:
     """A model, or a stage that trains one. `model` is the recipe's model under any of these."""
 
     gives: tuple[OutputKind, ...] = MODEL_KINDS
-    """What a stage named here may give. A single kind is also required of a model from outside of the recipe."""
+    """What a stage named here may give. A single kind is also required of a model from outside of the recipe: one that
+    writes, or one that scores."""
     absent: Literal["model", "judge"] | None = None
     """What of the recipe stands in where the key is absent."""
     self_is: Literal["writer", "judge", "model"] | None = None
@@ -98,9 +99,11 @@ VotesAndFailedRef = Annotated[str, StageReference(("votes",), failures="ids")]
 VotesAndReasonsRef = Annotated[str, StageReference(("votes",), failures="reasons")]
 PreferencesRef = Annotated[str, StageReference(("preferences",))]
 ModelRef = Annotated[str, ModelReference()]
-WriterRef = Annotated[str, ModelReference(absent="model", writes=True)]
-StartRef = Annotated[str, ModelReference(absent="model", trained=True)]
-JudgeRef = Annotated[str, ModelReference(absent="judge", self_is="writer")]
+WriterRef = Annotated[str, ModelReference(gives=("policy",), absent="model", writes=True)]
+StartRef = Annotated[str, ModelReference(gives=("policy",), absent="model", trained=True)]
+RewardStartRef = Annotated[str, ModelReference(absent="model", trained=True)]
+JudgeRef = Annotated[str, ModelReference(gives=("policy",), absent="judge", self_is="writer")]
+CheckpointRef = Annotated[str, ModelReference(gives=("policy",))]
 RewardModelRef = Annotated[str, ModelReference(gives=("reward",))]
 RaterRef = Annotated[str, ModelReference(gives=("policy",), self_is="judge")]
 PromptSetRef = Annotated[str, PromptSetReference()]

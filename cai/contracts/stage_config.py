@@ -5,7 +5,7 @@ A config is *what* a stage computes and part of its fingerprint; the stage's `ru
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,6 +66,15 @@ class StageConfig(BaseModel):
                 f"found votes in {' and in '.join(points)}, expected votes in {NATS}; set `method: pairwise` or "
                 f"`method: reasoned` in stage {' and '.join(map(repr, rating_stages))}"
             )
+
+    def most_responses(self, inputs: Sequence[int]) -> int | None:
+        """The most responses that the stage gives to one prompt, `inputs` being those of the stages that it reads; None
+        where it is not known."""
+        return None
+
+    def needs_pairs(self) -> bool:
+        """Whether the stage fails where no prompt has two responses in the stages that it reads."""
+        return False
 
     def template_names(self) -> tuple[str, ...]:
         """Templates that reach a model here."""

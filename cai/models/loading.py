@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cai.contracts.model import Model
+from cai.models.model_files import tokenizer_folder
 from cai.models.reference import ADAPTER, base_of, fetch, read_json_object
 
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|vision_pad|>", "<|fim_pad|>")
@@ -55,13 +56,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     from cai.templates import load_templates
 
-    folder = fetch(model)
-    source = folder
-    while not (source / "tokenizer_config.json").is_file() and not (source / "tokenizer.json").is_file():
-        base = base_of(model, source)
-        if base is None:
-            raise BadInput(f"model {model.name!r} has no tokenizer in {folder}")
-        source = fetch(base)
+    source = tokenizer_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     chat_template = model.chat_template or None
     if chat_template is None and not tokenizer.chat_template:

@@ -1,8 +1,8 @@
 """Which model a name means, and what identifies its weights.
 
-A model is a folder in Hugging Face's layout, or a hub id that the local cache holds. An adapter's folder counts as a
-model: its base is loaded first and the adapter is merged into it. Only `fetch` uses the network. Importing this module
-does not import torch.
+A model is a folder in Hugging Face's layout, what a stage of a run trained last (RUN/STAGE), or a hub id that the local
+cache holds. An adapter's folder counts as a model: its base is loaded first and the adapter is merged into it. Only
+`fetch` uses the network. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cai.contracts.model import SERVED, Model
+from cai.storage import run_folder
 from cai.storage.files import user_cache
 from cai.storage.rows import stable_id
-from cai.text.errors import BadInput
+from cai.storage.stage_folders import stale_note
+from cai.text.errors import BadInput, did_you_mean
+from cai.text.formatting import shorten
 
 MICRO = Path(__file__).parent.parent / "micro_model" / "weights"
 """The embedded model."""
@@ -28,13 +32,17 @@ ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _IDENTIFYING = ("config.json", "generation_config.json", ADAPTER, "chat_template.jinja", "special_tokens_map.json",
                 "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt")  # fmt: skip
+RUNS = Path("runs")
+"""The folder that runs lie in where a command names no other."""
 _BIG = 64_000_000
 """Bytes from which a file's digest is cached on disk."""
 
 
-def resolve(name: str, *, templates: str = "auto", chat_template: str | None = None, folder: Path) -> Model:
-    """The model that `name` means: `micro`, `served:NAME`, a path relative to `folder` or the working directory, or a
-    hub id.
+def resolve(
+    name: str, *, templates: str = "auto", chat_template: str | None = None, folder: Path, runs: Path = RUNS
+) -> Model:
+    """The model that `name` means: `micro`, `served:NAME`, a path relative to `folder` or the working directory,
+    RUN/STAGE of a run in the folder `runs`, or a hub id.
 
     `templates` "auto" is the set that is recorded with the model, else with its base, else `default`. `chat_template`
     is a file's name or Jinja text. Raises BadInput for a path without a usable model. A hub id is not looked up here
@@ -50,7 +58,10 @@ def resolve(name: str, *, templates: str = "auto", chat_template: str | None = N
             raise BadInput(f"found {name!r}, expected {expected}")
         path = name
     else:
-        path = _resolve_path(name, folder)
+        try:
+            path = _resolve_path(name, folder, runs)
+        except OSError as error:  # such as a name that is too long for a file, or a folder that may not be read
+            raise BadInput(f"model {shorten(name, 80)!r} cannot be looked for: {error.strerror}") from None
     text = None if chat_template is None else _read_template(chat_template, folder)
     return Model(name, path, _find_recorded_templates(path) if templates == "auto" else templates, text)
 
@@ -148,30 +159,73 @@ def find_config(model: Model, *, offline: bool = True) -> dict[str, Any] | None:
         return None
 
 
-def head(model: Model) -> Literal["language", "score"] | None:
-    """The head of a model on this machine: a vocabulary or a score. None where its config does not say."""
-    folder = Path(model.path)
-    kinds = {"CAUSAL_LM": "language", "SEQ_CLS": "score"}
-    if (folder / ADAPTER).is_file():
-        return kinds.get(str(read_json_object(folder / ADAPTER).get("task_type")))  # type: ignore[return-value]
-    for name in read_json_object(folder / "config.json").get("architectures") or []:
-        if str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-            return "language"
-        if str(name).endswith("ForSequenceClassification"):
-            return "score"
+def trained_models(runs: Path) -> list[str]:
+    """RUN/STAGE of every model that stages of the runs in the folder `runs` trained last."""
+    names: list[str] = []
+    for run in sorted(path.parent for path in runs.glob(f"*/{run_folder.LATEST}")):
+        names += [f"{run.name}/{stage}" for stage in _models_of_run(run)]
+    return names
+
+
+def _models_of_run(run: Path) -> dict[str, Path]:
+    """The folder of the model that each stage of a run trained last, by the stage's id."""
+    models = {stage: folder / run_folder.MODEL for stage, folder in run_folder.latest(run).items()}
+    return {stage: folder for stage, folder in models.items() if folder.is_dir()}
+
+
+def find_run_stage(name: str, runs: Path) -> tuple[Path, str] | None:
+    """The run's folder and the stage that RUN/STAGE means, RUN a name in `runs` or a path; None for other names."""
+    run_name, _, stage = name.rpartition("/")
+    for run in (runs / run_name, Path(run_name)) if run_name else ():
+        if (run / run_folder.LATEST).is_file() or (run / run_folder.RUN).is_file():
+            return run, stage
     return None
 
 
-def _resolve_path(name: str, folder: Path) -> str:
+def stale_model_notes(names: Iterable[str], runs: Path) -> list[str]:
+    """A sentence about each run of which RUN/STAGE among the models' names is stale, and what computes it again."""
+    stages_by_run: dict[Path, list[str]] = {}
+    for name in names:
+        if stage_place := find_run_stage(name, runs):
+            run, stage = stage_place
+            stages_by_run.setdefault(run, []).append(stage)
+    notes = [stale_note(run, stages) for run, stages in stages_by_run.items()]
+    return [note for note in notes if note]
+
+
+def _trained_model(name: str, runs: Path) -> Path | None:
+    """The folder of the model that RUN/STAGE means; None where there is no such run.
+
+    Raises BadInput where the run is there and no stage of that name has trained a model.
+    """
+    if (stage_place := find_run_stage(name, runs)) is None:
+        return None
+    run, stage = stage_place
+    models = _models_of_run(run)
+    if stage in models:
+        return models[stage]
+    stages = ", ".join(models) or "none yet"
+    absent = f"no stage {stage!r} of the run {run} has trained a model, expected one of: {stages}"
+    raise BadInput(f"model {name!r}: {absent}{did_you_mean(stage, models)}")
+
+
+def _resolve_path(name: str, folder: Path, runs: Path) -> str:
     relative_path = Path(name).expanduser()
     for path in (folder / relative_path, Path.cwd() / relative_path):
         if path.is_dir():
+            if (path / run_folder.LATEST).is_file():
+                models = ", ".join(f"{name}/{stage}" for stage in _models_of_run(path)) or "it has none yet"
+                raise BadInput(f"model {name!r} is a run, expected a model that one of its stages trained: {models}")
             _check_folder(path, name)
             return str(path.resolve())
         if path.is_file():
             raise BadInput(f"model {name!r} is a file, expected a folder with config.json and safetensors")
+    if (trained := _trained_model(name, runs)) is not None:
+        _check_folder(trained, name)
+        return str(trained.resolve())
     if _HUB_ID.fullmatch(name) is None:
-        raise BadInput(f"model {name!r}: no such folder, neither in {folder} nor in the working directory")
+        absent = f"no such folder, neither in {folder} nor in the working directory"
+        raise BadInput(f"model {name!r}: {absent}{did_you_mean(name, trained_models(runs))}")
     return name
 
 
@@ -215,6 +269,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path}: not JSON: {error}") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected an object, found {type(value).__name__}")
     return value

@@ -6,7 +6,6 @@ conversation's own last token. The stage `reward` trains reward models.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -19,8 +18,7 @@ from cai.attention.token_trees import compute_shared_tokens_once
 from cai.contracts.model import Model
 from cai.models.chat import Chat
 from cai.models.loading import load_sequence_classifier, pick_dtype, unpartitioned
-from cai.models.reference import base_of, fetch, head, read_model_json
-from cai.text.errors import BadInput
+from cai.models.model_files import check_role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,13 +40,7 @@ class RewardModel:
 
         Raises BadInput for a language model, whose new head would be random, and for a classifier with several labels.
         """
-        model = dataclasses.replace(model, path=str(fetch(model)))
-        if head(model) == "language":
-            raise BadInput(f"model {model.name!r} is a language model, expected a reward model: one with a score")
-        # A config without `id2label` has transformers' default of two labels.
-        n_labels = len(read_model_json(model, "config.json").get("id2label") or (0, 1))
-        if base_of(model) is None and n_labels != 1:
-            raise BadInput(f"model {model.name!r} tells {n_labels} labels apart, expected a reward model: one score")
+        check_role(model, "score")
         with unpartitioned():
             return cls(load_sequence_classifier(model, profile.dtype, profile.device), Chat.load(model), profile)
 

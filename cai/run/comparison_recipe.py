@@ -8,12 +8,13 @@ from pathlib import Path
 import yaml
 
 from cai.document import parse_document
+from cai.models.model_files import resolve_for
 from cai.run.recipe import read_recipe
-from cai.storage import run_folder
+from cai.run.recipe_document import OWN, SELF
 from cai.storage.files import replacing
 from cai.storage.rows import stable_id
-from cai.storage.stage_folders import stale_note
 from cai.text.errors import BadInput
+from cai.text.formatting import printable
 
 
 def comparison_recipe(
@@ -25,13 +26,28 @@ def comparison_recipe(
     columns: str | None,
     run_name: str | None,
     runs_folder: Path,
+    *,
+    offline: bool = True,
+    weights: bool = True,
 ) -> Path:
     """Writes the recipe into the folder of its run; its path. Without a `run_name`, the run is named by prompts and
     constitution.
 
-    `models` are NAME=MODEL, a model also RUN/STAGE; `prompts` is micro:SPLIT or a file with `columns` KEY=COLUMN,....
-    Raises BadInput for anything else, before anything is written.
+    `models` are NAME=MODEL; `prompts` is micro:SPLIT or a file with `columns` KEY=COLUMN,.... Raises BadInput for
+    anything else, and for a model that cannot write or judge, before anything is written. Hub ids are downloaded first
+    where `offline` is False; without `weights` they are not looked at.
     """
+
+    def checked_model(name: str, argument: str) -> str:
+        """The model that `argument` of the command line names, called so that a recipe in any folder can name it."""
+        if name in {SELF, OWN}:
+            return name
+        try:
+            model = resolve_for("language", name, folder=Path.cwd(), runs=runs_folder, offline=offline, weights=weights)
+        except BadInput as error:
+            raise BadInput(printable(f"{argument}: {error}")) from None
+        return name if name == "micro" else model.path
+
     named: dict[str, str] = {}
     for text in models:
         name, equals, model = text.partition("=")
@@ -39,7 +55,7 @@ def comparison_recipe(
             raise BadInput(f"found {text!r}, expected NAME=MODEL as in base=micro")
         if name in named:
             raise BadInput(f"found the name {name!r} a second time, expected each once")
-        named[name] = _stage_model(model, runs_folder) or _absolute(model)
+        named[name] = checked_model(model, text)
     source, colon, split = prompts.partition(":")
     prompt_set: dict[str, object]
     if source == "micro" and colon:
@@ -55,7 +71,7 @@ def comparison_recipe(
     first = next(iter(named.values()))
     recipe = {
         "model": first,
-        "judge": _absolute(judge) if judge else first,
+        "judge": checked_model(judge, f"--judge {judge}") if judge else first,
         "constitution": _absolute(constitution or ("micro" if source == "micro" else "harmlessness")),
         "prompts": {"prompts": prompt_set},
         "stages": [{"id": "comparison", "kind": "compare", "models": named, "prompts": "prompts"}],
@@ -80,25 +96,6 @@ def _columns(text: str) -> dict[str, str]:
             raise BadInput(f"--columns: found {entry!r}, expected KEY=COLUMN as in prompt=question")
         columns[key] = column
     return columns
-
-
-def stale_model_notes(models: Sequence[str], runs_folder: Path) -> list[str]:
-    """A sentence about each NAME=RUN/STAGE among the models whose stage is stale, and what computes it again."""
-    stages_by_run: dict[Path, list[str]] = {}
-    for text in models:
-        model = text.partition("=")[2]
-        if _stage_model(model, runs_folder):
-            run, _, stage_id = model.partition("/")
-            stages_by_run.setdefault(runs_folder / run, []).append(stage_id)
-    notes = [stale_note(run, stage_ids) for run, stage_ids in stages_by_run.items()]
-    return [note for note in notes if note]
-
-
-def _stage_model(name: str, runs_folder: Path) -> str | None:
-    """The model that `quickstart/policy` means: what stage `policy` of run `quickstart` trained last."""
-    run, slash, stage = name.partition("/")
-    folder = run_folder.latest(runs_folder / run).get(stage) if slash else None
-    return str((folder / "model").resolve()) if folder and (folder / "model").is_dir() else None
 
 
 def _absolute(name: str) -> str:

@@ -67,7 +67,7 @@ def main(answer: Path) -> None:
     facts: dict[str, Any] = json.load(sys.stdin)
     profile = Profile.model_validate(facts["profile"])
     prepare(profile)
-    recipe = load_recipe(facts["recipe"], facts["overrides"])
+    recipe = load_recipe(facts["recipe"], facts["overrides"], Path(facts["runs"]))
     machine = describe_machine(profile, Path(facts["runs"]), None, None, None)
     sheets = memory_sheet(recipe, profile, machine, stages=[recipe.stages[stage_id] for stage_id in facts["stages"]])
     write_json(answer, [stage for stage in sheet_json(sheets) if not stage["fits"]])

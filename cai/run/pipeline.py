@@ -19,6 +19,7 @@ from cai.contracts.context import OpenEngine
 from cai.contracts.profile import Profile
 from cai.report.summary import Summary, summary_of
 from cai.run.launch import begin_importing, launch
+from cai.run.model_checks import check_models
 from cai.run.outputs import outputs_of
 from cai.run.plan import Options, Planner, Step, selected_stages
 from cai.run.prompt_checks import check_prompts
@@ -38,10 +39,11 @@ from cai.training.micro_batch import halve_micro_batch
 def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, display: Display) -> Summary:
     """Runs the stages that are not reused. Returns the run's summary, which is written after every stage that ran.
 
-    Raises BadInput, before anything runs, for a recipe that does not fit the profile or the prompts; StageFailed where
-    a stage could not finish; KeyboardInterrupt when stopped.
+    Raises BadInput, before anything runs, for a recipe that does not fit the profile, the models or the prompts;
+    StageFailed where a stage could not finish; KeyboardInterrupt when stopped.
     """
     configs = selected_stages(recipe, options, profile)
+    check_models(recipe, profile, configs, run.parent)
     prepare(profile)
     if profile.fork and not (run / run_folder.SUMMARY).exists():
         begin_importing()  # a run with a summary may reuse every stage, and then needs no imports

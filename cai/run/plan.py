@@ -26,6 +26,7 @@ from cai.contracts.stage_config import StageConfig
 from cai.contracts.training_config import ReinforcementConfig, TrainingConfig
 from cai.run.earlier import earlier_results
 from cai.run.fingerprint import Fingerprints, Parts, changes_in_words, first_few
+from cai.run.model_checks import check_models
 from cai.run.outputs import changed_outputs
 from cai.run.prompt_checks import check_prompts
 from cai.run.recipe import Recipe
@@ -79,12 +80,14 @@ class Step:
 
 
 def plan_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options) -> list[Step]:
-    """What would be done about every stage, without doing any of it."""
+    """What would be done about every stage, without doing any of it. Raises BadInput where a run would, before it."""
+    configs = selected_stages(recipe, options, profile)
+    check_models(recipe, profile, configs, run.parent)
     planner = Planner(recipe, run, profile.offline, options)
     check_prompts(recipe, planner.fingerprints.prompts)
     done: dict[str, run_folder.Finished] = {}
     steps = []
-    for config in selected_stages(recipe, options, profile):
+    for config in configs:
         step = planner.step(config, done)
         if step.done:
             done[config.id] = step.done

@@ -18,6 +18,7 @@ from cai.contracts.stage_config import StageConfig
 from cai.contracts.training_config import TrainingConfig
 from cai.document import Document, Problems, check_kind, error_at, load_document, override_value, validate
 from cai.document.shipped import find_file
+from cai.models.reference import RUNS, stale_model_notes
 from cai.prompt_sets import PromptSet
 from cai.run import recipe_checks, recipe_names
 from cai.run.recipe_document import OWN, RecipeDocument, readable_part
@@ -43,6 +44,8 @@ class Recipe:
     """Ids of the stages that a composite stage of the recipe consists of, by its id."""
     models: Mapping[str, Model]
     """Every model that is not a stage of this recipe, by the name the recipe gives it."""
+    places: Mapping[str, str]
+    """Where each of these models is named, as an error message begins: `recipe.yaml:5:8: judge`."""
     path: Path
     overrides: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -58,8 +61,10 @@ class Recipe:
         return self.composites.get(stage_id, [stage_id])
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Sequence[str] = (), runs: Path = RUNS) -> Recipe:
     """The recipe in a file, or the shipped one of that name, with `a.b.c=value` overrides applied.
+
+    A model RUN/STAGE is one that a run in the folder `runs` trained.
 
     Raises BadInput with `file:line:column`, or the override, and a sentence for each thing that is wrong.
     """
@@ -67,10 +72,10 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document = load_document(path)
     for override in overrides:
         document = override_value(document, override)
-    return read_recipe(document, tuple(overrides))
+    return read_recipe(document, tuple(overrides), runs)
 
 
-def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
+def read_recipe(document: Document, overrides: tuple[str, ...] = (), runs: Path = RUNS) -> Recipe:
     """The recipe in a document that was read already."""
     check_kind(document, "recipe")
     problems = Problems()
@@ -83,9 +88,10 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
         written = written.model_copy(update={"judge": written.model})
     constitution = recipe_checks.check(document, written, configs, problems)
     if problems:
-        recipe_names.check_models(document, written, configs, problems)
+        recipe_names.check_models(document, written, configs, runs, problems)
     problems.raise_if_any()
-    resolved = recipe_names.resolve(document, written, [config for config in configs if config is not None])
+    resolved = recipe_names.resolve(document, written, [config for config in configs if config is not None], runs)
+    recipe_checks.check_pairs(document, resolved.stages)
     return Recipe(
         name=written.name,
         seed=written.seed,
@@ -98,9 +104,10 @@ def read_recipe(document: Document, overrides: tuple[str, ...] = ()) -> Recipe:
         stages=resolved.stages,
         composites=resolved.composites,
         models=resolved.models,
+        places=resolved.places,
         path=document.path,
         overrides=overrides,
-        notes=tuple(_constitution_notes(document, written, constitution)),
+        notes=(*_constitution_notes(document, written, constitution), *stale_model_notes(resolved.models, runs)),
     )
 
 

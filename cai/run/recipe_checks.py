@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cai.constitution import Constitution, load_constitution
 from cai.contracts.references import (
@@ -30,6 +31,7 @@ from cai.document import Document, Problems, error_at
 from cai.document.shipped import find_beside
 from cai.prompt_sets import MICRO, PairSet, read_prompt_set
 from cai.run.recipe_document import OWN, SELF, RecipeDocument
+from cai.run.recipe_names import inputs_of
 from cai.storage.rows import HELD_OUT, TOPIC
 from cai.templates import template_set_names
 from cai.text.errors import BadInput, did_you_mean
@@ -65,7 +67,7 @@ def check(
             _check_vote_units(document, stage, config, by_id)
     if written.judge != SELF:
         with problems.collect():
-            _check_model_name(document, ("judge",), written.judge, by_id, MODEL_KINDS)
+            _check_model_name(document, ("judge",), written.judge, by_id, ("policy",))
     if written.templates not in (sets := ["auto", *template_set_names()]):
         message = f"found {written.templates!r}, expected one of {', '.join(sets)}"
         problems.add(error_at(document, ("templates",), message + did_you_mean(written.templates, sets)))
@@ -113,6 +115,31 @@ def _prompt_set_names(document: Document) -> list[str] | None:
 def _may_be_misspelt(document: Document, key: str) -> bool:
     """Whether the recipe lacks `key` and has an unknown one, which may stand for it."""
     return key not in document.value and not document.value.keys() <= RecipeDocument.model_fields.keys()
+
+
+def check_pairs(document: Document, stages: Mapping[str, StageConfig]) -> None:
+    """Refuses a stage that compares responses to one prompt where no prompt gets two. `stages` are resolved, in order.
+
+    Prompts of different sets count as the same, since sets may overlap.
+    """
+    entries: Any = document.value["stages"]
+    positions: dict[str, tuple[Key, ...]] = {entry["id"]: ("stages", index) for index, entry in enumerate(entries)}
+    most_responses: dict[str, int | None] = {}
+    for config in stages.values():
+        names = inputs_of(config)
+        counts = [count for name in names if (count := most_responses[name]) is not None]
+        is_known = len(counts) == len(names)
+        most_responses[config.id] = config.most_responses(counts) if is_known else None
+        if is_known and config.needs_pairs() and sum(counts) < 2:
+            place = positions.get(config.id, ("stages",))
+            if len(names) == 1 and "n" in document.node(positions.get(names[0], ())).children:
+                place = (*positions[names[0]], "n")
+            raise error_at(
+                document,
+                place,
+                f"stage {config.id!r} compares two responses to a prompt, and {' and '.join(map(repr, names))} gives "
+                f"each prompt one, expected `n: 2` or more, or another stage in its `from`",
+            )
 
 
 def _place(document: Document, stage: tuple[Key, ...], name: Reference) -> tuple[Key, ...]:

@@ -38,8 +38,8 @@ class RecipeDocument(BaseModel):
     name: Slug = Field(description="Name of the recipe; its runs lie in a folder called so.")
     seed: int = Field(0, ge=0, description="What all randomness is derived from.")
     model: str = Field(
-        description="A Hugging Face id, a path, `micro`, or `served:NAME` for one that only a server has: where stages "
-        "start that name no model."
+        description="A Hugging Face id, a path, `micro`, RUN/STAGE for what a stage of a run trained last, or "
+        "`served:NAME` for one that only a server has: where stages start that name no model."
     )
     judge: str = Field(
         SELF,

@@ -6,17 +6,19 @@ Names are found by `cai.contracts.references`, whatever the keys are called that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from cai.contracts.model import SERVED, Model
 from cai.contracts.references import ModelReference, PromptSetReference, StageReference, Target, references, renamed
 from cai.contracts.stage_config import CompositeConfig, StageConfig
 from cai.document import Document, Problems, error_at
-from cai.models import reference
+from cai.models import model_files, reference
+from cai.models.model_files import Role
 from cai.run.recipe_document import OWN, SELF, RecipeDocument
 from cai.stages import config_class
 from cai.text.errors import BadInput
-from cai.text.formatting import Key, describe
+from cai.text.formatting import Key, describe, dotted
 
 GATE = "gate"
 """Id of the stage that `gate:` stands for."""
@@ -28,6 +30,8 @@ class Resolved(NamedTuple):
     stages: dict[str, StageConfig]
     composites: dict[str, list[str]]
     models: dict[str, Model]
+    places: dict[str, str]
+    """Where the recipe names each of the models, as an error message begins."""
 
 
 def inputs_of(config: StageConfig) -> list[str]:
@@ -51,13 +55,14 @@ def needs(config: StageConfig, stage_ids: Mapping[str, object] | set[str]) -> li
     return list(dict.fromkeys([*inputs_of(config), *models]))
 
 
-def resolve(document: Document, written: RecipeDocument, configs: Sequence[StageConfig]) -> Resolved:
-    """Resolves every name. `configs` are the stages as they are written, their names checked.
+def resolve(document: Document, written: RecipeDocument, configs: Sequence[StageConfig], runs: Path) -> Resolved:
+    """Resolves every name. `configs` are the stages as they are written, their names checked; `runs` is the folder in
+    which RUN/STAGE is looked up.
 
     Raises BadInput for stages that wait for each other, for a `self` that stands for two models, and for models that do
     not exist or cannot do what they are named for.
     """
-    positions = {config.id: ("stages", index) for index, config in enumerate(configs)}
+    positions: dict[str, tuple[Key, ...]] = {config.id: ("stages", index) for index, config in enumerate(configs)}
     composites: dict[str, list[str]] = {}
     expanded: list[StageConfig] = []
     for config in configs:
@@ -71,7 +76,13 @@ def resolve(document: Document, written: RecipeDocument, configs: Sequence[Stage
     for config in _in_order(document, positions, expanded):
         stages[config.id] = _with_writer(document, positions[config.id], config, stages, written)
     stages = _with_gate(document, written, stages)
-    return Resolved(stages, composites, _models(document, written, positions, stages))
+    places: dict[tuple[tuple[Key, ...], str], tuple[Key, ...]] = {
+        (positions[config.id], name): (*positions[config.id], *keys)
+        for config in configs
+        for keys, _, name in references(config, ModelReference)
+    }
+    models, model_places = _models(document, written, positions, places, stages, runs)
+    return Resolved(stages, composites, models, model_places)
 
 
 def _with_recipe_models(config: StageConfig, written: RecipeDocument) -> StageConfig:
@@ -185,49 +196,82 @@ def _models(
     document: Document,
     written: RecipeDocument,
     positions: Mapping[str, tuple[Key, ...]],
+    places_in_stages: Mapping[tuple[tuple[Key, ...], str], tuple[Key, ...]],
     stages: Mapping[str, StageConfig],
-) -> dict[str, Model]:
-    """Every model that is no stage, found or refused where it is named."""
+    runs: Path,
+) -> tuple[dict[str, Model], dict[str, str]]:
+    """Every model that is no stage, found or refused where it is named; and that place by the model's name.
+
+    `positions` are those of stages, `places_in_stages` those of the names that a stage of the document holds.
+    """
     if written.model in stages:
         message = f"found {describe(written.model)}, a stage of this recipe, expected a model"
         raise error_at(document, ("model",), message)
     places: dict[str, tuple[Key, ...]] = {written.model: ("model",)}
     if written.judge not in stages and written.judge != SELF:
         places.setdefault(written.judge, ("judge",))
-    models: dict[str, Model] = {}
     problems = Problems()
+    named: list[tuple[tuple[Key, ...], ModelReference, str]] = []
     for stage_id, config in stages.items():
+        stage = positions.get(stage_id, ("gate",))
         for keys, target, name in references(config, ModelReference):
             if name in stages:
                 continue
-            place = (*positions.get(stage_id, ("gate",)), *keys)
+            place: tuple[Key, ...] = (*stage, *keys)
+            if document.node(place).value != name:  # named by the recipe's own keys, or by those of a composite
+                place = places_in_stages.get((stage, name)) or places.get(name) or place
             with problems.collect():
-                _check_served(document, positions.get(stage_id, ("gate",)), place, config, target, name)
+                _check_served(document, stage, place, config, target, name)
             places.setdefault(name, place)
+            named.append((place, target, name))
+    models: dict[str, Model] = {}
     for name, place in places.items():
         with problems.collect():
-            models[name] = _model(document, written, place, name)
-    for stage_id, config in stages.items():
-        for keys, target, name in references(config, ModelReference):
-            if name in models:
-                with problems.collect():
-                    _check_head(document, (*positions.get(stage_id, ("gate",)), *keys), target, models[name])
+            models[name] = _model(document, written, place, name, runs)
+    is_right = dict.fromkeys(models, True)
+    for place, target, name in named:
+        # A hub id is looked at before a run (`cai.run.model_checks`), which may download it.
+        if is_right.get(name) and Path(models[name].path).is_absolute():
+            is_right[name] = False  # a model that is wrong is reported once
+            with problems.collect():
+                _check_role(document, place, target, models[name])
+                is_right[name] = True
     problems.raise_if_any()
-    return models
+    return models, {name: f"{document.location(place)}: {dotted(place)}" for name, place in places.items()}
 
 
-def _model(document: Document, written: RecipeDocument, place: tuple[Key, ...], name: str) -> Model:
+def _check_role(document: Document, place: tuple[Key, ...], target: ModelReference, model: Model) -> None:
+    """Refuses a model that cannot do what it is named for at `place`."""
+    try:
+        model_files.check_role(model, role_of(target))
+    except BadInput as error:
+        raise error_at(document, place, str(error)) from None
+
+
+def role_of(target: ModelReference) -> Role | None:
+    """What a model is named for; None where both a language model and a classifier will do."""
+    if len(target.gives) > 1:
+        return None
+    return "score" if target.gives == ("reward",) else "language"
+
+
+def _model(document: Document, written: RecipeDocument, place: tuple[Key, ...], name: str, runs: Path) -> Model:
     """The model that a name at `place` means."""
+    templates, chat_template = written.templates, written.chat_template
     try:
         return reference.resolve(
-            name, templates=written.templates, chat_template=written.chat_template, folder=document.path.parent
+            name, templates=templates, chat_template=chat_template, folder=document.path.parent, runs=runs
         )
     except BadInput as error:
         raise error_at(document, place, str(error)) from None
 
 
 def check_models(
-    document: Document, written: RecipeDocument, configs: Sequence[StageConfig | None], problems: Problems
+    document: Document,
+    written: RecipeDocument,
+    configs: Sequence[StageConfig | None],
+    runs: Path,
+    problems: Problems,
 ) -> None:
     """Adds models that do not exist to the `problems` of a recipe whose other names are not all right.
 
@@ -242,7 +286,7 @@ def check_models(
     for name, place in names.items():
         if name not in [SELF, OWN, *ids]:
             with problems.collect():
-                _model(document, written, place, name)
+                _model(document, written, place, name, runs)
 
 
 def _check_served(
@@ -269,13 +313,3 @@ def _check_served(
             f"{config.kind} trains {name!r}, which only a server has, expected a model whose weights are here: a "
             f"folder or a hub id",
         )
-
-
-def _check_head(document: Document, place: tuple[Key, ...], target: ModelReference, model: Model) -> None:
-    """Refuses a language model as a reward model and the other way round, where the model's folder says what it is."""
-    if len(target.gives) > 1:
-        return
-    expected = "score" if target.gives == ("reward",) else "language"
-    nouns = {"score": "a sequence classifier, which gives a score", "language": "a language model, which writes"}
-    if (head := reference.head(model)) is not None and head != expected:
-        raise error_at(document, place, f"{model.name!r} is {nouns[head]}, expected {nouns[expected]}")

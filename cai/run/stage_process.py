@@ -96,7 +96,7 @@ def main(path: str) -> int:
 
 def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     profile = Profile.model_validate(spec.profile)
-    recipe = load_recipe(spec.recipe, spec.overrides)
+    recipe = load_recipe(spec.recipe, spec.overrides, Path(spec.run).parent)
     trains = isinstance(recipe.stages[spec.stage], TrainingConfig)
     if trains and ranks != profile.processes:
         raise StageFailed(

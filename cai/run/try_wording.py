@@ -144,7 +144,7 @@ def with_request(principle: Principle, field: PrincipleField, request: str) -> P
 def _labelling(run: Path, stage_id: str, profile: Profile) -> Labelling:
     """The recipe of a run and its stages up to the labels. Raises BadInput where one is not done as the recipe says."""
     recorded = read_json(run / run_folder.RUN)
-    recipe = load_recipe(recorded["recipe"], recorded["overrides"])
+    recipe = load_recipe(recorded["recipe"], recorded["overrides"], run.parent)
     planner = Planner(recipe, run, profile.offline)
     command = " ".join(["cai run", recorded["recipe"], *(f"--set {text}" for text in recorded["overrides"])])
     done: dict[str, run_folder.Finished] = {}

@@ -42,6 +42,9 @@ class Config(RewardedConfig, FeedbackConfig):
     kind: Literal["best-of-n"] = "best-of-n"
     from_: OneOrMore[TextsRef] = Field(alias="from", min_length=1, description="Stages with the responses.")
 
+    def most_responses(self, inputs: Sequence[int]) -> int:
+        return 1
+
 
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one ScoredSample for each prompt: the response with the highest reward."""

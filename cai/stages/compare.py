@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cai.contracts.references import ModelRef, ModelReference, OneOrMore, OutputKind, PrincipleRef, PromptSetRef
+from cai.contracts.references import CheckpointRef, ModelReference, OneOrMore, OutputKind, PrincipleRef, PromptSetRef
 from cai.contracts.stage_config import CompositeConfig, PrincipleField, WritingConfig
 from cai.storage.rows import stable_id
 
@@ -28,7 +28,7 @@ class Config(CompositeConfig, WritingConfig):
     gives: ClassVar[OutputKind] = "comparison"
 
     kind: Literal["compare"] = "compare"
-    models: dict[str, ModelRef] = Field(
+    models: dict[str, CheckpointRef] = Field(
         min_length=1, description="Models or stages, by the name they get in the figures; `model` = the recipe's."
     )
     prompts: OneOrMore[PromptSetRef] = Field(
@@ -38,7 +38,7 @@ class Config(CompositeConfig, WritingConfig):
     baseline: str | None = Field(None, description="What the others are compared to; absent = the first model.")
     pairs: Literal["all", "baseline"] = Field("all", description="Head to head: all pairs, or each with the baseline.")
     judged: int | None = Field(None, ge=1, description="Prompts of each set judged head to head; absent = all.")
-    judge: Annotated[str, ModelReference(absent="judge", self_is="model")] | None = Field(
+    judge: Annotated[str, ModelReference(("policy",), absent="judge", self_is="model")] | None = Field(
         None, description="Model or stage that judges; absent = the recipe's judge."
     )
     principles: list[PrincipleRef] | Literal["all"] = Field(

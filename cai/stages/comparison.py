@@ -18,8 +18,8 @@ from pydantic import Field
 from cai.constitution import Principle, applicable_principles
 from cai.contracts.context import Context
 from cai.contracts.references import (
+    CheckpointRef,
     JudgeRef,
-    ModelRef,
     OneOrMore,
     OutputKind,
     PrincipleRef,
@@ -49,7 +49,7 @@ class Config(StageConfig):
         min_length=1, description="`sample` stage of each checkpoint by its name in the figures, the baseline first."
     )
     votes: OneOrMore[VotesAndReasonsRef] = Field([], description="`judge` stages with `pairs: against`.")
-    models: dict[str, ModelRef] = Field(description="What answered, by checkpoint.")
+    models: dict[str, CheckpointRef] = Field(description="What answered, by checkpoint.")
     judge: JudgeRef | None = Field(None, description="What judged.")
     prompts: OneOrMore[PromptSetRef] = Field(min_length=1, description="Prompt sets; figures are given for each.")
     n: int = Field(1, ge=1, description="Responses of each checkpoint to each prompt.")

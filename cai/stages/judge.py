@@ -118,6 +118,9 @@ class Config(FeedbackConfig):
             return self.principles
         return 1 if self.principles == "one" else None
 
+    def needs_pairs(self) -> bool:
+        return self.human is None and self.pairs != "against"
+
     def vote_unit(self) -> str:
         return vote_unit(self.method, self.scale)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -60,6 +60,9 @@ class Config(WritingConfig):
     model: WriterRef | None = Field(
         None, description="Model or stage that criticises and rewrites; absent = the recipe's."
     )
+
+    def most_responses(self, inputs: Sequence[int]) -> int:
+        return sum(inputs)
 
     def template_names(self) -> tuple[str, ...]:
         return ("critique", "revise")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from cai.contracts.context import Context
-from cai.contracts.references import OneOrMore, OutputKind, PreferencesRef
+from cai.contracts.references import OneOrMore, OutputKind, PreferencesRef, RewardStartRef
 from cai.contracts.training_config import TrainingConfig
 from cai.storage.rows import Preference, held_out_rank, is_held_out, row_lines, topic_of
 from cai.text.errors import StageFailed
@@ -47,6 +47,9 @@ class Config(TrainingConfig):
     sequences_per_example: ClassVar[int] = 2
 
     kind: Literal["reward"] = "reward"
+    model: RewardStartRef | None = Field(
+        None, description="Starting model or stage, a reward model too; absent = the recipe's model."
+    )
     from_: OneOrMore[PreferencesRef] = Field(alias="from", min_length=1, description="Stages to learn from.")
     hold_out: float = Field(0.1, gt=0, lt=1, description="Share of prompts held out where no row is tagged held_out.")
 

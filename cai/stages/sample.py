@@ -7,6 +7,7 @@ was cut off at `max_new_tokens` is kept with `finish_reason: length`; the stage 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -37,6 +38,9 @@ class Config(WritingConfig):
     seeds: str | None = Field(
         None, description="Stages with the same word here sample under the same seeds; absent = seeds of its own."
     )
+
+    def most_responses(self, inputs: Sequence[int]) -> int:
+        return self.n
 
 
 class Item(TypedDict):

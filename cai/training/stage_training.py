@@ -108,7 +108,11 @@ class StageTraining:
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # the accelerate file's value takes precedence over `bf16`
             os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if from_profile["bf16"] else "no"
         config_class = getattr(importlib.import_module(module), name)
-        args: TrainingArguments = config_class(**{**self.config.train, **from_profile, **from_stage, **overrides})
+        fields = {**self.config.train, **from_profile, **from_stage, **overrides}
+        try:
+            args: TrainingArguments = config_class(**fields)
+        except ValueError as error:  # values that do not go together, which `cai.training.train_fields` cannot tell
+            raise BadInput(f"stage {self.config.id!r}: `train:` is refused by {name}: {first_line(error)}") from error
         if args.n_gpu > 1:
             args._n_gpu = 1  # else Trainer (transformers 5.23) uses DataParallel over all GPUs that it sees
         if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,34 @@ ELSEWHERE = {
 """What other implementations of PPO and RLOO call things (TRL in its versions, OpenRLHF, verl, trlX), and what says it
 here, by config class."""
 
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers a field may hold: from `least` on, or above it with `is_open`, and below `limit`."""
+
+    least: float = 0.0
+    is_open: bool = False
+    limit: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return (value > self.least if self.is_open else value >= self.least) and value < self.limit
+
+    def __str__(self) -> str:
+        start = f"above {self.least:g}" if self.is_open else f"of at least {self.least:g}"
+        return start if self.limit == math.inf else f"{start} and below {self.limit:g}"
+
+
+POSITIVE = Range(is_open=True)
+RANGES = {
+    **dict.fromkeys(("num_train_epochs", "learning_rate", "adam_epsilon", "logging_steps", "save_steps"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "beta", "epsilon"), Range()),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), Range(limit=1.0)),
+    "num_iterations": Range(1.0),
+}
+"""Numbers outside of which a field trains nothing, trains away from its goal, or ends the trainer with an error."""
+RANGES_OF_CLASS = {"DPOConfig": {"beta": POSITIVE}}
+"""Those of one config class: RLOO without `beta` has no KL penalty, and DPO without it no loss."""
+
 TYPES: dict[str, type] = {
     "str": str, "bool": bool, "int": int, "float": float, "dict": dict, "list": list, "null": type(None),
 }  # fmt: skip
@@ -219,6 +248,13 @@ def _check_value(document: Document, position: tuple[Key, ...], value: object, f
     if not has_type:
         expected = " or ".join(TYPE_WORDS[plain_type] for plain_type in field.types)
         raise error_at(document, position, f"found {describe(value)}, expected {expected}, as in {class_name}")
+    name = str(position[-1])
+    number_range = RANGES_OF_CLASS.get(class_name, {}).get(name) or RANGES.get(name)
+    if number_range is not None and isinstance(value, int | float) and value not in number_range:
+        raise error_at(document, position, f"found {value}, expected a number {number_range}")
+    if name == "max_steps" and isinstance(value, int) and value < 1 and value != -1:
+        expected = "a number of steps above 0, or -1 for as many as `num_train_epochs` takes"
+        raise error_at(document, position, f"found {value}, expected {expected}")
     if field.values is not None and isinstance(value, str) and value not in field.values:
         suggestion = did_you_mean(value, field.values)
         raise error_at(document, position, f"found {value!r}, expected one of {', '.join(field.values)}{suggestion}")

@@ -114,7 +114,7 @@ def test_it_runs_on_what_its_names_mean(recipe: Path) -> None:
     ("change", "reason"),
     [
         (("rubric.md", "Be brief.", "Be long."), "file rubric.md changed"),
-        (("other/model.safetensors", "other weights", "new weights"), "model other changed"),
+        (("other/model.safetensors", "other weights", "fresh weights"), "model other changed"),
         (("constitution.yaml", "kind., weight", "kind., compare: Which is kinder?, weight"), "principle kind changed"),
         (("recipe.yaml", "strict: other", "strict: start"), "strict other -> start; model other changed"),
     ],

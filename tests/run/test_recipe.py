@@ -41,7 +41,7 @@ BROKEN = [
     ("from: [revisions, responses]", "from: [votes, responses]", 12, "votes,", "gives votes, but sft takes texts"),
     ("from: votes}", "from: candidates}", 16, "candidates}", "gives texts, but prefer takes votes"),
     ("model: sl-cai, prompts", "model: sl-cia, prompts", 14, "sl-cia", "did you mean 'sl-cai'"),
-    ("model: sl-cai, prompts", "model: votes, prompts", 14, "votes", "expected a stage that trains a model: sl-cai"),
+    ("model: sl-cai, prompts", "model: votes, prompts", 14, "votes", "expected a stage that gives policy: sl-cai"),
     ("policy: policy}", "policy: preferences}", 19, "preferences}", "gives preferences"),
     ("from: responses}", "from: responses, model: sl-cai}", 9, "{id: revisions", "revisions -> sl-cai -> revisions"),
     ("learning_rate: 2.0e-4", "learning_rat: 2.0e-4", 13, "learning_rat:", "did you mean 'learning_rate'"),
@@ -287,7 +287,7 @@ def test_set_changes_values_by_stage_id(recipe):
         ("sed=1", "did you mean 'seed'"),
         ("seed", "expected key=value"),
         ("stages.votes.from=[candidates", "expected"),
-        ("stages.votes.judge=preferences", "expected a stage that trains a model"),
+        ("stages.votes.judge=preferences", "expected a stage that gives policy: sl-cai"),
     ],
 )
 def test_a_wrong_override_is_named_as_it_was_given(recipe, override, words):
@@ -362,7 +362,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_anything_runs(rec
 # What is replaced in the recipe by what, the beginning of the message, and words of it.
 NAMES = [
     ("seed: 0", "judge: sl_cai", "recipe.yaml:2:8: ", "did you mean 'sl-cai'?"),
-    ("seed: 0", "judge: votes", "recipe.yaml:2:8: ", "expected a stage that trains a model"),
+    ("seed: 0", "judge: votes", "recipe.yaml:2:8: ", "expected a stage that gives policy: sl-cai"),
     ("seed: 0", "templates: defalt", "recipe.yaml:2:12: ", "did you mean 'default'?"),
     ("prompts: heldout}", "prompts: heldout, principles: [knd]}", "recipe.yaml:20:", "did you mean 'kind'?"),
     ("from: responses}", "from: responses, principles: [hnest]}", "recipe.yaml:10:", "did you mean 'honest'?"),

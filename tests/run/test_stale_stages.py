@@ -14,6 +14,7 @@ from recipe_runs import run
 
 from cai.cli import main
 from cai.feedback.labelled_votes import LabelRule
+from cai.run.recipe import load_recipe
 from cai.storage import run_folder
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.stage_folders import Staleness, stale_note, stale_stages
@@ -176,6 +177,9 @@ def test_compare_says_that_the_model_of_a_stage_is_stale(recipe):
     cai("run", "recipe.yaml", "--set", "stages.texts.n=2", "--until", "tuned")
     result = cai("compare", *models, "--prompts", "first.jsonl", "--constitution", "constitution.yaml")
     assert "stale in runs/toy: policy, made from earlier outputs of tuned; `cai run recipe.yaml" in result.stderr
+    assert load_recipe("recipe.yaml", ["model=toy/tuned"]).notes == ()
+    (note,) = load_recipe("recipe.yaml", ["model=toy/policy"]).notes
+    assert note in result.stderr
     run(recipe, "stages.texts.n=2", runs="runs/toy")
     result = cai("compare", *models, "--prompts", "first.jsonl", "--constitution", "constitution.yaml")
     assert "stale" not in result.stderr

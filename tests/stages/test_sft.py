@@ -18,7 +18,7 @@ from cai.models.chat import Chat
 from cai.models.loading import load_causal_lm
 from cai.stages.sft import Config, run, select
 from cai.storage.rows import row_lines
-from cai.text.errors import StageFailed
+from cai.text.errors import BadInput, StageFailed
 from cai.training import loop
 from cai.training.loop import newest_resume_point
 from cai.training.metrics import read_metrics
@@ -176,6 +176,12 @@ def test_a_loss_that_is_no_number_ends_the_stage_in_one_sentence(tmp_path: Path,
     train = {"learning_rate": 1e30, "max_grad_norm": 0.0, "num_train_epochs": 3}
     with pytest.raises(StageFailed, match=r"stage 'stage': `(loss|grad_norm)` is (nan|inf) at step \d; lower"):
         run_stage("sft", tmp_path / "stage", [sample(n) for n in range(16)], tiny("llama"), train=train)
+
+
+def test_fields_that_the_trainer_refuses_are_one_sentence(tmp_path: Path, tiny: Tiny) -> None:
+    message = "stage 'stage': `train:` is refused by SFTConfig: --save_steps must be an integer if bigger than 1: 1.5"
+    with pytest.raises(BadInput, match=message):
+        run_stage("sft", tmp_path / "stage", [sample(1)], tiny("llama"), train={"save_steps": 1.5})
 
 
 def test_an_incomplete_resume_point_is_not_resumed_from(tmp_path: Path, tiny: Tiny) -> None:

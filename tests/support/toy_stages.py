@@ -155,10 +155,13 @@ def run_fit(config: FitConfig, context: Context) -> dict[str, Any]:
 
 
 def make_model(folder: Path, weights: str) -> Path:
-    """A folder that counts as a model: nothing here loads it."""
+    """A folder that counts as a model, with a file of no tensors that differs with `weights`: nothing here loads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (folder / "model.safetensors").write_text(weights)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | dict.fromkeys(sizes, 2)))
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({"__metadata__": {"weights": weights}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     return folder
 
 
