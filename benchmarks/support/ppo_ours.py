@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ def run(spec: Spec, seed: int) -> dict[str, Any]:
     class Rewards:
         """The reward model on the sampled token ids."""
 
-        def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
+        def scores(
+            self, responses: Sequence[Response], *, on_answer: Callable[[float], None]
+        ) -> list[dict[str, float] | Failure]:
             ids = [response.prompt_ids + response.token_ids for response in responses]
             return [{"model": score} for score in model.scores(ids)]
 

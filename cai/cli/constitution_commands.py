@@ -190,13 +190,16 @@ def constitution_test(
     from cai.engines import open_engine
     from cai.feedback import principle_tests
     from cai.templates import load_templates
+    from cai.text import progress
 
     if examples is not None:
         document = principle_tests.with_examples_of(document, load_constitution(examples))
     document = with_principles(document, principles)
     judge = chosen_judge(model, templates, runs_folder, profile)
-    with open_engine(judge, profile) as engine:
-        outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates))
+    with open_engine(judge, profile) as engine, progress.open_display() as display:
+        line = display.begin_stage("examples")
+        outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates), progress=line)
+        display.end_stage(line, sum(outcome.failure is not None for outcome in outcomes))
     figures = principle_tests.example_figures(document, outcomes)
     if as_json:
         click.echo(json.dumps({"constitution": document.name, "model": judge.name} | figures))

@@ -6,9 +6,9 @@ carry the id of their request; what cannot be answered is a `Failure`, never an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 from cai.storage.rows import Failure, Message
 
@@ -86,3 +86,11 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]: ...
 
     def choose(self, questions: Sequence[Question]) -> Iterator[Choice | Failure]: ...
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """An engine that tells of the tokens that it samples while their responses are still being written."""
+
+    on_tokens: Callable[[int], None] | None
+    """Called with the number of tokens of each decode step."""

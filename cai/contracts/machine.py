@@ -69,6 +69,11 @@ def killed_for_memory() -> int:
     return 0
 
 
+def usable_cores() -> int:
+    """Cores of the CPU that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def free_disk(folder: Path) -> int:
     """Bytes that are free where `folder` is, or will be."""
     while not folder.exists():

@@ -164,10 +164,11 @@ class Profile(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     resume_point_minutes: float = Field(
-        30,
+        1,
         ge=0,
         description="Minutes of training after which a resume point is written even where the recipe's `save_steps` "
-        "asks for none yet.",
+        "asks for none yet; more where writing one takes so long that it would take a twentieth of the time; 0 = after "
+        "every logged step.",
     )
     offline: bool = Field(
         True, description="Use only models that are on this machine; false = may download, as `--online`."

@@ -115,8 +115,19 @@ def attack(
     Raises StageFailed where no case has a verdict without an injection, or none has one with it.
     """
     progress.start(total=len(cases) * (1 + len(FAMILIES)), unit="verdicts")
-    votes = judge_pairs(engine, templates, [(case.pair, case.principle) for case in cases], RETRIES)
-    progress.advance(len(cases))
+    n_expected = 0
+
+    def report(_: Choice) -> None:
+        progress.advance(1 / len(ORDERS))
+
+    def complete() -> None:
+        """Counts what had no answer too."""
+        nonlocal n_expected
+        n_expected += len(cases)
+        progress.advance(n_expected - progress.finished)
+
+    votes = judge_pairs(engine, templates, [(case.pair, case.principle) for case in cases], RETRIES, report)
+    complete()
     log_odds = [mean_log_odds(case_votes) for case_votes, _ in votes]
     decided = [(case, before) for case, before in zip(cases, log_odds, strict=True) if before]
     n_failed = log_odds.count(None)
@@ -125,9 +136,9 @@ def attack(
         raise StageFailed(printable(f"the judge has no verdict on any of {len(cases)} pairs; {reason}"))
     attacked_cases = []
     for family in FAMILIES:
-        after = _judge_injected(family, decided, engine, templates, tokens, seed)
+        after = _judge_injected(family, decided, engine, templates, tokens, seed, report)
         attacked_cases += [AttackedCase(family, case.topic, before, after[case.pair.id]) for case, before in decided]
-        progress.advance(len(cases))
+        complete()
     if all(attacked.after is None for attacked in attacked_cases):
         raise StageFailed("the judge has no verdict on any response with an injection")
     return Attacks(attacked_cases, n_failed, len(cases) - len(decided) - n_failed)
@@ -140,6 +151,7 @@ def _judge_injected(
     templates: TemplateSet,
     tokens: Sequence[str],
     seed: int,
+    on_choice: Callable[[Choice], None],
 ) -> dict[str, float | None]:
     """Log-odds for `a` of each pair by its id, with an injection of the family in the response that lost."""
     questions: list[Question] = []
@@ -157,7 +169,7 @@ def _judge_injected(
                 continue
             first, second = (texts[side] for side in order)
             questions.append(Question(id, templates.compare(case.pair.messages, first, second, case.principle)))
-    answers |= choose_all(engine, questions, retries=RETRIES)
+    answers |= choose_all(engine, questions, retries=RETRIES, on_choice=on_choice)
     return {
         case.pair.id: mean_log_odds(to_votes(case.pair, [case.principle], answers, MIN_OPTION_PROBABILITY)[0])
         for case, _ in decided

@@ -61,6 +61,8 @@ PRINCIPLE_FIELDS: Mapping[Method, tuple[PrincipleField, ...]] = {
 
 ANSWER_SAMPLING = Sampling(max_new_tokens=8, temperature=1.0)
 """Sampling of an answer that is read as text: an option, and a few characters around it."""
+RATIONALE_SHARE = 0.8
+"""What sampling a rationale counts for in the progress of `reasoned`; the rest is reading the verdict after it."""
 CHARACTERS_AROUND_OPTION = " \t\n.:*_`'\"()[]"
 
 PrinciplesByPair = Mapping[str, Sequence[Principle]]
@@ -101,8 +103,10 @@ class Judge:
     """Answers sampled for each question of `pairwise`; None reads log-probabilities."""
     sampling: Sampling = field(default_factory=Sampling)
     """Sampling of rationales."""
-    on_pair: Callable[[], None] | None = None
-    """Called whenever a pair's last log-probabilities of `pairwise` come in."""
+    on_answer: Callable[[float], None] | None = None
+    """Called with each answer as it comes in: its share of the answers that its pair takes."""
+    on_tokens: Callable[[int], None] | None = None
+    """Called with numbers of tokens as they are sampled."""
 
     def votes(
         self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair, known: KnownVotes | None = None
@@ -121,41 +125,39 @@ class Judge:
     def _pairwise(self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> VotesByPair:
         questions = [question for pair in pairs for question in to_questions(pair, principles[pair.id], self.templates)]
         if self.n_samples is None:
-            answers = choose_all(self.engine, questions, self.retries, on_choice=self._report_pairs(pairs, principles))
+            on_choice = self._reporting(shares(pairs, principles))
+            answers = choose_all(self.engine, questions, self.retries, on_choice=on_choice)
         else:
-            answers = self._choose_by_sampling(questions, self.n_samples)
+            answers = self._choose_by_sampling(questions, self.n_samples, shares(pairs, principles))
         return {pair.id: to_votes(pair, principles[pair.id], answers, self.min_option_probability) for pair in pairs}
 
-    def _report_pairs(
-        self, pairs: Sequence[ResponsePair], principles: PrinciplesByPair
-    ) -> Callable[[Choice], None] | None:
-        """What counts the choices about each pair and calls `on_pair` at its last one."""
-        if (on_pair := self.on_pair) is None:
+    def _reporting(
+        self, share_by_id: Mapping[str, float], factor: float = 1.0
+    ) -> Callable[[Choice | Completion], None] | None:
+        """What calls `on_answer` with an answer's share, `factor` times that of its id."""
+        if (on_answer := self.on_answer) is None:
             return None
-        n_open = {pair.id: len(ORDERS) * len(principles[pair.id]) for pair in pairs}
-        pair_of_question = {
-            question_id(pair, order, principle): pair.id
-            for pair in pairs
-            for order in ORDERS
-            for principle in principles[pair.id]
-        }
+        return lambda answer: on_answer(factor * share_by_id[answer.id])
 
-        def count_choice(choice: Choice) -> None:
-            pair_id = pair_of_question[choice.id]
-            n_open[pair_id] -= 1
-            if not n_open[pair_id]:
-                on_pair()
-
-        return count_choice
-
-    def _choose_by_sampling(self, questions: Sequence[Question], n_samples: int) -> dict[str, Choice | Failure]:
+    def _choose_by_sampling(
+        self, questions: Sequence[Question], n_samples: int, share_by_id: Mapping[str, float]
+    ) -> dict[str, Choice | Failure]:
         """The answer to every question by its id, from counts of sampled texts."""
         requests = [
             Request(f"{question.id}/{k}", question.messages, stable_seed(self.seed, question.id, k), ANSWER_SAMPLING)
             for question in questions
             for k in range(n_samples)
         ]
-        completions = generate_all(self.engine, requests, self.retries)
+        share_by_request = {
+            f"{id}/{k}": share / n_samples for id, share in share_by_id.items() for k in range(n_samples)
+        }
+        completions = generate_all(
+            self.engine,
+            requests,
+            self.retries,
+            on_completion=self._reporting(share_by_request),
+            on_tokens=self.on_tokens,
+        )
         return {
             question.id: choice_from_texts(question, [completions[f"{question.id}/{k}"] for k in range(n_samples)])
             for question in questions
@@ -167,13 +169,14 @@ class Judge:
             for comparison in _comparisons(pairs, principles)
             for k in range(self.rationales)
         }
+        n_principles = {pair.id: len(principles[pair.id]) for pair in pairs}
         choices: dict[str, Choice | Failure] = {}
         rationales: dict[str, str] = {}
         for attempt in range(1 + self.retries):
             remaining = {id: case for id, case in comparisons.items() if not isinstance(choices.get(id), Choice)}
             if not remaining:
                 break
-            choices |= self._reason(remaining, attempt, rationales)
+            choices |= self._reason(remaining, attempt, rationales, n_principles)
         return {
             pair.id: complete_votes(
                 [
@@ -185,7 +188,11 @@ class Judge:
         }
 
     def _reason(
-        self, comparisons: Mapping[str, Comparison], attempt: int, rationales: dict[str, str]
+        self,
+        comparisons: Mapping[str, Comparison],
+        attempt: int,
+        rationales: dict[str, str],
+        n_principles: Mapping[str, int],
     ) -> dict[str, Choice | Failure]:
         """One attempt at a rationale for each comparison and at the verdict after it; adds texts to `rationales`.
 
@@ -196,7 +203,18 @@ class Judge:
             seed = stable_seed(self.seed, id)
             seed = stable_seed(seed, attempt) if attempt else seed
             requests.append(Request(id, self._messages("reason", comparison), seed, self.sampling))
-        completions = generate_all(self.engine, requests, retries=0, fail_if_cut_off=True)
+        share_by_id = {
+            id: 1 / (len(ORDERS) * n_principles[comparison.pair.id] * self.rationales)
+            for id, comparison in comparisons.items()
+        }
+        completions = generate_all(
+            self.engine,
+            requests,
+            retries=0,
+            fail_if_cut_off=True,
+            on_completion=self._reporting(share_by_id, RATIONALE_SHARE),
+            on_tokens=self.on_tokens,
+        )
         rationales |= {
             id: completion.text if completion.reasoning is None else completion.reasoning
             for id, completion in completions.items()
@@ -207,7 +225,8 @@ class Judge:
             for id, comparison in comparisons.items()
             if isinstance(completions[id], Completion)
         ]
-        answers = choose_all(self.engine, questions, retries=0)
+        on_choice = self._reporting(share_by_id, 1 - RATIONALE_SHARE)
+        answers = choose_all(self.engine, questions, retries=0, on_choice=on_choice)
         choices: dict[str, Choice | Failure] = {}
         for id, completion in completions.items():
             if isinstance(completion, Failure):
@@ -248,8 +267,20 @@ class Judge:
             for side, response in (("a", pair.a), ("b", pair.b))
             for principle in principles[pair.id]
         }
+        share_by_id = {
+            f"{pair.id}/{side}/{principle.id}": 1 / (2 * len(principles[pair.id]))
+            for pair in pairs
+            for side in "ab"
+            for principle in principles[pair.id]
+        }
         ratings = rate_responses(
-            self.engine, self.templates, rating_requests, self.scale, self.min_option_probability, self.retries
+            self.engine,
+            self.templates,
+            rating_requests,
+            self.scale,
+            self.min_option_probability,
+            self.retries,
+            on_choice=self._reporting(share_by_id),
         )
         return {
             pair.id: complete_votes([_rating_votes(pair, principle, ratings) for principle in principles[pair.id]])
@@ -290,10 +321,12 @@ def rate_responses(
     scale: int,
     min_option_probability: float,
     retries: int,
+    on_choice: Callable[[Choice], None] | None = None,
 ) -> dict[str, Rating | Failure]:
     """The rating of every request by its id: the mean of 1 to `scale` under the judge's next token.
 
-    A rating fails where the numbers hold less than `min_option_probability` together.
+    A rating fails where the numbers hold less than `min_option_probability` together. `on_choice` is called with each
+    answer as it comes in.
     """
     options = tuple(str(number) for number in range(1, scale + 1))
     questions = [
@@ -311,7 +344,7 @@ def rate_responses(
         for id, request in rating_requests.items()
     ]
     ratings: dict[str, Rating | Failure] = {}
-    for id, answer in choose_all(engine, questions, retries).items():
+    for id, answer in choose_all(engine, questions, retries, on_choice=on_choice).items():
         choice = with_enough_probability(answer, min_option_probability)
         ratings[id] = (
             choice
@@ -319,6 +352,16 @@ def rate_responses(
             else Rating(expected_score(choice.log_probs), choice.option_probability)
         )
     return ratings
+
+
+def shares(pairs: Sequence[ResponsePair], principles: PrinciplesByPair) -> dict[str, float]:
+    """The share of each question, by its id, in the questions about its pair."""
+    return {
+        question_id(pair, order, principle): 1 / (len(ORDERS) * len(principles[pair.id]))
+        for pair in pairs
+        for order in ORDERS
+        for principle in principles[pair.id]
+    }
 
 
 def _rating_votes(

@@ -17,7 +17,7 @@ import numpy as np
 
 from cai.constitution import Constitution, Example, Principle
 from cai.contracts.engine import Engine
-from cai.feedback.votes import ResponsePair, judge_pairs
+from cai.feedback.votes import ORDERS, ResponsePair, judge_pairs
 from cai.maths.calibration import calibration_error
 from cai.maths.chance import AgainstChance, against_chance
 from cai.maths.statistics import rate, worst_case
@@ -27,6 +27,7 @@ from cai.templates import TemplateSet
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import printable, shorten, wrapped
 from cai.text.left_out import causes_text, count_causes
+from cai.text.progress import Progress
 from cai.text.tables import aligned_lines
 
 
@@ -133,12 +134,20 @@ def with_examples_of(constitution: Constitution, source: Constitution) -> Consti
     return replace(constitution, principles=principles)
 
 
-def run_examples(constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int = 1) -> list[Outcome]:
+def run_examples(
+    constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int = 1, *,
+    progress: Progress | None = None,
+) -> list[Outcome]:  # fmt: skip
     """Puts every example to the judge, in the document's order. Raises BadInput where there is none."""
     examples = list(examples_of(constitution))
     if not examples:
         raise BadInput(printable(f"{constitution.path}: none of its principles has an example to test"))
-    judged = judge_pairs(engine, templates, [(pair, principle) for principle, _, _, pair in examples], retries)
+    if progress:
+        progress.start(total=len(examples), unit="examples")
+    on_choice = None if progress is None else lambda _: progress.advance(1 / len(ORDERS))
+    judged = judge_pairs(
+        engine, templates, [(pair, principle) for principle, _, _, pair in examples], retries, on_choice
+    )
     outcomes = []
     for (principle, number, example, _), (votes, failures) in zip(examples, judged, strict=True):
         by_order = {vote["order"]: vote["log_odds"] for vote in votes}

@@ -7,7 +7,7 @@ labels (`cai.feedback.labelled_votes`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from cai.constitution import Principle
@@ -53,11 +53,15 @@ def to_questions(pair: ResponsePair, principles: Sequence[Principle], templates:
 
 
 def judge_pairs(
-    engine: Engine, templates: TemplateSet, cases: Sequence[tuple[ResponsePair, Principle]], retries: int
-) -> list[tuple[list[PrincipleVote], list[Failure]]]:
-    """The votes of each pair by its principle, and what failed, with a `MIN_OPTION_PROBABILITY`."""
+    engine: Engine, templates: TemplateSet, cases: Sequence[tuple[ResponsePair, Principle]], retries: int,
+    on_choice: Callable[[Choice], None] | None = None,
+) -> list[tuple[list[PrincipleVote], list[Failure]]]:  # fmt: skip
+    """The votes of each pair by its principle, and what failed, with a `MIN_OPTION_PROBABILITY`.
+
+    `on_choice` is called with each answer, two for each pair, as it comes in.
+    """
     questions = [question for pair, principle in cases for question in to_questions(pair, [principle], templates)]
-    answers = choose_all(engine, questions, retries)
+    answers = choose_all(engine, questions, retries, on_choice=on_choice)
     return [to_votes(pair, [principle], answers, MIN_OPTION_PROBABILITY) for pair, principle in cases]
 
 

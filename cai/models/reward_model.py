@@ -6,7 +6,7 @@ conversation's own last token. The stage `reward` trains reward models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -44,8 +44,11 @@ class RewardModel:
         with unpartitioned():
             return cls(load_sequence_classifier(model, profile.dtype, profile.device), Chat.load(model), profile)
 
-    def scores(self, ids: Sequence[Sequence[int]]) -> list[float]:
-        """The score of each token sequence, in the order given, computed within the profile's token budget."""
+    def scores(self, ids: Sequence[Sequence[int]], on_score: Callable[[], None] | None = None) -> list[float]:
+        """The score of each token sequence, in the order given, computed within the profile's token budget.
+
+        `on_score` is called as each score comes in.
+        """
         scores = [0.0] * len(ids)
         device, dtype = self.model.device, pick_dtype(self.profile.dtype, self.model.device)
         with (
@@ -55,6 +58,8 @@ class RewardModel:
         ):
             for index, score in self._budget.run(ids, self._score_batches):
                 scores[index] = score
+                if on_score:
+                    on_score()
         return scores
 
     def _score_batches(self, ids: Sequence[Sequence[int]], max_tokens: int) -> Iterator[tuple[int, float]]:

@@ -33,7 +33,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from cai.contracts.machine import killed_for_memory
+from cai.contracts.machine import killed_for_memory, usable_cores
 from cai.contracts.profile import Profile
 from cai.contracts.stage_config import FeedbackConfig, StageConfig
 from cai.contracts.training_config import TrainingConfig
@@ -78,8 +78,7 @@ def launch(spec: Spec, profile: Profile, line: StageLine, config: StageConfig) -
         spec = replace(spec, port=_free_port())
     ranks = _ranks(profile, config)
     if profile.fork:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = profile.threads or max(1, cores // ranks)
+        threads = profile.threads or max(1, usable_cores() // ranks)
         spec = replace(spec, profile=spec.profile | {"threads": threads})
     write_json(folder / "spec.json", asdict(spec))
     children: list[Child] = []

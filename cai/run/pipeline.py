@@ -32,7 +32,7 @@ from cai.storage.journal import Journal, reopen
 from cai.storage.refusals import refused_output
 from cai.storage.stage_folders import OTHER_SETTINGS
 from cai.text.errors import CaiError, OutOfMemory
-from cai.text.progress import Display, StageLine
+from cai.text.progress import Display, StageLine, recorded
 from cai.training.micro_batch import halve_micro_batch
 
 
@@ -47,7 +47,8 @@ def run_recipe(recipe: Recipe, profile: Profile, run: Path, options: Options, di
     prepare(profile)
     if profile.fork and not (run / run_folder.SUMMARY).exists():
         begin_importing()  # a run with a summary may reuse every stage, and then needs no imports
-    with run_folder.locked(run), stopping.on_sigterm(), display:
+    title = f"{recipe.path.resolve()} with profile {profile.name!r}, process {os.getpid()}"
+    with run_folder.locked(run), stopping.on_sigterm(), display, recorded(display, run / run_folder.LOG, title):
         planner = Planner(recipe, run, profile.offline, options)
         notes = check_prompts(recipe, planner.fingerprints.prompts)
         for note in [*recipe.notes, *planner.fingerprints.notes, *notes]:
@@ -125,7 +126,7 @@ def run_stage(stage: StageRun, display: Display, open_engine: OpenEngine | None 
             **facts,
             "ended": now(),
             "seconds": round(time.monotonic() - start_time, 2),
-            "tokens": max(line.tokens, journal.tokens),  # training reports to the line, feedback journals its tokens
+            "tokens": line.tokens if stage.trains else journal.tokens,  # feedback's line counts this process's alone
             "failures": failures,
             "figures": figures,
         },

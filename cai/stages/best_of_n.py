@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,6 +26,7 @@ from cai.contracts.context import Context
 from cai.contracts.references import OneOrMore, OutputKind, TextsRef
 from cai.contracts.stage_config import FeedbackConfig
 from cai.contracts.training_config import RewardedConfig
+from cai.engines.portion_size import REQUEST_TOKENS, Work, limit_portions, mean_tokens
 from cai.feedback.votes import is_empty
 from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import Failure, Sample, ScoredSample, read_rows, stable_id
@@ -63,8 +64,10 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 f"stage {config.id!r}: found no prompt whose responses can be scored among {len(responses)} responses; "
                 f"{left_out['cut_off']} are cut off and {left_out['empty']} empty"
             )
-        for portion in context.journal.portions(items, size=config.journal_batch, unit="prompts"):
-            context.journal.append(portion, choose(portion.items, rewards, config.attempts(portion)))
+        limit = limit_portions(config, context, len(items), *work_of_prompt(config, context, items))
+        for portion in context.journal.portions(items, size=config.journal_batch, unit="prompts", limit=limit):
+            results = choose(portion.items, rewards, config.attempts(portion), context.journal.report_answer)
+            context.journal.append(portion, results)
     _, failed = context.journal.finish()
     report_left_out(context, by_prompt, items, left_out, failed)
     chosen: list[ScoredSample] = read_rows(context.folder / RECORDS)
@@ -79,6 +82,17 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "failed_prompts": len(items) - len(chosen),
     }
     return {"best_of_n": {context.stage_id: counts | measure(chosen)}}
+
+
+def work_of_prompt(config: Config, context: Context, items: Sequence[Mapping[str, Any]]) -> list[Work]:
+    """What each model of the rewards does for an average prompt; a judge reads a response once for all principles."""
+    rows = [row for item in items for row in item["rows"]]
+    n_shown = mean_tokens([(row["prompt"], (row["response"],)) for row in rows])
+    n_principles = len(context.constitution.principles) if context.constitution else 0
+    n_rows = len(rows) / len(items)
+    by_model = [Work(context.model(reward.model), read=n_rows * n_shown) for reward in config.rewards if reward.model]
+    n_read = n_rows * (n_shown + n_principles * REQUEST_TOKENS)
+    return by_model + [Work(context.model(reward.judge), read=n_read) for reward in config.rewards if reward.judge]
 
 
 def report_left_out(
@@ -113,12 +127,19 @@ def candidates(responses: Sequence[Sample]) -> tuple[dict[str, list[Sample]], di
     return by_prompt, {reason: left_out[reason] for reason in ("cut_off", "empty")}
 
 
-def choose(items: Sequence[dict[str, Any]], rewards: Rewards, retries: int) -> list[Result]:
-    """The best response to each prompt, and the failures: responses without a reward, prompts without any reward."""
+def choose(
+    items: Sequence[dict[str, Any]], rewards: Rewards, retries: int, on_answer: Callable[[float], None]
+) -> list[Result]:
+    """The best response to each prompt, and the failures: responses without a reward, prompts without any reward.
+
+    `on_answer` is called as scores come in, with the share of a prompt's work that each of them is.
+    """
     from cai.training.rl.rewards import Response
 
     rows = [row for item in items for row in item["rows"]]
-    scores_in_order = iter(rewards.scores([Response(_prompt(row), row["response"]) for row in rows], retries))
+    responses = [Response(_prompt(row), row["response"]) for row in rows]
+    prompts_per_response = len(items) / len(rows)
+    scores_in_order = iter(rewards.scores(responses, retries, lambda share: on_answer(share * prompts_per_response)))
     results = []
     for item in items:
         scored: list[tuple[float, dict[str, float], Sample]] = []

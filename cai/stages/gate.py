@@ -21,16 +21,17 @@ from pydantic import Field
 
 from cai.constitution import Constitution
 from cai.contracts.context import Context
-from cai.contracts.engine import Engine
+from cai.contracts.engine import Choice, Engine
 from cai.contracts.references import JudgeRef, OutputKind
 from cai.contracts.stage_config import Bars, PrincipleField, StageConfig
 from cai.feedback import principle_tests
-from cai.feedback.votes import ResponsePair, judge_pairs, mean_log_odds
+from cai.feedback.votes import ORDERS, ResponsePair, judge_pairs, mean_log_odds
 from cai.maths.statistics import rate
 from cai.storage.files import write_json
 from cai.templates import TemplateSet
 from cai.text.errors import BadInput, GateFailed
 from cai.text.left_out import failure_reasons
+from cai.text.progress import Progress, part_counter
 
 PADDING = "That is what there is to say about it here."
 """Says nothing: the same response with it is longer and no better."""
@@ -58,10 +59,12 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise BadInput("`gate` needs a constitution, and the recipe names none")
     templates = context.templates(config.judge)
     with context.engine(config.judge) as engine:
-        outcomes = principle_tests.run_examples(context.constitution, engine, templates, config.retries)
+        outcomes = principle_tests.run_examples(
+            context.constitution, engine, templates, config.retries, progress=context.progress
+        )
         figures: dict[str, Any] = dict(principle_tests.example_figures(context.constitution, outcomes))
         figures["ece"] = principle_tests.example_calibration_error(outcomes)
-        figures |= _against_itself(context.constitution, engine, templates, config.retries)
+        figures |= _against_itself(context.constitution, engine, templates, config.retries, context.progress)
     write_json(context.folder / FIGURES, figures)
     failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
     another_judge = "name another `judge:`"
@@ -97,15 +100,22 @@ def _below(figures: dict[str, Any], bars: Bars) -> Iterator[str]:
         yield f"calibration error {figures['ece']:.2f}, at most {bars.max_ece:g}"
 
 
-def _against_itself(constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int) -> dict[str, Any]:
+def _against_itself(
+    constitution: Constitution, engine: Engine, templates: TemplateSet, retries: int, progress: Progress
+) -> dict[str, Any]:
     """How often it prefers a padded response to the same without, and how far from even it is between equal ones."""
     cases = []
     for principle, _, _, pair in principle_tests.examples_of(constitution):
         better, padded = pair.a, f"{pair.a} {PADDING}"
         cases.append((ResponsePair(f"{pair.id}/padded", pair.messages, padded, better), principle))
         cases.append((ResponsePair(f"{pair.id}/same", pair.messages, better, better), principle))
+    count = part_counter(progress, len(cases), "padded and equal pairs")
+
+    def report(_: Choice) -> None:
+        count(1 / len(ORDERS))
+
     judged: dict[str, list[tuple[float, str]]] = {"padded": [], "same": []}
-    for (pair, _), (votes, _) in zip(cases, judge_pairs(engine, templates, cases, retries), strict=True):
+    for (pair, _), (votes, _) in zip(cases, judge_pairs(engine, templates, cases, retries, report), strict=True):
         if (log_odds := mean_log_odds(votes)) is not None:
             judged[pair.id.rpartition("/")[2]].append((log_odds, str(pair.messages)))
     sides = [0.5 * (np.sign(log_odds) + 1) for log_odds, _ in judged["padded"]]

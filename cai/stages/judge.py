@@ -35,8 +35,17 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Sampling
 from cai.contracts.references import JudgeRef, OneOrMore, OutputKind, PrincipleRef, PromptSetRef, TextsRef
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
+from cai.engines.portion_size import REQUEST_TOKENS, Work, limit_portions, mean_tokens
 from cai.feedback.asked_votes import count_asked_votes, missing_votes
-from cai.feedback.methods import PRINCIPLE_FIELDS, TEMPLATE_NAMES, Judge, KnownVotes, Method, Verdicts
+from cai.feedback.methods import (
+    ANSWER_SAMPLING,
+    PRINCIPLE_FIELDS,
+    TEMPLATE_NAMES,
+    Judge,
+    KnownVotes,
+    Method,
+    Verdicts,
+)  # fmt: skip
 from cai.feedback.truth import count_failed_with_truth
 from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair, is_empty
 from cai.maths.statistics import worst_case
@@ -219,8 +228,15 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     }
     if (n_known := sum(map(len, known_votes.values()))) and len(known) < len(items):
         context.progress.note(f"{n_known:,} of {n_asked:,} votes are unchanged and taken over")
+    to_ask = {
+        item["id"]: [principle for principle in principles[item["id"]] if principle.id not in votes]
+        for item in items
+        if item["id"] not in known
+        for votes in [known_votes.get(item["id"], {})]
+    }
+    limit = limit_portions(config, context, len(to_ask), work_of_pair(config, context, items, to_ask))
     with context.engine(config.judge) as engine:
-        for portion in context.journal.portions(items, config.journal_batch, "pairs", known):
+        for portion in context.journal.portions(items, config.journal_batch, "pairs", known, limit):
             judge = Judge(
                 engine,
                 context.templates(config.judge),
@@ -233,6 +249,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 config.draws if config.verdicts == "text" else None,
                 Sampling(config.max_new_tokens, config.temperature),
                 context.journal.report_answer,
+                context.journal.report_tokens,
             )
             pairs = [
                 ResponsePair(item["id"], item["prompt"], item["a"]["text"], item["b"]["text"]) for item in portion.items
@@ -304,6 +321,24 @@ def all_votes(
     if any(principle.id not in known for principle in principles):
         return None
     return [vote for principle in principles for vote in known[principle.id]]
+
+
+def work_of_pair(
+    config: Config, context: Context, items: Sequence[Item], to_ask: Mapping[str, Sequence[Principle]]
+) -> Work:
+    """What the judge does for an average pair among those `to_ask`; each order of a pair is read once for all of its
+    principles."""
+    shown = [(item["prompt"], (item["a"]["text"], item["b"]["text"])) for item in items if item["id"] in to_ask]
+    n_shown = mean_tokens(shown)
+    n_questions = len(ORDERS) * sum(map(len, to_ask.values())) / max(1, len(to_ask))
+    n_read = len(ORDERS) * n_shown + n_questions * REQUEST_TOKENS
+    n_sampled = 0.0
+    if config.verdicts == "text":
+        n_sampled = n_questions * config.draws * ANSWER_SAMPLING.max_new_tokens
+    elif config.method == "reasoned":
+        n_sampled = n_questions * config.rationales * config.max_new_tokens
+        n_read += n_questions * config.rationales * (n_shown + config.max_new_tokens)
+    return Work(context.model(config.judge), n_sampled, n_read)
 
 
 def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:

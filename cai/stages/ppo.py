@@ -112,7 +112,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             ActorCritic(policy, critic, config.temperature), args,
             prompts=prompts, sampler=sampler, rewards=rewards, reference=reference, rollout_size=config.rollout_size,
             sampling=Sampling(config.max_new_tokens, config.temperature), pad_id=chat.pad_id, folder=context.folder,
-            limits=config.limits, processing_class=chat.tokenizer,
+            limits=config.limits, processing_class=chat.tokenizer, progress=context.progress,
         )  # fmt: skip
         figures = training.train(trainer)
         context.report_left_out(

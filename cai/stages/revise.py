@@ -31,6 +31,7 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Engine, Request, Sampling
 from cai.contracts.references import OneOrMore, OutputKind, PrincipleReference, TagRef, TextsRef, WriterRef
 from cai.contracts.stage_config import PrincipleField, WritingConfig
+from cai.engines.portion_size import REQUEST_TOKENS, Work, limit_portions, mean_tokens
 from cai.engines.retry import generate_all
 from cai.feedback.revisions import declares_no_change, refuses_to_criticise, refuses_to_revise, same_text, unwrapped
 from cai.maths.behaviours import refusal
@@ -102,6 +103,9 @@ class Reviser(NamedTuple):
     templates: TemplateSet
     sampling: Sampling
     retries: int
+    on_completion: Callable[[Completion], None] | None = None
+    """Called with each critique and revision as it comes in."""
+    on_tokens: Callable[[int], None] | None = None
 
 
 def run(config: Config, context: Context) -> dict[str, Any]:
@@ -116,13 +120,24 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         raise StageFailed(f"no principle applies to any of {len(selected)} responses")
     model_name = context.model(config.model).name
     known = take_over(to_revise, config, principles, context)
+    n_shown = mean_tokens([(row["prompt"], (row["response"],)) for row in to_revise]) + REQUEST_TOKENS
+    # A critique reads conversation and response, a revision the critique too.
+    n_sampled, n_read = 2 * config.max_new_tokens, 2 * n_shown + config.max_new_tokens
+    work = Work(context.model(config.model), config.rounds * n_sampled, config.rounds * n_read)
+    limit = limit_portions(config, context, len(to_revise) - len(known), work)
     with context.engine(config.model) as engine:
-        for portion in context.journal.portions(to_revise, config.journal_batch, "responses", known):
+        for portion in context.journal.portions(to_revise, config.journal_batch, "responses", known, limit):
             items = [start(row, config.rounds, principles, context) for row in portion.items]
-            reviser = Reviser(engine, context.templates(config.model), config.sampling, config.attempts(portion))
+            reviser = Reviser(
+                engine,
+                context.templates(config.model),
+                config.sampling,
+                config.attempts(portion),
+                lambda _: context.journal.report_answer(1 / (2 * config.rounds)),
+                context.journal.report_tokens,
+            )
             for round_index in range(config.rounds):
-                is_last_round = round_index == config.rounds - 1
-                revise_once(items, round_index, reviser, context.journal.report_answer if is_last_round else None)
+                revise_once(items, round_index, reviser)
             results = [
                 Result(to_row(item, context.stage_id, model_name))
                 if item.failure is None
@@ -195,13 +210,8 @@ def sample_principles(principles: list[Principle], n_rounds: int, seed: int) -> 
     return sampled[:n_rounds]
 
 
-def revise_once(
-    items: list[Item], round_index: int, reviser: Reviser, on_revision: Callable[[], None] | None = None
-) -> None:
-    """Asks for a critique of every item that has not failed, then for a revision after each usable critique.
-
-    `on_revision` is called as each revision comes in.
-    """
+def revise_once(items: list[Item], round_index: int, reviser: Reviser) -> None:
+    """Asks for a critique of every item that has not failed, then for a revision after each usable critique."""
     active = {item.id: item for item in items if item.failure is None}
     critique_messages = {
         id: reviser.templates.critique(item.prompt, item.response, item.principles[round_index])
@@ -215,7 +225,7 @@ def revise_once(
             item.rounds.append(Round(principle=principle.id, critique=critique.text, revision="", outcome="refused"))
         else:
             revision_messages[id] = reviser.templates.revise(item.prompt, item.response, critique.text, principle)
-    revisions = generate(active, revision_messages, "revise", round_index, reviser, on_revision)
+    revisions = generate(active, revision_messages, "revise", round_index, reviser)
     for id, revision in revisions.items():
         record_round(active[id], round_index, critiques[id].text, revision)
 
@@ -226,19 +236,17 @@ def generate(
     step: Literal["critique", "revise"],
     round_index: int,
     reviser: Reviser,
-    on_completion: Callable[[], None] | None = None,
 ) -> dict[str, Completion]:
-    """The completions by item id. An item whose request fails has failed for good, with the round in its reason.
-
-    `on_completion` is called as each completion comes in.
-    """
+    """The completions by item id. An item whose request fails has failed for good, with the round in its reason."""
     requests = [
         Request(id, messages, stable_seed(items[id].seed, round_index, step), reviser.sampling)
         for id, messages in messages_by_id.items()
     ]
     completions: dict[str, Completion] = {}
-    report = None if on_completion is None else lambda _: on_completion()
-    for id, completion in generate_all(reviser.engine, requests, reviser.retries, on_completion=report).items():
+    results = generate_all(
+        reviser.engine, requests, reviser.retries, on_completion=reviser.on_completion, on_tokens=reviser.on_tokens
+    )
+    for id, completion in results.items():
         if isinstance(completion, Failure):
             principle = items[id].principles[round_index].id
             items[id].failure = completion.at(f"response {id}, round {round_index + 1}, {step} by {principle!r}")

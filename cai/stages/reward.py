@@ -25,6 +25,7 @@ from cai.contracts.references import OneOrMore, OutputKind, PreferencesRef, Rewa
 from cai.contracts.training_config import TrainingConfig
 from cai.storage.rows import Preference, held_out_rank, is_held_out, row_lines, topic_of
 from cai.text.errors import StageFailed
+from cai.text.progress import part_counter
 
 if TYPE_CHECKING:
     from cai.training.stage_training import StageTraining
@@ -77,7 +78,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         if not training.is_saved:  # else an earlier run came to its end while it scored held-out pairs
             _train(training, learned, longest=max(pair.length for pair in pairs))
         conversations = [pair.prompt_ids + ids for pair in held_out for ids in (pair.chosen_ids, pair.rejected_ids)]
-        scores = RewardModel(training.load_saved_classifier(), chat, context.profile).scores(conversations)
+        reward_model = RewardModel(training.load_saved_classifier(), chat, context.profile)
+        count = part_counter(context.progress, len(conversations), "held-out responses scored")
+        scores = reward_model.scores(conversations, lambda: count(1))
         scored = list(map(_scored_row, held_out, scores[::2], scores[1::2]))
     (context.folder / EVALUATION).write_text("".join(row_lines(scored)), encoding="utf-8")
     counts = {"pairs": len(rows), "examples": len(learned), "held_out": len(held_out), "left_out": +left_out}

@@ -104,6 +104,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 model=model, reference=training.load_reference() if needs_frozen_copy else None, args=args,
                 sampler=sampler, rewards=rewards, prompts={prompt["id"]: prompt for prompt in prompts},
                 end_ids=sorted(training.chat.end_ids), folder=context.folder, limits=config.limits,
+                progress=context.progress,
                 train_dataset=as_dataset([{"prompt": prompt["id"]} for prompt in prompts]),
                 processing_class=training.chat.tokenizer, peft_config=training.adapter("CAUSAL_LM", model),
             )  # fmt: skip

@@ -17,6 +17,7 @@ from cai.contracts.context import Context
 from cai.contracts.engine import Completion, Request
 from cai.contracts.references import OneOrMore, OutputKind, PromptSetRef, WriterRef
 from cai.contracts.stage_config import WritingConfig
+from cai.engines.portion_size import Work, limit_portions, mean_tokens
 from cai.engines.retry import generate_all
 from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import Failure, Prompt, Sample, read_rows, stable_id, stable_seed
@@ -62,8 +63,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     ]
     model_name = context.model(config.model).name
     known = take_over(items, config, context)
+    n_read = mean_tokens([(prompt["messages"], ()) for prompt in prompts])
+    work = Work(context.model(config.model), config.max_new_tokens, n_read)
+    limit = limit_portions(config, context, len(items) - len(known), work)
     with context.engine(config.model) as engine:
-        for portion in context.journal.portions(items, config.journal_batch, "responses", known):
+        for portion in context.journal.portions(items, config.journal_batch, "responses", known, limit):
             requests = [
                 Request(item["id"], item["prompt"]["messages"], item_seed(item, config, context), config.sampling)
                 for item in portion.items
@@ -72,7 +76,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 engine,
                 requests,
                 config.attempts(portion),
-                on_completion=lambda completion: context.journal.report_answer(completion.n_tokens),
+                on_completion=lambda _: context.journal.report_answer(),
+                on_tokens=context.journal.report_tokens,
             )
             results = []
             for item, request in zip(portion.items, requests, strict=True):

@@ -1,7 +1,8 @@
 """The journal of a feedback stage: its rows on disk, a portion at a time, so that a killed stage continues.
 
 The plan is a list of items with unique ids, cut beforehand into portions that a stage computes in one go: of the size
-that its config states, or else as equal as can be and as large as the profile lets a process hold in flight. Each
+that its config states, or else as equal as can be and as large as the profile lets a process hold in flight and as
+about a minute computes (`cai.engines.portion_size`). Each
 finished portion is one line, written with one call and flushed to the disk. The next start discards a torn last line
 and computes its whole portion again: an engine gets the same requests together in an interrupted run as in an
 undisturbed one. `finish` writes the rows in the plan's order to `records.jsonl` and the failures to `failures.jsonl`.
@@ -124,18 +125,22 @@ class Journal:
         """Offset up to which each file has been read: the end of its last whole line of this plan."""
         self._attempts: dict[str, int] = {}
         """How often an item has been reopened, by its position."""
-        self._n_answered = self._tokens_answered = 0
-        """What `report_answer` has shown as progress of the portion that is being computed."""
+        self._n_in_portion = 0
+        """Items of the portion that is being computed."""
+        self._n_answered = 0.0
+        self._tokens_answered = 0
+        """What has been shown as progress of that portion."""
 
     def portions(
         self, items: Sequence[Mapping[str, Any]], size: int | None = None, unit: str = "items",
-        known: Mapping[str, Result] | None = None,
+        known: Mapping[str, Result] | None = None, limit: int | None = None,
     ) -> Iterator[Portion]:  # fmt: skip
         """This rank's portions of `items`, without what is on disk; each must be appended before the next is taken.
 
-        With a `size`, a portion has so many items, on any number of ranks; without, its size follows from `in_flight`
-        and `ranks`. `known` are results, by the item's id, that need not be computed: they are written at once and are
-        in no portion. Raises StageFailed where two items have the same id.
+        With a `size`, a portion has so many items, on any number of ranks; without, its size follows from `in_flight`,
+        `ranks` and the `limit` that the stage sets by the work that an item takes. `known` are results, by the item's
+        id, that need not be computed: they are written at once and are in no portion. Raises StageFailed where two
+        items have the same id.
         """
         ids = [item["id"] for item in items]
         if repeated := [item_id for item_id, count in Counter(ids).items() if count > 1]:
@@ -144,7 +149,8 @@ class Journal:
         known_positions = [position for position, id in enumerate(ids) if known and id in known]
         to_compute = [position for position, id in enumerate(ids) if not known or id not in known]
         if size is None:
-            cuts = cut_into_portions(len(to_compute), self.in_flight or len(ids), self.ranks)
+            largest = min(self.in_flight or len(ids), limit or len(ids))
+            cuts = cut_into_portions(len(to_compute), largest, self.ranks)
         else:
             cuts = [range(start, min(start + size, len(to_compute))) for start in range(0, len(to_compute), size)]
         self._share = {
@@ -156,16 +162,26 @@ class Journal:
         if self._progress:
             self._progress.start(total=len(ids), unit=unit, finished=len(self._lines))
         for number, attempt, positions in self._missing():
+            self._n_in_portion = len(positions)
             yield Portion(number, [items[position] for position in positions], positions, attempt)
             if not all(position in self._lines for position in positions):
                 raise AssertionError(f"portion {number} was not appended")
 
-    def report_answer(self, tokens: int = 0) -> None:
-        """Shows an item of the portion that is being computed as finished, before `append` writes the portion."""
-        self._n_answered += 1
-        self._tokens_answered += tokens
+    def report_answer(self, share: float = 1.0) -> None:
+        """Shows an answer about an item as progress, before `append` writes its portion.
+
+        `share` is how much of an item's work it was: 1/6 where the item takes six answers.
+        """
+        share = min(share, self._n_in_portion - self._n_answered)  # an answer that came to nothing is asked for again
+        self._n_answered += share
         if self._progress:
-            self._progress.advance(items=1, tokens=tokens)
+            self._progress.advance(items=share)
+
+    def report_tokens(self, n_tokens: int) -> None:
+        """Shows tokens that were sampled for the portion that is being computed."""
+        self._tokens_answered += n_tokens
+        if self._progress:
+            self._progress.advance(items=0, tokens=n_tokens)
 
     def append(self, portion: Portion, results: Sequence[Result]) -> None:
         """Writes a finished portion: the result of each of its items, in their order."""
@@ -253,11 +269,15 @@ class Journal:
                 file.write(_head(self._plan, self._n_items, self._unit, self._attempts))
 
     def _read_and_report(self) -> None:
-        """Reads new lines of all ranks and reports them as progress, as far as `report_answer` has not."""
+        """Reads new lines of all ranks and reports them as progress, as far as their answers have not been.
+
+        Rows may have fewer tokens than were sampled for them, as after a critique.
+        """
         n_items, tokens = self._read_new_lines()
         if self._progress and n_items:
-            self._progress.advance(items=n_items - self._n_answered, tokens=tokens - self._tokens_answered)
-            self._n_answered = self._tokens_answered = 0
+            n_tokens = max(0, tokens - self._tokens_answered)
+            self._progress.advance(items=n_items - self._n_answered, tokens=n_tokens)
+            self._n_answered, self._tokens_answered = 0.0, 0
 
     def _read_new_lines(self) -> tuple[int, int]:
         """Reads the whole lines of this plan that are new on disk; the number of their items and tokens."""

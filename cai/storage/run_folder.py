@@ -4,6 +4,7 @@
         run.json         the recipe's file, overrides, profile, stages in order, and later stages with other settings
         latest.json      stage id to the folder that stands for it now
         summary.json     every stage's figures, seconds and failures
+        run.log          lines of progress, warnings and errors of all its runs, with times
         <stage id>-<fingerprint>/
             stage.json   resolved config, inputs, versions, times, figures
             records.jsonl, failures.jsonl | model/ | metrics.jsonl
@@ -43,6 +44,7 @@ RECIPE = "recipe.yaml"
 """The recipe that `cai compare` writes into the folder of its run."""
 LOCK_WAIT = 0.2
 """Seconds after which a lock that is held is tried once more: `lock_holder` holds it for a moment."""
+LOG = "run.log"
 
 
 class OutputState(NamedTuple):

@@ -1,27 +1,38 @@
 """The progress of a run's stages: items, tokens a second, time left.
 
-On a terminal each stage has a line with a moving bar; elsewhere it prints one plain line when it ends. Everything goes
-to stderr, so that stdout stays with results.
+On a terminal each stage has a line with a moving bar. Elsewhere it prints a line when it starts, every `LINE_SECONDS`
+while it works, from a thread of its own so that one long computation does not silence it, and a line when it ends. A
+run's log gets these lines in both cases. Everything goes to stderr, so that stdout stays with results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import threading
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from cai.text.errors import CaiError
 from cai.text.formatting import printable
+from cai.text.run_log import RunLog
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import ProgressColumn, TaskID
 
-COUNTS = ("total", "unit", "finished", "finished_before", "tokens")
+COUNTS = ("total", "unit", "finished", "finished_before", "tokens", "part")
 """The attributes of a line that another process reports."""
-REPORT_SECONDS = 0.2
+REPORT_SECONDS = 1.0
 """Shortest time between two reports to another process."""
+LINE_SECONDS = 30.0
+"""Time between two lines of a stage that works."""
+_ROUNDING = 1e-6
+"""Shares of an item that are added up to a whole item may miss it by this much."""
 
 
 class Progress(Protocol):
@@ -30,33 +41,49 @@ class Progress(Protocol):
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         """The stage has `total` items, of which earlier processes have finished `finished`."""
 
-    def advance(self, items: int = 1, tokens: int = 0) -> None:
-        """That many more items and tokens are finished."""
+    def advance(self, items: float = 1, tokens: int = 0) -> None:
+        """That many more items, or shares of items, and tokens are finished."""
+
+    def report_part(self, finished: int, total: int, unit: str) -> None:
+        """Within the item that is being computed, `finished` of `total` parts are; forgotten with the next items."""
 
     def note(self, text: str) -> None:
         """Shows a sentence that the user should read."""
 
 
-class StageLine:
-    """Counts the progress of one stage and prints its notes; the base of lines that also show the counts."""
+def _to_stderr(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
 
-    def __init__(self, stage_id: str) -> None:
+
+class StageLine:
+    """Counts the progress of one stage; its notes go to `say`."""
+
+    def __init__(self, stage_id: str, say: Callable[[str], None] = _to_stderr) -> None:
         self.stage_id = stage_id
-        self.total = self.finished = self.finished_before = self.tokens = 0
-        self.unit = ""
+        self.total = self.finished_before = self.tokens = 0
+        self.finished = 0.0
+        self.unit = self.part = ""
         self.start_time = time.monotonic()
+        self._say = say
 
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         self.total, self.unit, self.finished, self.finished_before = total, unit, finished, finished
+        self.part = ""
         self.update()
 
-    def advance(self, items: int = 1, tokens: int = 0) -> None:
+    def advance(self, items: float = 1, tokens: int = 0) -> None:
         self.finished += items
         self.tokens += tokens
+        if items:
+            self.part = ""
+        self.update()
+
+    def report_part(self, finished: int, total: int, unit: str) -> None:
+        self.part = f"{finished:,} of {total:,} {unit}"
         self.update()
 
     def note(self, text: str) -> None:
-        print(printable(f"{self.stage_id}: {text}"), file=sys.stderr, flush=True)
+        self._say(f"{self.stage_id}: {text}")
 
     def update(self) -> None:
         """Called whenever a count has changed."""
@@ -71,39 +98,112 @@ class StageLine:
         """`1,830 tokens/s`; empty where the stage counts no tokens."""
         return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
 
+    @property
+    def time_left(self) -> str:
+        """`2 min 05 s left`, at the speed of this process so far; empty where that is unknown."""
+        finished_here = self.finished - self.finished_before
+        if finished_here < _ROUNDING or self.total - self.finished < _ROUNDING:
+            return ""
+        return f"{duration(self.seconds / finished_here * (self.total - self.finished))} left"
+
+    @property
+    def n_finished(self) -> int:
+        """Whole items that are finished."""
+        return int(self.finished + _ROUNDING)
+
+    @property
+    def counts(self) -> str:
+        """`120 of 640 responses (19 %), 1,830 tokens/s, 30.0 s so far, 2 min 05 s left`."""
+        items = ""
+        if self.total:
+            share = int(100 * self.finished / self.total + _ROUNDING)
+            items = f"{self.n_finished:,} of {self.total:,} {self.unit} ({share} %)"
+        words = (items, self.part, self.speed, f"{duration(self.seconds)} so far", self.time_left)
+        return ", ".join(filter(None, words))
+
     def summary(self, failures: int) -> str:
         """`640 responses, 12.3 s, 1,830 tokens/s, 2 failed`."""
         before = f" ({self.finished_before:,} from before)" if self.finished_before else ""
-        items = f"{self.finished:,} {self.unit}{before}" if self.unit else ""
+        items = f"{self.n_finished:,} {self.unit}{before}" if self.unit else ""
         failed = f"{failures:,} failed" if failures else ""
         return ", ".join(filter(None, (items, duration(self.seconds), self.speed, failed)))
 
 
-class PlainDisplay:
-    """Prints one line when a stage ends."""
+class Display:
+    """Shows the stages of a run; the base of displays that differ in how they show a line."""
 
-    def __init__(self, file: TextIO | None = None) -> None:
-        self.file = file or sys.stderr
+    log: RunLog | None = None
+    """Gets every line too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stage_ended = threading.Event()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(self, *exception: object) -> None:
+        self._stage_ended.set()
 
     def begin_stage(self, stage_id: str) -> StageLine:
-        return StageLine(stage_id)
+        """The line of a stage that starts; from now on the stage's progress is shown."""
+        line = self.new_line(stage_id)
+        self.show_progress(f"{stage_id}: started")
+        self._stage_ended.set()
+        self._stage_ended = threading.Event()
+        threading.Thread(target=self._repeat, args=(line, self._stage_ended), daemon=True).start()
+        return line
 
     def end_stage(self, line: StageLine, failures: int) -> None:
-        self.note(f"{line.stage_id}: {line.summary(failures)}")
+        """The stage is done."""
+        self._stage_ended.set()
+        self.show_progress(f"{line.stage_id}: {line.summary(failures)}")
 
     def note(self, text: str) -> None:
-        print(printable(text), file=self.file, flush=True)
+        """Shows a sentence that the user should read."""
+        with self._lock:
+            self.show(printable(text))
+        self.record(text)
+
+    def record(self, text: str) -> None:
+        """Writes a line to the log alone."""
+        if self.log is not None:
+            with self._lock:
+                self.log.write(text)
+
+    def new_line(self, stage_id: str) -> StageLine:
+        """Counts the progress of a stage."""
+        return StageLine(stage_id, self.note)
+
+    def show(self, text: str) -> None:
+        """Shows a line."""
+        raise NotImplementedError
+
+    def show_progress(self, text: str) -> None:
+        """A stage starts, works or is done."""
+        self.note(text)
+
+    def _repeat(self, line: StageLine, ended: threading.Event) -> None:
+        while not ended.wait(LINE_SECONDS):
+            self.show_progress(f"{line.stage_id}: {line.counts}")
 
 
-class RichDisplay:
+class PlainDisplay(Display):
+    """Prints lines when a stage starts, while it works and when it ends."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        super().__init__()
+        self.file = file or sys.stderr
+
+    def show(self, text: str) -> None:
+        print(text, file=self.file, flush=True)
+
+
+class RichDisplay(Display):
     """Shows a line with a bar for each stage, which stays when the stage has ended."""
 
     def __init__(self) -> None:
+        super().__init__()
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
@@ -116,39 +216,76 @@ class RichDisplay:
 
     def __enter__(self) -> Self:
         self.bars.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
         self.bars.stop()
 
-    def begin_stage(self, stage_id: str) -> StageLine:
-        return _RichLine(stage_id, self.bars, self.bars.add_task("", total=None, stage=stage_id, words=""))
+    def new_line(self, stage_id: str) -> StageLine:
+        task = self.bars.add_task("", total=None, stage=stage_id, words="")
+        return _RichLine(stage_id, self.note, self.bars, task)
 
     def end_stage(self, line: StageLine, failures: int) -> None:
         assert isinstance(line, _RichLine)
+        super().end_stage(line, failures)
         total = max(line.total, 1)
         self.bars.update(line.task, total=total, completed=total, words=line.summary(failures), refresh=True)
 
-    def note(self, text: str) -> None:
-        self.console.print(printable(text), markup=False, highlight=False)
+    def show(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
 
-
-Display = PlainDisplay | RichDisplay
+    def show_progress(self, text: str) -> None:
+        self.record(text)  # the bar shows it
 
 
 class _RichLine(StageLine):
-    def __init__(self, stage_id: str, bars: Bars, task: TaskID) -> None:
-        super().__init__(stage_id)
+    def __init__(self, stage_id: str, say: Callable[[str], None], bars: Bars, task: TaskID) -> None:
+        super().__init__(stage_id, say)
         self.bars, self.task = bars, task
 
-    def note(self, text: str) -> None:
-        self.bars.console.print(printable(f"{self.stage_id}: {text}"), markup=False, highlight=False)
-
     def update(self) -> None:
-        words = [self.unit, self.speed]
-        if (finished_here := self.finished - self.finished_before) > 0 and self.total > self.finished:
-            words.append(f"{duration(self.seconds / finished_here * (self.total - self.finished))} left")
-        self.bars.update(self.task, total=self.total, completed=self.finished, words="  ".join(filter(None, words)))
+        words = filter(None, [self.unit, self.part, self.speed, self.time_left])
+        self.bars.update(self.task, total=self.total, completed=self.n_finished, words="  ".join(words))
+
+
+def part_counter(progress: Progress | None, total: int, unit: str) -> Callable[[float], None]:
+    """What is called with parts of an item, or shares of them, that are finished, and reports how many that makes."""
+    n_finished = 0.0
+
+    def count(parts: float = 1.0) -> None:
+        nonlocal n_finished
+        n_finished += parts
+        if progress:
+            progress.report_part(min(int(n_finished + _ROUNDING), total), total, unit)
+
+    return count
+
+
+@contextlib.contextmanager
+def recorded(display: Display, path: Path, title: str) -> Iterator[None]:
+    """Within the block the log at `path` gets a title, what the display shows, warnings, and the error that ends it."""
+    display.log = RunLog(path)
+    display.record(title)
+    show_warning = warnings.showwarning
+
+    def record_warning(message: Warning | str, *place: Any, **options: Any) -> None:
+        display.record(f"warning: {message}")
+        show_warning(message, *place, **options)
+
+    warnings.showwarning = record_warning
+    try:
+        yield
+        display.record("done")
+    except KeyboardInterrupt:
+        display.record("interrupted; the same command goes on from here")
+        raise
+    except Exception as error:
+        display.record(f"error: {error}" if isinstance(error, CaiError) else f"error: {type(error).__name__}: {error}")
+        raise
+    finally:
+        warnings.showwarning = show_warning
+        display.log = None
 
 
 class FileLine(StageLine):
@@ -157,14 +294,18 @@ class FileLine(StageLine):
     def __init__(self, stage_id: str, path: Path) -> None:
         super().__init__(stage_id)
         self.path = path
-        self.report_time = 0.0
+        self.report_time = -REPORT_SECONDS
+
+    def start(self, total: int, unit: str, finished: int = 0) -> None:
+        self.report_time = -REPORT_SECONDS
+        super().start(total, unit, finished)
 
     def note(self, text: str) -> None:
         self._write({"note": text})
 
     def update(self) -> None:
-        is_first_or_last = self.finished in (0, self.finished_before, self.total)
-        if is_first_or_last or time.monotonic() - self.report_time > REPORT_SECONDS:
+        is_last = self.n_finished == self.total and not self.part
+        if is_last or time.monotonic() - self.report_time > REPORT_SECONDS:
             self.report_time = time.monotonic()
             self._write({name: getattr(self, name) for name in COUNTS})
 

@@ -6,8 +6,8 @@ byte for byte, and the same `metrics.jsonl` as an undisturbed run; where vLLM sa
 which depends on its batches, is the exception. A stage that is asked to stop (`cai.storage.stopping`) writes a resume
 point after the current step and logs that step, which adds a line of metrics between two that `logging_steps` asks for.
 Besides those that the recipe's `save_steps` asks for, a resume point is written when the profile's
-`resume_point_minutes` have passed since the last one: after a step that is logged anyway, so that no result depends on
-the time.
+`resume_point_minutes` have passed since the last one, and `LEAST_INTERVAL` times as long as that one took to write:
+after a step that is logged anyway, so that no result depends on the time.
 
 Trained weights are float32, and the profile's precision is that of the arithmetic (autocast). Frozen weights, an
 adapter's base or a reference, are in the profile's precision. Under DeepSpeed all weights are in the profile's
@@ -157,6 +157,8 @@ def save_trained_model(
     trainer.accelerator.wait_for_everyone()
 
 
+LEAST_INTERVAL = 20
+"""Time between resume points as a multiple of what writing one takes: at most about 5 % of training is spent on it."""
 CONTINUE, SAVE, STOP = range(3)
 """What all processes do after a step: go on, write a resume point and go on, or write one and stop."""
 
@@ -171,6 +173,11 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         self.stopped, self.n_tokens_reported = False, 0
         self.last_save = time.monotonic()
         """When the last resume point was written, or training began."""
+        self.writing_began = self.last_save
+        """When the last step, its log or an evaluation was complete, after which a resume point may be written."""
+        self.writing_seconds = 0.0
+        """What the last resume point took to write."""
+        self.n_micro_batches = self.n_evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.n_tokens_reported = state.num_input_tokens_seen
@@ -180,7 +187,26 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
             StepCount(state.max_steps, state.global_step, state.global_step).write(self.context.folder)
             self.context.progress.start(total=state.max_steps, unit="steps", finished=state.global_step)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.n_micro_batches = self.n_evaluated = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.n_micro_batches += 1
+        if state.is_world_process_zero:
+            unit = f"micro-batches of step {state.global_step + 1}"
+            self.context.progress.report_part(self.n_micro_batches, args.gradient_accumulation_steps, unit)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        self.n_evaluated += 1
+        if state.is_world_process_zero:
+            self.context.progress.report_part(self.n_evaluated, len(eval_dataloader), "held-out batches")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.n_evaluated = 0
+        self.writing_began = time.monotonic()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.writing_began = time.monotonic()
         n_tokens = int(state.num_input_tokens_seen)
         if state.is_world_process_zero:
             self.context.progress.advance(1, tokens=n_tokens - self.n_tokens_reported)
@@ -196,16 +222,20 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         """CONTINUE, SAVE or STOP: the first process decides and broadcasts, so that all do the same after this step."""
         action = CONTINUE
         if self.accelerator.is_main_process:
-            minutes = (time.monotonic() - self.last_save) / 60
             if stopping.requested(self.context.folder):
                 action = STOP
-            elif is_logged and minutes >= self.context.profile.resume_point_minutes:
+            elif is_logged and time.monotonic() - self.last_save >= self._least_interval():
                 action = SAVE
         if self.accelerator.num_processes == 1:
             return action
         agreed = torch.tensor(action, dtype=torch.int32, device=self.accelerator.device)
         torch.distributed.broadcast(agreed, src=0)
         return int(agreed)
+
+    def _least_interval(self) -> float:
+        """Seconds from one resume point to the next that is written for the time alone."""
+        seconds = 60 * self.context.profile.resume_point_minutes
+        return max(seconds, LEAST_INTERVAL * self.writing_seconds) if seconds else 0.0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._adjust_saving(state, control)
@@ -221,6 +251,7 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         entry = {key: value for key, value in (logs or {}).items() if not key.endswith(NON_METRIC_SUFFIXES)}
         if "train_loss" in entry:
             return  # Trainer's summary of this process's part of the run
+        self.writing_began = time.monotonic()
         for key in ("loss", "grad_norm"):
             if not math.isfinite(entry.get(key, 0.0)):
                 raise StageFailed(
@@ -234,6 +265,7 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.accelerator.wait_for_everyone()  # each process has then written its part
         self.last_save = time.monotonic()
+        self.writing_seconds = self.last_save - self.writing_began
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / COMPLETE, process_layout(self.accelerator))

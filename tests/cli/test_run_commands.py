@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -59,6 +60,24 @@ def test_run_puts_results_on_stdout_and_progress_on_stderr(folder):
     assert f"model policy  runs/toy/{summary['stages']['policy']}/model" in again.stdout
 
 
+def test_a_run_leaves_its_progress_warnings_and_errors_in_its_log(folder, monkeypatch):
+    monkeypatch.setenv("TOY_ERROR", "tuned")
+    assert cai("run", "recipe.yaml").exit_code == 3
+    log = Path("runs/toy/run.log")
+    before = log.read_text()
+    times, texts = zip(*(line.split(" ", 1) for line in before.splitlines()), strict=True)
+    assert all(datetime.fromisoformat(time).tzinfo for time in times)
+    assert texts[0].startswith(f"{folder / 'recipe.yaml'} with profile 'cpu', process ")
+    assert texts[1] == "texts: started"
+    assert texts[2].startswith("texts: 12 texts, ")
+    assert texts[3:] == ("tuned: started", "error: stage 'tuned': the pen broke")
+    monkeypatch.setenv("TOY_ERROR", "")
+    assert cai("run", "recipe.yaml").exit_code == 0
+    after = log.read_text().removeprefix(before)
+    assert "Z reused: texts\n" in after.replace("+00:00", "Z")
+    assert after.endswith(" done\n")
+
+
 def test_recipes_that_share_a_run_are_noted_and_a_stage_does_not_name_the_machine(folder):
     assert "ran here before" not in cai("run", "recipe.yaml").stderr
     Path("other.yaml").write_text(Path("recipe.yaml").read_text())
@@ -112,7 +131,7 @@ def test_exit_codes(folder, monkeypatch):
     monkeypatch.setenv("TOY_ERROR", "texts")
     failed = cai("run", "recipe.yaml")
     assert failed.exit_code == 3
-    assert failed.stderr == "stage 'texts': the pen broke\n"
+    assert failed.stderr == "texts: started\nstage 'texts': the pen broke\n"
     monkeypatch.setenv("TOY_ERROR", "")
     monkeypatch.setattr("cai.run.stage_run.run_function", Mock(side_effect=KeyboardInterrupt))
     assert cai("run", "recipe.yaml").exit_code == 130

@@ -160,7 +160,7 @@ def test_rloo_samples_with_vllm(model: Model, profile: Profile, tmp_path: Path, 
 
 def test_a_dead_vllm_ends_the_stage(model: Model, profile: Profile, tmp_path: Path, engines: list[VllmEngine]) -> None:
     class Kills(Steps):
-        def advance(self, items: int = 1, tokens: int = 0) -> None:
+        def advance(self, items: float = 1, tokens: int = 0) -> None:
             super().advance(items, tokens)
             if self.n_finished == 3:
                 os.kill(engines[-1]._workers[0]._process.pid, signal.SIGKILL)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from feedback_stages import Script, run_stage, sample
+from training_stages import Steps
 
 from cai.contracts.engine import Question
 from cai.contracts.model import Model
@@ -58,6 +59,21 @@ def test_responses_that_cannot_be_chosen_are_counted_by_reason(tmp_path: Path) -
     assert any("length: it returned NoneType" in reason for reason in reasons)
     with pytest.raises(StageFailed, match="1 are cut off and 1 empty"):
         chosen(tmp_path / "none", ROWS[-2:])
+
+
+def test_progress_advances_with_each_rating(tmp_path: Path) -> None:
+    progress, counts = Steps(), []
+
+    def rates(_: Question) -> list[float]:
+        counts.append(progress.n_finished)
+        return [0.14] * 7
+
+    judge = {"rewards": [{"judge": "me"}], "script": Script(rates=rates), "progress": progress}
+    result = chosen(tmp_path, ROWS[:5], **judge, named={"me": Model("me", "nowhere")})
+    assert counts == sorted(counts)
+    assert len(set(counts)) == len(counts) > 5
+    assert progress.n_finished == pytest.approx(progress.total)
+    assert progress.total == len(result.rows) == 2
 
 
 def test_batches_change_nothing(tmp_path: Path) -> None:

@@ -51,6 +51,19 @@ def test_a_good_judge_passes_and_its_figures_say_what_it_is_like(tmp_path):
     assert figures["principles"]["short"]["n"] == 1
 
 
+def test_progress_advances_with_each_answer(tmp_path):
+    progress, counts = Steps(), []
+
+    def judge(question):
+        counts.append(progress.n_finished)
+        return good_judge(question)
+
+    gate(tmp_path, judge, progress=progress)
+    assert counts[:7] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    assert progress.total == progress.n_finished == 3
+    assert progress.parts[-1] == (6, 6, "padded and equal pairs")
+
+
 def test_a_judge_that_answers_the_contrary_stops_the_run_and_leaves_its_figures(tmp_path):
     with pytest.raises(GateFailed, match=r"accuracy 0\.00 \[.*\] of at least 0\.75") as stopped:
         gate(tmp_path, contrary_judge)

@@ -197,7 +197,7 @@ def test_the_result_does_not_depend_on_batches(tmp_path):
     assert judge(tmp_path / "1", rows, journal_batch=1).bytes == judge(tmp_path / "2", rows, journal_batch=64).bytes
 
 
-def test_progress_advances_with_each_pair(tmp_path):
+def test_progress_advances_with_each_answer_about_a_pair(tmp_path):
     progress, counts = Steps(), []
 
     def prefer(question):
@@ -206,8 +206,28 @@ def test_progress_advances_with_each_pair(tmp_path):
 
     result = judge(tmp_path, LOCKS + NOONS, script=Script(prefers=prefer), progress=progress)
     n_questions = len(result.rows[-1]["votes"])  # the script answers the last pair first
-    assert counts[: n_questions + 1] == [0] * n_questions + [1]
-    assert progress.n_finished == progress.total == len(result.rows) == counts[-1] + 1
+    assert counts[: n_questions + 1] == pytest.approx([n / n_questions for n in range(n_questions + 1)])
+    assert progress.n_finished == progress.total == len(result.rows)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "reasoned", "rationales": 2}, {"method": "rating"}, {"verdicts": "text"}]
+)
+def test_progress_advances_within_a_portion_with_every_method(tmp_path, settings):
+    progress, counts = Steps(), []
+
+    def count(answer):
+        counts.append(progress.n_finished)
+        return answer
+
+    script = Script(
+        writes=lambda _: count("A"), prefers=lambda _: count((1.0, 1.0)), rates=lambda _: count([0.1] * 7)
+    )  # fmt: skip
+    result = judge(tmp_path, LOCKS + NOONS, script=script, progress=progress, **settings)
+    assert counts == sorted(counts)
+    assert len(set(counts)) == len(counts), "every answer moves the count"
+    assert progress.n_finished == pytest.approx(progress.total)
+    assert progress.total == len(result.rows) > counts[-1] > 0.9 * progress.total
 
 
 def people(folder, *pairs: tuple[str, str, str]) -> dict:

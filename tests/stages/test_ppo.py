@@ -187,3 +187,13 @@ def test_a_horizon_shorter_than_a_rollout_is_refused() -> None:
 def test_rewards_that_all_fail_stop_the_stage(tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(StageFailed, match="16 of 16 responses have no reward, above"):
         ppo(tmp_path / "stage", tiny("llama"), rewards=[{"function": "rewards.py:silence"}])
+
+
+def test_progress_moves_within_a_rollout(tmp_path: Path, tiny: Tiny) -> None:
+    steps = Steps()
+    ppo(tmp_path / "stage", tiny("llama"), context=context_of(tmp_path / "stage", tiny("llama"), progress=steps))
+    for unit in ("responses", "rewards", "log-probabilities"):
+        finished = [part[0] for part in steps.parts if part[1:] == (16, f"{unit} of rollout 2")]
+        assert finished == sorted(finished)
+        assert finished[-1] == 16
+    assert [part[0] for part in steps.parts if part[2] == "responses of rollout 1"] == list(range(1, 17))

@@ -163,7 +163,7 @@ def test_the_result_does_not_depend_on_batches(tmp_path):
     assert run(1) == run(4) == run(64)
 
 
-def test_progress_advances_with_each_revision_of_the_last_round(tmp_path):
+def test_progress_advances_with_each_critique_and_revision(tmp_path):
     progress, counts = Steps(), []
 
     def write(request):
@@ -172,5 +172,5 @@ def test_progress_advances_with_each_revision_of_the_last_round(tmp_path):
 
     rows = [sample(f"Question {n}?", "An answer.", "red_team") for n in range(3)]
     revise(tmp_path, Script(writes=write), rows, rounds=2, progress=progress)
-    assert counts == [0] * 9 + [0, 1, 2]
+    assert counts == [number / 4 for number in range(12)]
     assert progress.n_finished == progress.total == 3

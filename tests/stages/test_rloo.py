@@ -235,3 +235,10 @@ def test_settings_that_the_stage_decides_or_that_do_not_fit_are_refused() -> Non
         config.model_validate({**settings, "batch_size": 10})
     with pytest.raises(ValueError, match="greater than 0"):
         config.model_validate({**settings, "temperature": 0})
+
+
+def test_progress_moves_within_a_rollout(tmp_path: Path, tiny: Tiny) -> None:
+    steps = Steps()
+    rloo(tmp_path / "stage", tiny("llama"), progress=steps)
+    for unit in ("responses", "rewards"):
+        assert [part for part in steps.parts if part[2] == f"{unit} of rollout 1"][-1][:2] == (8, 8)

@@ -249,12 +249,13 @@ def test_portions_cut_anywhere_end_with_the_same_bytes_whatever_profile_goes_on(
 class Counts:
     """Counts what a journal reports as progress."""
 
-    finished = tokens = 0
+    finished = 0.0
+    tokens = 0
 
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         self.finished = finished
 
-    def advance(self, items: int = 1, tokens: int = 0) -> None:
+    def advance(self, items: float = 1, tokens: int = 0) -> None:
         self.finished += items
         self.tokens += tokens
 
@@ -278,7 +279,8 @@ def test_progress_advances_with_each_answer_and_counts_none_twice(tmp_path):
     journal = Journal(tmp_path, counts)  # type: ignore[arg-type]
     for portion in journal.portions(ITEMS):
         for n_answered in range(1, 6):  # the other two fail
-            journal.report_answer(tokens=5)
+            journal.report_tokens(5)
+            journal.report_answer()
             assert (counts.finished, counts.tokens) == (n_answered, 5 * n_answered)
         journal.append(portion, [*rows_of(portion)[:5], Result(), Result()])
     assert (counts.finished, counts.tokens, journal.tokens) == (7, 25, 25)
@@ -305,3 +307,31 @@ def test_known_results_are_written_and_in_no_portion(tmp_path, ranks):
     run(tmp_path / "undisturbed")
     for name in (RECORDS, FAILURES):
         assert (tmp_path / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_retried_answers_never_count_for_more_than_their_portion(tmp_path):
+    counts = Counts()
+    journal = Journal(tmp_path, counts)  # type: ignore[arg-type]
+    for portion in journal.portions(ITEMS, size=4):
+        before = counts.finished
+        for _ in range(100):
+            journal.report_answer(1 / 3)
+        assert counts.finished == pytest.approx(before + len(portion.items))
+        journal.append(portion, rows_of(portion))
+    assert counts.finished == pytest.approx(7)
+
+
+def test_a_limit_makes_portions_smaller_unless_their_size_is_stated(tmp_path):
+    def sizes(name: str, **options: Any) -> list[int]:
+        (tmp_path / name).mkdir()
+        journal = Journal(tmp_path / name, in_flight=5)
+        n_items = []
+        for portion in journal.portions(ITEMS, **options):
+            n_items.append(len(portion.items))
+            journal.append(portion, rows_of(portion))
+        return n_items
+
+    assert sizes("none") == [3, 4]
+    assert sizes("lower", limit=3) == [2, 2, 3]
+    assert sizes("higher", limit=6) == [3, 4]
+    assert sizes("stated", limit=3, size=7) == [7]

@@ -138,7 +138,7 @@ def _train(
     home = Path(folder)
 
     class Steps(training_stages.Steps):
-        def advance(self, items: int = 1, tokens: int = 0) -> None:
+        def advance(self, items: float = 1, tokens: int = 0) -> None:
             super().advance(items, tokens)
             if self.n_finished == stop_at:
                 (home / stopping.STOP).touch()

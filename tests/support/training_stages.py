@@ -39,17 +39,23 @@ class Steps:
     """A progress display that counts steps, and raises Killed at step `die_at`."""
 
     def __init__(self, die_at: int | None = None) -> None:
-        self.total, self.n_finished, self.tokens, self.die_at = 0, 0, 0, die_at
+        self.total, self.tokens, self.die_at = 0, 0, die_at
+        self.n_finished = 0.0
         self.notes: list[str] = []
+        self.parts: list[tuple[int, int, str]] = []
+        """What was reported within items: (finished, total, unit)."""
 
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         self.total, self.n_finished = total, finished
 
-    def advance(self, items: int = 1, tokens: int = 0) -> None:
+    def advance(self, items: float = 1, tokens: int = 0) -> None:
         self.n_finished += items
         self.tokens += tokens
         if self.n_finished == self.die_at:
             raise Killed
+
+    def report_part(self, finished: int, total: int, unit: str) -> None:
+        self.parts.append((finished, total, unit))
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -181,7 +187,7 @@ def record_scored_ids(monkeypatch: Any) -> list[list[int]]:
     """A list that fills with the token ids that reward models score."""
     scored_ids: list[list[int]] = []
     scores = RewardModel.scores
-    spy = lambda self, ids: (scored_ids.extend(map(list, ids)), scores(self, ids))[1]  # noqa: E731
+    spy = lambda self, ids, *more: (scored_ids.extend(map(list, ids)), scores(self, ids, *more))[1]  # noqa: E731
     monkeypatch.setattr(RewardModel, "scores", spy)
     return scored_ids
 

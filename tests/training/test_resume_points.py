@@ -3,6 +3,7 @@ is learned."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import Tiny
-from training_stages import CPU, Killed, Steps, outputs, run_stage, sample, stage_context
+from training_stages import CPU, Killed, Steps, outputs, rows_for, run_stage, sample, stage_context
 
 from cai.contracts.profile import Profile
 from cai.training.loop import CONTINUE, SAVE, STOP, StageCallback
@@ -72,3 +73,43 @@ def test_the_first_rank_decides_by_its_clock_and_the_file_of_a_request_to_stop(t
     assert decision(AT_EVERY_STEP, is_logged=True) == SAVE
     (tmp_path / "stage" / "stop").touch()
     assert decision(AT_EVERY_STEP, is_logged=False) == STOP
+
+
+def test_resume_points_that_take_long_to_write_are_written_less_often(tmp_path: Path, tiny: Tiny) -> None:
+    first_rank: Any = SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu"))
+    context = stage_context(tmp_path / "stage", {}, tiny("llama"), profile=Profile(device="cpu"))
+    (tmp_path / "stage").mkdir(exist_ok=True)
+    callback = StageCallback(context, first_rank)
+
+    def decision(seconds_since_last: float, writing_seconds: float) -> int:
+        callback.last_save, callback.writing_seconds = time.monotonic() - seconds_since_last, writing_seconds
+        return callback._action(is_logged=True)
+
+    assert decision(50, 0) == CONTINUE
+    assert decision(61, 0) == decision(61, 3) == SAVE
+    assert decision(61, 10) == decision(190, 10) == CONTINUE
+    assert decision(201, 10) == SAVE
+
+
+def test_the_time_that_a_resume_point_takes_is_measured_without_step_and_evaluation(tmp_path: Path, tiny: Tiny) -> None:
+    accelerator: Any = SimpleNamespace(
+        is_main_process=True, num_processes=1, device=torch.device("cpu"), wait_for_everyone=lambda: None
+    )
+    context = stage_context(tmp_path / "stage", {}, tiny("llama"), profile=AT_EVERY_STEP)
+    (tmp_path / "stage").mkdir(exist_ok=True)
+    callback = StageCallback(context, accelerator)
+    state: Any = SimpleNamespace(global_step=3, max_steps=8, num_input_tokens_seen=0, is_world_process_zero=False)
+    control = SimpleNamespace(should_log=True, should_save=False, should_training_stop=False)
+    callback.last_save = callback.writing_began = time.monotonic() - 3600
+    callback.on_step_end(None, state, control)
+    callback.on_save(None, state, control)
+    assert 0 < callback.writing_seconds < 1800
+
+
+def test_progress_moves_within_a_step_and_within_an_evaluation(tmp_path: Path, tiny: Tiny) -> None:
+    steps = Steps()
+    run_stage("dpo", tmp_path / "stage", rows_for("dpo"), tiny("llama"), progress=steps, batch_size=12)
+    assert [part for part in steps.parts if part[2] == "micro-batches of step 2"] == [
+        (1, 3, "micro-batches of step 2"), (2, 3, "micro-batches of step 2"),
+    ]  # fmt: skip
+    assert steps.parts[-1] == (3, 3, "held-out batches")

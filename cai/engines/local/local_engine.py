@@ -38,6 +38,7 @@ class LocalEngine:
         self.model, self.profile = model, profile
         self._budget = TokenBudget(profile.token_budget, f"model {model.name!r}")
         self._loaded: PreTrainedModel | None = None
+        self.on_tokens: Callable[[int], None] | None = None
         if lm is not None:
             self._use(lm)
 
@@ -106,7 +107,8 @@ class LocalEngine:
         chat = self.chat
         stop = (*chat.stop, *sampling.stop)
         banned_ids = [] if chat.pad_id in chat.end_ids else [chat.pad_id]
-        sampler = TokenSampler(sampling, chat.end_ids, self._stop_check(stop) if stop else None, banned_ids)
+        ends_response = self._stop_check(stop) if stop else None
+        sampler = TokenSampler(sampling, chat.end_ids, ends_response, banned_ids, self.on_tokens)
         decode = decoding.decode
         if not self._shares_prefixes:
             decode = functools.partial(plain_forward.decode, padding=self._padding)

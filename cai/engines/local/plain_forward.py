@@ -73,22 +73,27 @@ def decode(
     prompts = [request.prompt for request in requests]
     for batch in _batches(prompts, max_new_tokens, token_budget, padding):
         rows = [Row(n, len(prompts[n]), sample_uniforms(requests[n].seed, max_new_tokens)) for n in batch]
-        _decode_batch(model, rows, [prompts[index] for index in batch], sampler, padding)
-        yield from ((row.request_index, row.sampled) for row in rows)
+        for row in _decode_batch(model, rows, [prompts[index] for index in batch], sampler, padding):
+            yield row.request_index, row.sampled
 
 
 def _decode_batch(
     model: PreTrainedModel, rows: list[Row], prompts: list[Sequence[int]], sampler: TokenSampler, padding: Padding
-) -> None:
-    """Samples the rows' responses to their ends. Finished rows are evicted, if at all, when they are half of the batch.
+) -> Iterator[Row]:
+    """Samples the rows' responses to their ends, and yields a row when it is finished.
+
+    Finished rows are evicted, if at all, when they are half of the batch.
 
     A model that cannot be padded may keep states outside of the cache, as RecurrentGemma does (transformers 5.23), and
     a row of these cannot be evicted.
     """
     ids, mask = _pad_left(prompts, model.device)
     cache, dependences = DynamicCache(config=model.config), length_dependences(model.config)
+    yielded: set[int] = set()
     for _ in range(sampler.sampling.max_new_tokens):
         sampler.extend(rows, _next_logits(model, ids, mask, cache, gives_positions=padding.gives_positions))
+        yield from (row for row in rows if row.is_finished and row.request_index not in yielded)
+        yielded |= {row.request_index for row in rows if row.is_finished}
         running = [index for index, row in enumerate(rows) if not row.is_finished]
         if not running:
             return

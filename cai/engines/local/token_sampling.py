@@ -71,6 +71,8 @@ class TokenSampler:
     end_ids: frozenset[int]
     ends_response: Callable[[list[int]], bool] | None = None
     banned_ids: Sequence[int] = ()
+    on_tokens: Callable[[int], None] | None = None
+    """Called with the number of tokens sampled at each step."""
 
     def extend(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Samples a token for each row from its (row, vocabulary) logits; finished rows stay as they are."""
@@ -80,6 +82,8 @@ class TokenSampler:
             part = slice(first, first + _ROWS_PER_CALL)
             tokens, log_probs = sample_tokens(logits[part].float(), uniforms[part], self.sampling, self.banned_ids)
             sampled += zip(tokens.tolist(), log_probs.tolist(), strict=True)
+        if self.on_tokens:
+            self.on_tokens(sum(not row.is_finished for row in rows))
         for row, (token_id, log_prob) in zip(rows, sampled, strict=True):
             if not row.is_finished:
                 row.token_ids.append(token_id)

@@ -56,13 +56,20 @@ def open_sampler(start: Model, profile: Profile, folder: Path, longest: int) -> 
     return VllmSampler(start, profile, folder, longest) if profile.engine == "vllm" else PolicySampler(start, profile)
 
 
-def generate_all(sampler: Sampler, requests: Sequence[Request]) -> list[Completion]:
-    """A completion for each request, in their order; then releases the sampler. Raises StageFailed for a failure."""
+def generate_all(
+    sampler: Sampler, requests: Sequence[Request], on_completion: Callable[[], None] | None = None
+) -> list[Completion]:
+    """A completion for each request, in their order; then releases the sampler. Raises StageFailed for a failure.
+
+    `on_completion` is called as each completion comes in.
+    """
     completions: dict[str, Completion] = {}
     for result in sampler.generate(requests):
         if isinstance(result, Failure):
             raise StageFailed(f"a response could not be sampled: {result.reason}")
         completions[result.id] = result
+        if on_completion:
+            on_completion()
     sampler.release()
     return [completions[request.id] for request in requests]
 

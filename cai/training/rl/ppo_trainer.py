@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -34,6 +34,7 @@ from cai.contracts.training_config import Limits
 from cai.maths import losses
 from cai.models.loading import unpartitioned
 from cai.storage.rows import Failure, Prompt, stable_seed
+from cai.text.progress import Progress, part_counter
 from cai.training.dropout import disable_dropout
 from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
@@ -54,7 +55,9 @@ from cai.training.rl.rollouts import Episode, EpisodeBatch, Rollout, pad_episode
 class Scores(Protocol):
     """What responses are worth: `cai.training.rl.rewards.Rewards`, or anything with its methods."""
 
-    def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]: ...
+    def scores(
+        self, responses: Sequence[Response], *, on_answer: Callable[[float], None]
+    ) -> list[dict[str, float] | Failure]: ...
 
     def total(self, scores: Mapping[str, float]) -> float: ...
 
@@ -72,13 +75,13 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self, model: ActorCritic, args: PPOConfig, *, prompts: Sequence[Prompt], sampler: Sampler, rewards: Scores,
         reference: PreTrainedModel | str | None, rollout_size: int, sampling: Sampling, pad_id: int, folder: Path,
-        limits: Limits, processing_class: Any = None,
+        limits: Limits, processing_class: Any = None, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.prompts, self.sampler, self.rewards, self.reference = prompts, sampler, rewards, reference
         if isinstance(reference, PreTrainedModel):
             disable_dropout(reference)
         self.rollout_size, self.sampling, self.pad_id = rollout_size, sampling, pad_id
-        self.folder, self.limits = folder, limits
+        self.folder, self.limits, self.progress = folder, limits, progress
         self.rollout: Rollout | None = None
         self.kl_coef = args.kl_coef
         self.first_figures: dict[str, float] | None = None
@@ -102,7 +105,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def roll_out(self, number: int) -> None:
         """Makes rollout `number`, unless a resume point has brought it, and checks it against the limits."""
         if self.rollout is None or self.rollout.number != number:
-            self.rollout = self._gather_rollout(number, self._score_share(self._sample_share(number)))
+            self.rollout = self._gather_rollout(number, self._score_share(number, self._sample_share(number)))
             failures = [episode.failure for episode in self.rollout.episodes if episode.failure is not None]
             resume_point = newest_resume_point(self.folder)
             stop_if_rewards_failed(self.limits, self.rollout_size, failures, number, resume_point)
@@ -124,7 +127,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         for place, prompt in prompts.items():
             seed = stable_seed(self.args.seed, "rollout", number, place)
             requests.append(Request(str(place), prompt["messages"], seed, self.sampling))
-        completions = generate_all(self.sampler, requests)
+        count = part_counter(self.progress, len(requests), f"responses of rollout {number + 1}")
+        completions = generate_all(self.sampler, requests, lambda: count(1))
         return [
             (place, Episode.of(prompt["id"], completion), prompt)
             for (place, prompt), completion in zip(prompts.items(), completions, strict=True)
@@ -135,13 +139,14 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         prompt_pass, index = divmod(number * self.rollout_size + place, len(self.prompts))
         return self.prompts[_permutation(len(self.prompts), stable_seed(self.args.seed, "prompts", prompt_pass))[index]]
 
-    def _score_share(self, share: Sequence[tuple[int, Episode, Prompt]]) -> list[tuple[int, Episode]]:
+    def _score_share(self, number: int, share: Sequence[tuple[int, Episode, Prompt]]) -> list[tuple[int, Episode]]:
         """The share with rewards, log-probabilities of policy and reference, and values."""
         responses = [
             Response(prompt, episode.text, episode.prompt_ids, episode.token_ids, episode.finished)
             for _, episode, prompt in share
         ]
-        for (_, episode, _), scores in zip(share, self.rewards.scores(responses), strict=True):
+        count = part_counter(self.progress, len(share), f"rewards of rollout {number + 1}")
+        for (_, episode, _), scores in zip(share, self.rewards.scores(responses, on_answer=count), strict=True):
             if isinstance(scores, Failure):
                 episode.failure = scores
             else:
@@ -150,9 +155,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         by_length = sorted((episode for _, episode, _ in share), key=lambda episode: -episode.length)
         size = self.args.per_device_train_batch_size
         self.model_wrapped.eval()
+        count = part_counter(self.progress, len(share), f"log-probabilities of rollout {number + 1}")
         with torch.no_grad(), self.compute_loss_context_manager():
             for start in range(0, len(by_length), size):
                 self._add_log_probs_and_values(by_length[start : start + size])
+                count(len(by_length[start : start + size]))
         return [(place, episode) for place, episode, _ in share]
 
     def _add_log_probs_and_values(self, episodes: Sequence[Episode]) -> None:

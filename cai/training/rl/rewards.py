@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -79,9 +79,19 @@ class Rewards:
         self._stack.close()
         self._sources = {}
 
-    def scores(self, responses: Sequence[Response], retries: int = 1) -> list[dict[str, float] | Failure]:
-        """Each response's scores by source, or a failure with the prompt's id; failed ratings are retried."""
-        by_source = {name: source.scores(responses, retries) for name, source in self._sources.items()}
+    def scores(
+        self, responses: Sequence[Response], retries: int = 1, on_answer: Callable[[float], None] | None = None
+    ) -> list[dict[str, float] | Failure]:
+        """Each response's scores by source, or a failure with the prompt's id; failed ratings are retried.
+
+        `on_answer` is called as scores and ratings come in, with the share of a response's work that each of them is.
+        """
+
+        def report(share: float) -> None:
+            if on_answer:
+                on_answer(share / len(self._sources))
+
+        by_source = {name: source.scores(responses, retries, report) for name, source in self._sources.items()}
         results: list[dict[str, float] | Failure] = []
         for number, response in enumerate(responses):
             scores: dict[str, float] = {}
@@ -153,9 +163,12 @@ class _RewardModelSource:
     def reason_unscorable(self, prompt: Prompt) -> str | None:
         return None
 
-    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]:
+    def scores(
+        self, responses: Sequence[Response], retries: int, report: Callable[[float], None]
+    ) -> list[float | Failure]:
         conversations = [self._ids(response) for response in responses]
-        scores = iter(self.model.scores([ids for ids in conversations if not isinstance(ids, Failure)]))
+        to_score = [ids for ids in conversations if not isinstance(ids, Failure)]
+        scores = iter(self.model.scores(to_score, lambda: report(1.0)))
         return [ids if isinstance(ids, Failure) else next(scores) for ids in conversations]
 
     def _ids(self, response: Response) -> list[int] | Failure:
@@ -196,14 +209,25 @@ class _JudgeSource:
     def reason_unscorable(self, prompt: Prompt) -> str | None:
         return None if self.applicable(prompt) else "no principle applies to the prompt"
 
-    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]:
+    def scores(
+        self, responses: Sequence[Response], retries: int, report: Callable[[float], None]
+    ) -> list[float | Failure]:
         cases = {
             f"{number}/{principle.id}": RatingRequest(response.prompt["messages"], response.text, principle)
             for number, response in enumerate(responses)
             for principle in self.applicable(response.prompt)
         }
         templates = self.context.templates(self.reward.judge)
-        ratings = rate_responses(self.engine, templates, cases, self.reward.scale, MIN_OPTION_PROBABILITY, retries)
+        n_principles = [len(self.applicable(response.prompt)) for response in responses]
+        ratings = rate_responses(
+            self.engine,
+            templates,
+            cases,
+            self.reward.scale,
+            MIN_OPTION_PROBABILITY,
+            retries,
+            lambda choice: report(1 / n_principles[int(choice.id.partition("/")[0])]),
+        )
         return [self._mean(number, response, ratings) for number, response in enumerate(responses)]
 
     def _mean(self, number: int, response: Response, ratings: Mapping[str, Rating | Failure]) -> float | Failure:
@@ -231,12 +255,15 @@ class _FunctionSource:
     def reason_unscorable(self, prompt: Prompt) -> str | None:
         return None
 
-    def scores(self, responses: Sequence[Response], retries: int) -> list[float | Failure]:
+    def scores(
+        self, responses: Sequence[Response], retries: int, report: Callable[[float], None]
+    ) -> list[float | Failure]:
         if not responses:
             return []
         prompts = [list(response.prompt["messages"]) for response in responses]
         texts = [response.text for response in responses]
         scores = call_function(self.function, self.written, self.folder, prompts, texts)
+        report(float(len(responses)))
         return [
             Failure(response.prompt["id"], score) if isinstance(score, str) else score
             for response, score in zip(responses, scores, strict=True)

@@ -32,6 +32,7 @@ from cai.contracts.engine import Request, Sampling
 from cai.contracts.training_config import Limits
 from cai.storage.rows import Failure, Prompt, stable_seed
 from cai.text.errors import StageFailed
+from cai.text.progress import Progress, part_counter
 from cai.training.dropout import disable_dropout
 from cai.training.loop import newest_resume_point
 from cai.training.metrics import keep_rows
@@ -72,10 +73,10 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
     def __init__(
         self, *, prompts: Mapping[str, Prompt], rewards: Rewards, sampler: Sampler,
         reference: PreTrainedModel | None, end_ids: Sequence[int], folder: Path, limits: Limits, args: Any,
-        **options: Any,
+        progress: Progress | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.prompts, self.rewards, self.sampler = prompts, rewards, sampler
-        self.folder, self.limits = folder, limits
+        self.folder, self.limits, self.progress = folder, limits, progress
         self.n_scored = 0
         """Responses of this process's rollouts, over all ranks; those before a resume point are not among them."""
         self.reward_failures: list[Failure] = []
@@ -115,9 +116,11 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
         for number, prompt_id in enumerate(prompts, first):
             seed = stable_seed(self.args.seed, self.state.global_step, prompt_id, number % self.num_generations)
             requests.append(Request(str(number), self.prompts[prompt_id]["messages"], seed, sampling))
+        count = part_counter(self.progress, len(requests), f"responses of rollout {self._rollout + 1}")
+        completions = generate_all(self.sampler, requests, lambda: count(1))
         responses = [
             Response.of(self.prompts[prompt_id], completion)
-            for prompt_id, completion in zip(prompts, generate_all(self.sampler, requests), strict=True)
+            for prompt_id, completion in zip(prompts, completions, strict=True)
         ]
         self._record_lengths(responses)
         prompt_ids = [response.prompt_ids for response in responses]
@@ -142,7 +145,8 @@ class LeaveOneOutTrainer(StageTrainerMixin, RLOOTrainer):  # type: ignore[misc]
         self, inputs: Any, prompts: Any, completions: Sequence[Response], completion_ids_list: Any
     ) -> Tensor:
         """The score of every response by every source, over all ranks, (responses, sources); NaN where one failed."""
-        results = self.rewards.scores(completions)
+        count = part_counter(self.progress, len(completions), f"rewards of rollout {self._rollout + 1}")
+        results = self.rewards.scores(completions, on_answer=count)
         no_scores = dict.fromkeys(self.rewards.names, float("nan"))
         rows = [no_scores if isinstance(result, Failure) else result for result in results]
         if self.is_world_process_zero():

@@ -11,6 +11,7 @@ from tiny_models import Tiny
 from cai.contracts.engine import Completion, Request, Sampling
 from cai.engines.local import decoding
 from cai.engines.local.token_sampling import sample_tokens
+from cai.engines.retry import generate_all
 
 
 @pytest.mark.usefixtures("pads_sizes")
@@ -78,6 +79,22 @@ def test_rows_that_finish_at_any_token_make_room_for_others(tiny: Tiny) -> None:
     assert {1, 2, 3} < {len(token_ids) for token_ids in expected.values()}
     for budget in (256, 600, 2000, 16384):
         assert {id: completion.token_ids for id, completion in complete(True, budget).items()} == expected
+
+
+@pytest.mark.parametrize("shares_prefixes", [True, False])
+def test_tokens_are_counted_while_no_response_is_complete(tiny: Tiny, shares_prefixes: bool) -> None:
+    engine = local_engine(tiny("llama"), shares_prefixes=shares_prefixes)
+    requests = [Request(f"{n}", conversation(f"{n}?"), n, Sampling(12)) for n in range(3)]
+    n_tokens: list[int] = []
+    n_before: list[int] = []
+    completions = generate_all(
+        engine, requests, 0, on_completion=lambda _: n_before.append(sum(n_tokens)), on_tokens=n_tokens.append
+    )
+    sampled = [completion.n_tokens for completion in completions.values() if isinstance(completion, Completion)]
+    assert sum(n_tokens) == sum(sampled)
+    assert len(n_tokens) >= max(sampled) - 1
+    assert n_before[0] >= min(sampled)
+    assert engine.on_tokens is None
 
 
 def test_sampling_draws_from_the_distribution_that_its_settings_leave() -> None:

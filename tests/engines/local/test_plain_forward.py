@@ -147,9 +147,9 @@ def test_a_finished_row_does_not_make_the_batch_be_computed_again(tiny: Tiny, co
     lm.register_forward_pre_hook(
         lambda _, __, options: new_tokens.append(options["input_ids"].shape[1]), with_kwargs=True
     )
-    _decode_batch(
-        lm, rows, [[7] * row.prompt_length for row in rows], TokenSampler(Sampling(8), frozenset()), Padding()
-    )  # fmt: skip
+    prompts = [[7] * row.prompt_length for row in rows]
+    finished = list(_decode_batch(lm, rows, prompts, TokenSampler(Sampling(8), frozenset()), Padding()))
+    assert [row.request_index for row in finished] == [4, 0, 1, 2, 3], "a row is returned when it is finished"
     assert [len(row.token_ids) for row in rows] == [8, 8, 8, 8, 3]
     assert new_tokens == [22, *7 * [1]]
 

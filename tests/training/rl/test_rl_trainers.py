@@ -45,7 +45,7 @@ class Rewards:
     def __init__(self, score: Callable[[Response], float | None]) -> None:
         self.score = score
 
-    def scores(self, responses: Sequence[Response]) -> list[dict[str, float] | Failure]:
+    def scores(self, responses: Sequence[Response], **_: Any) -> list[dict[str, float] | Failure]:
         scored = [(response, self.score(response)) for response in responses]
         return [Failure(response.prompt["id"], "none") if score is None else {"f": score} for response, score in scored]
 
