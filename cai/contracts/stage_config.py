@@ -108,7 +108,7 @@ class FeedbackConfig(StageConfig):
         None,
         ge=1,
         description="Items that are computed and written together, as one portion; absent = as many as each process "
-        "has, up to the profile's `items_in_flight`.",
+        "has, up to the profile's `items_in_flight`, or about a minute of work of a large model on a CPU.",
     )
     retries: int = Field(1, ge=0, description="Times a failed item is asked again within the stage.")
 

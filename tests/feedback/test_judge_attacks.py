@@ -210,6 +210,7 @@ def test_the_command_reports_seen_and_unseen_families_of_the_embedded_judge(monk
     result = CliRunner().invoke(main, ["judge", "attack", "--per-family", "8", "--json", "--max-flip-rate", "0.3"])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
+    assert result.stderr.startswith(f"attacks: started\nattacks: {8 * (1 + len(families))} verdicts, ")
     assert {name: family["seen"] for name, family in figures["families"].items()} == dict.fromkeys(families, False) | {
         families[0]: True
     }

@@ -104,6 +104,7 @@ def test_the_embedded_judge_passes_its_constitution_and_fails_where_one_principl
     result = CliRunner().invoke(main, ["constitution", "test", str(path), "--min-accuracy", "0.95", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["accuracy"] >= 0.95
+    assert result.stderr.startswith(f"examples: started\nexamples: {json.loads(result.stdout)['n']} examples, ")
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     polite = next(principle for principle in written["principles"] if principle["id"] == "polite")
     for example in polite["examples"]:
