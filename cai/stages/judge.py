@@ -229,10 +229,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if (n_known := sum(map(len, known_votes.values()))) and len(known) < len(items):
         context.progress.note(f"{n_known:,} of {n_asked:,} votes are unchanged and taken over")
     to_ask = {
-        item["id"]: [principle for principle in principles[item["id"]] if principle.id not in votes]
-        for item in items
-        if item["id"] not in known
-        for votes in [known_votes.get(item["id"], {})]
+        id: [principle for principle in pair_principles if principle.id not in known_votes.get(id, {})]
+        for id, pair_principles in principles.items()
+        if pair_principles and id not in known
     }
     limit = limit_portions(config, context, len(to_ask), work_of_pair(config, context, items, to_ask))
     with context.engine(config.judge) as engine:

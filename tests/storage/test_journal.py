@@ -322,7 +322,7 @@ def test_retried_answers_never_count_for_more_than_their_portion(tmp_path):
 
 
 def test_a_limit_makes_portions_smaller_unless_their_size_is_stated(tmp_path):
-    def sizes(name: str, **options: Any) -> list[int]:
+    def sizes(name: str, **options: int) -> list[int]:
         (tmp_path / name).mkdir()
         journal = Journal(tmp_path / name, in_flight=5)
         n_items = []
