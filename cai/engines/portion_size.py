@@ -60,7 +60,9 @@ def limit_portions(config: FeedbackConfig, context: Context, n_items: int, *work
     limit = items_per_portion(profile, work) if config.journal_batch is None else None
     if limit is not None and limit < min(profile.items_in_flight, n_items):
         at_risk = "about a minute of work, which is what a kill loses"
-        context.progress.note(f"{limit} items a portion, where the profile allows {profile.items_in_flight}: {at_risk}")
+        context.progress.note(
+            f"{limit:,} items a portion, where the profile allows {profile.items_in_flight:,}: {at_risk}"
+        )
     return limit
 
 

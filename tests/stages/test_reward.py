@@ -84,7 +84,7 @@ def test_a_run_that_ends_while_it_scores_has_lost_no_training(
     rows, profile = [preference(number) for number in range(24)], CPU.model_copy(update={"dtype": "bfloat16"})
     undisturbed = run_stage("reward", tmp_path / "undisturbed", rows, tiny("llama"), profile=profile, **settings)
 
-    def run_out_of_memory(self: RewardModel, ids: Any) -> list[float]:
+    def run_out_of_memory(self: RewardModel, ids: Any, *_: Any) -> list[float]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
@@ -94,6 +94,8 @@ def test_a_run_that_ends_while_it_scores_has_lost_no_training(
     assert not (tmp_path / "stage" / "checkpoints").exists()
     steps = Steps()
     again = run_stage("reward", tmp_path / "stage", rows, tiny("llama"), profile=profile, progress=steps, **settings)
+    n_scored = 2 * again["reward"]["held_out"]
+    assert steps.parts[-1] == (n_scored, n_scored, "held-out responses scored")
     assert steps.n_finished == 0, "it only scores"
     assert again == undisturbed
     assert outputs(tmp_path / "stage") == outputs(tmp_path / "undisturbed")
