@@ -134,7 +134,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 config.sampling,
                 config.attempts(portion),
                 lambda _: context.journal.report_answer(1 / (2 * config.rounds)),
-                context.journal.report_tokens,
+                lambda n_tokens: context.journal.report_tokens(n_tokens, config.rounds * n_sampled),
             )
             for round_index in range(config.rounds):
                 revise_once(items, round_index, reviser)

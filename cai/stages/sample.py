@@ -77,7 +77,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
                 requests,
                 config.attempts(portion),
                 on_completion=lambda _: context.journal.report_answer(),
-                on_tokens=context.journal.report_tokens,
+                on_tokens=lambda n_tokens: context.journal.report_tokens(n_tokens, config.max_new_tokens),
             )
             results = []
             for item, request in zip(portion.items, requests, strict=True):

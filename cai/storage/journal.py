@@ -177,11 +177,11 @@ class Journal:
         if self._progress:
             self._progress.advance(items=share)
 
-    def report_tokens(self, n_tokens: int) -> None:
-        """Shows tokens that were sampled for the portion that is being computed."""
+    def report_tokens(self, n_tokens: int, most: float = math.inf) -> None:
+        """Shows tokens that were sampled for the portion that is being computed; an item takes at most `most`."""
         self._tokens_answered += n_tokens
         if self._progress:
-            self._progress.advance(items=0, tokens=n_tokens)
+            self._progress.advance(items=0, tokens=n_tokens, begun=n_tokens / most)
 
     def append(self, portion: Portion, results: Sequence[Result]) -> None:
         """Writes a finished portion: the result of each of its items, in their order."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import ProgressColumn, TaskID
 
-COUNTS = ("total", "unit", "finished", "finished_before", "tokens", "part")
+COUNTS = ("total", "unit", "finished", "finished_before", "begun", "tokens", "part")
 """The attributes of a line that another process reports."""
 REPORT_SECONDS = 1.0
 """Shortest time between two reports to another process."""
@@ -41,8 +41,11 @@ class Progress(Protocol):
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         """The stage has `total` items, of which earlier processes have finished `finished`."""
 
-    def advance(self, items: float = 1, tokens: int = 0) -> None:
-        """That many more items, or shares of items, and tokens are finished."""
+    def advance(self, items: float = 1, tokens: int = 0, begun: float = 0.0) -> None:
+        """That many more items, or shares of items, and tokens are finished.
+
+        `begun` are shares of items that are being computed: no more than what is done of them.
+        """
 
     def report_part(self, finished: int, total: int, unit: str) -> None:
         """Within the item that is being computed, `finished` of `total` parts are; forgotten with the next items."""
@@ -61,7 +64,7 @@ class StageLine:
     def __init__(self, stage_id: str, say: Callable[[str], None] = _to_stderr) -> None:
         self.stage_id = stage_id
         self.total = self.finished_before = self.tokens = 0
-        self.finished = 0.0
+        self.finished = self.begun = 0.0
         self.unit = self.part = ""
         self.start_time = time.monotonic()
         self._say = say
@@ -71,8 +74,9 @@ class StageLine:
         self.part = ""
         self.update()
 
-    def advance(self, items: float = 1, tokens: int = 0) -> None:
+    def advance(self, items: float = 1, tokens: int = 0, begun: float = 0.0) -> None:
         self.finished += items
+        self.begun += begun
         self.tokens += tokens
         if items:
             self.part = ""
@@ -100,11 +104,15 @@ class StageLine:
 
     @property
     def time_left(self) -> str:
-        """`2 min 05 s left`, at the speed of this process so far; empty where that is unknown."""
-        finished_here = self.finished - self.finished_before
-        if finished_here < _ROUNDING or self.total - self.finished < _ROUNDING:
+        """`2 min 05 s left`, at the speed of this process so far; empty where that is unknown.
+
+        Of many items that are computed at once few may be finished, so that what is begun tells more at first.
+        """
+        done_here = max(self.finished - self.finished_before, self.begun)
+        to_do = self.total - self.finished_before - done_here
+        if done_here < _ROUNDING or to_do < _ROUNDING:
             return ""
-        return f"{duration(self.seconds / finished_here * (self.total - self.finished))} left"
+        return f"{duration(self.seconds / done_here * to_do)} left"
 
     @property
     def n_finished(self) -> int:

@@ -255,7 +255,7 @@ class Counts:
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         self.finished = finished
 
-    def advance(self, items: float = 1, tokens: int = 0) -> None:
+    def advance(self, items: float = 1, tokens: int = 0, begun: float = 0.0) -> None:
         self.finished += items
         self.tokens += tokens
 

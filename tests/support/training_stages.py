@@ -48,7 +48,7 @@ class Steps:
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         self.total, self.n_finished = total, finished
 
-    def advance(self, items: float = 1, tokens: int = 0) -> None:
+    def advance(self, items: float = 1, tokens: int = 0, begun: float = 0.0) -> None:
         self.n_finished += items
         self.tokens += tokens
         if self.n_finished == self.die_at:

@@ -85,6 +85,18 @@ def test_counts_say_what_is_known_of_shares_and_parts_of_items() -> None:
     assert line.counts == "8 of 8 steps (100 %), 1 tokens/s, 30.0 s so far"
 
 
+@pytest.mark.usefixtures("half_a_minute")
+def test_the_time_left_counts_what_is_begun_of_items_that_are_computed_together() -> None:
+    line = StageLine("texts")
+    line.start(total=100, unit="texts", finished=20)
+    assert line.time_left == ""
+    line.advance(0, tokens=400, begun=20)  # all are half done, one is finished early
+    line.advance(1)
+    assert line.time_left == "1 min 30 s left"
+    line.advance(39)
+    assert line.time_left == "30.0 s left"
+
+
 @pytest.mark.parametrize("new_display", [lambda: PlainDisplay(Lines()), RichDisplay])
 @pytest.mark.usefixtures("half_a_minute")
 def test_the_log_has_the_lines_of_a_run_with_and_without_a_terminal(tmp_path: Path, new_display: object) -> None:
