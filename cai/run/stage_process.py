@@ -29,7 +29,7 @@ from cai.storage.files import write_json
 from cai.storage.journal import Journal, ShareDone
 from cai.storage.refusals import refused_output
 from cai.text.errors import CaiError, StageFailed, Terminated
-from cai.text.progress import FileLine, StageLine
+from cai.text.progress import FileLine, StageLine, warnings_copied_to
 
 NODE = "--node"
 """First argument of the process that starts a machine's ranks, where a profile has several machines."""
@@ -108,7 +108,8 @@ def _run(spec: Spec, folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     line = FileLine(spec.stage, folder / "progress.jsonl") if rank == 0 else StageLine(spec.stage)
     prepare(profile)
     stage = _stage_run(spec, recipe, profile)
-    return stage.work(line, Journal(stage.folder, line, rank, ranks, profile.items_in_flight))
+    with warnings_copied_to(line.record_warning):
+        return stage.work(line, Journal(stage.folder, line, rank, ranks, profile.items_in_flight))
 
 
 def _stage_run(spec: Spec, recipe: Recipe, profile: Profile) -> StageRun:

@@ -59,15 +59,17 @@ def _to_stderr(text: str) -> None:
 
 
 class StageLine:
-    """Counts the progress of one stage; its notes go to `say`."""
+    """Counts the progress of one stage; its notes go to `say`, warnings of other processes to `record`."""
 
-    def __init__(self, stage_id: str, say: Callable[[str], None] = _to_stderr) -> None:
+    def __init__(
+        self, stage_id: str, say: Callable[[str], None] = _to_stderr, record: Callable[[str], None] | None = None
+    ) -> None:
         self.stage_id = stage_id
         self.total = self.finished_before = self.tokens = 0
         self.finished = self.begun = 0.0
         self.unit = self.part = ""
         self.start_time = time.monotonic()
-        self._say = say
+        self._say, self._record = say, record
 
     def start(self, total: int, unit: str, finished: int = 0) -> None:
         self.total, self.unit, self.finished, self.finished_before = total, unit, finished, finished
@@ -88,6 +90,11 @@ class StageLine:
 
     def note(self, text: str) -> None:
         self._say(f"{self.stage_id}: {text}")
+
+    def record_warning(self, text: str) -> None:
+        """Records a warning, which Python shows by itself."""
+        if self._record:
+            self._record(f"{self.stage_id}: warning: {text}")
 
     def update(self) -> None:
         """Called whenever a count has changed."""
@@ -181,7 +188,7 @@ class Display:
 
     def new_line(self, stage_id: str) -> StageLine:
         """Counts the progress of a stage."""
-        return StageLine(stage_id, self.note)
+        return StageLine(stage_id, self.note, self.record)
 
     def show(self, text: str) -> None:
         """Shows a line."""
@@ -232,7 +239,7 @@ class RichDisplay(Display):
 
     def new_line(self, stage_id: str) -> StageLine:
         task = self.bars.add_task("", total=None, stage=stage_id, words="")
-        return _RichLine(stage_id, self.note, self.bars, task)
+        return _RichLine(stage_id, self.note, self.record, self.bars, task)
 
     def end_stage(self, line: StageLine, failures: int) -> None:
         assert isinstance(line, _RichLine)
@@ -248,8 +255,10 @@ class RichDisplay(Display):
 
 
 class _RichLine(StageLine):
-    def __init__(self, stage_id: str, say: Callable[[str], None], bars: Bars, task: TaskID) -> None:
-        super().__init__(stage_id, say)
+    def __init__(
+        self, stage_id: str, say: Callable[[str], None], record: Callable[[str], None], bars: Bars, task: TaskID
+    ) -> None:
+        super().__init__(stage_id, say, record)
         self.bars, self.task = bars, task
 
     def update(self) -> None:
@@ -275,15 +284,9 @@ def recorded(display: Display, path: Path, title: str) -> Iterator[None]:
     """Within the block the log at `path` gets a title, what the display shows, warnings, and the error that ends it."""
     display.log = RunLog(path)
     display.record(title)
-    show_warning = warnings.showwarning
-
-    def record_warning(message: Warning | str, *place: Any, **options: Any) -> None:
-        display.record(f"warning: {message}")
-        show_warning(message, *place, **options)
-
-    warnings.showwarning = record_warning
     try:
-        yield
+        with warnings_copied_to(lambda text: display.record(f"warning: {text}")):
+            yield
         display.record("done")
     except KeyboardInterrupt:
         display.record("interrupted; the same command goes on from here")
@@ -292,8 +295,23 @@ def recorded(display: Display, path: Path, title: str) -> Iterator[None]:
         display.record(f"error: {error}" if isinstance(error, CaiError) else f"error: {type(error).__name__}: {error}")
         raise
     finally:
-        warnings.showwarning = show_warning
         display.log = None
+
+
+@contextlib.contextmanager
+def warnings_copied_to(record: Callable[[str], None]) -> Iterator[None]:
+    """Within the block the text of each warning that is shown goes to `record` too."""
+    show_warning = warnings.showwarning
+
+    def show_and_record(message: Warning | str, *place: Any, **options: Any) -> None:
+        record(str(message))
+        show_warning(message, *place, **options)
+
+    warnings.showwarning = show_and_record
+    try:
+        yield
+    finally:
+        warnings.showwarning = show_warning
 
 
 class FileLine(StageLine):
@@ -311,6 +329,9 @@ class FileLine(StageLine):
     def note(self, text: str) -> None:
         self._write({"note": text})
 
+    def record_warning(self, text: str) -> None:
+        self._write({"warning": text})
+
     def update(self) -> None:
         is_last = self.n_finished == self.total and not self.part
         if is_last or time.monotonic() - self.report_time > REPORT_SECONDS:
@@ -326,6 +347,9 @@ def relay(event: dict[str, object], line: StageLine) -> None:
     """Shows an event on `line` that a `FileLine` in another process has written."""
     if "note" in event:
         line.note(str(event["note"]))
+        return
+    if "warning" in event:
+        line.record_warning(str(event["warning"]))
         return
     for name in COUNTS:
         setattr(line, name, event[name])

@@ -12,7 +12,17 @@ import pytest
 
 from cai.text import progress, run_log
 from cai.text.errors import StageFailed
-from cai.text.progress import Display, FileLine, PlainDisplay, RichDisplay, StageLine, part_counter, recorded, relay
+from cai.text.progress import (
+    Display,
+    FileLine,
+    PlainDisplay,
+    RichDisplay,
+    StageLine,
+    part_counter,
+    recorded,
+    relay,
+    warnings_copied_to,
+)
 from cai.text.run_log import RunLog
 
 
@@ -141,7 +151,10 @@ def test_another_process_shows_what_a_stage_reports_and_gets_a_line_a_second_at_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "REPORT_SECONDS", 1e9)
-    line, shown = FileLine("texts", tmp_path / "progress.jsonl"), StageLine("texts")
+    notes: list[str] = []
+    recorded_texts: list[str] = []
+    line = FileLine("texts", tmp_path / "progress.jsonl")
+    shown = StageLine("texts", notes.append, recorded_texts.append)
     line.start(total=4, unit="texts")
     for _ in range(1000):
         line.advance(0, tokens=1)
@@ -149,6 +162,10 @@ def test_another_process_shows_what_a_stage_reports_and_gets_a_line_a_second_at_
     line.report_part(1, 2, "rationales")
     line.advance(2.5)
     line.advance(1.5)
+    line.note("a note")
+    with pytest.warns(UserWarning, match="odd"), warnings_copied_to(line.record_warning):
+        warnings.warn("the model is odd", stacklevel=1)
     for event in line.path.read_text().splitlines():
         relay(json.loads(event), shown)
+    assert (notes, recorded_texts) == (["texts: a note"], ["texts: warning: the model is odd"])
     assert (shown.n_finished, shown.total, shown.unit, shown.tokens) == (4, 4, "texts", 1000)
