@@ -165,7 +165,7 @@ class Profile(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations instead of keeping them.")
     resume_point_minutes: float = Field(
-        1,
+        0.75,  # a kill should cost a minute at most: this, a step, and writing
         ge=0,
         description="Minutes of training after which a resume point is written even where the recipe's `save_steps` "
         "asks for none yet; more where writing one takes so long that it would take a twentieth of the time; 0 = after "

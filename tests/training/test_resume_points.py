@@ -85,9 +85,9 @@ def test_resume_points_that_take_long_to_write_are_written_less_often(tmp_path: 
         callback.last_save, callback.writing_seconds = time.monotonic() - seconds_since_last, writing_seconds
         return callback._action(is_logged=True)
 
-    assert decision(50, 0) == CONTINUE
-    assert decision(61, 0) == decision(61, 3) == SAVE
-    assert decision(61, 10) == decision(190, 10) == CONTINUE
+    assert decision(40, 0) == CONTINUE
+    assert decision(46, 0) == decision(46, 2) == SAVE
+    assert decision(46, 10) == decision(190, 10) == CONTINUE
     assert decision(201, 10) == SAVE
 
 
