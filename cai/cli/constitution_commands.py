@@ -196,9 +196,10 @@ def constitution_test(
         document = principle_tests.with_examples_of(document, load_constitution(examples))
     document = with_principles(document, principles)
     judge = chosen_judge(model, templates, runs_folder, profile)
+    template_set = load_templates(judge.templates)
     with open_engine(judge, profile) as engine, progress.open_display() as display:
         line = display.begin_stage("examples")
-        outcomes = principle_tests.run_examples(document, engine, load_templates(judge.templates), progress=line)
+        outcomes = principle_tests.run_examples(document, engine, template_set, progress=line)
         display.end_stage(line, sum(outcome.failure is not None for outcome in outcomes))
     figures = principle_tests.example_figures(document, outcomes)
     if as_json:
