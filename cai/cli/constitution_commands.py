@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from cai.cli import shell_completion
 from cai.cli.document_commands import WRITE, print_schema, problem_facts
 from cai.cli.options import (
     JSON,
@@ -23,6 +22,7 @@ from cai.cli.options import (
     prepared_profile,
     with_principles,
 )
+from cai.cli.shell_completion import complete_constitution
 from cai.text.errors import BadInput
 
 
@@ -32,7 +32,7 @@ def constitution() -> None:
 
 
 @constitution.command("check")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=shell_completion.constitutions)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_constitution)
 @click.option(
     "--strict",
     is_flag=True,
@@ -84,7 +84,7 @@ def constitution_check(
 
 
 @constitution.command("show")
-@click.argument("file", shell_complete=shell_completion.constitutions)
+@click.argument("file", shell_complete=complete_constitution)
 @click.option("--prompt", is_flag=True, help="Show the requests to critic, reviser and judge.")
 @PRINCIPLES
 @click.option("--templates", default="default", show_default=True, metavar="SET", help="Template set for --prompt.")
@@ -123,8 +123,8 @@ def constitution_show(file: str, prompt: bool, principles: tuple[str, ...], temp
 
 
 @constitution.command("diff")
-@click.argument("first", metavar="A", shell_complete=shell_completion.constitutions)
-@click.argument("second", metavar="B", shell_complete=shell_completion.constitutions)
+@click.argument("first", metavar="A", shell_complete=complete_constitution)
+@click.argument("second", metavar="B", shell_complete=complete_constitution)
 @click.option("--exit-code", is_flag=True, help="Exit code 1 if they differ, as with `git diff --exit-code`.")
 @JSON
 def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -> None:
@@ -158,7 +158,7 @@ def constitution_diff(first: str, second: str, exit_code: bool, as_json: bool) -
 
 
 @constitution.command("test")
-@click.argument("file", shell_complete=shell_completion.constitutions)
+@click.argument("file", shell_complete=complete_constitution)
 @MODEL
 @TEMPLATES
 @PRINCIPLES

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from cai.cli import shell_completion
 from cai.cli.options import FILE, JSON, RUNS, SET
+from cai.cli.shell_completion import complete_profile, complete_recipe
 from cai.document import problems_of
 from cai.text.errors import BadInput
 from cai.text.formatting import printable
@@ -24,7 +24,7 @@ def recipe() -> None:
 
 
 @recipe.command("check")
-@click.argument("files", nargs=-1, required=True, metavar="RECIPE...", shell_complete=shell_completion.recipes)
+@click.argument("files", nargs=-1, required=True, metavar="RECIPE...", shell_complete=complete_recipe)
 @SET
 @RUNS
 @JSON
@@ -68,7 +68,7 @@ def profile() -> None:
 
 
 @profile.command("check")
-@click.argument("files", nargs=-1, required=True, metavar="PROFILE...", shell_complete=shell_completion.profiles)
+@click.argument("files", nargs=-1, required=True, metavar="PROFILE...", shell_complete=complete_profile)
 @JSON
 def profile_check(files: tuple[str, ...], as_json: bool) -> None:
     """Read each profile with the files that it names. Exit code 2 if one is wrong; every wrong one is named.

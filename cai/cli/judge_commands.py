@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cai.cli import shell_completion
 from cai.cli.options import (
     FILE,
     JSON,
@@ -25,6 +24,7 @@ from cai.cli.options import (
     prepared_profile,
     to_stderr,
 )
+from cai.cli.shell_completion import complete_principle, complete_run_or_stage
 from cai.text.errors import BadInput
 from cai.text.formatting import printable
 
@@ -127,7 +127,7 @@ def _labelled_votes(name: str, runs_folder: Path) -> LabelledVotes:
 
 
 @votes.command("explain")
-@click.argument("run", shell_complete=shell_completion.runs_and_stages)
+@click.argument("run", shell_complete=complete_run_or_stage)
 @PRINCIPLES
 @EXAMPLE_PAIRS
 @RUNS
@@ -155,13 +155,13 @@ def votes_explain(
 
 
 @votes.command("try")
-@click.argument("run", shell_complete=shell_completion.runs_and_stages)
+@click.argument("run", shell_complete=complete_run_or_stage)
 @click.argument("file", required=False, type=FILE)
 @click.option(
     "--principle",
     "principle_id",
     metavar="ID",
-    shell_complete=shell_completion.principles,
+    shell_complete=complete_principle,
     help="The principle that --text or --request is for.",
 )
 @click.option("--text", metavar="TEXT", help="Its text; what models are asked is derived from it.")
@@ -195,8 +195,8 @@ def votes_try(
 
 
 @votes.command("diff")
-@click.argument("first", shell_complete=shell_completion.runs_and_stages)
-@click.argument("second", shell_complete=shell_completion.runs_and_stages)
+@click.argument("first", shell_complete=complete_run_or_stage)
+@click.argument("second", shell_complete=complete_run_or_stage)
 @EXAMPLE_PAIRS
 @RUNS
 @JSON
@@ -216,7 +216,7 @@ def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_j
 
 
 @votes.command("calibrate")
-@click.argument("run", shell_complete=shell_completion.runs_and_stages)
+@click.argument("run", shell_complete=complete_run_or_stage)
 @click.option("--picture", type=FILE, help="Draw it too: a file .svg or .png.")
 @click.option(
     "--truth", type=click.Choice(["human", "oracle"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cai.cli import shell_completion
+from cai.cli.shell_completion import complete_model, complete_principle, complete_profile
 from cai.text.errors import BadInput
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ RUNS = click.option(
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 PROFILE = click.option(
-    "--on", "on", metavar="PROFILE", shell_complete=shell_completion.profiles,
+    "--on", "on", metavar="PROFILE", shell_complete=complete_profile,
     help="Where to run: a profile's file or name. [default: cpu]",
 )  # fmt: skip
 ONLINE = click.option("--online", is_flag=True, help="Download models that are not here; as `offline: false`.")
@@ -52,7 +52,7 @@ MODEL = click.option(
     default="micro",
     show_default=True,
     metavar="MODEL",
-    shell_complete=shell_completion.models,
+    shell_complete=complete_model,
     help=f"Who judges: {MODEL_HELP}.",
 )
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe; repeatable.")
@@ -70,7 +70,7 @@ TEMPLATES = click.option(
     "--templates", default="auto", show_default=True, metavar="SET", help="Template set; auto = the model's."
 )
 PRINCIPLES = click.option(
-    "--principle", "principles", multiple=True, metavar="ID_OR_TAG", shell_complete=shell_completion.principles,
+    "--principle", "principles", multiple=True, metavar="ID_OR_TAG", shell_complete=complete_principle,
     help="Only this principle, or those with this tag; repeatable. An id wins over a tag of the same name.",
 )  # fmt: skip
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from cai.cli import shell_completion
 from cai.cli.options import (
     FOLDER,
     GPU_MEMORY,
@@ -30,6 +29,7 @@ from cai.cli.options import (
     chosen_profile,
     to_stderr,
 )
+from cai.cli.shell_completion import complete_recipe, complete_run, complete_stage
 from cai.text.errors import BadInput, did_you_mean
 from cai.text.formatting import printable
 
@@ -43,18 +43,18 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 
 
 @click.command()
-@click.argument("recipe", shell_complete=shell_completion.recipes)
+@click.argument("recipe", shell_complete=complete_recipe)
 @SET
 @NAME
 @PROFILE
 @ONLINE
 @VLLM_PYTHON
-@click.option("--until", metavar="STAGE", shell_complete=shell_completion.stages, help="Stop after this stage.")
+@click.option("--until", metavar="STAGE", shell_complete=complete_stage, help="Stop after this stage.")
 @click.option(
     "--from",
     "redo_from",
     metavar="STAGE",
-    shell_complete=shell_completion.stages,
+    shell_complete=complete_stage,
     help="Run this stage and all that depends on it again.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would run, why, and what it takes; run nothing.")
@@ -182,11 +182,11 @@ def _say_memory(
 
 
 @click.command()
-@click.argument("recipe", shell_complete=shell_completion.recipes)
+@click.argument("recipe", shell_complete=complete_recipe)
 @SET
 @PROFILE
 @ONLINE
-@click.option("--until", metavar="STAGE", shell_complete=shell_completion.stages, help="Plan up to this stage.")
+@click.option("--until", metavar="STAGE", shell_complete=complete_stage, help="Plan up to this stage.")
 @GPUS
 @GPU_MEMORY
 @HOST_MEMORY
@@ -232,7 +232,7 @@ def _echo_comparison(summary: Mapping[str, Any]) -> None:
 
 
 @click.command()
-@click.argument("run", required=False, shell_complete=shell_completion.runs)
+@click.argument("run", required=False, shell_complete=complete_run)
 @RUNS
 @JSON
 def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
@@ -264,7 +264,7 @@ def status(run: str | None, runs_folder: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run", shell_complete=shell_completion.runs)
+@click.argument("run", shell_complete=complete_run)
 @click.argument("item", required=False)
 @click.option("--random", "at_random", is_flag=True, help="Pick a prompt.")
 @RUNS
@@ -292,7 +292,7 @@ def show(run: str, item: str | None, at_random: bool, runs_folder: Path, as_json
 
 
 @click.command()
-@click.argument("run", shell_complete=shell_completion.runs)
+@click.argument("run", shell_complete=complete_run)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--unfinished", is_flag=True, help="Remove interrupted stages too, which the next run would go on with.")
 @RUNS
@@ -325,7 +325,7 @@ def clean(run: str, yes: bool, unfinished: bool, runs_folder: Path) -> None:
 
 
 @click.command()
-@click.argument("run", shell_complete=shell_completion.runs)
+@click.argument("run", shell_complete=complete_run)
 @click.argument("name", callback=checked_name)
 @RUNS
 def fork(run: str, name: str, runs_folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from cai.cli import shell_completion
 from cai.cli.options import FOLDER, JSON, RUNS
+from cai.cli.shell_completion import complete_run
 from cai.text.formatting import printable
 
 
@@ -38,7 +38,7 @@ def runs(context: click.Context, runs_folder: Path, as_json: bool) -> None:
 
 
 @runs.command()
-@click.argument("name", shell_complete=shell_completion.runs)
+@click.argument("name", shell_complete=complete_run)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--runs", "runs_folder", type=FOLDER, metavar="DIR", help="Folder that runs lie in. [default: runs]")
 @click.pass_obj

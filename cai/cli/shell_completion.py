@@ -19,60 +19,56 @@ SHELLS = ("bash", "zsh", "fish")
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> None:
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
     """Print the script that makes a shell complete commands, options and names: of recipes, runs, stages, principles.
 
     \b
     eval "$(cai completion bash)"        # in ~/.bashrc; zsh alike in ~/.zshrc
     cai completion fish > ~/.config/fish/completions/cai.fish
     """
-    from cai.cli import main
-
     shell_class = get_completion_class(shell)
     assert shell_class is not None, "click has these shells"
-    click.echo(shell_class(main, {}, "cai", "_CAI_COMPLETE").source())
+    click.echo(shell_class(context.find_root().command, {}, "cai", "_CAI_COMPLETE").source())
 
 
-def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Shipped recipes by name, and files."""
     return _names_or_files(shipped_names("recipes"), incomplete)
 
 
-def profiles(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_profile(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Shipped profiles by name, and files."""
     return _names_or_files(shipped_names("configs"), incomplete)
 
 
-def constitutions(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_constitution(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Shipped constitutions by name, and files."""
     return _names_or_files(shipped_names("constitutions"), incomplete)
 
 
-def runs(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_run(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of the runs in the folder of `--runs`."""
     return _items([path.name for path in _runs(context)], incomplete)
 
 
-def runs_and_stages(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_run_or_stage(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """RUN, and after a slash the stages of that run."""
     run, slash, _ = incomplete.partition("/")
     if not slash:
-        return runs(context, parameter, incomplete)
+        return complete_run(context, parameter, incomplete)
     return _items([f"{run}/{stage}" for stage in run_folder.latest(_runs_folder(context) / run)], incomplete)
 
 
-def models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_model(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`micro`, the stages of runs that have trained a model, as RUN/STAGE, and folders."""
-    trained = [
-        f"{run.name}/{stage}"
-        for run in _runs(context)
-        for stage, folder in run_folder.latest(run).items()
-        if (folder / run_folder.MODEL).is_dir()
-    ]
+    from cai.models.reference import trained_models
+
+    trained = trained_models(_runs_folder(context))
     return _items(["micro", *trained], incomplete) or [CompletionItem(incomplete, type="dir")]
 
 
-def stages(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_stage(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Stages of the recipe that the command line names."""
     from cai.run.recipe import load_recipe
 
@@ -82,7 +78,7 @@ def stages(context: click.Context, parameter: click.Parameter, incomplete: str) 
     return []
 
 
-def principles(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_principle(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Ids of the principles of the constitution, or of the run's, that the command line names."""
     from cai.constitution import load_constitution
     from cai.run.recipe import load_recipe
