@@ -34,8 +34,8 @@ MIN_ITEMS = 16
 SMALL_MODEL = 20_000_000
 """Parameters."""
 SAMPLED_PER_SECOND = 15e9
-"""Parameters times tokens that a core samples in a second. Measured with 135 million parameters in bfloat16 on two quiet
-cores: 15e9 with 64 rows, 24e9 with 256."""
+"""Parameters times tokens that a core samples in a second. Measured on two quiet cores with 135 million parameters in
+bfloat16: 15e9 with 64 rows, 24e9 with 256."""
 READ_PER_SECOND = 60e9
 """The same for tokens of prompts. Measured: 78e9."""
 BYTES_PER_TOKEN = 4
