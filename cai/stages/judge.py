@@ -20,12 +20,10 @@ Left out: more than two responses at once.
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -37,30 +35,27 @@ from cai.contracts.references import JudgeRef, OneOrMore, OutputKind, PrincipleR
 from cai.contracts.stage_config import FeedbackConfig, PrincipleField
 from cai.engines.portion_size import REQUEST_TOKENS, Work, limit_portions, mean_tokens
 from cai.feedback.asked_votes import count_asked_votes, missing_votes
+from cai.feedback.known_votes import all_votes, take_over
 from cai.feedback.methods import (
     ANSWER_SAMPLING,
     PRINCIPLE_FIELDS,
     TEMPLATE_NAMES,
     Judge,
-    KnownVotes,
     Method,
     Verdicts,
 )  # fmt: skip
+from cai.feedback.pairs import Pair, PairKind, pair_against, pair_responses, pairs_of_people, select_responses
 from cai.feedback.truth import count_failed_with_truth
-from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair, is_empty
+from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair
 from cai.maths.statistics import worst_case
 from cai.maths.vote_aggregation import mean_over_orders
 from cai.prompt_sets import PairSet, load_human_pairs
 from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import (
-    Candidate,
-    Message,
-    Preference,
     PrincipleVote,
     Sample,
     Vote,
     read_rows,
-    stable_id,
     vote_unit,
 )  # fmt: skip
 from cai.text.errors import BadInput, StageFailed
@@ -98,7 +93,7 @@ class Config(FeedbackConfig):
         "log-probabilities. Coarser, and several times the requests.",
     )
     draws: int = Field(4, ge=1, description="Answers drawn for each question, with `verdicts: text`.")
-    pairs: Literal["disjoint", "all", "random", "against"] = Field(
+    pairs: PairKind = Field(
         "disjoint",
         description="disjoint: each response once; all: each with each; random: `n_pairs` of all; against: those of "
         "the first stage in `from` with those of each other stage that were sampled under the same seed.",
@@ -173,18 +168,6 @@ METHOD_OF_SETTING = dict.fromkeys(("rationales", "max_new_tokens", "temperature"
 """Settings that only one method has."""
 
 
-class Item(TypedDict):
-    """A pair of responses to one prompt, to be judged: a vote row without its votes."""
-
-    id: str
-    prompt_id: str
-    prompt: list[Message]
-    tags: list[str]
-    a: Candidate
-    b: Candidate
-    human: NotRequired[float]
-
-
 def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Vote for each pair of responses."""
     if context.constitution is None:
@@ -195,14 +178,14 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         stages = [[row for row in rows if row["prompt_id"] in prompt_ids] for rows in stages]
     left_out = {"cut_off": 0, "empty": 0}
     if config.pairs == "against":
-        planned, counts = plan_against(stages, context.stage_id)
+        planned, counts = pair_against(stages, context.stage_id)
     else:
-        complete, left_out = select([row for rows in stages for row in rows], config.cut_off)
-        planned, counts = plan(complete, config, context)
+        complete, left_out = select_responses([row for rows in stages for row in rows], config.cut_off)
+        planned, counts = pair_responses(complete, config.pairs, config.n_pairs, context)
         report_unpaired(config, context, stages, left_out, counts)
     if config.human is not None:
         people = load_human_pairs(config.human, context.home)
-        planned += human_items(people.preferences, Path(config.human.source).name, context.stage_id)
+        planned += pairs_of_people(people.preferences, Path(config.human.source).name, context.stage_id)
         counts["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
         context.report_left_out(people.n_wanted, "labelled pairs", people.unusable)
     selected = context.constitution.select(config.principles if isinstance(config.principles, list) else "all")
@@ -219,7 +202,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
             f"others and people's, and a principle applies to none of them"
         )
     judge_name = context.model(config.judge).name
-    known_votes = take_over(items, principles, config, context)
+    known_votes = take_over(items, principles, config.principle_fields()[0], context.earlier)
     n_asked = sum(len(principles[item["id"]]) for item in items)
     known = {
         item["id"]: Result(to_row(item, votes, judge_name, context.constitution.name, config))
@@ -279,51 +262,8 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     return {"votes": {context.stage_id: figures | counts | vote_figures(judged, n_asked, config.method)}}
 
 
-def take_over(
-    items: Sequence[Item], principles: Mapping[str, Sequence[Principle]], config: Config, context: Context
-) -> KnownVotes:
-    """The votes in both orders that earlier folders of the stage hold: on the same texts, in the same words.
-
-    By the item's id and the principle's. A principle is known by what the judge is asked, whatever its id was.
-    """
-    if not context.earlier:
-        return {}
-    field = config.principle_fields()[0]
-    item_by_content = {_content(item): item for item in items}
-    known: dict[str, dict[str, list[PrincipleVote]]] = {}
-    for earlier in context.earlier:
-        earlier_ids = earlier.ids_by_words(field)
-        for row in earlier.rows():
-            item = item_by_content.get(_content(row))
-            if item is None:
-                continue
-            votes = known.setdefault(item["id"], {})
-            for principle in principles[item["id"]]:
-                earlier_id = earlier_ids.get(getattr(principle, field))
-                both_orders = [vote.copy() for vote in row["votes"] if vote["principle"] == earlier_id]
-                if both_orders and principle.id not in votes:
-                    for vote in both_orders:
-                        vote["principle"] = principle.id
-                    votes[principle.id] = both_orders
-    return known
-
-
-def _content(row: Item | Vote) -> str:
-    """What a judge is shown of a pair: the conversation and both texts."""
-    return stable_id(row["prompt"], row["a"]["text"], row["b"]["text"])
-
-
-def all_votes(
-    principles: Sequence[Principle], known: Mapping[str, Sequence[PrincipleVote]]
-) -> list[PrincipleVote] | None:
-    """The known votes of all principles in their order; None where some are missing."""
-    if any(principle.id not in known for principle in principles):
-        return None
-    return [vote for principle in principles for vote in known[principle.id]]
-
-
 def work_of_pair(
-    config: Config, context: Context, items: Sequence[Item], to_ask: Mapping[str, Sequence[Principle]]
+    config: Config, context: Context, items: Sequence[Pair], to_ask: Mapping[str, Sequence[Principle]]
 ) -> Work:
     """What the judge does for an average pair among those `to_ask`; each order of a pair is read once for all of its
     principles."""
@@ -338,20 +278,6 @@ def work_of_pair(
         n_sampled = n_questions * config.rationales * config.max_new_tokens
         n_read += n_questions * config.rationales * (n_shown + config.max_new_tokens)
     return Work(context.model(config.judge), n_sampled, n_read)
-
-
-def select(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:
-    """The responses that may be in a pair, and counts of the others by reason: cut_off, empty."""
-    kept = []
-    left_out: Counter[str] = Counter()
-    for row in responses:
-        if is_empty(row["response"]):
-            left_out["empty"] += 1
-        elif cut_off == "leave_out" and row["finish_reason"] == "length":
-            left_out["cut_off"] += 1
-        else:
-            kept.append(row)
-    return kept, {reason: left_out[reason] for reason in ("cut_off", "empty")}
 
 
 def report_unpaired(
@@ -369,91 +295,8 @@ def report_unpaired(
     context.report_left_out(sum(map(len, stages)), "responses", reasons)
 
 
-def plan(responses: Sequence[Sample], config: Config, context: Context) -> tuple[list[Item], dict[str, Any]]:
-    """The pairs of each prompt, prompts in the order of their first response, and counts of responses in no pair.
-
-    Pairs, and which response of each is *a*, depend on the stage's seed and the prompt, not on the order of rows.
-    """
-    responses_by_prompt: dict[str, dict[str, Sample]] = {}
-    for row in responses:
-        responses_by_prompt.setdefault(row["prompt_id"], {}).setdefault(row["response"], row)
-    items = []
-    paired_ids: set[str] = set()
-    for prompt_id, row_by_text in responses_by_prompt.items():
-        rng = random.Random(context.seed_for(prompt_id))
-        rows = sorted(row_by_text.values(), key=lambda row: row["id"])
-        rng.shuffle(rows)
-        for a, b in choose_pairs(rows, config, rng):
-            paired_ids |= {a["id"], b["id"]}
-            items.append(sampled_item(context.stage_id, a, b))
-    n_different = sum(map(len, responses_by_prompt.values()))
-    return items, {"same_text": len(responses) - n_different, "unpaired": n_different - len(paired_ids)}
-
-
-def plan_against(stages: Sequence[Sequence[Sample]], stage_id: str) -> tuple[list[Item], dict[str, Any]]:
-    """The responses of the first stage as *a*, each paired with those of the other stages to the same prompt under the
-    same seed, and counts of responses in no pair. Cut-off and empty responses are compared like all others."""
-    opponents_by_stage = [{(row["prompt_id"], row["seed"]): row for row in rows} for rows in stages[1:]]
-    items = []
-    n_same_text, paired_ids = 0, set[str]()
-    for a in stages[0]:
-        for opponents in opponents_by_stage:
-            if (b := opponents.get((a["prompt_id"], a["seed"]))) is None:
-                continue
-            if a["response"] == b["response"]:
-                n_same_text += 1
-                continue
-            paired_ids |= {a["id"], b["id"]}
-            items.append(sampled_item(stage_id, a, b))
-    return items, {"same_text": n_same_text, "unpaired": sum(map(len, stages)) - len(paired_ids)}
-
-
-def sampled_item(stage_id: str, a: Sample, b: Sample) -> Item:
-    """The pair of two sampled responses to one prompt."""
-    sides = (Candidate(id=row["id"], text=row["response"], model=row["model"]) for row in (a, b))
-    return to_item(stage_id, a, list(dict.fromkeys([*a["tags"], *b["tags"]])), *sides)
-
-
-def to_item(stage_id: str, row: Sample | Preference, tags: list[str], a: Candidate, b: Candidate) -> Item:
-    """The pair of two responses to the prompt of `row`."""
-    return {
-        "id": stable_id(stage_id, a["id"], b["id"]),
-        "prompt_id": row["prompt_id"],
-        "prompt": row["prompt"],
-        "tags": tags,
-        "a": a,
-        "b": b,
-    }
-
-
-def human_items(preferences: Sequence[Preference], source: str, stage_id: str) -> list[Item]:
-    """Each pair that people labelled once, *a* the response with the lower id; `human` is the share of labels for it.
-
-    `source` stands for the model of the responses.
-    """
-    items: dict[str, Item] = {}
-    labels: dict[str, list[float]] = {}
-    for preference in preferences:
-        chosen, rejected = (
-            Candidate(id=stable_id(preference["prompt_id"], text), text=text, model=source)
-            for text in (preference["chosen"][-1]["content"], preference["rejected"][-1]["content"])
-        )
-        a, b = sorted((chosen, rejected), key=lambda candidate: candidate["id"])
-        labels.setdefault(preference["pair_id"], []).append(float(a is chosen))
-        items[preference["pair_id"]] = to_item(stage_id, preference, preference["tags"], a, b)
-    return [{**item, "human": float(np.mean(labels[pair_id]))} for pair_id, item in items.items()]
-
-
-def choose_pairs(rows: list[Sample], config: Config, rng: random.Random) -> list[tuple[Sample, Sample]]:
-    """The pairs among shuffled responses to one prompt."""
-    if config.pairs == "disjoint":
-        return list(zip(rows[::2], rows[1::2], strict=False))
-    all_pairs = list(itertools.combinations(rows, 2))
-    return all_pairs if config.pairs == "all" else rng.sample(all_pairs, min(config.n_pairs, len(all_pairs)))
-
-
 def sample_principles(
-    principles: Sequence[Principle], item: Item, n_drawn: int | None, context: Context
+    principles: Sequence[Principle], item: Pair, n_drawn: int | None, context: Context
 ) -> list[Principle]:
     """Those of `principles` that are asked about a pair, in their order: `n_drawn` of those that apply, None = all."""
     applicable = applicable_principles(principles, item["tags"])
@@ -464,7 +307,7 @@ def sample_principles(
     return [applicable[index] for index in sorted(indices)]
 
 
-def to_row(item: Item, votes: list[PrincipleVote], judge: str, constitution: str, config: Config) -> Vote:
+def to_row(item: Pair, votes: list[PrincipleVote], judge: str, constitution: str, config: Config) -> Vote:
     """The pair with its votes, and the method where it is not `pairwise`, with the scale of ratings."""
     row: Vote = {
         **item, "votes": votes, "judge": judge, "constitution": constitution, "method": config.method,
