@@ -4,6 +4,8 @@
 # make lint         environment, then linters and types alone
 # make test-gpu-paths  environment, then what GPUs would run, on the CPU: tests/gpu_paths and tests that must not depend
 #                   on tuning for CPUs; bfloat16, gradient checkpointing, ZeRO, eight ranks
+# make docs        environment, then the pages of docs/ as a site in site/
+# make sample-output  environment, then the quickstart, whose output goes into README.md
 # make vllm-env     environment of vLLM for GPUs (.venv-vllm, 4 GB to download), for profiles with `engine: vllm`
 # make test-servers environment of real servers on the CPU (.venv-servers, 2.5 GB), then all engines against them
 
@@ -14,7 +16,7 @@ STAMP := $(VENV)/.installed
 SERVERS := .venv-servers
 VLLM := .venv-vllm
 
-.PHONY: quickstart test lint test-processes test-gpu-paths test-servers vllm-env
+.PHONY: quickstart test lint test-processes test-gpu-paths test-servers vllm-env docs sample-output
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -36,6 +38,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+# The variable silences a notice about a successor of mkdocs, which is no warning about these pages.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+sample-output: $(STAMP)
+	$(BIN)/python docs/make_sample_output.py
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
