@@ -23,17 +23,20 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from documented_commands import PAGES, ROOT, Block
+from documented_commands import PAGES, ROOT, Block, load_script
 
+import cai as cai_package
 from cai.cli import main
 from cai.models.reference import MICRO
 from cai.storage import run_folder
 from cai.storage.rows import read_rows
 
+make_sample_output = load_script("docs/make_sample_output.py")
+
 SMALL = [
     "prompts.red_team.limit=3", "prompts.helpful.limit=2", "prompts.borderline.limit=1", "prompts.heldout.limit=2",
-    "prompts.heldout_verbs.limit=1", "stages.responses.max_new_tokens=24", "stages.revisions.rounds=1",
-    "stages.revisions.max_new_tokens=24", "stages.candidates.max_new_tokens=24", "stages.votes.cut_off=keep",
+    "prompts.heldout_verbs.limit=2", "stages.responses.max_new_tokens=48", "stages.revisions.rounds=1",
+    "stages.revisions.max_new_tokens=24", "stages.candidates.max_new_tokens=48",
     "stages.sl-cai.train.max_steps=1", "stages.reward.train.max_steps=1", "stages.policy.train.max_steps=1",
     "stages.comparison.max_new_tokens=16",
 ]  # fmt: skip
@@ -61,25 +64,25 @@ TREATMENTS = [
               add="--dry-run"),
     Treatment(r"cai run .*mine\.yaml", "half a minute of work, as the quickstart before it", add="--dry-run"),
     Treatment(r"cai run (cai-|rlaif-direct|online-dpo|best-of-n)", "minutes of work", add="--dry-run"),
-    Treatment(r"cai run .*model=my-micro", "minutes of work", add="--dry-run"),
+    Treatment(r"cai run .*model=my-micro", "minutes of work", add="--dry-run", before=("cp -r my-model my-micro",)),
     Treatment(r"cai run .*(policy\.train\.beta|--from policy)", "trains and compares again", add="--dry-run"),
     Treatment(r"cai run .*--name (reworded|kinder) ", "minutes at its full size", add=SMALL_OPTIONS),
     Treatment(r"cai run (\S+/)?quickstart", "minutes at its full size", add=SMALL_OPTIONS),
     Treatment(r"cai init", "the prepared folder has a project", before=("rm -r my-project",)),
     Treatment(r"cai compare", "minutes at its full size", add="--limit 2 --set stages.comparison.max_new_tokens=8"),
-    Treatment(r"cai judge attack .*--max-flip-rate", "minutes; three pairs say nothing about the limit",
-              add="--per-family 2", exit_codes=frozenset({0, 1})),
+    Treatment(r"cai judge attack .*--max-flip-rate", "minutes; few pairs say nothing about the limit", parsed=True),
     Treatment(r"cai judge attack", "minutes at its full size", add="--per-family 2"),
     Treatment(r"cai constitution test .*my-project/constitutions/(mine|help-desk)", "an untrained wording",
               exit_codes=frozenset({0, 1})),
-    Treatment(r"cai micro pretrain \S+ --on 1gpu", "a GPU", parsed=True),
-    Treatment(r"cai micro pretrain", "70 minutes", parsed=True),
-    Treatment(r"cai micro evaluate --json", "minutes at its full size", add="--topics 2"),
+    Treatment(r"cai micro pretrain", "70 minutes, or a GPU", parsed=True),
+    Treatment(r"cai micro evaluate", "half a minute for two topics", parsed=True),
     Treatment(r"cai show quickstart 3f9a", "ids of this run are others", before=("PROMPT ID",)),
-    Treatment(r"cai runs delete compare-", "no comparison is called so", before=("cai fork quickstart compare-3f9a2b1c",)),
+    Treatment(r"cai runs delete compare-", "no comparison is called so", before=("cai fork my-run compare-3f9a2b1c",)),
     Treatment(r"cai runs delete other-beta", "nothing is called so", before=("cai fork quickstart other-beta",)),
     Treatment(r"cai votes diff quickstart my-run", "runs with pairs in common",
               before=("cai runs delete my-run --yes", "cai fork quickstart my-run")),
+    Treatment(r"cai votes diff my-run/by-micro", "a run of two judges",
+              before=("cai runs delete my-run --yes", "cai run two-judges.yaml")),
 ]  # fmt: skip
 """The first that matches counts."""
 
@@ -88,7 +91,7 @@ NOT_RUN = {
     r"\. \.venv/bin/activate$": "changes the shell that it is typed into",
     r"pip install \.$": "installs the project as the tests' own environment has it",
     r"pip wheel --no-deps -w dist \.$": "builds a wheel, a minute of work",
-    r"pip install dist/constitutional_ai-\S+-py3-none-any\.whl$": "changes the environment",
+    rf"pip install dist/constitutional_ai-{re.escape(cai_package.__version__)}-py3-none-any\.whl$": "changes the environment",
 }
 """Commands of other programs that change the environment, and why they are not run."""
 
@@ -142,8 +145,12 @@ def prepared(tmp_path_factory) -> Path:
         patch.chdir(folder)
         assert cai(["init", "my-project"]).exit_code == 0
         constitutions = folder / "my-project" / "constitutions"
-        for path in (constitutions / "edited.yaml", folder / "mine.yaml", folder / "colleague.yaml"):
-            shutil.copy(constitutions / "micro.yaml", path)
+        micro = (constitutions / "micro.yaml").read_text(encoding="utf-8")
+        for name in ("mine.yaml", "colleague.yaml"):
+            (folder / name).write_text(micro, encoding="utf-8")
+        for name, question in (("edited.yaml", "Which response is more helpful?"), ("kinder.yaml", "less harm?")):
+            assert question in micro
+            (constitutions / name).write_text(micro.replace(question, "Which response is kinder?"), encoding="utf-8")
         for path, text in shown_documents():
             (folder / path).write_text(text, encoding="utf-8")
         shutil.copytree(ROOT / "constitutions", folder / "constitutions")
@@ -159,6 +166,7 @@ def prepared(tmp_path_factory) -> Path:
         with gzip.open(folder / "harmless-base.jsonl.gz", "wt", encoding="utf-8") as file:
             file.write("".join(json.dumps(human_pair(number)) + "\n" for number in range(4)))
         (folder / "my-run.yaml").write_text(MY_RUN, encoding="utf-8")
+        (folder / "two-judges.yaml").write_text(MY_RUN + OTHER_JUDGE, encoding="utf-8")
         for words in (["run", "quickstart", *SMALL_OPTIONS.split()], ["run", "my-run.yaml"]):
             result = cai(words)
             assert result.exit_code == 0, result.output
@@ -171,9 +179,12 @@ name: my-run
 model: micro
 constitution: mine.yaml
 stages:
-  - {id: by-micro, kind: judge, human: {source: harmless-base.jsonl.gz, tags: [helpful]}, principles: [helpful, polite]}
-  - {id: by-another, kind: judge, judge: my-model, human: {source: harmless-base.jsonl.gz, tags: [helpful]}, principles: [helpful]}
-  - {id: preferences, kind: prefer, from: by-micro}
+  - {id: votes, kind: judge, human: {source: harmless-base.jsonl.gz, tags: [helpful]}, principles: [helpful, polite]}
+  - {id: by-micro, kind: prefer, from: votes}
+"""
+OTHER_JUDGE = """\
+  - {id: others, kind: judge, judge: my-model, human: {source: harmless-base.jsonl.gz, tags: [helpful]}}
+  - {id: by-another, kind: prefer, from: others}
 """
 
 
@@ -200,7 +211,8 @@ def run_cai(command: str) -> None:
         elif preparation.startswith("cai fork") and Path("runs", preparation.split()[-1]).exists():
             continue  # an earlier command of the block has made it
         elif preparation.startswith("cai "):
-            assert cai(shlex.split(preparation)[1:]).exit_code == 0, preparation
+            prepared_by = cai(shlex.split(preparation)[1:])
+            assert prepared_by.exit_code == 0, f"{preparation}\n{prepared_by.output}"
         else:
             subprocess.run(shlex.split(preparation), check=True)
     result = cai(words)
@@ -304,8 +316,13 @@ def test_every_treatment_is_for_a_command_that_is_documented():
     assert [pattern for pattern in NOT_RUN if not any(re.match(pattern, command) for command in commands)] == []
 
 
-@pytest.mark.parametrize("command", ["cai run quickstart --no-such-option", "cai no-such-command", "curl example.org",
-                                     "make no-such-target", "python benchmarks/no_such.py", "cai status no-such-run"])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cai run quickstart --no-such-option", "cai no-such-command", "cai status no-such-run", "curl example.org",
+        "make no-such-target", "python benchmarks/no_such.py",
+    ],
+)  # fmt: skip
 def test_a_command_that_is_wrong_is_noticed(command, prepared, monkeypatch):
     monkeypatch.chdir(prepared)
     with pytest.raises((AssertionError, ValueError, OSError)):
@@ -318,6 +335,46 @@ def test_a_command_in_a_fenced_block_is_refused(tmp_path, monkeypatch):
     page.write_text("Text:\n\n```\ncai run quickstart\n```\n")
     with pytest.raises(ValueError, match=r"page.md:4: a command in a fenced block"):
         list(documented_commands.page_blocks(page))
+
+
+def row_names(output: str) -> list[str]:
+    """The names that lines begin with: headers and rows as they are, without figures, folders and rules.
+
+    Which verdicts, and which responses that were left out, are reported depends on the run.
+    """
+    names = []
+    output = re.sub(
+        r"(% with 95 % interval);.*?is\s+better", r"\1", output, flags=re.DOTALL
+    )  # wrapped by the table's width
+    for line in output.strip().splitlines():
+        name = re.split(r"\s{2,}|\d", line.strip())[0].strip()
+        if name and not set(name) <= set("─") and not re.match(r"[\w.-]+: .* left out", line):
+            names.append(name)
+    return names
+
+
+def test_the_sample_output_in_the_readme_is_what_a_run_prints(prepared):
+    sample = make_sample_output.sample_output((ROOT / "README.md").read_text(encoding="utf-8"))
+    printed = make_sample_output.shown((prepared / "quickstart.out").read_text(encoding="utf-8"), Path("runs"))
+    assert row_names(sample) == row_names(printed)
+    assert len(row_names(sample)) > 30
+
+
+def test_the_sample_output_is_replaced_between_its_markers(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared / "runs", tmp_path / "runs", copy_function=copy_file)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    monkeypatch.setattr(make_sample_output, "README", tmp_path / "README.md")
+    monkeypatch.setattr(make_sample_output, "PICTURE", tmp_path / "quickstart.svg")
+    monkeypatch.setattr(make_sample_output, "_cai", lambda words: cai(words).stdout)
+    monkeypatch.setattr("sys.argv", ["make_sample_output.py", str(tmp_path / "runs" / "quickstart")])
+    make_sample_output.main()
+    written = (tmp_path / "README.md").read_text(encoding="utf-8")
+    printed = make_sample_output.shown((prepared / "quickstart.out").read_text(encoding="utf-8"), Path("runs"))
+    assert make_sample_output.sample_output(written).strip() == printed
+    assert "</svg>" in (tmp_path / "quickstart.svg").read_text(encoding="utf-8")
+    assert written.partition(make_sample_output.BEGIN)[0] == readme.partition(make_sample_output.BEGIN)[0]
+    assert written.partition(make_sample_output.END)[2] == readme.partition(make_sample_output.END)[2]
 
 
 def test_the_site_has_every_page():

@@ -6,9 +6,11 @@ in one of them is an error. A line that ends with a backslash goes on in the nex
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import click
@@ -98,3 +100,13 @@ def resolved(words: list[str]) -> tuple[str, click.Command, list[str]]:
 
 def option_names(command: click.Command) -> set[str]:
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository that belongs to no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
