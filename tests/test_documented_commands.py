@@ -25,12 +25,16 @@ import yaml
 from click.testing import CliRunner, Result
 from documented_commands import PAGES, ROOT, Block, load_script
 
-import cai as cai_package
+from cai import __version__
 from cai.cli import main
 from cai.models.reference import MICRO
+from cai.prompt_sets import PromptSet, read_prompt_set
+from cai.prompt_sets.prompt_set_config import Columns
+from cai.prompt_sets.row_formats import Row, row_messages
 from cai.storage import run_folder
 from cai.storage.rows import read_rows
 
+FENCES = re.MULTILINE | re.DOTALL
 make_sample_output = load_script("docs/make_sample_output.py")
 
 SMALL = [
@@ -91,7 +95,7 @@ NOT_RUN = {
     r"\. \.venv/bin/activate$": "changes the shell that it is typed into",
     r"pip install \.$": "installs the project as the tests' own environment has it",
     r"pip wheel --no-deps -w dist \.$": "builds a wheel, a minute of work",
-    rf"pip install dist/constitutional_ai-{re.escape(cai_package.__version__)}-py3-none-any\.whl$": "changes the environment",
+    rf"pip install dist/constitutional_ai-{re.escape(__version__)}-py3-none-any\.whl$": "changes the environment",
 }
 """Commands of other programs that change the environment, and why they are not run."""
 
@@ -127,7 +131,7 @@ def cai(words: list[str]) -> Result:
 def shown_documents() -> Iterator[tuple[str, str]]:
     """Path and text of the YAML documents in the pages that begin with a comment with their path."""
     for page in PAGES:
-        for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), FENCES):
             if match := re.match(r"# (\S+\.yaml)\n", text):
                 yield match[1], text
 
@@ -303,6 +307,23 @@ def test_commands_that_a_page_names_exist(page):
                 assert word in documented_commands.option_names(command), f"{place}: {path} has no option {word}"
 
 
+def test_shown_prompts_and_prompt_sets_are_valid(tmp_path):
+    columns = Columns()
+    fences = [
+        fence for page in PAGES for fence in re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text("utf-8"), FENCES)
+    ]
+    rows = [json.loads(line) for kind, text in fences if kind == "json" for line in text.splitlines()]
+    assert [row_messages(Row("page", row), columns)[-1]["role"] for row in rows] == ["user"] * len(rows) != []
+    recipes = [yaml.safe_load(text) for kind, text in fences if kind == "yaml"]
+    prompt_sets = [entry for recipe in recipes if "prompts" in recipe for entry in recipe["prompts"].values()]
+    assert [PromptSet.model_validate(entry).source for entry in prompt_sets] != []
+    (tmp_path / "page.csv").write_text(
+        next(text for kind, text in fences if text.startswith("question,topic")), "utf-8"
+    )
+    prompts = read_prompt_set(PromptSet(source="page.csv", columns={"prompt": "question", "tags": "topic"}), tmp_path)
+    assert [prompt["tags"] for prompt in prompts.prompts] == [["helpful", "topic:cards"]]
+
+
 def test_every_command_stands_on_the_page_of_commands():
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     leaves = [path for path, command in documented_commands.command_tree() if not hasattr(command, "commands")]
@@ -375,9 +396,3 @@ def test_the_sample_output_is_replaced_between_its_markers(prepared, tmp_path, m
     assert "</svg>" in (tmp_path / "quickstart.svg").read_text(encoding="utf-8")
     assert written.partition(make_sample_output.BEGIN)[0] == readme.partition(make_sample_output.BEGIN)[0]
     assert written.partition(make_sample_output.END)[2] == readme.partition(make_sample_output.END)[2]
-
-
-def test_the_site_has_every_page():
-    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    pages = re.findall(r"[\w-]+\.md", str(navigation))
-    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
