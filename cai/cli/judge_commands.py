@@ -179,7 +179,8 @@ def votes_try(
     """Ask the judge of a run about a principle in other words, and show which labels would turn.
 
     Only what has changed is asked, and nothing of the run changes. The words are those of the options, or all that
-    differ in an edited FILE. Once the run's constitution has them, `cai run` takes the answers over from here.
+    differ in an edited FILE. Once the run's constitution has them, `cai run` takes over from here what it compares
+    again: all pairs where only the judge's request has changed, fewer where a critic or reviser reads the words too.
 
     \b
     cai votes try quickstart --principle harmless --text "The assistant does no harm."

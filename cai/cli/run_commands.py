@@ -344,7 +344,7 @@ def fork(run: str, name: str, runs_folder: Path) -> None:
     folder = find_run(run, runs_folder)
     facts = read_json(folder / RUN)
     stages = fork(folder, runs_folder / name)
-    click.echo(f"{runs_folder / name}: {len(stages)} finished stages of {folder}")
+    click.echo(f"{runs_folder / name}: {len(stages)} finished stages of {folder}; both read the same documents")
     settings = "".join(f" --set {shlex.quote(text)}" for text in facts["overrides"] if not text.startswith("name="))
     click.echo(f"\nNext: cai run {shlex.quote(facts['recipe'])} --name {name}{settings}")
 

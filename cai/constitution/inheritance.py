@@ -1,8 +1,9 @@
 """Reads a constitution with the documents that it extends, merges them, and derives absent fields.
 
 The folder of the document that the user names is the boundary: every document that it extends, directly or not, is in
-that folder or below it, with symbolic links followed. A principle with the id of an inherited one takes its place;
-`drop: true` removes the inherited one. In which order documents are applied is in `cai.constitution.layers`.
+that folder or below it, with symbolic links followed. A principle with the id of an inherited one takes its place; an
+entry with `weight` alone changes the inherited one's weight, and `drop: true` removes it. In which order documents are
+applied is in `cai.constitution.layers`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def load_constitution(path: Path | str) -> Constitution:
     principles, changes = apply_layers(loader.layers[document_path] for document_path in layer.order)
     document, written = loader.documents[path]
     if not principles:
-        raise error_at(document, (), "found neither principles nor traits, expected at least one")
+        dropped = any(change.kind == "dropped" for change in changes)
+        reason = "found that every principle is dropped" if dropped else "found neither principles nor traits"
+        raise error_at(document, (), f"{reason}, expected at least one")
     return Constitution(written.name, written.description, tuple(principles.values()), path, layer.order, changes)
 
 
@@ -201,6 +204,10 @@ def _check_entries(document: Document, inherited: Mapping[str, Principle] | None
             elif entry == {"id": id_, "drop": True} and inherited is not None and id_ not in inherited:
                 expected = f"expected the id of a principle in an extended document{did_you_mean(id_, inherited)}"
                 problems.add(error_at(document, keys, f"found 'drop: true' for {id_!r}, {expected}"))
+            elif entry.keys() == {"id", "weight"} and inherited is not None and id_ not in inherited:
+                expected = "expected `text` too, or the id of a principle in an extended document"
+                hint = did_you_mean(id_, inherited)
+                problems.add(error_at(document, keys, f"found `weight` alone for {id_!r}, {expected}{hint}"))
             locations.setdefault(id_, document.location(keys))
 
 
@@ -210,7 +217,10 @@ def _layer_entries(document: Document, written: ConstitutionDocument) -> Iterato
     for section, entries in sections.items():
         for index, entry in enumerate(entries):
             location = document.location((section, index, "id"))
-            yield LayerEntry(entry.id, None if entry.drop else _compiled(entry, location), location)
+            if entry.reweighs:
+                yield LayerEntry(entry.id, None, location, entry.weight)
+            else:
+                yield LayerEntry(entry.id, None if entry.drop else _compiled(entry, location), location)
 
 
 def _compiled(entry: Entry, location: str) -> Principle:

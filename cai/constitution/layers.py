@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cai.constitution.changes import Change, ChangeKind
@@ -23,9 +23,17 @@ class LayerEntry:
 
     id: str
     principle: Principle | None
-    """None where the document drops it."""
+    """None where the document drops or reweighs it."""
     location: str
     """`file:line:column` of the id."""
+    weight: float | None = None
+    """The weight that the document gives to the inherited principle, of which it changes nothing else."""
+
+    def applied_to(self, inherited: Principle | None) -> Principle | None:
+        """The principle after this entry; None where it is dropped."""
+        if self.weight is None or inherited is None:
+            return self.principle
+        return replace(inherited, weight=self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +86,23 @@ def apply_layers(layers: Iterable[Layer]) -> tuple[dict[str, Principle], tuple[C
     changes: list[Change] = []
     for layer in layers:
         for entry in layer.entries:
-            before = principles.pop(entry.id, None) if entry.principle is None else principles.get(entry.id)
-            if entry.principle is not None:
-                principles[entry.id] = entry.principle
-            if before is not None or (entry.principle is not None and len(layer.order) > 1):
-                changes.append(_change(entry, before))
+            before = principles.get(entry.id)
+            after = entry.applied_to(before)
+            if after is None:
+                principles.pop(entry.id, None)
+            else:
+                principles[entry.id] = after
+            if before is not None or (after is not None and len(layer.order) > 1):
+                changes.append(_change(entry, before, after))
     return principles, tuple(changes)
 
 
-def _change(entry: LayerEntry, before: Principle | None) -> Change:
+def _change(entry: LayerEntry, before: Principle | None, after: Principle | None) -> Change:
     if before is None:
         return Change("new", entry.id, entry.location)
-    if entry.principle is None:
+    if after is None:
         return Change("dropped", entry.id, entry.location, before=before.location)
-    fields = before.differing_fields(entry.principle)
-    weights = (before.weight, entry.principle.weight) if "weight" in fields else None
+    fields = before.differing_fields(after)
+    weights = (before.weight, after.weight) if "weight" in fields else None
     kind: ChangeKind = "repeated" if not fields else "reweighed" if fields == ("weight",) else "replaced"
     return Change(kind, entry.id, entry.location, fields, weights, before.location)

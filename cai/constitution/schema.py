@@ -97,7 +97,7 @@ class ExampleEntry(Written):
 _TEXT_OR_DROP: dict[str, Any] = {
     "if": {"properties": {"drop": {"const": True}}, "required": ["drop"]},
     "then": {"maxProperties": 2},
-    "else": {"required": ["text"]},
+    "else": {"anyOf": [{"required": ["text"]}, {"required": ["weight"], "maxProperties": 2}]},
 }
 
 
@@ -108,7 +108,8 @@ class Entry(Written):
 
     id: Slug = Field(
         description="Name of the principle, unique in the document. It travels with every critique, vote, preference "
-        "and metric. The same id as in an extended document replaces the principle there."
+        "and metric. The same id as in an extended document replaces the principle there; with `weight` alone, its "
+        "weight."
     )
     text: Text = Field("", description="The principle in one or two sentences, as a person reads it.")
     critique: Text = Field(
@@ -141,9 +142,17 @@ class Entry(Written):
     def _has_a_text_or_drops(self) -> Entry:
         if self.drop and (fields := sorted(self.model_fields_set - {"id", "drop"})):
             raise ValueError(f"found 'drop: true' beside {', '.join(fields)}, expected it with 'id' alone")
-        if not self.drop and not self.text:
-            raise ValueError("found no 'text', expected the principle in a sentence or two")
+        if not self.drop and not self.reweighs and not self.text:
+            raise ValueError(
+                "found no 'text', expected the principle in a sentence or two; an entry replaces an inherited "
+                "principle as a whole, and with `weight` alone changes its weight"
+            )
         return self
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether the entry only gives another weight to the inherited principle of its id."""
+        return self.model_fields_set == {"id", "weight"}
 
 
 class PrincipleEntry(Entry):

@@ -10,7 +10,7 @@ from cai.micro import conversations
 from cai.prompt_sets.prompt_set_config import MICRO, PairSet, PromptSet
 from cai.prompt_sets.row_formats import open_rows, row_messages, row_tags, transcript_messages, transcript_prompt
 from cai.storage.rows import HELD_OUT, TOPIC, Message, Preference, Prompt, stable_id
-from cai.text.errors import BadInput, did_you_mean
+from cai.text.errors import BadInput, did_you_mean, nearest_name
 from cai.text.left_out import LeftOut
 
 CERTAIN = 40.0
@@ -23,6 +23,8 @@ class PromptRows(NamedTuple):
     prompts: list[Prompt]
     rows: int
     duplicates: int
+    column_like_tags: str | None = None
+    """A column that may hold tags under another name, where there are none."""
 
 
 def read_prompt_set(config: PromptSet, folder: Path) -> PromptRows:
@@ -32,11 +34,14 @@ def read_prompt_set(config: PromptSet, folder: Path) -> PromptRows:
     file_format, rows = open_rows(config, folder)
     prompts_by_id: dict[str, Prompt] = {}
     n_rows = 0
+    column_like_tags = None
     for row in rows:
         n_rows += 1
         if file_format == "hh":
             messages, tags = transcript_prompt(row), []
         else:
+            if config.columns.tags is None and "tags" not in row.columns:
+                column_like_tags = column_like_tags or nearest_name("tags", map(str, row.columns))
             messages, tags = row_messages(row, config.columns), row_tags(row, config.columns)
         prompt: Prompt = {
             "id": stable_id("prompt", messages),
@@ -48,7 +53,7 @@ def read_prompt_set(config: PromptSet, folder: Path) -> PromptRows:
     if not prompts_by_id:
         raise BadInput(f"{config.source}: found no rows, expected prompts")
     selected = config.select(list(prompts_by_id.values()))
-    return PromptRows(_tag_held_out(selected, config), n_rows, n_rows - len(prompts_by_id))
+    return PromptRows(_tag_held_out(selected, config), n_rows, n_rows - len(prompts_by_id), column_like_tags)
 
 
 def _micro_prompts(config: PromptSet) -> PromptRows:

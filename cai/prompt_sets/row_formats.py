@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from cai.prompt_sets.prompt_set_config import Columns, RowSource
 from cai.storage.rows import Message
 from cai.text.encodings import utf16_hint
-from cai.text.errors import BadInput, did_you_mean
+from cai.text.errors import BadInput, did_you_mean, nearest_name
 from cai.text.formatting import describe
 
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -164,7 +164,7 @@ def row_messages(row: Row, columns: Columns) -> list[Message]:
     if names.get(column) is None:
         raise BadInput(
             f"{row.location}: found the columns {', '.join(map(str, names)) or '(none)'}, expected {column!r}"
-            + (did_you_mean(column, names) or "; say which one it is with `columns: {prompt: …}`")
+            + f"; say which one it is with `columns: {{prompt: {nearest_name(column, names) or '…'}}}`"
         )
     value = names[column]
     messages = [_text_message(row, column)] if isinstance(value, str) else _message_list(row, column)

@@ -53,6 +53,11 @@ class Fingerprints:
                     f"prompts {name}: {rows.duplicates:,} of {rows.rows:,} rows are there more than once "
                     "and were taken once"
                 )
+            if rows.column_like_tags is not None:
+                self.notes.append(
+                    f"prompts {name}: found no column 'tags', and {rows.column_like_tags!r} is not read; say "
+                    f"`columns: {{tags: {rows.column_like_tags}}}` if it holds tags"
+                )
         return self._prompts[name]
 
     def model(self, name: str, done: Mapping[str, Finished]) -> Model:

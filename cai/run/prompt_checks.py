@@ -1,9 +1,9 @@
-"""Whether prompts that are held out are learned from."""
+"""Whether prompts that are held out are learned from, and whether every principle has a prompt that it applies to."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from cai.contracts.references import MODEL_KINDS, nested_models
 from cai.prompt_sets.prompt_rows import load_human_pairs
@@ -11,7 +11,8 @@ from cai.prompt_sets.prompt_set_config import PairSet
 from cai.run.recipe import Recipe
 from cai.run.recipe_names import inputs_of, prompt_sets_of
 from cai.storage.rows import HELD_OUT, Prompt, canonical_json
-from cai.text.errors import BadInput
+from cai.text.errors import BadInput, did_you_mean
+from cai.text.formatting import printable
 
 
 def check_prompts(recipe: Recipe, prompts_of: Callable[[str], list[Prompt]]) -> list[str]:
@@ -46,7 +47,8 @@ def check_prompts(recipe: Recipe, prompts_of: Callable[[str], list[Prompt]]) -> 
             "word for word; take them out of one, or say `hold_out:` in one place"
         )
     trained_on = _trained_on(recipe)
-    notes = []
+    prompts = [prompt for name in sorted(learned | compared_on) for prompt in prompts_of(name)]
+    notes = list(_principles_without_prompts(recipe, prompts))
     for name in sources:
         count = sum(not held_out for held_out in sources[name].values())
         if count and name in compared_on and name in trained_on:
@@ -55,6 +57,20 @@ def check_prompts(recipe: Recipe, prompts_of: Callable[[str], list[Prompt]]) -> 
                 "true` keeps a set out of training"
             )
     return notes
+
+
+def _principles_without_prompts(recipe: Recipe, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """A sentence about each principle that applies to no prompt of the recipe. Pairs of people may have any tags."""
+    if recipe.constitution is None or any(
+        True for config in recipe.stages.values() for _ in nested_models(config, PairSet)
+    ):
+        return
+    tags = {tag for prompt in prompts for tag in prompt["tags"]}
+    for principle in recipe.constitution.principles:
+        if principle.applies_to is not None and tags.isdisjoint(principle.applies_to):
+            hint = did_you_mean(principle.applies_to[0], tags)
+            no_prompt = f"applies to no prompt of this recipe: none has the tag {' or '.join(principle.applies_to)}"
+            yield printable(f"{principle.location}: {principle.id!r} {no_prompt}{hint}")
 
 
 def _human_prompts(recipe: Recipe) -> dict[str, dict[str, bool]]:

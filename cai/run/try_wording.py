@@ -27,7 +27,7 @@ from cai.run.fingerprint import Parts
 from cai.run.pipeline import run_stage
 from cai.run.plan import Planner, Step
 from cai.run.recipe import Recipe, load_recipe
-from cai.run.recipe_names import inputs_of
+from cai.run.recipe_names import inputs_of, needs
 from cai.run.stage_run import StageRun
 from cai.stages.judge import Config as JudgeConfig
 from cai.stages.prefer import Config as PreferConfig
@@ -84,6 +84,7 @@ def try_wording(
         reworded = _reworded(labelling.constitution, changed, field)
         start_time = time.monotonic()
         folders, outcomes = _ask(labelling, changed, reworded, profile, display)
+        computed_before = _computed_before(labelling, changed)
     before = labelling.votes([labelling.done[judge.id].folder for judge in labelling.judges], labelling.constitution)
     after = labelling.votes(folders, changed)
     differences = compare_votes(before, after, n_examples)
@@ -104,6 +105,9 @@ def try_wording(
             for id in reworded
         },
         "examples": outcomes,
+        "computed_before_the_judge": computed_before,
+        "removed": [id for id in _by_id(labelling.constitution) if id not in _by_id(changed)],
+        "asked_with": field,
         "labels": {
             "pairs": len(labels),
             "turned": int((labels * changed_labels < 0).sum()),
@@ -141,6 +145,29 @@ def with_request(principle: Principle, field: PrincipleField, request: str) -> P
     return replace(principle, critique=request) if field == "critique" else replace(principle, compare=request)
 
 
+def _computed_before(labelling: Labelling, changed: Constitution) -> list[str]:
+    """The stages before the judge that a run with the changed constitution computes again, so that its pairs change."""
+    planner = labelling.planner.under(changed)
+    done: dict[str, run_folder.Finished] = {}
+    behind = _needed(labelling.recipe, [judge.id for judge in labelling.judges])
+    for config in labelling.recipe.stages.values():
+        if config.id in behind and (step := planner.step(config, done)).done:
+            done[config.id] = step.done
+    return [id for id in labelling.recipe.stages if id in behind and id not in done]
+
+
+def _needed(recipe: Recipe, stage_ids: Sequence[str]) -> set[str]:
+    """The stages that these ones read, themselves or through others."""
+    behind: set[str] = set()
+    to_visit = list(stage_ids)
+    while to_visit:
+        for name in needs(recipe.stages[to_visit.pop()], set(recipe.stages)):
+            if name not in behind:
+                behind.add(name)
+                to_visit.append(name)
+    return behind
+
+
 def _labelling(run: Path, stage_id: str, profile: Profile) -> Labelling:
     """The recipe of a run and its stages up to the labels. Raises BadInput where one is not done as the recipe says."""
     recorded = read_json(run / run_folder.RUN)
@@ -172,8 +199,21 @@ def _reworded(before: Constitution, after: Constitution, field: str) -> list[str
     words = {principle.id: getattr(principle, field) for principle in before.principles}
     reworded = [principle.id for principle in after.principles if getattr(principle, field) != words.get(principle.id)]
     if not reworded:
-        raise BadInput(f"{after.path}: the judge is asked the same about every principle, expected other words")
+        reason = _why_unchanged(before, after, field)
+        raise BadInput(printable(f"{after.path}: the judge is asked the same about every principle{reason}"))
     return reworded
+
+
+def _why_unchanged(before: Constitution, after: Constitution, field: str) -> str:
+    """What differs between documents although a judge is asked the same, and what to do about it."""
+    earlier = _by_id(before)
+    for principle in after.principles:
+        if principle.text != earlier[principle.id].text:
+            written = f"`text` of {principle.id!r} differs, but its `{field}` is written out and is what is asked"
+            return f": {written}; change that, or remove it, and it is derived from the text"
+        if principle.weight != earlier[principle.id].weight:
+            return "; weights need no judge: `cai run --until` the stage of the labels makes new ones in a second"
+    return ", expected other words"
 
 
 def _ask(
@@ -239,8 +279,11 @@ def trial_lines(figures: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"  its examples decided as their author does: {before} before, {after} after")
     labels = figures["labels"]
-    counts = f"{labels['turned']:,} turn, {labels['lost']:,} are lost, {labels['gained']:,} are new"
+    counts = f"{labels['turned']:,} on the other side, {labels['lost']:,} no longer there, {labels['gained']:,} new"
     lines += ["", f"labels of {labels['pairs']:,} pairs: {counts}", ""]
+    without_pairs = [id for id in figures["principles"] if id not in figures["share_of_say"]]
+    lines += [f"{id} applies to no pair of this run" for id in without_pairs]
+    lines += [f"{id} is in the run, and not in the edited document" for id in figures["removed"]]
     rows = []
     for id, (before, after) in figures["share_of_say"].items():
         votes = figures["votes"].get(id)
@@ -255,4 +298,19 @@ def trial_lines(figures: Mapping[str, Any]) -> list[str]:
     for example in figures["turned_pairs"]:
         change = f"a is better with probability {example['p_a']:.2f}, after {example['p_a_in_the_other']:.2f}"
         lines += ["", f"pair {example['pair']}: {change}", *example_text_lines(example)]
-    return [printable(line) for line in lines]
+    return [printable(line) for line in [*lines, "", *_take_over_lines(figures)]]
+
+
+def _take_over_lines(figures: Mapping[str, Any]) -> list[str]:
+    """How the words get into the run, and what that computes."""
+    names = " and ".join(f"{id!r} ({words['location']})" for id, words in figures["principles"].items())
+    lines = [f"Nothing of the run has changed. To take the words over, write them into {names}."]
+    if stages := figures["computed_before_the_judge"]:
+        lines += [
+            f"`cai run` then computes {', '.join(stages)} again, which the words reach too, and compares other pairs.",
+            f"Where `{figures['asked_with']}` alone has the new words, it computes none of these, and asks no question "
+            "again.",
+        ]
+    else:
+        lines.append("`cai run` then asks no question again.")
+    return lines

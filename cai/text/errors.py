@@ -45,10 +45,15 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: ends a run as Ctrl-C does, with a different exit code."""
 
 
+def nearest_name(name: str, valid_names: Iterable[str]) -> str | None:
+    """The valid name closest to `name`; None where none is close."""
+    return next(iter(difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)), None)
+
+
 def did_you_mean(name: str, valid_names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the valid name closest to `name`, or an empty string where none is close."""
-    matches = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    nearest = nearest_name(name, valid_names)
+    return "" if nearest is None else f"; did you mean {nearest!r}?"
 
 
 def first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,21 @@ def test_a_shipped_constitution_is_found_by_name() -> None:
         load_constitution("harmlesness")
     with pytest.raises(BadInput, match="no shipped constitution; 'quickstart' is a recipe"):
         load_constitution("quickstart")
+
+
+def test_an_entry_with_a_weight_alone_reweighs_the_inherited_principle(tmp_path: Path) -> None:
+    write(tmp_path, base=BASE, x="name: x\nextends: base.yaml\nprinciples: [{id: kind, weight: 0.5}]\n")
+    before, after = (load_constitution(tmp_path / f"{name}.yaml") for name in ("base", "x"))
+    first = before.principles[0]
+    assert after.principles == (replace(first, weight=0.5), *before.principles[1:])
+    assert [(change.kind, change.id, change.weights) for change in after.changes] == [("reweighed", "kind", (2, 0.5))]
+    write(tmp_path, x="name: x\nextends: base.yaml\nprinciples: [{id: knid, weight: 0.5}]\n")
+    assert "found `weight` alone for 'knid', expected `text` too" in refusal(tmp_path / "x.yaml")
+    write(tmp_path, x="name: x\nprinciples: [{id: kind, weight: 0.5}]\n")
+    assert "found `weight` alone for 'kind', expected `text` too" in refusal(tmp_path / "x.yaml")
+
+
+def test_a_document_that_drops_every_principle_is_called_that(tmp_path: Path) -> None:
+    entries = "{id: kind, drop: true}, {id: brief, drop: true}"
+    write(tmp_path, base=BASE, x=f"name: x\nextends: base.yaml\nprinciples: [{entries}]\n")
+    assert "found that every principle is dropped, expected at least one" in refusal(tmp_path / "x.yaml")

@@ -526,3 +526,25 @@ def test_a_judge_as_a_reward_that_every_process_would_start_vllm_for_is_refused(
     assert "stage 'policy': each of the 8 processes of profile '8gpu-vllm-tp' would start vLLM for" in message
     served = "--set stages.policy.rewards.0.judge=served:judge --on 8gpu-vllm-tp.yaml --dry-run"
     assert CliRunner().invoke(main, ["run", "rlaif-direct", *served.split()]).exit_code == 0
+
+
+def test_tags_that_meet_nothing_are_told_before_a_run(tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Why?", "tag": ["private"]}\n{"prompt": "How?", "tag": []}\n')
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\nprinciples:\n  - {id: private, text: Be discreet., applies_to: [privat]}\n"
+    )
+    path = tmp_path / "recipe.yaml"
+    text = "name: r\nmodel: micro\nconstitution: mine.yaml\nprompts: {asked: {source: asked.jsonl%s}}\nstages:\n"
+    stage = "  - {id: s, kind: sample, prompts: asked}\n"
+    path.write_text(text % "" + stage)
+    result = CliRunner().invoke(main, ["recipe", "check", str(path)])
+    assert result.exit_code == 0
+    applies = f"{tmp_path}/mine.yaml:3:10: 'private' applies to no prompt of this recipe: none has the tag privat"
+    assert result.stdout.splitlines()[1:] == [
+        applies,
+        "prompts asked: found no column 'tags', and 'tag' is not read; say `columns: {tags: tag}` if it holds tags",
+    ]
+    path.write_text(text % ", columns: {tags: tag}" + stage)
+    assert CliRunner().invoke(main, ["recipe", "check", str(path)]).stdout.splitlines()[1:] == [
+        f"{applies}; did you mean 'private'?"
+    ]

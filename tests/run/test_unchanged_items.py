@@ -235,6 +235,35 @@ def test_an_edited_document_is_tried_whole(recipe: Path, run_of: Path, model: Sc
     assert list(figures["principles"]) == ["honest"]
 
 
+def test_a_trial_says_how_the_words_get_into_the_run_and_what_that_computes(recipe: Path, run_of: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("from: answers, pairs: all", "from: [answers, revised], pairs: all"))
+    run(recipe, runs="whole")
+    figures = try_text(recipe, "The assistant is warm.")
+    assert figures["computed_before_the_judge"] == ["revised"]
+    lines = "\n".join(trial_lines(figures))
+    place = f"'kind' ({recipe.parent / 'constitution.yaml'}:4:10)"
+    assert f"To take the words over, write them into {place}.\n`cai run` then computes revised again" in lines
+    by_request = try_wording(
+        "whole", recipe.parent, CPU, edit_of(None, "kind", None, "Which response is warmer?"), PlainDisplay()
+    )
+    assert by_request["computed_before_the_judge"] == []
+    assert "`cai run` then asks no question again." in trial_lines(by_request)
+
+
+def test_edits_that_a_judge_never_sees_are_called_that(recipe: Path, run_of: Path) -> None:
+    edited = recipe.parent / "edited.yaml"
+    text = (recipe.parent / "constitution.yaml").read_text(encoding="utf-8")
+    edited.write_text(text.replace("weight: 1.0", "weight: 0.5"), encoding="utf-8")
+    with pytest.raises(BadInput, match="weights need no judge"):
+        try_wording("whole", recipe.parent, CPU, edit_of(edited, None, None, None), PlainDisplay())
+    asked = "compare: Which response lives up better to this principle? The assistant is kind."
+    edited.write_text(text.replace(KIND, f"Be warm., {asked}"), encoding="utf-8")
+    with pytest.raises(
+        BadInput, match="`text` of 'kind' differs, but its `compare` is written out and is what is asked"
+    ):
+        try_wording("whole", recipe.parent, CPU, edit_of(edited, None, None, None), PlainDisplay())
+
+
 def test_a_trial_of_nothing_new_or_of_an_outdated_run_is_refused(recipe: Path, run_of: Path, model: Script) -> None:
     with pytest.raises(BadInput, match="the judge is asked the same about every principle"):
         try_text(recipe, KIND)
