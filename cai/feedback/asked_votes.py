@@ -1,4 +1,4 @@
-"""Which principles a judge was asked about, and why votes are missing: a principle that always failed has no vote.
+"""What a judge was asked about, in which words, and why votes are missing: a principle that always failed has no vote.
 
 A judge stage counts both in its figures. For a stage of an earlier version, which does not, failed votes are counted
 from failures.jsonl, where a pair without any vote is one failure that names no principle.
@@ -84,6 +84,28 @@ def read_failed_pairs(judge_folders: Iterable[Path]) -> dict[str, int]:
     """Why pairs of finished judge stages have no vote of any principle, with their number."""
     failures = (Failure.from_json(fields) for folder in judge_folders for fields in read_failures(folder))
     return count_causes(failure for failure in failures if "/" not in failure.id)
+
+
+def changed_wordings(before: Iterable[Path], after: Iterable[Path]) -> dict[str, dict[str, str]]:
+    """Id of a principle to its words `before` and `after`, where two lists of judge stages asked about it in others."""
+    words_before, words_after = _wordings(before), _wordings(after)
+    return {
+        id: {"before": words, "after": words_after[id]}
+        for id, words in words_before.items()
+        if words_after.get(id, words) != words
+    }
+
+
+def _wordings(judge_folders: Iterable[Path]) -> dict[str, str]:
+    """What judge stages asked about each principle; several texts where stages ask differently, as by points."""
+    texts: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for folder in judge_folders:
+        parts: dict[str, Any] = (read_json(folder / run_folder.STAGE) or {}).get("parts", {})
+        for id in parts.get("principles", []):
+            for field in ("compare", "critique"):
+                if text := parts.get(f"principle.{id}.{field}"):
+                    texts[id][text] = None
+    return {id: " / ".join(of_principle) for id, of_principle in texts.items()}
 
 
 def _of_stage(folder: Path) -> dict[str, AskedVotes]:

@@ -3,6 +3,8 @@
 A vote is a principle's log-odds (nats) that response *a* is better, the mean of both orders. A vote of 60 % or more is
 *decided*; a judge is almost never exactly even. Correlations of two principles are taken about zero
 (`cai.maths.correlation`), on the pairs that both voted on, and left out where these are fewer than `MIN_COMMON_PAIRS`.
+Two principles are called redundant or conflicting only where the interval excludes 0 and both have `MIN_DECIDED`
+decided votes on these pairs.
 
 A principle that has no vote, because each failed or it applied to no pair, is listed too, with what failed.
 
@@ -27,7 +29,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from cai.feedback.asked_votes import AskedVotes, read_asked_votes, read_failed_pairs
+from cai.feedback.asked_votes import AskedVotes, changed_wordings, read_asked_votes, read_failed_pairs
 from cai.feedback.labelled_votes import LabelledVotes
 from cai.maths.correlation import Correlation, correlation_about_zero
 from cai.maths.statistics import RateFigure, rate
@@ -41,6 +43,11 @@ REDUNDANT, CONFLICTING = 0.8, -0.3
 """Correlations from which two principles are named."""
 MIN_COMMON_PAIRS = 20
 """Pairs with votes of both from which a correlation is given."""
+MIN_DECIDED = 10
+"""Decided votes of each of two principles from which they are named: fewer, and the correlation is one of votes that
+hardly differ from even, whose side is noise."""
+VISIBLE_CHANGE = 0.05
+"""Change of a label's probability from which a pair is shown: below it a label that turns was even, and stays so."""
 
 
 class PrincipleInfluence(TypedDict):
@@ -78,12 +85,16 @@ class CorrelatedPrinciples(TypedDict):
     pairs: int
     topics: int
     interval: list[float]
+    decided: list[int]
+    """Decided votes of each principle on these pairs."""
 
 
 class LabelsWithout(TypedDict):
     """Labels that change their side, are lost and are gained without a principle, and the pairs that change most."""
 
     turned: int
+    barely_turned: int
+    """Those of `turned` whose probability changes by less than `VISIBLE_CHANGE`."""
     lost: int
     gained: int
     examples: list[dict[str, Any]]
@@ -95,6 +106,10 @@ class Explanation(TypedDict):
     name: str
     pairs: int
     labelled: int
+    unlabelled: dict[str, int]
+    """Why the other pairs have no label, with their number."""
+    behaviours: Mapping[str, Mapping[str, float]] | None
+    """Means of text detectors over chosen and rejected responses, by detector; None where the stage has none."""
     failed_pairs: dict[str, int]
     """Why further pairs have no vote of any principle, with their number."""
     prefers_own: RateFigure | None
@@ -131,6 +146,8 @@ def explain(votes: LabelledVotes, n_examples: int = 3, principles: Collection[st
         "name": votes.name,
         "pairs": len(votes.rows),
         "labelled": int((labels != 0).sum()),
+        "unlabelled": votes.unlabelled(),
+        "behaviours": votes.behaviours,
         "failed_pairs": read_failed_pairs(votes.judge_folders),
         "prefers_own": clustered_rate(own_side * labels > 0, (own_side != 0) & (labels != 0), votes.topics),
         "principles": {
@@ -138,8 +155,8 @@ def explain(votes: LabelledVotes, n_examples: int = 3, principles: Collection[st
         },
         "correlations": correlated,
         "correlations_left_out": len(pairs_of_principles) - len(correlated),
-        "redundant": [entry for entry in correlated if entry["correlation"] >= REDUNDANT],
-        "conflicting": [entry for entry in correlated if entry["correlation"] <= CONFLICTING],
+        "redundant": [entry for entry in correlated if entry["correlation"] >= REDUNDANT and is_established(entry)],
+        "conflicting": [entry for entry in correlated if entry["correlation"] <= CONFLICTING and is_established(entry)],
         "without": {id: _labels_without(votes, id, labels, n_examples) for id in ids},
     }
 
@@ -189,6 +206,7 @@ def correlations(votes: LabelledVotes, pairs: Sequence[tuple[str, str]]) -> list
     correlated: list[CorrelatedPrinciples] = []
     for names in pairs:
         first, second = (votes.log_odds[:, list(votes.principles).index(id)] for id in names)
+        has_both = ~np.isnan(first) & ~np.isnan(second)
         if (correlation := correlation_of_votes(first, second, topics)) is not None:
             correlated.append(
                 {
@@ -197,9 +215,21 @@ def correlations(votes: LabelledVotes, pairs: Sequence[tuple[str, str]]) -> list
                     "pairs": correlation.n,
                     "topics": correlation.topics,
                     "interval": list(correlation.interval),
+                    "decided": [int((np.abs(column[has_both]) >= DECIDED).sum()) for column in (first, second)],
                 }
             )
     return sorted(correlated, key=lambda entry: -abs(entry["correlation"]))
+
+
+def is_established(entry: CorrelatedPrinciples) -> bool:
+    """Whether a correlation says something about two principles: its interval excludes 0, and both decide often."""
+    return not contains_zero(entry["interval"]) and min(entry["decided"]) >= MIN_DECIDED
+
+
+def contains_zero(interval: Sequence[float]) -> bool:
+    """Whether 0 lies within an interval, (low, high)."""
+    low, high = interval
+    return low <= 0 <= high
 
 
 def correlation_of_votes(first: Floats, second: Floats, topics: Ints) -> Correlation | None:
@@ -221,8 +251,10 @@ def topic_numbers(topics: Sequence[str]) -> Ints:
 
 def _labels_without(votes: LabelledVotes, id: str, labels: Floats, n_examples: int) -> LabelsWithout:
     labels_without = votes.labels(without=id)
+    is_turned = labels * labels_without < 0
     return {
-        "turned": int((labels * labels_without < 0).sum()),
+        "turned": int(is_turned.sum()),
+        "barely_turned": int((is_turned & (probability_change(labels, labels_without) < VISIBLE_CHANGE)).sum()),
         "lost": int(((labels != 0) & (labels_without == 0)).sum()),
         "gained": int(((labels == 0) & (labels_without != 0)).sum()),
         "examples": [
@@ -233,10 +265,15 @@ def _labels_without(votes: LabelledVotes, id: str, labels: Floats, n_examples: i
 
 
 def most_turned(labels: Floats, changed_labels: Floats) -> Ints:
-    """Indices of the pairs whose labels are on different sides, those far from even on both first."""
-    rows = np.flatnonzero(labels * changed_labels < 0)
-    strength = np.minimum(np.abs(labels[rows]), np.abs(changed_labels[rows]))
-    return rows[np.argsort(-strength, kind="stable")]
+    """Indices of the pairs whose labels are on different sides and change visibly, the largest change first."""
+    change = probability_change(labels, changed_labels)
+    rows = np.flatnonzero((labels * changed_labels < 0) & (change >= VISIBLE_CHANGE))
+    return rows[np.argsort(-change[rows], kind="stable")]
+
+
+def probability_change(labels: Floats, changed_labels: Floats) -> Floats:
+    """How far the probability that *a* is better moves between two labels, given in nats; all are (pairs,)."""
+    return np.abs(sigmoid(labels) - sigmoid(changed_labels))
 
 
 def example_figures(row: Mapping[str, Any], **log_odds: float) -> dict[str, Any]:
@@ -271,7 +308,8 @@ def compare_votes(first: LabelledVotes, second: LabelledVotes, n_examples: int =
 
     `turned` is the rate of labels, or of votes decided in both, that are on different sides; `mean_strength` is in
     nats. Values in lists are those of the first and of the second run. A principle with fewer than `MIN_COMMON_PAIRS`
-    pairs has no correlation. Raises BadInput where no pair is in both.
+    pairs has no correlation. `wordings` are the principles that the judges of the two were asked about in other words.
+    Raises BadInput where no pair is in both.
     """
     second_row_by_key = {_pair_key(row): j for j, row in enumerate(second.rows)}
     matches = [(i, second_row_by_key.get(_pair_key(row))) for i, row in enumerate(first.rows)]
@@ -305,6 +343,12 @@ def compare_votes(first: LabelledVotes, second: LabelledVotes, n_examples: int =
         "names": [first.name, second.name],
         "pairs": [len(first.rows), len(second.rows)],
         "matched": len(matched),
+        "is_same": first.has_files_of(second),
+        "wordings": {
+            id: words
+            for id, words in changed_wordings(first.judge_folders, second.judge_folders).items()
+            if id in principles
+        },
         "turned": clustered_rate(
             first_labels * second_labels < 0, (first_labels != 0) & (second_labels != 0), topics
         ),

@@ -10,9 +10,10 @@ from typing import Any
 
 from cai.feedback.explain import (
     MIN_COMMON_PAIRS,
-    CorrelatedPrinciples,
+    VISIBLE_CHANGE,
     Explanation,
     PrincipleInfluence,
+    contains_zero,
     correlation_remarks,
     example_text_lines,
 )
@@ -24,14 +25,26 @@ MAX_ID = 26
 """Characters of a principle's id in a table."""
 MAX_CORRELATIONS = 12
 """Correlations that are shown, the strongest first."""
+BEHAVIOUR_WORDS = {
+    "refusal": "refuses",
+    "opening_filler": "opens with filler",
+    "apology": "apologises",
+    "sermon": "preaches",
+    "flattery": "flatters",
+    "looping": "ends in a loop",
+    "truncated": "is truncated",
+}
+"""Detectors whose mean is a share of responses, in words."""
 
 
 def explanation_lines(explanation: Explanation) -> Iterator[str]:
     """The figures as tables, then examples of pairs."""
     principles = explanation["principles"]
-    yield from wrapped(
-        f"{explanation['name']}: {explanation['labelled']:,} of {explanation['pairs']:,} pairs have a label"
-    )
+    counts = [f"{explanation['labelled']:,} of {explanation['pairs']:,} pairs have a label"]
+    counts += [f"{n:,} {'is' if n == 1 else 'are'} {reason}" for reason, n in explanation["unlabelled"].items()]
+    yield from wrapped(f"{explanation['name']}: {'; '.join(counts)}")
+    if behaviours := explanation["behaviours"]:
+        yield from wrapped(f"chosen against rejected: {behaviours_text(behaviours)}", "  ")
     if failed := explanation["failed_pairs"]:
         n_failed = sum(failed.values())
         yield from wrapped(f"pairs without any vote, beside these: {n_failed:,}; {causes_text(failed)}", "  ")
@@ -54,6 +67,19 @@ def explanation_lines(explanation: Explanation) -> Iterator[str]:
             change = f"a {example['p_a']:.2f} -> {example['p_a_without']:.2f}"
             yield from wrapped(f"without {id}, pair {example['pair']}: {change}")
             yield from example_text_lines(example)
+
+
+def behaviours_text(behaviours: Mapping[str, Mapping[str, float]]) -> str:
+    """`refuses 29 % / 6 %, words 23 / 26`, chosen before rejected; without behaviours that neither side shows."""
+    texts = []
+    for name, words in BEHAVIOUR_WORDS.items():
+        if name in behaviours:
+            chosen, rejected = (f"{100 * behaviours[name][side]:.0f} %" for side in ("chosen", "rejected"))
+            if {chosen, rejected} != {"0 %"}:
+                texts.append(f"{words} {chosen} / {rejected}")
+    if words := behaviours.get("words"):
+        texts.append(f"words {words['chosen']:.0f} / {words['rejected']:.0f}")
+    return ", ".join(texts)
 
 
 def _say_lines(principles: Mapping[str, PrincipleInfluence]) -> Iterator[str]:
@@ -105,24 +131,25 @@ def _agreement_lines(principles: Mapping[str, PrincipleInfluence]) -> Iterator[s
 
 def _change_lines(explanation: Explanation) -> Iterator[str]:
     """What the order of the responses does to votes, and what happens to labels without each principle."""
-    headers = ["principle", "shown first", "turn with the order", "labels turned", "lost", "gained"]
+    headers = ["principle", "shown first", "turn with the order", "labels turned", "barely", "lost", "gained"]
     rows = []
     for id, principle in explanation["principles"].items():
         without = explanation["without"][id]
-        counts = [f"{without['turned']:,}", f"{without['lost']:,}", f"{without['gained']:,}"]
+        counts = [f"{n:,}" for n in (without["turned"], without["barely_turned"], without["lost"], without["gained"])]
         shown_first = number_text(principle["position_bias"], "{:+.2f}")
         rows.append([shorten(id, MAX_ID), shown_first, number_text(principle["flip_rate"], "{:.2f}"), *counts])
     yield from table(headers, rows)
     yield from wrapped(
         "shown first: nats that the response shown first gains. turn with the order: share of decided votes that are "
         "on another side in the other order. labels turned, lost, gained: labels that change sides, go and come where "
-        "the principle has weight 0."
+        f"the principle has weight 0. barely: those of labels turned whose probability changes by less than "
+        f"{VISIBLE_CHANGE:.2f}, of which no pair is shown."
     )
 
 
 def _correlation_lines(explanation: Explanation) -> Iterator[str]:
     """Which principles vote alike and which against each other, with counts and intervals."""
-    distinct = [entry for entry in explanation["correlations"] if not _contains_zero(entry)]
+    distinct = [entry for entry in explanation["correlations"] if not contains_zero(entry["interval"])]
     shown = distinct[:MAX_CORRELATIONS]
     if shown:
         rows = []
@@ -146,11 +173,6 @@ def _correlation_lines(explanation: Explanation) -> Iterator[str]:
         yield from wrapped(f"{names} {remark}: {correlation} over {entry['pairs']:,} pairs", "  ")
 
 
-def _contains_zero(entry: CorrelatedPrinciples) -> bool:
-    low, high = entry["interval"]
-    return low <= 0 <= high
-
-
 def correlation_text(value: float | None, interval: Sequence[float] | None) -> str:
     """`+0.28 [+0.11, +0.44]`; a dash for None."""
     if value is None or interval is None:
@@ -170,6 +192,13 @@ def difference_lines(differences: Mapping[str, Any]) -> Iterator[str]:
         f"{differences['matched']:,} pairs in both of {n_first:,} in {first} and {n_second:,} in {second}; "
         f"labels turned: {rate_text(differences['turned'])}"
     )
+    if differences["is_same"]:
+        yield from wrapped(f"{first} and {second} are the same votes and labels, from the same folders")
+    for id, words in differences["wordings"].items():
+        yield ""
+        yield from wrapped(id)
+        yield from wrapped(f"  before  {words['before']}", " " * 10)
+        yield from wrapped(f"  after   {words['after']}", " " * 10)
     yield ""
     rows = []
     for id, principle in differences["principles"].items():

@@ -60,6 +60,11 @@ class LabelStatistics:
         self.word_counts.append((n_words(texts["chosen"]), n_words(texts["rejected"])))
         self.gold_margins.append(self._gold_margin(preference, texts) if is_of_world else np.nan)
 
+    @property
+    def n_uneven(self) -> int:
+        """Preferences for one of the two responses."""
+        return sum(p != 0.5 for p in self.p_chosen)
+
     def _gold_margin(self, preference: Preference, texts: dict[str, str]) -> float:
         """The oracle's margin; counts the acts of both responses."""
         from cai.micro.oracle import gold_score, read

@@ -100,6 +100,8 @@ class LabelledVotes:
     rule: LabelRule
     judge_folders: Sequence[Path] = ()
     """Folders of the stages that made the votes."""
+    prefer_folder: Path | None = None
+    """Folder of the stage that made the labels; None where they are of no such stage."""
     stale_note: str | None = None
     """Where the labels are stale: a sentence that says so, why, and what computes them again."""
 
@@ -114,6 +116,34 @@ class LabelledVotes:
         has_label = ~np.isnan(log_odds) & (np.abs(log_odds) > self.rule.tie_below)
         has_label &= sigmoid(np.abs(log_odds)) >= self.rule.min_confidence
         return np.where(has_label, log_odds, 0.0)
+
+    def unlabelled(self) -> dict[str, int]:
+        """Why pairs have no label, in words that follow "are", with the number of pairs."""
+        log_odds = self.rule.aggregate(self.log_odds, self.principles)
+        abstained = np.isnan(log_odds)
+        is_tie = ~abstained & (np.abs(log_odds) <= self.rule.tie_below)
+        unsure = ~abstained & ~is_tie & (sigmoid(np.abs(log_odds)) < self.rule.min_confidence)
+        even = f"within {self.rule.tie_below:g} nats of even" if self.rule.tie_below else "exactly even"
+        reasons = {
+            even: is_tie,
+            f"below min_confidence {self.rule.min_confidence:g}": unsure,
+            "without a principle that has a say": abstained,
+        }
+        return {reason: int(rows.sum()) for reason, rows in reasons.items() if rows.any()}
+
+    @property
+    def behaviours(self) -> Mapping[str, Mapping[str, float]] | None:
+        """Means of text detectors by name over `chosen` and `rejected` responses; None where the stage has none."""
+        facts: dict[str, Any] = (self.prefer_folder and read_json(self.prefer_folder / run_folder.STAGE)) or {}
+        behaviours: dict[str, dict[str, float]] | None = facts.get("figures", {}).get("labels", {}).get("behaviours")
+        return behaviours
+
+    def has_files_of(self, other: LabelledVotes) -> bool:
+        """Whether votes and labels are read from the same folders as those of `other`."""
+        return self.prefer_folder is not None and self._folders() == other._folders()
+
+    def _folders(self) -> list[Path]:
+        return [folder.resolve() for folder in (*self.judge_folders, *filter(None, [self.prefer_folder]))]
 
     @functools.cached_property
     def topics(self) -> list[str]:
@@ -144,7 +174,8 @@ def labelled_votes(name: str, judge_folders: Sequence[Path], prefer_folder: Path
     rule = LabelRule.read(prefer_folder)
     votes = read_votes(judge_folder / RECORDS for judge_folder in judge_folders)
     ab, ba = votes.log_odds_by_order(rule.points_per_nat)
-    return LabelledVotes(name, list(votes.parsed_rows()), votes.principles, ab, ba, rule, judge_folders)
+    rows = list(votes.parsed_rows())
+    return LabelledVotes(name, rows, votes.principles, ab, ba, rule, judge_folders, prefer_folder)
 
 
 def find_prefer_stage(name: str, runs_folder: Path) -> tuple[Path, str]:

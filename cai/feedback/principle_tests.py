@@ -19,7 +19,7 @@ from cai.constitution import Constitution, Example, Principle
 from cai.contracts.engine import Engine
 from cai.feedback.votes import ORDERS, ResponsePair, judge_pairs
 from cai.maths.calibration import calibration_error
-from cai.maths.chance import AgainstChance, against_chance
+from cai.maths.chance import AgainstChance, against_chance, can_beat_chance, n_to_beat_chance
 from cai.maths.statistics import rate, worst_case
 from cai.maths.vote_aggregation import mean_over_orders, sigmoid
 from cai.storage.rows import Failure
@@ -237,8 +237,17 @@ def example_lines(figures: ConstitutionFigures, outcomes: Sequence[Outcome]) -> 
         for id, row in figures["principles"].items()
         if row["n"] and row["against_chance"] == "not distinguishable from chance"
     ]
-    if unclear:
-        yield from wrapped(f"not distinguishable from chance by its own examples alone: {', '.join(unclear)}", "  ")
+    prompts = {id: [outcome.prompt for outcome in outcomes if outcome.principle == id] for id in unclear}
+    enough = [id for id in unclear if can_beat_chance(len(prompts[id]), prompts[id])]
+    too_few = [id for id in unclear if id not in enough]
+    if enough:
+        yield from wrapped(f"not distinguishable from chance by its own examples alone: {', '.join(enough)}", "  ")
+    if too_few:
+        n = n_to_beat_chance()
+        yield from wrapped(
+            f"too few examples to tell by these alone, {n} or more about different prompts would: {', '.join(too_few)}",
+            "  ",
+        )
     if figures["failures"]:
         causes = causes_text(figures["failures"])
         yield from wrapped(f"no answer to {figures['failed']} of {figures['n']} examples: {causes}", "  ")

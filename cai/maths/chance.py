@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,3 +15,15 @@ def against_chance(interval: Sequence[float]) -> AgainstChance:
     if low <= 0.5 <= high:
         return "not distinguishable from chance"
     return "better than chance" if low > 0.5 else "worse than chance"
+
+
+def can_beat_chance(n: int, clusters: Sequence[str] | None = None) -> bool:
+    """Whether `n` choices, in these clusters or each by itself, would be better than chance if all were right."""
+    from cai.maths.statistics import rate  # scipy, which printing a table does not need
+
+    return against_chance(rate([1.0] * n, clusters).interval) == "better than chance"
+
+
+def n_to_beat_chance() -> int:
+    """The fewest independent choices that are better than chance if all are right."""
+    return next(n for n in itertools.count(1) if can_beat_chance(n))

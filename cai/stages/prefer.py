@@ -184,7 +184,11 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     if not len(pairs) + len(human):
         raise StageFailed(f"none of the pairs gets a label: {_why_none(config, rule, counts)}")
     human = relabelled(human, with_labels(rule, config.labels or "soft"))
+    n_pairs = votes.n_pairs + len(people.preferences)
     statistics = write_preferences(context, votes, pairs, log_odds, rule, human)
+    n_labels = statistics.n_uneven
+    context.progress.start(total=n_labels, unit=f"labels of {n_pairs:,} pairs", finished=0)
+    context.progress.advance(n_labels)
     if agreement:
         figures["agreement_with_people"] = agreement
     for name, value in fitted.items():

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from feedback_stages import swapped, vote_row
 
 from cai.cli import main
-from cai.feedback.explain import DECIDED, MIN_COMMON_PAIRS, compare_votes, explain
+from cai.feedback.explain import DECIDED, MIN_COMMON_PAIRS, MIN_DECIDED, compare_votes, explain
 from cai.feedback.explanation_text import difference_lines, explanation_lines
 from cai.feedback.labelled_votes import LabelRule, load_labelled_votes
 from cai.storage import run_folder
@@ -141,6 +141,101 @@ def test_principles_that_say_the_same_and_the_contrary_are_named(tmp_path: Path)
     text = "\n".join(explanation_lines(explanation))
     assert "calm and safe say nearly the same: +1.00 [+1.00, +1.00] over 40 pairs" in text
     assert "calm and short contradict each other" in text
+
+
+def test_principles_that_hardly_decide_or_may_be_unrelated_are_not_named(tmp_path: Path) -> None:
+    """The strong correlation of votes that are all near even, and one whose interval contains 0."""
+    rng = random.Random(3)
+    rows = []
+    for i in range(40):
+        x, y = rng.gauss(0, 2), rng.gauss(0, 2)
+        # Two votes of `short` outweigh all others.
+        short = 90.0 if i == 0 else -90.0 if i == 1 else y
+        rows.append(vote_row(i, {"calm": (x, x), "safe": (-x / 100, -x / 100), "short": (short, short)}))
+        if i < 2:
+            rows[-1]["votes"] = vote_row(i, {"calm": (9.0, 9.0) if i else (-30.0, -30.0), "short": (short, short)})[
+                "votes"
+            ]
+    explanation = explained(tmp_path / "run", rows)
+    entries = {tuple(entry["principles"]): entry for entry in explanation["correlations"]}
+    assert entries["calm", "safe"]["correlation"] == pytest.approx(-1)
+    assert entries["calm", "safe"]["decided"][0] >= MIN_DECIDED > entries["calm", "safe"]["decided"][1] == 0
+    wide = entries["calm", "short"]
+    assert wide["correlation"] < -0.3
+    assert wide["interval"][0] < 0 < wide["interval"][1]
+    assert min(wide["decided"]) >= MIN_DECIDED
+    assert (explanation["redundant"], explanation["conflicting"]) == ([], [])
+    text = "\n".join(explanation_lines(explanation))
+    assert "contradict each other" not in text
+
+
+def test_pairs_to_read_change_visibly_and_the_largest_change_is_the_first(tmp_path: Path) -> None:
+    changes = [0.001, 0.5, 2.0, 0.02, 1.0]
+    rows = [vote_row(i, {"calm": (x, x), "safe": (-1.5 * x, -1.5 * x)}) for i, x in enumerate(changes)]
+    explanation = explained(tmp_path / "run", rows)
+    without = explanation["without"]["calm"]
+    assert (without["turned"], without["barely_turned"]) == (5, 2)
+    assert [example["pair"] for example in without["examples"]] == [rows[i]["id"] for i in (2, 4, 1)]
+    lines = list(explanation_lines(explanation))
+    header = next(line for line in lines if "labels turned" in line)
+    row = next(line for line in lines[lines.index(header) :] if line.startswith("calm"))
+    assert row.split()[-4:] == ["5", "2", "0", "0"]
+    assert header.split()[-4:] == ["turned", "barely", "lost", "gained"]
+
+
+def test_pairs_without_a_label_are_counted_by_reason(tmp_path: Path) -> None:
+    votes = [{"calm": (x, x)} for x in (2.0, 0.0, 0.0, 0.3)] + [{}]
+    name = run_of(tmp_path / "run", [vote_row(i, vote) for i, vote in enumerate(votes)])
+    assert (
+        _first_line(tmp_path)
+        == f"{name}: 2 of 5 pairs have a label; 2 are exactly even; 1 is without a principle that has a say"
+    )
+    stage = run_folder.latest(tmp_path / "run")["preferences"]
+    LabelRule(WEIGHTS, min_confidence=0.6, abstain_below=0.1).write(stage)
+    assert _first_line(tmp_path) == (
+        f"{name}: 1 of 5 pairs have a label; 1 is below min_confidence 0.6; 3 are without a principle that has a say"
+    )
+
+
+def _first_line(runs: Path) -> str:
+    text = CliRunner().invoke(main, ["votes", "explain", "run", "--runs", str(runs)]).stdout
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def test_what_labels_reward_is_shown_where_the_stage_has_counted_it(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", random_rows())
+    assert "chosen against rejected" not in _first_line(tmp_path)
+    stage = run_folder.latest(tmp_path / "run")["preferences"]
+    facts = json.loads((stage / run_folder.STAGE).read_text())
+    behaviours = {
+        "refusal": {"chosen": 0.29, "rejected": 0.06}, "looping": {"chosen": 0.0, "rejected": 0.0},
+        "words": {"chosen": 23.2, "rejected": 25.9},
+    }  # fmt: skip
+    facts["figures"] = {"labels": {"behaviours": behaviours}}
+    (stage / run_folder.STAGE).write_text(json.dumps(facts))
+    assert "chosen against rejected: refuses 29 % / 6 %, words 23 / 26" in _first_line(tmp_path)
+
+
+def test_two_wordings_are_shown_where_their_votes_are_compared(tmp_path: Path) -> None:
+    for name, calm, field in (("one", "Which is calmer?", "compare"), ("two", "Which one\x1b shouts less?", "compare")):
+        run_of(tmp_path / name, random_rows())
+        parts = {
+            "principles": [*WEIGHTS, "unasked"], f"principle.calm.{field}": calm,
+            "principle.safe.compare": "Which is safer?", "principle.unasked.compare": f"Which {name}?",
+        }  # fmt: skip
+        (tmp_path / name / "votes-1" / run_folder.STAGE).write_text(json.dumps({"parts": parts}))
+    result = CliRunner().invoke(main, ["votes", "diff", "one", "two", "--runs", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "calm\n  before  Which is calmer?\n  after   Which one\ufffd shouts less?\n" in result.stdout
+    assert "Which is safer?" not in result.stdout, "both ask the same"
+    assert "unasked" not in result.stdout, "it has no votes"
+    assert "same votes" not in result.stdout
+
+
+def test_a_run_against_itself_is_called_the_same_votes(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", random_rows())
+    result = CliRunner().invoke(main, ["votes", "diff", "run", "run", "--runs", str(tmp_path)])
+    assert "run and run are the same votes and labels, from the same folders\n" in result.stdout
 
 
 def test_a_principle_that_never_took_a_side_has_no_correlation(tmp_path: Path) -> None:

@@ -133,3 +133,27 @@ def test_a_judge_that_is_not_distinguishable_from_chance_is_called_that(tmp_path
     figures = json.loads(result.stdout)
     assert set(figures["principles"]) == {"polite", "helpful", "kind"}
     assert (figures["n"], figures["against_chance"]) == (4, "not distinguishable from chance")
+
+
+def test_a_principle_with_too_few_examples_is_not_called_indistinguishable_from_chance(tmp_path: Path) -> None:
+    many = ", ".join(f"{{prompt: Say {i}., better: GOOD it, worse: no}}" for i in range(7))
+    repeated = ", ".join(f"{{prompt: Again., better: GOOD {i}, worse: no}}" for i in range(7))
+    text = (
+        f"{EXAMPLES}  - {{id: wise, text: The assistant is wise., examples: [{many}]}}\n"
+        f"  - {{id: kind, text: The assistant is kind., examples: [{repeated}]}}\n"
+    )
+    sentence = "too few examples to tell by these alone, 7 or more about different prompts would: calm, short, kind"
+    results = outcomes(tmp_path, Script(prefers=seeing), text)
+    lines = " ".join(line.strip() for line in example_lines(figures_of(tmp_path, results, text), results))
+    assert sentence in lines
+    assert "by its own examples alone" not in lines, "all seven of `wise` are right"
+
+    def wrong_for_three(question: Question) -> tuple[float, float]:
+        is_wrong = any(f"Say {i}." in question.messages[-1]["content"] for i in range(3))
+        log_odds, probability = seeing(question)
+        return (-log_odds if is_wrong else log_odds), probability
+
+    results = outcomes(tmp_path, Script(prefers=wrong_for_three), text)
+    lines = " ".join(line.strip() for line in example_lines(figures_of(tmp_path, results, text), results))
+    assert "not distinguishable from chance by its own examples alone: wise" in lines
+    assert sentence in lines

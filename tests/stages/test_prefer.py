@@ -29,6 +29,7 @@ from cai.storage.journal import RECORDS
 from cai.storage.rows import Failure, stable_id
 from cai.storage.run_folder import STAGE
 from cai.text.errors import BadInput, StageFailed
+from cai.text.progress import StageLine
 
 WEIGHTS = {"calm": 2.0, "short": 0.5, "safe": 1.0}
 
@@ -250,6 +251,13 @@ def test_a_failed_vote_never_becomes_an_even_one(tmp_path):
     votes, result = judged_and_preferred(tmp_path, prefers)
     assert len(votes.rows) == len(result.rows) == 11
     assert [row["log_odds"] for row in result.rows] == pytest.approx([2.0] * 11)
+
+
+def test_the_line_of_the_stage_counts_labels_that_prefer_a_response_and_all_pairs(tmp_path):
+    line = StageLine("preferences")
+    result = prefer(tmp_path, [vote_row(i, {"calm": (x, x)}) for i, x in enumerate([2, -1, 0])], progress=line)
+    assert len(result.rows) == 3, "an even soft label is one too"
+    assert line.summary(failures=0).startswith("2 labels of 3 pairs, ")
 
 
 def test_figures_say_who_is_agreed_with_and_whether_length_wins(tmp_path):
