@@ -137,6 +137,8 @@ def votes_explain(
 ) -> None:  # fmt: skip
     """Show how often each principle decides, which others it agrees with, and which labels turn without it.
 
+    Pairs to read are labels that turn and change by 0.05 or more in probability, the largest change first.
+
     RUN is a run's name or folder, or RUN/STAGE where several stages of it turn votes into preferences. Tags of
     --principle are those of the constitution as it is now.
 
@@ -203,6 +205,8 @@ def votes_try(
 @JSON
 def votes_diff(first: str, second: str, n_examples: int, runs_folder: Path, as_json: bool) -> None:
     """Compare two judges, or two wordings of principles, on the pairs that two runs have in common.
+
+    Where the judges were asked about a principle in different words, these are shown.
 
     \b
     cai votes diff quickstart my-run

@@ -77,8 +77,8 @@ def behaviours_text(behaviours: Mapping[str, Mapping[str, float]]) -> str:
             chosen, rejected = (f"{100 * behaviours[name][side]:.0f} %" for side in ("chosen", "rejected"))
             if {chosen, rejected} != {"0 %"}:
                 texts.append(f"{words} {chosen} / {rejected}")
-    if words := behaviours.get("words"):
-        texts.append(f"words {words['chosen']:.0f} / {words['rejected']:.0f}")
+    if lengths := behaviours.get("words"):
+        texts.append(f"words {lengths['chosen']:.0f} / {lengths['rejected']:.0f}")
     return ", ".join(texts)
 
 
@@ -193,7 +193,7 @@ def difference_lines(differences: Mapping[str, Any]) -> Iterator[str]:
         f"labels turned: {rate_text(differences['turned'])}"
     )
     if differences["is_same"]:
-        yield from wrapped(f"{first} and {second} are the same votes and labels, from the same folders")
+        yield from wrapped(f"{first} and {second} are the same votes and labels, from the same files")
     for id, words in differences["wordings"].items():
         yield ""
         yield from wrapped(id)

@@ -7,6 +7,7 @@ reads the rule back instead of the stage's config.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -139,11 +140,13 @@ class LabelledVotes:
         return behaviours
 
     def has_files_of(self, other: LabelledVotes) -> bool:
-        """Whether votes and labels are read from the same folders as those of `other`."""
-        return self.prefer_folder is not None and self._folders() == other._folders()
+        """Whether votes and the rule are read from the same files as those of `other`, as in a fork of its run."""
+        own_files, other_files = self._files(), other._files()
+        return len(own_files) == len(other_files) and all(map(os.path.samefile, own_files, other_files))
 
-    def _folders(self) -> list[Path]:
-        return [folder.resolve() for folder in (*self.judge_folders, *filter(None, [self.prefer_folder]))]
+    def _files(self) -> list[Path]:
+        rules = [self.prefer_folder / LABEL_RULE] if self.prefer_folder else []
+        return [*(folder / RECORDS for folder in self.judge_folders), *rules]
 
     @functools.cached_property
     def topics(self) -> list[str]:

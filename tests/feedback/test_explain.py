@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -232,10 +234,15 @@ def test_two_wordings_are_shown_where_their_votes_are_compared(tmp_path: Path) -
     assert "same votes" not in result.stdout
 
 
-def test_a_run_against_itself_is_called_the_same_votes(tmp_path: Path) -> None:
-    run_of(tmp_path / "run", random_rows())
-    result = CliRunner().invoke(main, ["votes", "diff", "run", "run", "--runs", str(tmp_path)])
-    assert "run and run are the same votes and labels, from the same folders\n" in result.stdout
+def test_a_run_against_itself_or_its_fork_is_called_the_same_votes(tmp_path: Path) -> None:
+    for name in ("run", "copied"):
+        run_of(tmp_path / name, random_rows())
+    shutil.copytree(tmp_path / "run", tmp_path / "forked", copy_function=os.link)
+    for name in ("run", "forked"):
+        result = CliRunner().invoke(main, ["votes", "diff", "run", name, "--runs", str(tmp_path)])
+        assert f"run and {name} are the same votes and labels, from the same files\n" in result.stdout
+    result = CliRunner().invoke(main, ["votes", "diff", "run", "copied", "--runs", str(tmp_path)])
+    assert "same votes" not in result.stdout
 
 
 def test_a_principle_that_never_took_a_side_has_no_correlation(tmp_path: Path) -> None:
