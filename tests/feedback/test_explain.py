@@ -174,7 +174,7 @@ def test_principles_that_hardly_decide_or_may_be_unrelated_are_not_named(tmp_pat
 def test_pairs_to_read_change_visibly_and_the_largest_change_is_the_first(tmp_path: Path) -> None:
     changes = [0.001, 0.5, 2.0, 0.02, 1.0]
     rows = [vote_row(i, {"calm": (x, x), "safe": (-1.5 * x, -1.5 * x)}) for i, x in enumerate(changes)]
-    explanation = explained(tmp_path / "run", rows)
+    explanation = explain(load_labelled_votes(run_of(tmp_path / "run", rows), tmp_path), n_examples=5)
     without = explanation["without"]["calm"]
     assert (without["turned"], without["barely_turned"]) == (5, 2)
     assert [example["pair"] for example in without["examples"]] == [rows[i]["id"] for i in (2, 4, 1)]
