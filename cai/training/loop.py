@@ -40,7 +40,7 @@ from cai.models import saving
 from cai.storage import stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import canonical_json
-from cai.storage.run_folder import MODEL
+from cai.storage.run_folder import MODEL, STAGE
 from cai.text.errors import OutOfMemory, StageFailed, Terminated
 from cai.training.dropout import configured_dropout
 from cai.training.memory import peak_bytes, reset_peak
@@ -157,6 +157,13 @@ def save_trained_model(
     trainer.accelerator.wait_for_everyone()
 
 
+def _stage_start(folder: Path) -> float:
+    """When the stage in `folder` was started or continued, on the clock of `time.monotonic`."""
+    facts = folder / STAGE
+    age = time.time() - facts.stat().st_mtime if facts.exists() else 0.0
+    return time.monotonic() - max(0.0, age)
+
+
 LEAST_INTERVAL = 20
 """Time between resume points as a multiple of what writing one takes: at most about 5 % of training is spent on it."""
 CONTINUE, SAVE, STOP = range(3)
@@ -171,9 +178,9 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         self.context, self.accelerator = context, accelerator
         self.metrics_path = context.folder / METRICS
         self.stopped, self.n_tokens_reported = False, 0
-        self.last_save = time.monotonic()
-        """When the last resume point was written, or training began."""
-        self.writing_began = self.last_save
+        self.last_save = _stage_start(context.folder)
+        """When the last resume point was written, or the stage was started: a kill costs its loading too."""
+        self.writing_began = time.monotonic()
         """When the last step, its log or an evaluation was complete, after which a resume point may be written."""
         self.writing_seconds = 0.0
         """What the last resume point took to write."""
@@ -181,7 +188,6 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.n_tokens_reported = state.num_input_tokens_seen
-        self.last_save = time.monotonic()
         if state.is_world_process_zero:
             keep_rows(self.metrics_path, lambda entry: entry["step"] <= state.global_step)
             StepCount(state.max_steps, state.global_step, state.global_step).write(self.context.folder)

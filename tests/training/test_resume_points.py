@@ -3,6 +3,7 @@ is learned."""
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,17 @@ def test_resume_points_that_take_long_to_write_are_written_less_often(tmp_path: 
     assert decision(46, 0) == decision(46, 2) == SAVE
     assert decision(46, 10) == decision(190, 10) == CONTINUE
     assert decision(201, 10) == SAVE
+
+
+def test_the_time_that_a_stage_loads_counts_for_its_first_resume_point(tmp_path: Path, tiny: Tiny) -> None:
+    first_rank: Any = SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu"))
+    context = stage_context(tmp_path / "stage", {}, tiny("llama"), profile=Profile(device="cpu"))
+    (tmp_path / "stage").mkdir(exist_ok=True)
+    facts = tmp_path / "stage" / "stage.json"
+    facts.write_text("{}")
+    for seconds, expected in ((40, CONTINUE), (46, SAVE)):
+        os.utime(facts, (time.time() - seconds, time.time() - seconds))
+        assert StageCallback(context, first_rank)._action(is_logged=True) == expected
 
 
 def test_the_time_that_a_resume_point_takes_is_measured_without_step_and_evaluation(tmp_path: Path, tiny: Tiny) -> None:
