@@ -114,8 +114,8 @@ def test_sigterm_ends_training_at_a_resume_point_and_the_next_run_continues_as_i
     assert child.returncode == 143, stderr
     assert stderr.endswith("Interrupted. What was finished is kept; the same command goes on from there.\n")
     [folder] = recipe.parent.glob("ended/policy-*")
-    [checkpoint] = folder.glob("checkpoints/checkpoint-*/COMPLETE")
-    step = int(checkpoint.parent.name.rpartition("-")[2])
+    # On a machine that is busy there is one for the time that has passed, too.
+    step = max(int(point.parent.name.rpartition("-")[2]) for point in folder.glob("checkpoints/*/COMPLETE"))
     assert f"policy: stopped at step {step}; a resume point has what was learned" in stderr
     assert 2 <= step == len(metrics(recipe)) < 40
     assert not (folder / "stop").exists()
