@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -337,16 +336,14 @@ def fork(run: str, name: str, runs_folder: Path) -> None:
     cai fork quickstart other-beta
     cai run quickstart --name other-beta --set stages.policy.train.beta=0.2
     """
-    from cai.storage.files import read_json
     from cai.storage.forking import fork
-    from cai.storage.run_folder import RUN, find_run
+    from cai.storage.run_folder import find_run
+    from cai.storage.stage_folders import run_command
 
     folder = find_run(run, runs_folder)
-    facts = read_json(folder / RUN)
     stages = fork(folder, runs_folder / name)
     click.echo(f"{runs_folder / name}: {len(stages)} finished stages of {folder}; both read the same documents")
-    settings = "".join(f" --set {shlex.quote(text)}" for text in facts["overrides"] if not text.startswith("name="))
-    click.echo(f"\nNext: cai run {shlex.quote(facts['recipe'])} --name {name}{settings}")
+    click.echo(f"\nNext: {run_command(runs_folder / name)}")
 
 
 @click.command()

@@ -73,7 +73,7 @@ def complete_stage(context: click.Context, parameter: click.Parameter, incomplet
     from cai.run.recipe import load_recipe
 
     with contextlib.suppress(CaiError, OSError, KeyError):
-        recipe = load_recipe(_argument(context, "recipe"))
+        recipe = load_recipe(_argument(context, "recipe"), runs=_runs_folder(context))
         return _items(dict.fromkeys([*recipe.composites, *recipe.stages]), incomplete)
     return []
 
@@ -87,7 +87,7 @@ def complete_principle(context: click.Context, parameter: click.Parameter, incom
         if any(of_command.name == "run" for of_command in context.command.params):
             run = run_folder.find_run(_argument(context, "run").partition("/")[0], _runs_folder(context))
             facts = read_json(run / run_folder.RUN)
-            constitution = load_recipe(facts["recipe"], facts["overrides"]).constitution
+            constitution = load_recipe(facts["recipe"], facts["overrides"], run.parent).constitution
         else:
             constitution = load_constitution(_argument(context, "file"))
         if constitution is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ChangeKind = Literal["new", "replaced", "reweighed", "repeated", "dropped"]
-"""reweighed: of all fields the weight alone differs; repeated: none does."""
+ChangeKind = Literal["new", "replaced", "reweighed", "repeated", "dropped", "without effect"]
+"""reweighed: of all fields the weight alone differs; repeated: none does; without effect: gives a weight to a principle
+that a document between has dropped."""
 
 
 @dataclass(frozen=True, slots=True)

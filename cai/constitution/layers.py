@@ -92,14 +92,14 @@ def apply_layers(layers: Iterable[Layer]) -> tuple[dict[str, Principle], tuple[C
                 principles.pop(entry.id, None)
             else:
                 principles[entry.id] = after
-            if before is not None or (after is not None and len(layer.order) > 1):
+            if before is not None or entry.weight is not None or (after is not None and len(layer.order) > 1):
                 changes.append(_change(entry, before, after))
     return principles, tuple(changes)
 
 
 def _change(entry: LayerEntry, before: Principle | None, after: Principle | None) -> Change:
     if before is None:
-        return Change("new", entry.id, entry.location)
+        return Change("new" if after else "without effect", entry.id, entry.location)
     if after is None:
         return Change("dropped", entry.id, entry.location, before=before.location)
     fields = before.differing_fields(after)

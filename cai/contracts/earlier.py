@@ -7,6 +7,7 @@ folders in which it is are found by `cai.run.earlier`; a stage compares its item
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from cai.contracts.stage_config import PrincipleField
 from cai.storage.journal import RECORDS
-from cai.storage.rows import read_rows
 
 if TYPE_CHECKING:
     from cai.constitution import Principle
@@ -29,8 +29,9 @@ class Earlier:
     """The parts of its fingerprint."""
 
     def rows(self) -> Iterator[Any]:
-        """Its records."""
-        yield from read_rows(self.folder / RECORDS)
+        """Its records, one at a time: those of a large stage take more memory than there may be."""
+        with (self.folder / RECORDS).open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
     def is_unchanged(self, principle: Principle, fields: Sequence[PrincipleField]) -> bool:
         """Whether the principle of this id was asked with the same words."""

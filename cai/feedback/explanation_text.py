@@ -185,6 +185,13 @@ def number_text(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
+def wording_lines(principle: str, before: str, after: str) -> Iterator[str]:
+    """What a judge was asked about a principle, in two wordings."""
+    yield from wrapped(principle)
+    yield from wrapped(f"  before  {before}", " " * 10)
+    yield from wrapped(f"  after   {after}", " " * 10)
+
+
 def difference_lines(differences: Mapping[str, Any]) -> Iterator[str]:
     """The figures of `compare_votes` as a table, and the pairs whose labels differ most."""
     (first, second), (n_first, n_second) = differences["names"], differences["pairs"]
@@ -196,9 +203,7 @@ def difference_lines(differences: Mapping[str, Any]) -> Iterator[str]:
         yield from wrapped(f"{first} and {second} are the same votes and labels, from the same files")
     for id, words in differences["wordings"].items():
         yield ""
-        yield from wrapped(id)
-        yield from wrapped(f"  before  {words['before']}", " " * 10)
-        yield from wrapped(f"  after   {words['after']}", " " * 10)
+        yield from wording_lines(id, words["before"], words["after"])
     yield ""
     rows = []
     for id, principle in differences["principles"].items():

@@ -8,8 +8,7 @@ from cai.constitution import Principle
 from cai.contracts.earlier import Earlier
 from cai.contracts.stage_config import PrincipleField
 from cai.feedback.methods import KnownVotes
-from cai.feedback.pairs import Pair
-from cai.storage.rows import PrincipleVote, Vote, stable_id
+from cai.storage.rows import Pair, PrincipleVote, Vote, stable_id
 
 
 def take_over(

@@ -10,28 +10,16 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 
 from cai.contracts.context import Context
 from cai.feedback.votes import is_empty
-from cai.storage.rows import Candidate, Message, Preference, Sample, stable_id
+from cai.storage.rows import Candidate, Pair, Preference, Sample, stable_id
 
 PairKind = Literal["disjoint", "all", "random", "against"]
 """How the responses to a prompt are paired."""
-
-
-class Pair(TypedDict):
-    """A pair of responses to one prompt, to be judged: a vote row without its votes."""
-
-    id: str
-    prompt_id: str
-    prompt: list[Message]
-    tags: list[str]
-    a: Candidate
-    b: Candidate
-    human: NotRequired[float]
 
 
 def select_responses(responses: Sequence[Sample], cut_off: str) -> tuple[list[Sample], dict[str, int]]:

@@ -20,6 +20,7 @@ from cai.contracts.engine import Engine
 from cai.contracts.profile import Profile
 from cai.contracts.stage_config import PrincipleField
 from cai.feedback.explain import compare_votes, example_text_lines, explain
+from cai.feedback.explanation_text import wording_lines
 from cai.feedback.labelled_votes import LabelledVotes, find_prefer_stage, labelled_votes
 from cai.feedback.principle_tests import example_figures, run_examples
 from cai.run.earlier import earlier_results
@@ -35,9 +36,10 @@ from cai.stages.prefer import principle_weights
 from cai.storage import run_folder
 from cai.storage.files import read_json
 from cai.storage.rows import stable_id
+from cai.storage.stage_folders import run_command
 from cai.templates import TemplateSet, load_templates
 from cai.text.errors import BadInput
-from cai.text.formatting import printable, shorten, wrapped
+from cai.text.formatting import printable, shorten
 from cai.text.progress import Display
 from cai.text.tables import rate_text, table
 
@@ -47,10 +49,8 @@ Edit = Callable[[Constitution, PrincipleField], Constitution]
 
 @dataclass(frozen=True)
 class Labelling:
-    """The stages of a run that make labels: the recipe that it is of, what is done, judges and the rule of labels."""
+    """The stages of a run that make labels: what is done, the judges, and the stage that turns votes into labels."""
 
-    run: Path
-    recipe: Recipe
     planner: Planner
     done: Mapping[str, run_folder.Finished]
     judges: Sequence[JudgeConfig]
@@ -58,12 +58,13 @@ class Labelling:
 
     @property
     def constitution(self) -> Constitution:
-        assert self.recipe.constitution is not None, "its judges have asked by one"
-        return self.recipe.constitution
+        constitution = self.planner.recipe.constitution
+        assert constitution is not None, "its judges have asked by one"
+        return constitution
 
     def votes(self, judge_folders: Sequence[Path], constitution: Constitution) -> LabelledVotes:
         """The votes of these folders under the run's own rule of labels."""
-        votes = labelled_votes(self.run.name, judge_folders, self.done[self.prefer.id].folder)
+        votes = labelled_votes(self.planner.run.name, judge_folders, self.done[self.prefer.id].folder)
         weights = principle_weights(votes.principles, constitution, self.prefer.tag_weights)
         return replace(votes, rule=replace(votes.rule, weights=weights))
 
@@ -149,11 +150,11 @@ def _computed_before(labelling: Labelling, changed: Constitution) -> list[str]:
     """The stages before the judge that a run with the changed constitution computes again, so that its pairs change."""
     planner = labelling.planner.under(changed)
     done: dict[str, run_folder.Finished] = {}
-    behind = _needed(labelling.recipe, [judge.id for judge in labelling.judges])
-    for config in labelling.recipe.stages.values():
+    behind = _needed(planner.recipe, [judge.id for judge in labelling.judges])
+    for config in planner.recipe.stages.values():
         if config.id in behind and (step := planner.step(config, done)).done:
             done[config.id] = step.done
-    return [id for id in labelling.recipe.stages if id in behind and id not in done]
+    return [id for id in planner.recipe.stages if id in behind and id not in done]
 
 
 def _needed(recipe: Recipe, stage_ids: Sequence[str]) -> set[str]:
@@ -173,7 +174,6 @@ def _labelling(run: Path, stage_id: str, profile: Profile) -> Labelling:
     recorded = read_json(run / run_folder.RUN)
     recipe = load_recipe(recorded["recipe"], recorded["overrides"], run.parent)
     planner = Planner(recipe, run, profile.offline)
-    command = " ".join(["cai run", recorded["recipe"], *(f"--set {text}" for text in recorded["overrides"])])
     done: dict[str, run_folder.Finished] = {}
     for config in recipe.stages.values():
         step = planner.step(config, done)
@@ -183,11 +183,13 @@ def _labelling(run: Path, stage_id: str, profile: Profile) -> Labelling:
             break
     prefer = recipe.stages.get(stage_id)
     if stage_id not in done or not isinstance(prefer, PreferConfig):
-        raise BadInput(f"{run}: the labels of stage {stage_id!r} are not those that its recipe makes; run `{command}`")
+        raise BadInput(
+            f"{run}: the labels of stage {stage_id!r} are not those that its recipe makes; run `{run_command(run)}`"
+        )
     judges = [config for id in inputs_of(prefer) if isinstance(config := recipe.stages[id], JudgeConfig)]
     if not judges:
         raise BadInput(f"{run}: stage {stage_id!r} has labels of people alone, which no wording changes")
-    return Labelling(run, recipe, planner, done, judges, prefer)
+    return Labelling(planner, done, judges, prefer)
 
 
 def _by_id(constitution: Constitution) -> dict[str, Principle]:
@@ -256,10 +258,10 @@ def _judge(
 ) -> Path:
     """The folder of a judge stage under the changed constitution, computed unless it is there."""
     parts: Parts = planner.fingerprints.parts(config, labelling.done)
-    folder = labelling.run / run_folder.TRIED / f"{config.id}-{stable_id(parts)}"
+    folder = planner.run / run_folder.TRIED / f"{config.id}-{stable_id(parts)}"
     if run_folder.finished(folder):
         return folder
-    earlier = earlier_results(labelling.run, config, parts, folder)
+    earlier = earlier_results(planner.run, config, parts, folder)
     step = Step(config, "runs", "", folder, parts, earlier=earlier)
     stage = StageRun(planner, step, labelling.done, profile)
     run_stage(stage, display, lambda model, profile: contextlib.nullcontext(engine))
@@ -268,16 +270,17 @@ def _judge(
 
 def trial_lines(figures: Mapping[str, Any]) -> list[str]:
     """The figures as text, with pairs to read."""
-    lines = []
+    lines: list[str] = []
     for id, words in figures["principles"].items():
-        lines += wrapped(id)
-        lines += wrapped(f"  before  {words['before'] or '(no such principle)'}", " " * 10)
-        lines += wrapped(f"  after   {words['after']}", " " * 10)
-        before, after = (
-            "no example" if passed is None else f"{passed['passed']} of {passed['n']}"
-            for passed in figures["examples"].get(id, [None, None])
-        )
-        lines.append(f"  its examples decided as their author does: {before} before, {after} after")
+        lines += wording_lines(id, words["before"] or "(no such principle)", words["after"])
+        if id in figures["examples"]:
+            before, after = (
+                "no example" if passed is None else f"{passed['passed']} of {passed['n']}"
+                for passed in figures["examples"][id]
+            )
+            lines.append(f"  its examples decided as their author does: {before} before, {after} after")
+        else:
+            lines.append("  its examples are not asked: they are for judges with `method: pairwise`")
     labels = figures["labels"]
     counts = f"{labels['turned']:,} on the other side, {labels['lost']:,} no longer there, {labels['gained']:,} new"
     lines += ["", f"labels of {labels['pairs']:,} pairs: {counts}", ""]

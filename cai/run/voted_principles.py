@@ -24,9 +24,10 @@ def voted_principles(votes: LabelledVotes, names: Sequence[str]) -> list[str] | 
     tags_by_id: dict[str, Sequence[str]] = dict.fromkeys(sorted(ids), ())
     recipe_error = ""
     if not tags_by_id.keys() >= set(names):
-        facts = read_json(votes.judge_folders[0].parent / run_folder.RUN) or {}
+        run = votes.judge_folders[0].parent
+        facts = read_json(run / run_folder.RUN) or {}
         try:
-            constitution = load_recipe(facts["recipe"], facts["overrides"]).constitution
+            constitution = load_recipe(facts["recipe"], facts["overrides"], run.parent).constitution
             principles = () if constitution is None else constitution.principles
             tags_by_id |= {principle.id: principle.tags for principle in principles if principle.id in tags_by_id}
         except (KeyError, BadInput) as error:

@@ -44,7 +44,7 @@ from cai.feedback.methods import (
     Method,
     Verdicts,
 )  # fmt: skip
-from cai.feedback.pairs import Pair, PairKind, pair_against, pair_responses, pairs_of_people, select_responses
+from cai.feedback.pairs import PairKind, pair_against, pair_responses, pairs_of_people, select_responses
 from cai.feedback.truth import count_failed_with_truth
 from cai.feedback.votes import MIN_OPTION_PROBABILITY, ORDERS, ResponsePair
 from cai.maths.statistics import worst_case
@@ -52,6 +52,7 @@ from cai.maths.vote_aggregation import mean_over_orders
 from cai.prompt_sets import PairSet, load_human_pairs
 from cai.storage.journal import RECORDS, Result
 from cai.storage.rows import (
+    Pair,
     PrincipleVote,
     Sample,
     Vote,
@@ -172,22 +173,7 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     """Writes one Vote for each pair of responses."""
     if context.constitution is None:
         raise BadInput("`judge` needs a constitution, and the recipe names none")
-    stages: list[list[Sample]] = [context.rows(stage_id) for stage_id in config.from_]
-    if config.prompts:
-        prompt_ids = context.chosen_prompts(config.prompts, config.n_prompts)
-        stages = [[row for row in rows if row["prompt_id"] in prompt_ids] for rows in stages]
-    left_out = {"cut_off": 0, "empty": 0}
-    if config.pairs == "against":
-        planned, counts = pair_against(stages, context.stage_id)
-    else:
-        complete, left_out = select_responses([row for rows in stages for row in rows], config.cut_off)
-        planned, counts = pair_responses(complete, config.pairs, config.n_pairs, context)
-        report_unpaired(config, context, stages, left_out, counts)
-    if config.human is not None:
-        people = load_human_pairs(config.human, context.home)
-        planned += pairs_of_people(people.preferences, Path(config.human.source).name, context.stage_id)
-        counts["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
-        context.report_left_out(people.n_wanted, "labelled pairs", people.unusable)
+    planned, counts, n_responses = plan_pairs(config, context)
     selected = context.constitution.select(config.principles if isinstance(config.principles, list) else "all")
     principles = {item["id"]: sample_principles(selected, item, config.n_drawn, context) for item in planned}
     items = [item for item in planned if principles[item["id"]]]
@@ -196,8 +182,9 @@ def run(config: Config, context: Context) -> dict[str, Any]:
     )
     context.report_left_out(len(planned), "pairs", [unprincipled])
     if not items and config.pairs != "against":
+        left_out = counts["left_out"]
         raise StageFailed(
-            f"nothing to judge among {sum(map(len, stages))} responses: {left_out['cut_off']} cut off and "
+            f"nothing to judge among {n_responses} responses: {left_out['cut_off']} cut off and "
             f"{left_out['empty']} empty left out, {len(planned)} pairs of different responses to one prompt among the "
             f"others and people's, and a principle applies to none of them"
         )
@@ -256,10 +243,31 @@ def run(config: Config, context: Context) -> dict[str, Any]:
         "failures": len(all_failures),
         "without_principle": len(planned) - len(items),
         "principles": count_asked_votes([principle.id for principle in selected], asked, missing),
-        "left_out": left_out,
     }
     context.report_left_out(n_asked, "votes", failure_reasons(vote.failure for vote in missing))
     return {"votes": {context.stage_id: figures | counts | vote_figures(judged, n_asked, config.method)}}
+
+
+def plan_pairs(config: Config, context: Context) -> tuple[list[Pair], dict[str, Any], int]:
+    """The pairs, whatever principles apply to them, counts of what is in none, and the number of responses read."""
+    stages: list[list[Sample]] = [context.rows(stage_id) for stage_id in config.from_]
+    if config.prompts:
+        prompt_ids = context.chosen_prompts(config.prompts, config.n_prompts)
+        stages = [[row for row in rows if row["prompt_id"] in prompt_ids] for rows in stages]
+    responses = [row for rows in stages for row in rows]
+    left_out = {"cut_off": 0, "empty": 0}
+    if config.pairs == "against":
+        pairs, counts = pair_against(stages, context.stage_id)
+    else:
+        complete, left_out = select_responses(responses, config.cut_off)
+        pairs, counts = pair_responses(complete, config.pairs, config.n_pairs, context)
+        report_unpaired(config, context, stages, left_out, counts)
+    if config.human is not None:
+        people = load_human_pairs(config.human, context.home)
+        pairs += pairs_of_people(people.preferences, Path(config.human.source).name, context.stage_id)
+        counts["human"] = {"rows": people.rows, "pairs": len(people.preferences), "left_out": people.left_out}
+        context.report_left_out(people.n_wanted, "labelled pairs", people.unusable)
+    return pairs, counts | {"left_out": left_out}, len(responses)
 
 
 def work_of_pair(

@@ -109,8 +109,8 @@ class PrincipleVote(TypedDict):
     scores: NotRequired[list[float]]
 
 
-class Vote(TypedDict):
-    """All verdicts on one pair of responses to one prompt."""
+class Pair(TypedDict):
+    """A pair of responses to one prompt, to be judged."""
 
     id: str
     prompt_id: str
@@ -118,11 +118,16 @@ class Vote(TypedDict):
     tags: list[str]
     a: Candidate
     b: Candidate
+    human: NotRequired[float]
+    """Probability that *a* is better according to the people who labelled the pair, if any; judges never see it."""
+
+
+class Vote(Pair):
+    """All verdicts on one pair."""
+
     votes: list[PrincipleVote]
     judge: str
     constitution: str
-    human: NotRequired[float]
-    """Probability that *a* is better according to the people who labelled the pair, if any; judges never see it."""
     method: NotRequired[str]
     """The judge's method where it is not pairwise."""
     scale: NotRequired[int]

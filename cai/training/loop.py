@@ -41,6 +41,7 @@ from cai.storage import stopping
 from cai.storage.files import read_json, remove_folder, write_json
 from cai.storage.rows import canonical_json
 from cai.storage.run_folder import MODEL, STAGE
+from cai.storage.stage_folders import began
 from cai.text.errors import OutOfMemory, StageFailed, Terminated
 from cai.training.dropout import configured_dropout
 from cai.training.memory import peak_bytes, reset_peak
@@ -159,8 +160,7 @@ def save_trained_model(
 
 def _stage_start(folder: Path) -> float:
     """When the stage in `folder` was started or continued, on the clock of `time.monotonic`."""
-    facts = folder / STAGE
-    age = time.time() - facts.stat().st_mtime if facts.exists() else 0.0
+    age = time.time() - began(folder) if (folder / STAGE).exists() else 0.0
     return time.monotonic() - max(0.0, age)
 
 

@@ -294,3 +294,16 @@ def test_a_document_that_drops_every_principle_is_called_that(tmp_path: Path) ->
     entries = "{id: kind, drop: true}, {id: brief, drop: true}"
     write(tmp_path, base=BASE, x=f"name: x\nextends: base.yaml\nprinciples: [{entries}]\n")
     assert "found that every principle is dropped, expected at least one" in refusal(tmp_path / "x.yaml")
+
+
+def test_a_weight_for_a_principle_that_another_layer_dropped_is_reported(tmp_path: Path) -> None:
+    write(
+        tmp_path, base=BASE, a="name: a\nextends: base.yaml\nprinciples: [{id: kind, drop: true}]\n",
+        b="name: b\nextends: base.yaml\nprinciples: [{id: kind, weight: 0.5}]\n",
+        x="name: x\nextends: [a.yaml, b.yaml]\n",
+    )  # fmt: skip
+    constitution = load_constitution(tmp_path / "x.yaml")
+    assert [principle.id for principle in constitution.principles] == ["brief"]
+    assert [(change.kind, change.id) for change in constitution.changes] == [
+        ("dropped", "kind"), ("without effect", "kind"),
+    ]  # fmt: skip

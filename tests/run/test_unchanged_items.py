@@ -284,7 +284,8 @@ def test_the_command_says_what_it_takes(options: list[str], tmp_path: Path) -> N
 def test_a_fork_shares_what_is_done_and_goes_its_own_way(recipe: Path, run_of: Path, model: Script) -> None:
     runs = ["--runs", str(recipe.parent)]
     result = CliRunner().invoke(main, ["fork", "whole", "other", *runs])
-    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"Next: cai run {recipe} --name other")
+    next_command = f"Next: cai run {recipe} --name other --runs {recipe.parent}"
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, next_command)
     shared = run_folder.latest(run_of)["votes"].name
     records = [run / shared / "records.jsonl" for run in (run_of, recipe.parent / "other")]
     assert records[0].stat().st_ino == records[1].stat().st_ino
