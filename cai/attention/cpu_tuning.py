@@ -133,7 +133,8 @@ def return_freed_memory(device: torch.device) -> None:
     gaps that no later batch fits into: nearly half of what activations take in ten layers of width 576. Returning
     blocks of 4 MiB costs 5 % of a PPO run's time on a model of 50 million parameters and 10 % on one of 4 million, so
     that only trainers with large activations do. With 1 MiB, micro-batches of two pairs still took 525 MB more of a
-    model of 350 million parameters, whose tensors are smaller than that. What 256 KiB costs in time is not measured yet.
+    model of 350 million parameters, whose tensors are smaller than that. What 256 KiB costs in time is
+    not measured yet.
     """
     if not applies_to(device):
         return
